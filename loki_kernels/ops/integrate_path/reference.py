@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def integrate_path_reference(
+    gradients: Tensor,
+    weights: Tensor,
+    z: Tensor | None = None,
+    baseline: Tensor | None = None,
+) -> Tensor:
+    wide = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+    weights = weights.to(device=gradients.device, dtype=wide)
+    if weights.ndim == 1:
+        weights = weights.expand(gradients.shape[0], -1)
+    total = (weights.unsqueeze(-1) * gradients.to(wide)).sum(1)
+    if z is None:
+        return total
+    span = z.to(wide)
+    if baseline is not None:
+        span = span - baseline.to(device=z.device, dtype=wide)
+    return total * span

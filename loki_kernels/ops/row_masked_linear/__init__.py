@@ -1,0 +1,79 @@
+"""A linear layer of which only some rows are trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def row_masked_linear(
+    x: Tensor, weight: Tensor, rows: Tensor, index: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """``linear(x, weight with rows put at index, bias)``, differentiable in x, rows and bias.
+
+    The meaning is ``F.linear(x, weight.index_copy(0, index, rows.to(weight.dtype)), bias)``.
+    ``weight`` must already hold the rows (``weight[index] == rows.to(weight.dtype)``, which
+    `LoKILinear` sees to), so the forward pass is one dense product with nothing copied; the
+    backward pass is ``dX = dY @ weight`` and ``dW_S = dY[:, index].T @ X`` for those rows alone.
+
+    Args:
+        x: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``, merged; it gets no gradient.
+        rows: ``[k, in_features]``, of any floating dtype; its gradient has its dtype.
+        index: ``[k]`` int64, distinct, in any order.
+        bias: ``[out_features]`` or None.
+
+    Returns:
+        ``[..., out_features]``. Under autocast, in the autocast dtype.
+
+    Raises:
+        ValueError: for shapes that do not fit together.
+    """
+    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x [..., in_features] and weight [out_features, in_features] do not fit: "
+            f"{tuple(x.shape)} and {tuple(weight.shape)}."
+        )
+    if rows.shape != (index.shape[0], weight.shape[1]):
+        raise ValueError(
+            f"rows must be [{index.shape[0]}, {weight.shape[1]}]; they are {tuple(rows.shape)}."
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return _RowMaskedLinear.apply(x, weight, rows, index, bias)
+
+
+class _RowMaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, rows: Tensor, index: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, rows, index, _ = inputs
+        needs_x, _, needs_rows, _, _ = ctx.needs_input_grad
+        # `rows` is saved, though unused, so that autograd notices an optimizer step between the
+        # forward and the backward pass.
+        ctx.save_for_backward(x if needs_rows else None, weight if needs_x else None, rows, index)
+        ctx.rows_dtype = rows.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _, index = ctx.saved_tensors
+        grad_x = grad_rows = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+        if ctx.needs_input_grad[2]:
+            selected = grad.reshape(-1, grad.shape[-1]).index_select(1, index)
+            grad_rows = (selected.t() @ x.reshape(-1, x.shape[-1])).to(ctx.rows_dtype)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, None, grad_rows, None, grad_bias

@@ -1,0 +1,15 @@
+"""One progress bar for every long job."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def progress_bar(total: int, description: str, enabled: bool | None = None, **options: Any) -> tqdm:
+    """A tqdm bar on stderr; ``enabled=None`` shows it only on a terminal."""
+    if enabled is None:
+        enabled = sys.stderr.isatty()
+    return tqdm(total=total, desc=description, disable=not enabled, **options)
