@@ -1,0 +1,216 @@
+"""`attribute`: prompts in, scores out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files import check_writable
+from ..progress import progress_bar
+from ..structure import Structure, find_structure
+from .definitions import Definition, path_rule, resolve_definition
+from .prompts import Tokens, tokenize_prompts
+from .result import Attribution, ScoreFile, describe_run
+from .sequence import scaled_prefixes
+from .staircase import Batch, Prefill, RowPass, Scores, prepared, run_prefill
+
+logger = logging.getLogger(__name__)
+
+# Above this ratio of mean |completeness error| to mean |F(z) - F(baseline)| the path integral is
+# not resolved at all; SmolLM2-135M has 0.1 to 0.6 at m = 7, post-norm models (Gemma-2) 10 and more.
+_UNRESOLVED = 1.0
+
+
+def attribute(
+    model: nn.Module,
+    prompts: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    definition: str = "published",
+    steps: int = 7,
+    batch_size: int | None = None,
+    target: Sequence[int] | Tensor | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    **overrides: Any,
+) -> Attribution:
+    """Attribute the model's next token to every FFN node, for every prompt and layer.
+
+    z_l is layer l's node vector at the last prompt token; F is the objective, a function of the
+    target token's logit; the score is a quadrature of ``∂F/∂z`` along a path from the baseline to
+    z (arXiv 2505.22120, Eq. 3-5; three definitions are in use, see `DEFINITIONS`). The model's
+    weights, dtype, flags and hooks are as before when this returns or raises.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model around one.
+        prompts: strings or chat-message lists (with ``tokenizer``), or mappings with ``input_ids``
+            and ``attention_mask``, such as a DataLoader yields. Padding may be on either side.
+        tokenizer: a transformers tokenizer.
+        definition: ``"published"``, ``"paper"`` or ``"captum"``.
+        steps: path points m.
+        batch_size: prompts at a time; by default as many as fit about 2,048 prompt tokens or path
+            rows on a CPU, 16,384 on a GPU.
+        target: ``[N]`` token ids to attribute; by default the token the model predicts.
+        out: a ``.safetensors`` file that receives the scores as they come, memory-mapped, so
+            that memory does not grow with N.
+        progress: True or False for the bar; by default it shows on a terminal.
+        **overrides: fields of `Definition` (``path``, ``objective``, ``rule``, ``baseline``,
+            ``multiply``, ``site``) to change.
+
+    Returns:
+        An `Attribution` with scores ``[N, L, D]``, D = hidden_size, or intermediate_size for
+        ``site="ffn_neurons"``.
+
+    Raises:
+        ValueError: for an unknown definition or option, empty prompts, token ids out of range, a
+            mask with holes, a target that does not fit, or NaN weights.
+        TypeError: for prompts of another kind, or text without a tokenizer.
+        UnsupportedModelError: if the model's layers cannot be treated exactly.
+    """
+    resolved = resolve_definition(definition, overrides)
+    alphas, weights = path_rule(resolved.rule, steps)
+    structure = find_structure(model)
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive integer; it is {batch_size!r}.")
+    sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size)
+    targets = _check_target(target, len(sequences), structure.vocab_size)
+    if out is not None and check_writable(out).suffix != ".safetensors":
+        raise ValueError(f"out={os.fspath(out)!r} must end in .safetensors.")
+
+    if resolved.multiply and not (alphas == 0).any():
+        # Completeness needs F(baseline), a point this rule does not visit: add it, unweighted.
+        alphas = torch.cat([torch.zeros(1, dtype=alphas.dtype), alphas])
+        weights = torch.cat([torch.zeros(1, dtype=weights.dtype), weights])
+
+    n_layers = len(structure.layers)
+    width = structure.hidden_size if resolved.site == "down_proj" else structure.intermediate_size
+    shape = (len(sequences), n_layers, width)
+    run = describe_run(model, definition, resolved, steps)
+    store = ScoreFile(out, shape, run)
+    batches = _plan(sequences, batch_size, n_layers * len(alphas), structure)
+    with (
+        store,
+        prepared(structure),
+        progress_bar(len(sequences), "attribute", progress, unit="prompt") as bar,
+    ):
+        for members in batches:
+            batch = _pad([sequences[i] for i in members], structure)
+            chosen, scores = _attribute_batch(
+                structure,
+                batch,
+                None if targets is None else targets[members],
+                resolved,
+                alphas,
+                weights,
+            )
+            store.write(members, chosen, scores)
+            bar.update(len(members))
+    result = store.result()
+    _warn_if_unresolved(result)
+    return result
+
+
+def _check_target(
+    target: Sequence[int] | Tensor | None, count: int, vocab_size: int
+) -> Tensor | None:
+    if target is None:
+        return None
+    targets = torch.as_tensor(target).cpu()
+    if targets.shape != (count,) or targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(
+            f"target must hold one token id for each of the {count} prompts; it is "
+            f"{targets.dtype} {tuple(targets.shape)}."
+        )
+    if targets.min() < 0 or targets.max() >= vocab_size:
+        raise ValueError(f"target holds a token id outside the vocabulary of {vocab_size}.")
+    return targets.to(torch.int64)
+
+
+def _plan(
+    sequences: list[Tokens], batch_size: int | None, rows: int, structure: Structure
+) -> list[list[int]]:
+    """Batches of prompt numbers, the longest prompts first, so that what does not fit fails now."""
+    device = next(structure.causal_lm.parameters()).device
+    budget = 2048 if device.type == "cpu" else 16384
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    batches: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        longest = len(sequences[order[start]])
+        size = batch_size or max(1, budget // max(longest, rows))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def _pad(sequences: list[Tokens], structure: Structure) -> Batch:
+    device = structure.causal_lm.get_input_embeddings().weight.device  # type: ignore[operator]
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    input_ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
+    for row, tokens in zip(input_ids, sequences, strict=True):
+        row[: len(tokens)] = torch.from_numpy(tokens)
+    return Batch(input_ids.to(device), lengths.to(device))
+
+
+def _attribute_batch(
+    structure: Structure,
+    batch: Batch,
+    target: Tensor | None,
+    definition: Definition,
+    alphas: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, Scores]:
+    everywhere = definition.path == "sequence"
+    start: Prefill | None = None
+    if definition.baseline == "token_zero":
+        blank = Batch(torch.zeros_like(batch.input_ids), batch.lengths)
+        start = run_prefill(structure, blank, definition.site, keep_site=True)
+    prefill = run_prefill(structure, batch, definition.site)
+    chosen = prefill.logits.argmax(-1) if target is None else target.to(prefill.logits.device)
+    rows = RowPass(
+        structure,
+        batch,
+        prefill,
+        chosen,
+        definition,
+        alphas,
+        weights,
+        None if start is None else [batch.at_last(site) for site in start.site],
+    )
+    all_layers = range(len(structure.layers))
+    if not everywhere:
+        return chosen.cpu(), rows.run(all_layers, prefill.prefix)
+
+    parts = []
+    # One layer at a time: a copy of the whole prompt's keys and values a path point is what the
+    # memory holds.
+    for layer in all_layers:
+        layers = range(layer, layer + 1)
+        prefix = scaled_prefixes(structure, batch, layers, definition.site, alphas, start)
+        parts.append(rows.run(layers, prefix, per_row=True))
+    return chosen.cpu(), Scores(
+        torch.cat([part.scores for part in parts], dim=1),
+        torch.cat([part.change for part in parts], dim=1),
+        parts[0].value,
+    )
+
+
+def _warn_if_unresolved(result: Attribution) -> None:
+    if result.completeness is None or result.change is None:
+        return
+    error = float(result.completeness.abs().mean())
+    change = float(result.change.abs().mean())
+    if error > _UNRESOLVED * change:
+        logger.warning(
+            "The scores do not add up to the change they attribute: mean |sum of scores - "
+            "(F(z) - F(baseline))| is %.3g where mean |F(z) - F(baseline)| is %.3g. Try more "
+            "steps; models that normalise the FFN's output (Gemma-2, OLMo-2) make this path "
+            "singular at zero, and only another baseline helps.",
+            error,
+            change,
+        )

@@ -1,0 +1,464 @@
+"""All layers and path points of a batch in one growing forward and one backward pass.
+
+Scaling a node at the last token changes nothing at earlier positions, and nothing below its layer.
+So after one ordinary prefill every (layer, path point) is a single token row over a frozen
+key/value prefix that differs from the unperturbed last token only from its layer on: rows join the
+batch at their layer, and one backward pass from the head reaches them all.
+
+The model's own modules do the work, steered by hooks: a pre-hook on each decoder layer appends that
+layer's rows, a hook on its down-projection puts path points in their place, and an attention
+implementation registered with transformers attends to the prefix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ..errors import UnsupportedModelError
+from ..ops import expand_path, integrate_path, shared_prefix_attention, target_probability
+from ..structure import Head, Structure, first_non_finite
+from .definitions import Definition
+
+ATTENTION_NAME = "loki_kernels"
+
+# Largest relative difference allowed between the unperturbed row's logits and the prefill's: the
+# same numbers through products of another shape. Measured on SmolLM2-135M: 2e-6 (float32),
+# 1e-2 (bfloat16).
+_GUARD_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 8e-2,
+}
+
+Attend = Callable[..., Tensor]
+_attend: ContextVar[Attend] = ContextVar("loki_kernels_attend")
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    output = _attend.get()(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        window=kwargs.get("sliding_window"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+@contextlib.contextmanager
+def prepared(structure: Structure) -> Iterator[None]:
+    """The model in evaluation mode, frozen, with our attention; restored whatever happens."""
+    model = structure.causal_lm
+    training = [(module, module.training) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    configs = {
+        id(module.config): module.config
+        for module in structure.decoder.modules()
+        if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
+    }
+    implementations = [
+        (config, config._attn_implementation_internal) for config in configs.values()
+    ]
+    device = next(model.parameters()).device.type
+    try:
+        model.eval()
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        for config, _ in implementations:
+            config._attn_implementation_internal = ATTENTION_NAME
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device, enabled=False),
+        ):
+            yield
+    finally:
+        for config, implementation in implementations:
+            config._attn_implementation_internal = implementation
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+        for module, flag in training:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def running(attend: Attend, handles: Sequence[Any]) -> Iterator[None]:
+    token = _attend.set(attend)
+    try:
+        yield
+    finally:
+        _attend.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+def _prefill_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Ordinary causal attention, with the two features SDPA lacks written out."""
+    groups = query.shape[1] // key.shape[1]
+    length = query.shape[2]
+    if softcap is None and sinks is None:
+        # Padding is on the right, so a batch has one mask for all its samples.
+        mask = None if mask is None else mask[:1]
+        return functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and length > 1,
+            scale=scale,
+            enable_gqa=groups > 1,
+        )
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    else:
+        mask = mask[:1]
+    scores = scores.masked_fill(~mask, float("-inf"))
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if sinks is not None:
+        sink = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, length, 1)
+        weights = torch.softmax(torch.cat([scores, sink], -1), -1, dtype=wide)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1, dtype=wide)
+    return weights.to(value.dtype) @ value
+
+
+def capturing_attention(prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:
+    """Ordinary attention that leaves each layer's keys and values in ``prefix``."""
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        window: int | None,  # the mask has it
+        **options: Any,
+    ) -> Tensor:
+        prefix[module.layer_idx] = (key, value)
+        return _prefill_attention(query, key, value, mask, **options)
+
+    return attend
+
+
+@dataclass
+class Batch:
+    """Right-padded prompts: causal attention keeps the padding out of every real position."""
+
+    input_ids: Tensor  # [B, T]
+    lengths: Tensor  # [B]
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device)[None]
+
+    @property
+    def last(self) -> Tensor:
+        return self.lengths - 1
+
+    def at_last(self, x: Tensor) -> Tensor:
+        """``[B, T, ...]`` at each sample's last token."""
+        return x[torch.arange(x.shape[0], device=x.device), self.last.to(x.device)]
+
+
+@dataclass
+class Prefill:
+    """What the rows need from one ordinary forward pass over the prompts."""
+
+    logits: Tensor  # [B, V], at the last token
+    layer_inputs: list[Tensor]  # L of [B, hidden_size], at the last token
+    prefix: dict[int, tuple[Tensor, Tensor]]  # layer_idx -> K, V [B, Hkv, T, d]
+    site: list[Tensor]  # L of [B, T, D]; filled only when asked for
+
+
+def hook_layer(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+    """Call ``change`` on the hidden states entering a decoder layer."""
+
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def hook_site(module: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Any:
+    """Call ``change`` on the attributed activation: the module's output, or its input."""
+    if site == "down_proj":
+        return module.register_forward_hook(lambda _module, _args, output: change(output))
+
+    return module.register_forward_pre_hook(lambda _module, args: (change(args[0]), *args[1:]))
+
+
+def run_prefill(
+    structure: Structure, batch: Batch, site: str, *, keep_site: bool = False
+) -> Prefill:
+    """One ordinary forward pass; logits only at each sample's last token."""
+    prefill = Prefill(torch.empty(0), [], {}, [])
+
+    def keep_last(hidden: Tensor) -> Tensor:
+        prefill.layer_inputs.append(batch.at_last(hidden))
+        return hidden
+
+    def keep(x: Tensor) -> Tensor:
+        prefill.site.append(x)
+        return x
+
+    head = structure.causal_lm.get_output_embeddings()
+    handles = [hook_layer(layer, keep_last) for layer in structure.layers]
+    handles.append(
+        head.register_forward_pre_hook(lambda _m, args: (batch.at_last(args[0])[:, None],))
+    )
+    if keep_site:
+        handles += [hook_site(down.module, site, keep) for down in structure.down_projs]
+    with running(capturing_attention(prefill.prefix), handles):
+        output = structure.causal_lm(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            use_cache=False,
+        )
+    prefill.logits = output.logits[:, 0]
+    if len(prefill.layer_inputs) != len(structure.layers) or not prefill.prefix:
+        raise UnsupportedModelError(
+            f"{type(structure.causal_lm).__name__} does not run its attention through "
+            "transformers' AttentionInterface, so its keys and values cannot be captured."
+        )
+    if torch.isnan(prefill.logits).any():
+        name = first_non_finite(structure.causal_lm)
+        raise ValueError(
+            "the model's logits are NaN"
+            + (f"; its parameter {name} is not finite." if name else " for these prompts.")
+        )
+    return prefill
+
+
+@dataclass
+class Scores:
+    """One batch's results, on the CPU."""
+
+    scores: Tensor  # [B, L, D]
+    change: Tensor  # [B, L], F(z) - F(baseline); NaN where the path has no such point
+    value: Tensor  # [B], F(z)
+
+
+class RowPass:
+    """Attributes one batch, some layers at a time.
+
+    Args:
+        prefix: like `Prefill.prefix`; with ``per_row`` one prefix a row instead of a sample,
+            ``[B * R, Hkv, T, d]``, sample-major.
+        baseline: L of ``[B, D]``, the path's start at the last token, or None for zero.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        batch: Batch,
+        prefill: Prefill,
+        target: Tensor,
+        definition: Definition,
+        alphas: Tensor,
+        weights: Tensor,
+        baseline: list[Tensor] | None,
+    ) -> None:
+        self.structure = structure
+        self.batch = batch
+        self.prefill = prefill
+        self.target = target
+        self.definition = definition
+        self.alphas = alphas
+        self.weights = weights
+        self.baseline = baseline
+        self.head: Head = structure.head()
+
+    def run(
+        self,
+        layers: range,
+        prefix: dict[int, tuple[Tensor, Tensor]],
+        *,
+        per_row: bool = False,
+    ) -> Scores:
+        """Scores of ``layers`` (the others stay unperturbed)."""
+        structure, batch, m = self.structure, self.batch, len(self.alphas)
+        points: dict[int, Tensor] = {}  # layer -> [B, m, D], the leaves
+        ends: dict[int, Tensor] = {}  # layer -> z [B, D]
+        layer_inputs: list[Tensor] = []  # of the unperturbed row
+
+        def join(layer: int) -> Callable[[Tensor], Tensor]:
+            def change(hidden: Tensor) -> Tensor:
+                layer_inputs.append(hidden[:, 0].detach())
+                if layer not in layers:
+                    return hidden
+                return torch.cat([hidden, hidden[:, :1].detach().expand(-1, m, -1)], dim=1)
+
+            return change
+
+        def place(layer: int) -> Callable[[Tensor], Tensor]:
+            def change(x: Tensor) -> Tensor:
+                ends[layer] = z = x[:, 0].detach()
+                start = None if self.baseline is None else self.baseline[layer]
+                points[layer] = expand_path(z, self.alphas, start).requires_grad_()
+                return torch.cat([x[:, :-m], points[layer]], dim=1)
+
+            return change
+
+        def attend(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None,
+            **options: Any,
+        ) -> Tensor:
+            prefix_k, prefix_v = prefix[module.layer_idx]
+            lengths = batch.last.to(query.device)
+            longest = int(lengths.max())
+            prefix_k, prefix_v = prefix_k[:, :, :longest], prefix_v[:, :, :longest]
+            if not per_row:
+                return shared_prefix_attention(
+                    query, key, value, prefix_k, prefix_v, lengths, **options
+                )
+            samples, heads, rows, dim = query.shape
+            one = [
+                x.transpose(1, 2).reshape(samples * rows, x.shape[1], 1, dim)
+                for x in (query, key, value)
+            ]
+            output = shared_prefix_attention(
+                *one, prefix_k, prefix_v, lengths.repeat_interleave(rows), **options
+            )
+            return output.view(samples, rows, heads, dim).transpose(1, 2)
+
+        handles = [hook_layer(layer, join(i)) for i, layer in enumerate(structure.layers)]
+        handles += [
+            hook_site(structure.down_projs[i].module, self.definition.site, place(i))
+            for i in layers
+        ]
+        with torch.enable_grad():
+            with running(attend, handles):
+                hidden = structure.decoder(
+                    input_ids=batch.at_last(batch.input_ids)[:, None],
+                    position_ids=batch.last[:, None],
+                    use_cache=False,
+                ).last_hidden_state  # [B, 1 + len(layers) * m, hidden_size]
+            self._guard(hidden[:, 0].detach(), layer_inputs)
+            samples, rows, _ = hidden.shape
+            head = self.head
+            outputs = target_probability(
+                hidden.reshape(samples * rows, -1).to(head.weight.device),
+                head.weight,
+                self.target.repeat_interleave(rows).to(head.weight.device),
+                head.bias,
+                softcap=head.softcap,
+                logit_scale=head.scale,
+            )
+            probability, logit, log_probability = (x.view(samples, rows) for x in outputs)
+            # The gradient of p is p times that of log p, which does not underflow in float16.
+            differentiated = logit if self.definition.objective == "logit" else log_probability
+            gradients = torch.autograd.grad(
+                differentiated[:, 1:].sum(), [points[layer] for layer in layers]
+            )
+
+        values = {
+            "probability": probability,
+            "logit": logit,
+            "log_probability": log_probability,
+        }[self.definition.objective].detach()
+        factor = torch.ones_like(values)
+        if self.definition.objective == "probability":
+            factor = values
+        by_layer = values[:, 1:].view(samples, len(layers), m)
+        factor = factor[:, 1:].view(samples, len(layers), m) * self.weights.to(factor)
+        scores = []
+        for i, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
+            z, start = (
+                (ends[layer], None if self.baseline is None else self.baseline[layer])
+                if self.definition.multiply
+                else (None, None)
+            )
+            scores.append(integrate_path(gradient, factor[:, i], z, start).to("cpu"))
+        start_row = (self.alphas == 0).nonzero().flatten()
+        change = (
+            values[:, :1] - by_layer[:, :, int(start_row[0])]
+            if len(start_row)
+            else torch.full_like(by_layer[:, :, 0], float("nan"))
+        )
+        return Scores(torch.stack(scores, dim=1), change.cpu(), values[:, 0].cpu())
+
+    def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:
+        """The unperturbed row must reproduce the prefill, or the model is refused."""
+        head, expected = self.head, self.prefill.logits
+        logits = functional.linear(hidden.to(head.weight.device), head.weight, head.bias)
+        logits = logits.to(expected.dtype) * head.scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        tolerance = _GUARD_TOLERANCE[hidden.dtype]
+
+        def far(got: Tensor, want: Tensor) -> float:
+            got, want = got.to(want.device).double(), want.double()
+            error = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
+            return float(error.nan_to_num(nan=float("inf")).max())
+
+        if far(logits, expected) <= tolerance:
+            return
+        name = type(self.structure.causal_lm).__name__
+        pairs = itertools.pairwise(
+            far(got, want)
+            for got, want in zip(layer_inputs, self.prefill.layer_inputs, strict=True)
+        )
+        for layer, (before, after) in enumerate(pairs):
+            if after > tolerance >= before:
+                raise UnsupportedModelError(
+                    f"{name}: the last token processed alone over the prompt's keys and values "
+                    f"differs from the whole prompt after layer {layer} (relative error "
+                    f"{after:.2g}, allowed {tolerance:.0e}). The layer mixes tokens outside "
+                    "attention, or attends in a way this library does not know."
+                )
+        raise UnsupportedModelError(
+            f"{name}: the last token processed alone over the prompt's keys and values gives "
+            f"other logits than the whole prompt (relative error {far(logits, expected):.2g}, "
+            f"allowed {tolerance:.0e}), from the last layer or the output head on."
+        )
