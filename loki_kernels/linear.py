@@ -1,0 +1,221 @@
+"""`LoKILinear`: an ``nn.Linear`` of which some rows are trained and the rest is frozen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .ops import row_delta_linear, row_masked_linear
+
+
+class LoKILinear(nn.Module):
+    """``y = x @ W.T + b`` with rows ``index`` of W trained, every other entry frozen.
+
+    ``weight`` is one dense frozen parameter. Without a rank the trained ``rows`` are a parameter of
+    their own, written into ``weight`` at every forward pass in eager mode (k * in_features
+    elements, about 1 % of the product at 4,096 tokens and 10 % of the rows), so the product is one
+    dense GEMM on the merged weight whoever changed the rows: an optimizer, ``load_state_dict``,
+    ``.to()``. Under ``torch.compile``, where a weight that changes in the graph would have to be
+    copied for the backward pass, the rows' outputs replace the dense ones instead (k /
+    out_features more arithmetic). With a rank r the rows are the frozen ones plus
+    ``delta_a @ delta_b`` (LoKI*).
+
+    ``state_dict`` holds one merged ``weight`` and the bias, like ``nn.Linear``'s, and
+    ``load_state_dict`` reads the rows out of such a weight.
+
+    Attributes:
+        weight: ``[out_features, in_features]``, frozen; use `merged_weight` to read it.
+        bias: ``[out_features]`` or None, frozen.
+        index: int64 ``[k]``, sorted.
+        rows: ``[k, in_features]``, trained (rank None).
+        delta_a: ``[k, r]``, zero at first, trained (LoKI*).
+        delta_b: ``[r, in_features]``, normal with variance 1 / in_features, trained (LoKI*).
+    """
+
+    weight: nn.Parameter
+    index: Tensor
+    original_rows: Tensor
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rows: Tensor,
+        rank: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        index = _check_index(rows, linear.out_features)
+        weight = linear.weight
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"the weight is {weight.dtype}; only floating-point weights can be trained in rows."
+            )
+        dtype = weight.dtype if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type; it is {dtype}.")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank = rank
+        # Shared with `linear`, not copied: a patched model is no larger than before.
+        self.weight = weight
+        self.bias = linear.bias
+        weight.requires_grad_(False)
+        if linear.bias is not None:
+            linear.bias.requires_grad_(False)
+        index = index.to(weight.device)
+        self.register_buffer("index", index, persistent=False)
+        selected = weight.detach()[index]
+        self.register_buffer("original_rows", selected, persistent=False)
+        if rank is None:
+            self.rows = nn.Parameter(selected.to(dtype, copy=True))
+        else:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"rank must be a positive integer or None; it is {rank!r}.")
+            self.delta_a = nn.Parameter(torch.zeros(len(index), rank, dtype=dtype).to(index.device))
+            b = torch.randn(rank, self.in_features) / math.sqrt(self.in_features)
+            self.delta_b = nn.Parameter(b.to(index.device, dtype))
+        self.train(linear.training)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rows: Tensor | list[int],
+        rank: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LoKILinear:
+        """Take over ``linear``'s weight (shared, frozen) and train ``rows`` of it.
+
+        Args:
+            linear: floating-point ``nn.Linear``.
+            rows: distinct row numbers in [0, out_features).
+            rank: None trains the rows themselves, r a rank-r update of them.
+            dtype: of the trained parameters; the weight's by default. float32 over a bfloat16
+                weight keeps master weights.
+
+        Raises:
+            TypeError: if ``linear`` is not an ``nn.Linear``.
+            ValueError: for rows out of range or duplicated, a rank below 1, a non-floating weight.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"LoKILinear takes over an nn.Linear, not a {type(linear).__name__}.")
+        return cls(linear, torch.as_tensor(rows), rank, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rank is not None:
+            return row_delta_linear(
+                x, self.weight, self.delta_a, self.delta_b, self.index, self.bias
+            )
+        if torch.compiler.is_compiling():
+            y = functional.linear(x, self.weight, self.bias)
+            bias = None if self.bias is None else self.bias[self.index]
+            own = functional.linear(x, self.rows.to(self.weight.dtype), bias)
+            return y.index_copy(-1, self.index, own)
+        self._write_rows()
+        return row_masked_linear(x, self.weight, self.rows, self.index, self.bias)
+
+    def merged_rows(self) -> Tensor:
+        """The rows as trained so far, ``[k, in_features]`` in the weight's dtype."""
+        with torch.no_grad():
+            if self.rank is None:
+                return self.rows.to(self.weight.dtype)
+            delta = self.delta_a.float() @ self.delta_b.float()
+            return (self.original_rows.float() + delta).to(self.weight.dtype)
+
+    def merged_weight(self) -> Tensor:
+        """The weight as trained so far, ``[out_features, in_features]``."""
+        if self.rank is None:
+            self._write_rows()
+            return self.weight.detach()
+        return self.weight.detach().index_copy(0, self.index, self.merged_rows())
+
+    def _write_rows(self) -> None:
+        # Through .data: the values a pending backward pass reads do not change unless `rows` did,
+        # which row_masked_linear notices, so the weight's version must not.
+        self.weight.data.index_copy_(0, self.index, self.rows.data.to(self.weight.dtype))
+
+    def reset_rows(self) -> None:
+        """Put the rows back to what they were before training."""
+        with torch.no_grad():
+            if self.rank is None:
+                self.rows.copy_(self.original_rows)
+            else:
+                self.delta_a.zero_()
+            self.weight.data.index_copy_(0, self.index, self.original_rows.to(self.weight.dtype))
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rows={len(self.index)}, rank={self.rank}, bias={self.bias is not None}"
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        weight = self.merged_weight()
+        merged_in_place = self.rank is None
+        destination[prefix + "weight"] = self.weight if keep_vars and merged_in_place else weight
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        missing: list[str] = []
+        errors = len(error_msgs)
+        frozen = self.original_rows.clone()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        trained = {prefix + name for name in ("rows", "delta_a", "delta_b")}
+        missing_keys += [name for name in missing if name not in trained]
+        if prefix + "weight" not in state_dict or len(error_msgs) > errors:
+            return
+        with torch.no_grad():
+            loaded = self.weight.detach()[self.index]
+            if self.rank is None:
+                self.rows.copy_(loaded)
+                return
+            self.weight.data.index_copy_(0, self.index, frozen.to(loaded))
+            error = self._load_delta(loaded.float() - frozen.float().to(loaded.device))
+            if error is not None:
+                error_msgs.append(f"{prefix}weight: {error}")
+
+    def _load_delta(self, delta: Tensor) -> str | None:
+        """Factor a merged update; the exact factors come from the checkpoint's side file."""
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        kept = min(self.rank or 0, len(s))
+        lost, whole = float(s[kept:].norm()), float(s.norm())
+        if lost > 0.05 * whole:
+            return (
+                f"its trained rows differ from this model's by more than rank {self.rank} can "
+                "hold; load the checkpoint into the plain model and patch that."
+            )
+        self.delta_a.zero_()
+        if whole > 0:
+            root = s[:kept].sqrt()
+            self.delta_a[:, :kept] = u[:, :kept] * root
+            self.delta_b.zero_()
+            self.delta_b[:kept] = root[:, None] * vh[:kept]
+        return None
+
+
+def _check_index(rows: Tensor, out_features: int) -> Tensor:
+    rows = torch.as_tensor(rows)
+    if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise ValueError(f"rows must be integers [k]; they are {rows.dtype} {tuple(rows.shape)}.")
+    index = rows.to(torch.int64).sort().values
+    if len(index) and (int(index[0]) < 0 or int(index[-1]) >= out_features):
+        bad = index[0] if int(index[0]) < 0 else index[-1]
+        raise ValueError(f"row {int(bad)} is out of range for a weight of {out_features} rows.")
+    if (index[1:] == index[:-1]).any():
+        raise ValueError(f"row {int(index[1:][index[1:] == index[:-1]][0])} is given twice.")
+    return index

@@ -1,0 +1,257 @@
+"""Which rows to train: the selection rules of arXiv 2505.22120 on attribution scores."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, get_args, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attribution import Attribution
+from .files import atomic_path
+from .ops import count_lowest
+from .ops.count_lowest import Criterion
+
+Strategy = Literal[
+    "layer_balanced", "layer_balanced_highest", "global_lowest", "global_highest", "random"
+]
+
+_FORMAT = "loki-kernels-rows"
+# Scores read at a time while counting, in elements: 64 MiB of float32.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+class RowSelection(Sequence[Tensor]):
+    """The selected rows of each layer's ``down_proj.weight``.
+
+    A sequence of L sorted int64 tensors. ``info`` says how they were chosen and is saved with them.
+
+    Raises:
+        ValueError: for rows that are negative, duplicated, or not integers.
+    """
+
+    def __init__(
+        self, rows: Sequence[Sequence[int] | Tensor], info: dict[str, Any] | None = None
+    ) -> None:
+        self._rows = tuple(_check_layer(layer, i) for i, layer in enumerate(rows))
+        if not self._rows:
+            raise ValueError("a row selection needs at least one layer.")
+        if not any(len(layer) for layer in self._rows):
+            raise ValueError("the row selection is empty in every layer.")
+        self.info = dict(info or {})
+
+    @overload
+    def __getitem__(self, layer: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, layer: int | slice) -> Tensor | Sequence[Tensor]:
+        return self._rows[layer]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RowSelection):
+            return NotImplemented
+        return len(self) == len(other) and all(
+            torch.equal(a, b) for a, b in zip(self, other, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        counts = self.counts
+        spread = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        return f"RowSelection({len(self)} layers, {spread} rows each)"
+
+    @property
+    def counts(self) -> list[int]:
+        """How many rows each layer has."""
+        return [len(layer) for layer in self._rows]
+
+    def overlap(self, other: RowSelection) -> float:
+        """The share of rows two selections have in common: shared rows over the larger count.
+
+        Raises:
+            ValueError: if they have another number of layers.
+        """
+        if len(self) != len(other):
+            raise ValueError(
+                f"selections of {len(self)} and {len(other)} layers cannot be compared."
+            )
+        shared = sum(
+            int(torch.isin(a, b, assume_unique=True).sum())
+            for a, b in zip(self, other, strict=True)
+        )
+        return shared / max(sum(self.counts), sum(other.counts))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON object: ``rows`` (list of lists) and how they were chosen."""
+        content = {
+            "format": _FORMAT,
+            **self.info,
+            "rows": [layer.tolist() for layer in self._rows],
+        }
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RowSelection:
+        """Read what `save` wrote, or the plain list of lists of the published position files.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not such a file, or its rows are not sound.
+        """
+        text = Path(path).read_bytes()
+        try:
+            content = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not a position file: {error}.") from error
+        info: dict[str, Any] = {}
+        rows = content
+        if isinstance(content, dict):
+            rows = content.get("rows")
+            info = {key: content[key] for key in content if key not in ("rows", "format")}
+        if not isinstance(rows, list) or not all(isinstance(layer, list) for layer in rows):
+            raise ValueError(
+                f"{path} is not a position file: it must be a list of lists of row numbers, "
+                "or an object that has one under 'rows'."
+            )
+        try:
+            return cls(rows, info)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _check_layer(rows: Sequence[int] | Tensor, layer: int) -> Tensor:
+    if isinstance(rows, (Tensor, np.ndarray)):
+        tensor = torch.as_tensor(rows)
+        if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.ndim != 1:
+            raise ValueError(
+                f"rows of layer {layer} must be integers [k]; they are {tensor.dtype}."
+            )
+        values = tensor.tolist()
+    else:
+        values = list(rows)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+            raise ValueError(f"layer {layer} has {value!r} where a row number should be.")
+    ordered = sorted(values)
+    for low, high in itertools.pairwise(ordered):
+        if low == high:
+            raise ValueError(f"layer {layer} has row {low} twice.")
+    return torch.tensor(ordered, dtype=torch.int64)
+
+
+def rows_per_layer(quota: float | Fraction, width: int) -> int:
+    """``max(1, floor(quota * width / 100))`` in exact arithmetic: 29 % of 100 is 29.
+
+    Raises:
+        ValueError: for a quota outside (0, 100].
+    """
+    if isinstance(quota, bool):
+        raise ValueError("quota must be a percentage in (0, 100]; it is a bool.")
+    try:
+        exact = Fraction(str(quota))
+    except ValueError:
+        raise ValueError(f"quota must be a percentage in (0, 100]; it is {quota!r}.") from None
+    if not 0 < exact <= 100:
+        raise ValueError(f"quota must be a percentage in (0, 100]; it is {quota}.")
+    return max(1, int(exact * width // 100))
+
+
+def select(
+    attribution: Attribution | Tensor,
+    quota: float | Fraction = 10.0,
+    strategy: Strategy = "layer_balanced",
+    criterion: Criterion = "signed",
+    seed: int = 0,
+) -> RowSelection:
+    """Choose rows by how often their node is among the lowest-scored of a sample.
+
+    ``layer_balanced``: in each layer, the k = floor(quota * D / 100) nodes that are most often
+    among a sample's k lowest scores (the paper's layer-balanced strategy).
+    ``layer_balanced_highest``: the same with the highest. ``global_lowest``, ``global_highest``:
+    the L*k nodes most often among a sample's L*k lowest or highest over all layers together, so
+    that layers get unequal shares. ``random``: k rows a layer, by ``seed``. Equal counts are
+    decided by the lower index.
+
+    Args:
+        attribution: an `Attribution`, or scores ``[N, L, D]``.
+        quota: percentage of rows, in (0, 100].
+        strategy: see above.
+        criterion: ``"signed"`` ranks the scores themselves (the paper's), ``"magnitude"`` their
+            absolute values.
+        seed: for ``random``.
+
+    Raises:
+        ValueError: for a quota outside (0, 100], an unknown strategy or criterion, NaN scores, or
+            scores of another shape.
+    """
+    if strategy not in get_args(Strategy):
+        raise ValueError(
+            f"strategy={strategy!r} is unknown; choose one of {', '.join(get_args(Strategy))}."
+        )
+    if criterion not in get_args(Criterion):
+        raise ValueError(
+            f"criterion={criterion!r} is unknown; choose one of {', '.join(get_args(Criterion))}."
+        )
+    run = attribution.run if isinstance(attribution, Attribution) else {}
+    scores = attribution.scores if isinstance(attribution, Attribution) else attribution
+    if scores.ndim != 3 or 0 in scores.shape:
+        raise ValueError(
+            f"scores must be [N, L, D], none of them 0; they are {list(scores.shape)}."
+        )
+    _, layers, width = scores.shape
+    k = rows_per_layer(quota, width)
+    info = {
+        "quota": float(quota),
+        "strategy": strategy,
+        "criterion": criterion,
+        "width": width,
+        "site": run.get("site", "down_proj"),
+        "attribution": run,
+    }
+    if strategy == "random":
+        info["seed"] = seed
+        return RowSelection(random_rows(layers, width, k, seed), info)
+    if strategy.startswith("layer_balanced"):
+        counts = _count(scores, k, highest=strategy.endswith("highest"), criterion=criterion)
+        return RowSelection([_most_frequent(layer, k) for layer in counts], info)
+    flat = scores.reshape(len(scores), 1, layers * width)
+    counts = _count(flat, layers * k, highest=strategy.endswith("highest"), criterion=criterion)
+    chosen = _most_frequent(counts[0], layers * k)
+    return RowSelection([chosen[chosen // width == layer] % width for layer in range(layers)], info)
+
+
+def random_rows(layers: int, width: int, k: int, seed: int) -> list[list[int]]:
+    """k of ``width`` rows for each layer; the same on every machine."""
+    generator = random.Random(seed)
+    return [sorted(generator.sample(range(width), k)) for _ in range(layers)]
+
+
+def _count(scores: Tensor, k: int, *, highest: bool, criterion: Criterion) -> Tensor:
+    samples, layers, width = scores.shape
+    counts = torch.zeros(layers, width, dtype=torch.int64, device=scores.device)
+    chunk = max(1, _CHUNK_ELEMENTS // (layers * width))
+    for start in range(0, samples, chunk):
+        part = scores[start : start + chunk]
+        if highest:
+            part = -(part.abs() if criterion == "magnitude" else part)
+            count_lowest(part, k, counts)
+        else:
+            count_lowest(part, k, counts, criterion=criterion)
+    return counts
+
+
+def _most_frequent(counts: Tensor, k: int) -> Tensor:
+    return counts.argsort(descending=True, stable=True)[:k].cpu()
