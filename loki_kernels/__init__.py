@@ -1,0 +1,32 @@
+"""LoKI: fine-tune a language model in the weights its knowledge depends on least.
+
+import loki_kernels as loki
+loki.patch(model, tokenizer=tokenizer)
+"""
+
+from . import ops
+from ._version import __version__
+from .attribution import Attribution, attribute
+from .errors import UnsupportedModelError
+from .linear import LoKILinear
+from .ops import row_masked_linear
+from .patching import Patch, patch, suppress
+from .questions import load_questions, read_questions
+from .selection import RowSelection, select
+
+__all__ = [
+    "Attribution",
+    "LoKILinear",
+    "Patch",
+    "RowSelection",
+    "UnsupportedModelError",
+    "__version__",
+    "attribute",
+    "load_questions",
+    "ops",
+    "patch",
+    "read_questions",
+    "row_masked_linear",
+    "select",
+    "suppress",
+]

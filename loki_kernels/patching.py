@@ -1,0 +1,338 @@
+"""`patch`: replace a model's FFN down-projections by LoKILinear, and undo it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .cache import cached_attribution
+from .errors import UnsupportedModelError
+from .files import atomic_path
+from .linear import LoKILinear
+from .selection import RowSelection, rows_per_layer, select
+from .structure import DownProjection, Structure, find_structure
+
+logger = logging.getLogger(__name__)
+
+SIDE_FILE = "loki_rows.safetensors"
+_SIDE_FORMAT = "loki-kernels-rows-state"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `patch` did.
+
+    Attributes:
+        patched: layer name -> number of trained rows.
+        skipped: layer name -> why it was left alone.
+        trainable: trained parameters.
+        total: parameters of the model, the trained rows counted once.
+    """
+
+    patched: dict[str, int]
+    skipped: dict[str, str]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total
+        lines = [
+            f"{len(self.patched)} down-projections patched, {self.trainable:,} of {self.total:,} "
+            f"parameters trained ({share:.2f} %)"
+        ]
+        lines += [f"skipped {name}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Patch:
+    """Handle on a patched model; as a context manager it unpatches at the end.
+
+    Attributes:
+        model: the model that was patched.
+        rows: the selection it trains.
+        report: what was patched and what was not.
+    """
+
+    model: nn.Module
+    rows: RowSelection
+    report: Report
+    _layers: list[tuple[DownProjection, LoKILinear]] = field(repr=False)
+    _required: list[tuple[nn.Parameter, bool]] = field(repr=False)
+    _save_pretrained: Callable[..., Any] | None = field(default=None, repr=False)
+    _active: bool = field(default=True, repr=False)
+
+    def merge(self) -> nn.Module:
+        """Put plain ``nn.Linear`` back with the trained rows in their weights; return the model.
+
+        Raises:
+            RuntimeError: if the model was already merged or unpatched.
+        """
+        return self._restore(trained=True)
+
+    def unpatch(self) -> nn.Module:
+        """Put the original model back, bit for bit, and return it.
+
+        Raises:
+            RuntimeError: if the model was already merged or unpatched.
+        """
+        return self._restore(trained=False)
+
+    def save_state(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the trained parameters in their own dtype beside a checkpoint.
+
+        ``model.save_pretrained`` does this by itself where the merged checkpoint does not hold them
+        exactly: float32 rows over a bfloat16 weight, and low-rank rows.
+        """
+        path = Path(folder) / SIDE_FILE
+        tensors = {
+            f"{down_proj.name}.{name}": parameter.detach().cpu().contiguous()
+            for down_proj, layer in self._layers
+            for name, parameter in layer.named_parameters()
+            if parameter.requires_grad
+        }
+        with atomic_path(path) as temporary:
+            safetensors.torch.save_file(tensors, temporary, metadata={"format": _SIDE_FORMAT})
+        return path
+
+    def load_state(self, folder: str | os.PathLike[str]) -> None:
+        """Read back what `save_state` wrote.
+
+        Raises:
+            FileNotFoundError: if the folder has no side file.
+            ValueError: if it is damaged or belongs to another selection; nothing is changed then.
+        """
+        path = Path(folder) / SIDE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist.")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("format") != _SIDE_FORMAT:
+                    raise ValueError(f"{path} is not a loki-kernels side file.")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        wanted = {
+            f"{down_proj.name}.{name}": parameter
+            for down_proj, layer in self._layers
+            for name, parameter in layer.named_parameters()
+            if parameter.requires_grad
+        }
+        shapes = {name: parameter.shape for name, parameter in wanted.items()}
+        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+            raise ValueError(f"{path} belongs to a model patched with other rows or another rank.")
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(tensors[name])
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._active:
+            self.unpatch()
+
+    def _restore(self, *, trained: bool) -> nn.Module:
+        if not self._active:
+            raise RuntimeError("this model is no longer patched.")
+        for down_proj, layer in self._layers:
+            linear = down_proj.module
+            with torch.no_grad():
+                rows = layer.merged_rows() if trained else layer.original_rows
+                layer.weight.data.index_copy_(0, layer.index, rows.to(layer.weight.dtype))
+            # .to() and load_state_dict(assign=True) may have replaced the parameter objects
+            linear.weight = layer.weight
+            linear.bias = layer.bias
+            linear.train(layer.training)
+            setattr(down_proj.parent, down_proj.attribute, linear)
+        for parameter, flag in self._required:
+            parameter.requires_grad_(flag)
+        if self._save_pretrained is not None:
+            del self.model.__dict__["save_pretrained"]
+        self._active = False
+        return self.model
+
+
+def patch(
+    model: nn.Module,
+    rows: RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    quota: float = 10.0,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Patch:
+    """Make a model train some rows of its FFN down-projections and nothing else.
+
+    Every ``down_proj`` of this instance becomes a `LoKILinear` and every other parameter is frozen.
+    Train with any trainer; ``state_dict`` and ``save_pretrained`` give an ordinary checkpoint.
+
+    Args:
+        model: a transformers causal language model.
+        rows: a `RowSelection`, one list of rows a layer, or the path of a position file. None
+            analyses the model on the bundled questions (`attribute`, then `select`); the result is
+            kept in ``$LOKI_KERNELS_CACHE`` (``~/.cache/loki_kernels``) by a fingerprint of the
+            weights.
+        tokenizer: for that analysis; by default the one of ``model.name_or_path``.
+        quota: percentage of rows for that analysis.
+        rank: train the rows as a rank-r update instead (LoKI*).
+        dtype: of the trained parameters; the weights' by default.
+
+    Returns:
+        A `Patch` handle.
+
+    Raises:
+        ValueError: for rows out of range, duplicated, or of another layer count; a selection of
+            ``ffn_neurons``; a quota outside (0, 100]; a model that is already patched; a damaged
+            position file. The model is unchanged.
+        UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
+    """
+    structure = find_structure(model)
+    _check_patchable(structure)
+    if rows is None:
+        rows_per_layer(quota, structure.hidden_size)  # a bad quota fails before the analysis
+        selection = select(cached_attribution(model, structure, tokenizer), quota)
+    elif isinstance(rows, (str, os.PathLike)):
+        selection = RowSelection.load(rows)
+    else:
+        selection = rows if isinstance(rows, RowSelection) else RowSelection(rows)
+    check_fits(selection, structure)
+
+    causal_lm = structure.causal_lm
+    names = {id(module): name for name, module in causal_lm.named_modules()}
+    layers: list[tuple[DownProjection, LoKILinear]] = []
+    skipped: dict[str, str] = {}
+    required = [(parameter, parameter.requires_grad) for parameter in causal_lm.parameters()]
+    total = sum(parameter.numel() for parameter, _ in required)
+    try:
+        for down_proj, index in zip(structure.down_projs, selection, strict=True):
+            if len(index) == 0:
+                skipped[names[id(down_proj.module)]] = "no row of this layer is selected"
+                continue
+            layers.append((down_proj, LoKILinear.from_linear(down_proj.module, index, rank, dtype)))
+    except BaseException:
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+        raise
+    for parameter, _ in required:
+        parameter.requires_grad_(False)
+    for down_proj, layer in layers:
+        setattr(down_proj.parent, down_proj.attribute, layer)
+    trainable = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
+    report = Report(
+        patched={names[id(d.module)]: len(layer.index) for d, layer in layers},
+        skipped=skipped,
+        trainable=trainable,
+        total=total,
+    )
+    handle = Patch(causal_lm, selection, report, layers, required)
+    _write_side_file_with_checkpoints(handle)
+    logger.info("%s", report)
+    return handle
+
+
+def _check_patchable(structure: Structure) -> None:
+    if any(isinstance(module, LoKILinear) for module in structure.causal_lm.modules()):
+        raise ValueError(
+            "the model is already patched; call unpatch() or merge() on its Patch handle first."
+        )
+    for down_proj in structure.down_projs:
+        if type(down_proj.module) is not nn.Linear:
+            raise UnsupportedModelError(
+                f"{down_proj.name} is a {type(down_proj.module).__name__}, not a plain nn.Linear; "
+                "patch the model before PEFT or quantization wraps it."
+            )
+
+
+def check_fits(selection: RowSelection, structure: Structure) -> None:
+    """Raise ValueError if a selection was made for another model or site."""
+    if selection.info.get("site", "down_proj") != "down_proj":
+        raise ValueError(
+            "the selection names FFN neurons (site='ffn_neurons'), which are columns of "
+            "down_proj.weight; only rows (site='down_proj') can be trained so far."
+        )
+    if len(selection) != len(structure.layers):
+        raise ValueError(
+            f"the selection has {len(selection)} layers, the model {len(structure.layers)}."
+        )
+    if selection.info.get("width", structure.hidden_size) != structure.hidden_size:
+        raise ValueError(
+            f"the selection was made for hidden_size {selection.info['width']}; the model has "
+            f"{structure.hidden_size}."
+        )
+    for layer, rows in enumerate(selection):
+        if len(rows) and int(rows[-1]) >= structure.hidden_size:
+            raise ValueError(
+                f"row {int(rows[-1])} of layer {layer} is out of range: the model's hidden_size "
+                f"is {structure.hidden_size}."
+            )
+
+
+def _write_side_file_with_checkpoints(handle: Patch) -> None:
+    """Have this instance's ``save_pretrained`` also write what a merged checkpoint cannot hold."""
+    exact = all(
+        layer.rank is None and layer.rows.dtype == layer.weight.dtype for _, layer in handle._layers
+    )
+    original = getattr(handle.model, "save_pretrained", None)
+    if exact or original is None:
+        return
+
+    def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        result = original(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            handle.save_state(save_directory)
+        return result
+
+    handle.model.__dict__["save_pretrained"] = save_pretrained
+    handle._save_pretrained = original
+
+
+@contextlib.contextmanager
+def suppress(
+    model: nn.Module,
+    rows: RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str],
+) -> Iterator[nn.Module]:
+    """Zero rows of every down-projection inside the block (the paper's ablation, Table 5a).
+
+    A row's bias is zeroed too, so that its node is silent. The weights come back bit for bit.
+
+    Raises:
+        ValueError: for rows that do not fit the model.
+        UnsupportedModelError: if its down-projections are not plain linears.
+    """
+    structure = find_structure(model)
+    _check_patchable(structure)
+    if isinstance(rows, (str, os.PathLike)):
+        selection = RowSelection.load(rows)
+    else:
+        selection = rows if isinstance(rows, RowSelection) else RowSelection(rows)
+    check_fits(selection, structure)
+    saved: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        for down_proj, layer_rows in zip(structure.down_projs, selection, strict=True):
+            for parameter in (down_proj.module.weight, down_proj.module.bias):
+                if parameter is None:
+                    continue
+                index = layer_rows.to(parameter.device)
+                saved.append((parameter.data, index, parameter.data[index].clone()))
+                parameter.data.index_fill_(0, index, 0)
+        yield model
+    finally:
+        for data, index, values in saved:
+            data.index_copy_(0, index, values)
