@@ -49,6 +49,8 @@ class LoKILinear(nn.Module):
     ) -> None:
         super().__init__()
         index = _check_index(rows, linear.out_features)
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"rank must be a positive integer or None; it is {rank!r}.")
         weight = linear.weight
         if not weight.is_floating_point():
             raise ValueError(
@@ -72,8 +74,6 @@ class LoKILinear(nn.Module):
         if rank is None:
             self.rows = nn.Parameter(selected.to(dtype, copy=True))
         else:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"rank must be a positive integer or None; it is {rank!r}.")
             self.delta_a = nn.Parameter(torch.zeros(len(index), rank, dtype=dtype).to(index.device))
             b = torch.randn(rank, self.in_features) / math.sqrt(self.in_features)
             self.delta_b = nn.Parameter(b.to(index.device, dtype))
@@ -177,6 +177,8 @@ class LoKILinear(nn.Module):
         )
         trained = {prefix + name for name in ("rows", "delta_a", "delta_b")}
         missing_keys += [name for name in missing if name not in trained]
+        if strict:
+            unexpected_keys += [name for name in sorted(trained) if name in state_dict]
         if prefix + "weight" not in state_dict or len(error_msgs) > errors:
             return
         with torch.no_grad():

@@ -96,12 +96,7 @@ class Patch:
         exactly: float32 rows over a bfloat16 weight, and low-rank rows.
         """
         path = Path(folder) / SIDE_FILE
-        tensors = {
-            f"{down_proj.name}.{name}": parameter.detach().cpu().contiguous()
-            for down_proj, layer in self._layers
-            for name, parameter in layer.named_parameters()
-            if parameter.requires_grad
-        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._state()}
         with atomic_path(path) as temporary:
             safetensors.torch.save_file(tensors, temporary, metadata={"format": _SIDE_FORMAT})
         return path
@@ -113,28 +108,29 @@ class Patch:
             FileNotFoundError: if the folder has no side file.
             ValueError: if it is damaged or belongs to another selection; nothing is changed then.
         """
-        path = Path(folder) / SIDE_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist.")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("format") != _SIDE_FORMAT:
-                    raise ValueError(f"{path} is not a loki-kernels side file.")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        wanted = {
-            f"{down_proj.name}.{name}": parameter
-            for down_proj, layer in self._layers
-            for name, parameter in layer.named_parameters()
-            if parameter.requires_grad
-        }
-        shapes = {name: parameter.shape for name, parameter in wanted.items()}
-        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise ValueError(f"{path} belongs to a model patched with other rows or another rank.")
+        tensors = _read_side_file(folder)
+        own = dict(self._state())
+        same = tensors.keys() == own.keys() and all(
+            torch.equal(tensors[name], tensor.cpu())
+            if name.endswith(".index")
+            else tensors[name].shape == tensor.shape
+            for name, tensor in own.items()
+        )
+        if not same:
+            raise ValueError(
+                f"{Path(folder) / SIDE_FILE} belongs to a model patched with other rows or "
+                "another rank."
+            )
         with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(tensors[name])
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        for down_proj, layer in self._layers:
+            yield f"{down_proj.name}.index", layer.index
+            for name, parameter in layer.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{down_proj.name}.{name}", parameter
 
     def __enter__(self) -> Patch:
         return self
@@ -245,6 +241,43 @@ def patch(
     _write_side_file_with_checkpoints(handle)
     logger.info("%s", report)
     return handle
+
+
+def _read_side_file(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    path = Path(folder) / SIDE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("format") != _SIDE_FORMAT:
+                raise ValueError(f"{path} is not a loki-kernels side file.")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def merge_side_file(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Put the trained rows of a checkpoint's side file into the base model, in its dtype.
+
+    Raises:
+        FileNotFoundError: if the folder has no side file.
+        ValueError: if it is damaged or was made for another model; the model is unchanged then.
+    """
+    tensors = _read_side_file(folder)
+    names = [down_proj.name for down_proj in find_structure(model).down_projs]
+    rows = [tensors.get(f"{name}.index", torch.empty(0, dtype=torch.int64)) for name in names]
+    strangers = {name.rpartition(".")[0] for name in tensors} - set(names)
+    if strangers:
+        raise ValueError(f"the side file has rows of {min(strangers)}, which the model lacks.")
+    factors = [tensor for name, tensor in tensors.items() if name.endswith(".delta_a")]
+    rank = factors[0].shape[1] if factors else None
+    handle = patch(model, rows, rank=rank, dtype=torch.float32)
+    try:
+        handle.load_state(folder)
+    except BaseException:
+        handle.unpatch()
+        raise
+    return handle.merge()
 
 
 def _check_patchable(structure: Structure) -> None:

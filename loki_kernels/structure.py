@@ -149,8 +149,8 @@ def find_structure(model: nn.Module) -> Structure:
         for name, module in causal_lm.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == config.num_hidden_layers
-        # a list of norms or embeddings can have the same length; a decoder layer has linears
-        and any(is_linear_like(part) for part in module[0].modules())
+        # a list of norms can have the same length; a decoder layer has matrices
+        and any(parameter.ndim == 2 for parameter in module[0].parameters())
     ]
     if not stacks:
         raise UnsupportedModelError(

@@ -53,7 +53,7 @@ def attribute(
         tokenizer: a transformers tokenizer.
         definition: ``"published"``, ``"paper"`` or ``"captum"``.
         steps: path points m.
-        batch_size: prompts at a time; by default as many as fit about 2,048 prompt tokens or path
+        batch_size: prompts at a time; by default as many as fit about 512 prompt tokens or path
             rows on a CPU, 16,384 on a GPU.
         target: ``[N]`` token ids to attribute; by default the token the model predicts.
         out: a ``.safetensors`` file that receives the scores as they come, memory-mapped, so
@@ -82,7 +82,7 @@ def attribute(
     if out is not None and check_writable(out).suffix != ".safetensors":
         raise ValueError(f"out={os.fspath(out)!r} must end in .safetensors.")
 
-    if resolved.multiply and not (alphas == 0).any():
+    if resolved.completes and not (alphas == 0).any():
         # Completeness needs F(baseline), a point this rule does not visit: add it, unweighted.
         alphas = torch.cat([torch.zeros(1, dtype=alphas.dtype), alphas])
         weights = torch.cat([torch.zeros(1, dtype=weights.dtype), weights])
@@ -91,7 +91,7 @@ def attribute(
     width = structure.hidden_size if resolved.site == "down_proj" else structure.intermediate_size
     shape = (len(sequences), n_layers, width)
     run = describe_run(model, definition, resolved, steps)
-    store = ScoreFile(out, shape, run)
+    store = ScoreFile(out, shape, run, complete=resolved.completes)
     batches = _plan(sequences, batch_size, n_layers * len(alphas), structure)
     with (
         store,
@@ -136,7 +136,7 @@ def _plan(
 ) -> list[list[int]]:
     """Batches of prompt numbers, the longest prompts first, so that what does not fit fails now."""
     device = next(structure.causal_lm.parameters()).device
-    budget = 2048 if device.type == "cpu" else 16384
+    budget = 512 if device.type == "cpu" else 16384
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     batches: list[list[int]] = []
     start = 0

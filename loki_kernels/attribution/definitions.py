@@ -56,6 +56,11 @@ class Definition:
         if not isinstance(self.multiply, bool):
             raise ValueError(f"multiply must be True or False; it is {self.multiply!r}.")
 
+    @property
+    def completes(self) -> bool:
+        """Whether the last token's scores should add up to F(z) - F(baseline)."""
+        return self.multiply and self.path == "last_token"
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

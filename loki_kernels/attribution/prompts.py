@@ -72,6 +72,7 @@ def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
     if "input_ids" not in batch:
         raise ValueError(f"batch at prompt {first} has no input_ids; it has {sorted(batch)}.")
     ids = torch.as_tensor(batch["input_ids"]).cpu()
+    ids = ids if ids.numel() else ids.to(torch.int64)  # an empty list becomes a float tensor
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).cpu()
     if ids.is_floating_point() or ids.ndim not in (1, 2):

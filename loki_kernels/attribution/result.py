@@ -38,8 +38,11 @@ class Attribution:
         scores: float32 ``[N, L, D]`` on the CPU; memory-mapped when ``out=`` was given.
         targets: int64 ``[N]``, the attributed tokens.
         completeness: float32 ``[N, L]``, ``sum of scores - (F(z) - F(baseline))``, the convergence
-            delta: 0 for an exact path integral. None where the definition has none (``paper``).
-        change: float32 ``[N, L]``, ``F(z) - F(baseline)``, what the scores should add up to.
+            delta: 0 for an exact path integral. None where the definition has none: ``paper``,
+            whose scores are plain gradients, and ``captum``, whose scores add up over all
+            positions.
+        change: float32 ``[N, L]``, ``F(z) - F(baseline)``, what the scores should add up to; None
+            like ``completeness``.
         value: float32 ``[N]``, F(z), for example the target token's probability.
         run: how to repeat it: model, definition, steps, versions.
     """
@@ -190,6 +193,8 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
         path: str | os.PathLike[str] | None,
         shape: tuple[int, int, int],
         run: dict[str, Any],
+        *,
+        complete: bool,
     ) -> None:
         samples, layers, _ = shape
         self._run = run
@@ -198,7 +203,7 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
             "targets": (np.dtype("<i8"), (samples,)),
             "value": (np.dtype("<f4"), (samples,)),
         }
-        self._complete = bool(run["multiply"])
+        self._complete = complete
         if self._complete:
             self._shapes["completeness"] = (np.dtype("<f4"), (samples, layers))
             self._shapes["change"] = (np.dtype("<f4"), (samples, layers))

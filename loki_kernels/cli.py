@@ -1,0 +1,189 @@
+"""The command ``loki-kernels``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from .attribution.definitions import DEFINITIONS, Site
+from .ops.count_lowest import Criterion
+from .selection import Strategy
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, or 1 after a message on what was wrong."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        arguments.run(arguments)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"loki-kernels {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loki-kernels", description="Fine-tune a language model without making it forget."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    attribute = commands.add_parser("attribute", help="attribute a model's answers to FFN nodes")
+    attribute.add_argument("model", help="folder or hub name of a causal language model")
+    attribute.add_argument("out", help="file to write: .safetensors, .h5 or .hdf5")
+    _add_question_options(attribute)
+    attribute.add_argument("--definition", choices=list(DEFINITIONS), default="published")
+    attribute.add_argument("--steps", type=int, default=7)
+    attribute.add_argument("--site", choices=get_args(Site), default="down_proj")
+    attribute.add_argument("--batch-size", type=int)
+    attribute.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
+    attribute.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    attribute.add_argument("--heatmap", help="also draw this .png")
+    attribute.set_defaults(run=_attribute)
+
+    select = commands.add_parser("select", help="choose rows from an attribution")
+    select.add_argument("attribution", help="file written by attribute, or the authors' HDF5 log")
+    select.add_argument("out", help="position file to write (.json)")
+    select.add_argument("--quota", type=float, default=10.0, help="percentage of rows")
+    select.add_argument("--strategy", choices=get_args(Strategy), default="layer_balanced")
+    select.add_argument("--criterion", choices=get_args(Criterion), default="signed")
+    select.add_argument("--seed", type=int, default=0)
+    select.set_defaults(run=_select)
+
+    merge = commands.add_parser(
+        "merge", help="put the rows of a side file into a checkpoint (float32 or low-rank rows)"
+    )
+    merge.add_argument("base", help="folder or hub name of the model that was patched")
+    merge.add_argument("checkpoint", help="folder with loki_rows.safetensors")
+    merge.add_argument("out", help="folder to write the merged model to")
+    merge.add_argument("--dtype", default="float32", help="of the merged model")
+    merge.set_defaults(run=_merge)
+
+    demo = commands.add_parser("demo", help="the main job on SmolLM2-135M, end to end")
+    demo.add_argument("--out", default="demo-output", help="folder to write")
+    demo.add_argument("--quick", action="store_true", help="a smaller run, under 3 minutes")
+    _add_question_options(demo)
+    demo.set_defaults(run=_demo)
+
+    environment = commands.add_parser("env", help="versions, device and live backends")
+    environment.set_defaults(run=_env)
+    return parser
+
+
+def _add_question_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--questions", help="your own questions: MMLU's csv, or jsonl")
+    source.add_argument("--dataset", help="a Hugging Face dataset with MMLU's columns")
+
+
+def _questions(arguments: argparse.Namespace) -> Any:
+    """The user's own questions, or None."""
+    from .questions import read_dataset, read_questions
+
+    if arguments.questions:
+        return read_questions(arguments.questions)
+    if arguments.dataset:
+        return read_dataset(arguments.dataset)
+    return None
+
+
+def _load_model(name: str, dtype: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {dtype} is not a torch dtype.")
+    return AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+    )
+
+
+def _attribute(arguments: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    from .attribution import attribute
+    from .files import check_writable
+    from .questions import load_questions
+
+    suffix = check_writable(arguments.out).suffix
+    if suffix not in (".safetensors", ".h5", ".hdf5"):
+        raise ValueError(f"{arguments.out} must end in .safetensors, .h5 or .hdf5.")
+    if arguments.heatmap and check_writable(arguments.heatmap).suffix != ".png":
+        raise ValueError(f"{arguments.heatmap} must end in .png.")
+    questions = _questions(arguments) or load_questions()
+    model = _load_model(arguments.model, arguments.dtype)
+    model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    result = attribute(
+        model,
+        [question.prompt(tokenizer) for question in questions],
+        tokenizer=tokenizer,
+        definition=arguments.definition,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        site=arguments.site,
+        out=arguments.out if suffix == ".safetensors" else None,
+    )
+    if suffix != ".safetensors":
+        result.save(arguments.out)
+    if arguments.heatmap:
+        result.heatmap(arguments.heatmap)
+    print(f"{result} -> {arguments.out}")
+
+
+def _select(arguments: argparse.Namespace) -> None:
+    from .attribution import Attribution
+    from .files import check_writable
+    from .selection import select
+
+    check_writable(arguments.out)
+    rows = select(
+        Attribution.load(arguments.attribution),
+        arguments.quota,
+        arguments.strategy,
+        arguments.criterion,
+        arguments.seed,
+    )
+    rows.save(arguments.out)
+    print(f"{rows} -> {arguments.out}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from .patching import merge_side_file
+
+    out = Path(arguments.out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; name a new folder.")
+    model = merge_side_file(_load_model(arguments.base, arguments.dtype), arguments.checkpoint)
+    model.save_pretrained(out)
+    try:
+        AutoTokenizer.from_pretrained(arguments.base).save_pretrained(out)
+    except (OSError, ValueError) as error:
+        logging.getLogger(__name__).warning("no tokenizer was copied: %s", error)
+    print(f"merged model -> {out}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .demo.main import run_demo
+
+    run_demo(Path(arguments.out), quick=arguments.quick, questions=_questions(arguments))
+
+
+def _env(_arguments: argparse.Namespace) -> None:
+    from .environment import environment
+
+    for name, value in environment().items():
+        print(f"{name:16} {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The main job on a real model: analyse, select, patch, fine-tune, compare, save, check."""

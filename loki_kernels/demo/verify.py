@@ -1,0 +1,52 @@
+"""Run as a script, in a process of its own, on a saved checkpoint: is it an ordinary model?
+
+Usage: python verify.py CHECKPOINT EXPECTED.json
+"""
+
+import hashlib
+import json
+import sys
+
+
+def row_hashes(weight):
+    """A short hash of every row's bytes."""
+    return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in weight]
+
+
+def main(checkpoint, expected_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with open(expected_path, encoding="utf-8") as file:
+        expected = json.load(file)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([expected["input_ids"]])).logits[0, -1]
+    want = torch.tensor(expected["logits"])
+    difference = float((logits - want).norm() / want.norm())
+
+    trained = changed = 0
+    state = model.state_dict()
+    assert state.keys() == expected["hashes"].keys(), "the checkpoint has other tensors"
+    for name, hashes in expected["hashes"].items():
+        selected = set(expected["rows"].get(name, []))
+        for row, (now, before) in enumerate(
+            zip(row_hashes(torch.atleast_2d(state[name])), hashes, strict=True)
+        ):
+            if row in selected:
+                trained += now != before
+            else:
+                changed += now != before
+    result = {
+        "architecture": type(model).__name__,
+        "loki_kernels_imported": "loki_kernels" in sys.modules,
+        "logits_relative_difference": difference,
+        "selected_rows_trained": trained,
+        "selected_rows": sum(len(rows) for rows in expected["rows"].values()),
+        "unselected_rows_changed": changed,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import build_model
+from test_patching import train
+
+import loki_kernels as loki
+from loki_kernels.cli import main
+
+
+@pytest.fixture
+def folder(model, tmp_path, monkeypatch):
+    """A saved model and a tokenizer that needs no download."""
+    model.save_pretrained(tmp_path / "model")
+
+    class Tokenizer:
+        chat_template = None
+
+        def __call__(self, text):
+            return {"input_ids": [len(word) for word in text.split()][:20]}
+
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.txt").write_text("saved")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_a, **_k: Tokenizer())
+    return tmp_path
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "h5"])
+def test_attribute_then_select(folder, capsys, suffix):
+    questions = folder / "mine.jsonl"
+    row = {"question": "Is it?", "choices": ["a", "b", "c", "d"], "answer": 1}
+    questions.write_text(json.dumps(row) + "\n")
+    scores, rows = folder / f"scores.{suffix}", folder / "rows.json"
+    heatmap = folder / "map.png"
+    command = ["attribute", str(folder / "model"), str(scores), "--questions", str(questions)]
+    assert main([*command, "--heatmap", str(heatmap), "--definition", "paper"]) == 0
+    assert heatmap.exists()
+    attribution = loki.Attribution.load(scores)
+    assert attribution.run["definition"] == "paper"
+    assert attribution.scores.shape == (1, 3, 48)
+    assert main(["select", str(scores), str(rows), "--quota", "25"]) == 0
+    assert loki.RowSelection.load(rows) == loki.select(attribution, 25)
+    assert loki.RowSelection.load(rows).info["attribution"]["definition"] == "paper"
+    assert "3 layers, 12 rows each" in capsys.readouterr().out
+
+
+def test_merge(folder):
+    model = build_model()
+    loki.patch(model, [[1], [2], [3]], rank=2)
+    train(model)
+    model.save_pretrained(folder / "trained")
+    command = ["merge", str(folder / "model"), str(folder / "trained"), str(folder / "merged")]
+    assert main(command) == 0
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(merged[name], tensor)
+    assert main(command) == 1  # the folder is not empty any more
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["select", "no.safetensors", "rows.json"], "no.safetensors does not exist"),
+        (["select", "no.safetensors", "/no/such/rows.json"], "does not exist"),
+        (["attribute", "model", "scores.bin"], "must end in"),
+        (["attribute", "model", "s.h5", "--questions", "q.txt"], "read from .csv or .jsonl"),
+        (["attribute", "model", "s.h5", "--dtype", "nn"], "not a torch dtype"),
+    ],
+)
+def test_errors_are_one_line(command, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in out
+    assert "backend triton" in out

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import build_model
+
+from loki_kernels.demo.evaluation import evaluate
+from loki_kernels.demo.function_calls import SYSTEM, generate_examples
+from loki_kernels.demo.model import find_gguf, load_smollm2
+from loki_kernels.demo.training import collate
+
+
+def test_examples_are_seeded_and_functions_held_out():
+    train, test = generate_examples(100, 40)
+    assert (train, test) == generate_examples(100, 40)
+    assert train != generate_examples(100, 40, seed=1)[0]
+
+    def offered(examples):
+        return {
+            line.split("(")[0]
+            for example in examples
+            for line in example.system.removeprefix(SYSTEM).splitlines()
+        }
+
+    assert not offered(train) & offered(test)
+    for example in train + test:
+        call = json.loads(example.call)
+        assert call["name"] == example.function
+        assert f"{example.function}({', '.join(call['arguments'])})" in example.system
+        for value in call["arguments"].values():
+            assert str(value) in example.request
+
+
+def test_evaluation_of_known_distribution():
+    """A head that knows nothing gives the vocabulary's size as perplexity, and no exact match."""
+    model = build_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    rows = [
+        {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
+        {"input_ids": [5, 6], "labels": [-100, 6]},
+        {"input_ids": [5, 0], "labels": [-100, 0]},  # token 0 wins the tie
+    ]
+    result = evaluate(model, rows, rows, rows)
+    assert result.task_loss == pytest.approx(math.log(97), rel=1e-5)
+    assert result.perplexity == pytest.approx(97, rel=1e-5)
+    assert result.answer_log_probability == pytest.approx(-math.log(97), rel=1e-5)
+    assert result.task_exact == pytest.approx(1 / 3)
+
+
+def test_evaluation_ignores_padding():
+    model = build_model()
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for n in (3, 9, 5):
+        ids = torch.randint(1, 97, (n,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]]})
+    together = evaluate(model, rows, rows, rows)
+    losses = []
+    for row in rows:
+        batch = collate([row])
+        losses.append(float(model(**batch).loss.detach()) * (len(row["input_ids"]) - 1))
+    tokens = sum(len(row["input_ids"]) - 1 for row in rows)
+    assert together.task_loss == pytest.approx(sum(losses) / tokens, rel=1e-5)
+
+
+def test_smollm2_is_a_plain_model_that_answers():
+    try:
+        find_gguf()
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    model, tokenizer = load_smollm2()
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    assert getattr(model.config, "quantization_config", None) is None
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])

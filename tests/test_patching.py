@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import transformers
+from conftest import ARCHITECTURES, assert_unchanged, build_model, snapshot
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import loki_kernels as loki
+
+ROWS = [[1, 5, 40], [0], [7, 3]]
+
+
+def data(count=16):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 97, (count, 9), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def train(model, steps=3, lr=0.05):
+    """A bare loop over every parameter, with weight decay."""
+    batch = torch.stack([row["input_ids"] for row in data(4)])
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1
+    )
+    for _ in range(steps):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=data(1)[0]["input_ids"][None]).logits
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trains_only_the_rows_and_unpatches(name, rank):
+    model = build_model(name)
+    model.lm_head.weight.requires_grad_(False) if hasattr(model, "lm_head") else None
+    before = snapshot(model)
+    want = logits(model)
+    handle = loki.patch(model, ROWS, rank=rank)
+    assert torch.equal(logits(model), want)
+    assert handle.report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert list(handle.report.patched.values()) == [3, 1, 2]
+    train(model)
+    trained = {k: v.clone() for k, v in model.state_dict().items()}
+    assert trained.keys() == before["weights"].keys()
+    names = list(handle.report.patched)
+    for key, tensor in trained.items():
+        changed = (tensor != before["weights"][key]).nonzero()[:, :1].unique().tolist()
+        layer = [i for i, n in enumerate(names) if key == f"{n}.weight"]
+        assert changed == (sorted(ROWS[layer[0]]) if layer else []), key
+    handle.unpatch()
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_merge_keeps_what_was_learned(model, rank):
+    before = snapshot(model)
+    handle = loki.patch(model, ROWS, rank=rank)
+    learned = logits(train(model))
+    merged = handle.merge()
+    assert merged is model
+    assert not any(isinstance(m, loki.LoKILinear) for m in model.modules())
+    torch.testing.assert_close(logits(model), learned)
+    after = snapshot(model)
+    for key in ("required", "identity", "types", "hooks"):
+        assert after[key] == before[key]
+    with pytest.raises(RuntimeError, match="no longer patched"):
+        handle.unpatch()
+
+
+def test_context_manager(model):
+    before = snapshot(model)
+    with contextlib.suppress(ZeroDivisionError), loki.patch(model, ROWS):
+        train(model)
+        raise ZeroDivisionError
+    assert_unchanged(model, before)
+    with loki.patch(model, ROWS) as handle:
+        train(model)
+        handle.merge()
+    assert not torch.equal(
+        model.state_dict()["model.layers.0.mlp.down_proj.weight"],
+        before["weights"]["model.layers.0.mlp.down_proj.weight"],
+    )
+
+
+def test_checkpoint_is_ordinary(model, tmp_path):
+    """A plain process that never imports loki_kernels gets the same logits."""
+    loki.patch(model, ROWS)
+    want = logits(train(model))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "loki_rows.safetensors").exists()
+    torch.save(want, tmp_path / "want.pt")
+    script = f"""
+        import sys, torch, transformers
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            {str(tmp_path)!r}, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        ids = torch.tensor([{data(1)[0]["input_ids"].tolist()}])
+        want = torch.load({str(tmp_path / "want.pt")!r}, weights_only=True)
+        assert torch.allclose(model.eval()(ids).logits, want, atol=1e-6)
+        assert "loki_kernels" not in sys.modules
+        print("same")
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "same", result.stderr
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loki.patch(again, ROWS)
+    torch.testing.assert_close(logits(again), want)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_trainer_resumes_bit_exactly(tmp_path, use_reentrant):
+    def run(folder, steps, resume=False):
+        model = build_model()
+        loki.patch(model, ROWS)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            save_steps=3,
+            learning_rate=0.02,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=2,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            gradient_checkpointing=use_reentrant is not None,
+            gradient_checkpointing_kwargs={"use_reentrant": bool(use_reentrant)},
+        )
+        Trainer(model=model, args=arguments, train_dataset=data()).train(
+            resume_from_checkpoint=resume
+        )
+        return model.state_dict()
+
+    straight = run(tmp_path / "a", 6)
+    run(tmp_path / "b", 3)
+    resumed = run(tmp_path / "b", 6, resume=True)
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, resumed[name]), name
+    start = build_model().state_dict()["model.layers.0.mlp.down_proj.weight"]
+    assert not torch.equal(straight["model.layers.0.mlp.down_proj.weight"][1], start[1])
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, None), (2, torch.float32)])
+def test_side_file_restores_what_the_checkpoint_rounds(tmp_path, rank, dtype):
+    model = build_model(dtype=torch.bfloat16)
+    handle = loki.patch(model, ROWS, rank=rank, dtype=dtype)
+    train(model, lr=0.01)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "loki_rows.safetensors").exists()
+    again = build_model(dtype=torch.bfloat16)
+    second = loki.patch(again, ROWS, rank=rank, dtype=dtype)
+    second.load_state(tmp_path)
+    for (_, a), (_, b) in zip(handle._layers, second._layers, strict=True):
+        trained = [name for name, p in a.named_parameters() if p.requires_grad]
+        assert trained
+        for name in trained:
+            assert torch.equal(getattr(a, name), getattr(b, name))
+    assert torch.equal(logits(again), logits(model))
+
+    other = build_model(dtype=torch.bfloat16)
+    third = loki.patch(other, [[1], [2], [3]], rank=rank, dtype=dtype)
+    with pytest.raises(ValueError, match="other rows"):
+        third.load_state(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        third.load_state(tmp_path / "elsewhere")
+    handle.unpatch()
+    assert "save_pretrained" not in model.__dict__
+
+
+def test_float32_rows_keep_updates_bfloat16_would_lose():
+    moved = {}
+    for dtype in (None, torch.float32):
+        model = build_model(dtype=torch.bfloat16)
+        handle = loki.patch(model, ROWS, dtype=dtype)
+        start = handle._layers[0][1].rows.detach().clone()
+        batch = data(1)[0]["input_ids"][None]
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        moved[dtype] = not torch.equal(handle._layers[0][1].rows, start)
+    assert moved == {None: False, torch.float32: True}
+
+
+def test_empty_layers_are_skipped(model):
+    report = loki.patch(model, [[1], [], [2]]).report
+    assert list(report.skipped) == ["model.layers.1.mlp.down_proj"]
+    assert "no row" in str(report)
+
+
+def test_position_file(model, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    handle = loki.patch(model, path)
+    assert handle.rows == loki.RowSelection(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([[1], [2]], {}, "2 layers, the model 3"),
+        ([[48], [1], [1]], {}, "row 48 of layer 0 is out of range"),
+        ([[-1], [1], [1]], {}, "-1"),
+        ([[1, 1], [1], [1]], {}, "row 1 twice"),
+        ([[], [], []], {}, "empty in every layer"),
+        (ROWS, {"rank": 0}, "rank"),
+        (ROWS, {"dtype": torch.int8}, "floating-point"),
+        (None, {"quota": 0}, "quota"),
+        (None, {"quota": 101}, "quota"),
+        (None, {}, "pass tokenizer="),
+    ],
+)
+def test_bad_input_changes_nothing(model, rows, options, message):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        loki.patch(model, rows, **options)
+    assert_unchanged(model, before)
+
+
+def test_damaged_position_file(model, tmp_path):
+    before = snapshot(model)
+    path = tmp_path / "rows.json"
+    path.write_text("[[1, 2")
+    with pytest.raises(ValueError, match="not a position file"):
+        loki.patch(model, path)
+    assert_unchanged(model, before)
+
+
+def test_patching_twice(model):
+    handle = loki.patch(model, ROWS)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="already patched"):
+        loki.patch(model, ROWS)
+    assert_unchanged(model, before)
+    handle.unpatch()
+    loki.patch(model, ROWS).unpatch()
+
+
+def test_selection_of_neurons_or_another_width(model, prompts):
+    neurons = loki.attribute(model, prompts, site="ffn_neurons")
+    with pytest.raises(ValueError, match="ffn_neurons"):
+        loki.patch(model, loki.select(neurons))
+    wide = loki.select(torch.randn(2, 3, 64), 1.0)
+    with pytest.raises(ValueError, match="hidden_size 64"):
+        loki.patch(model, wide)
+
+
+def test_peft_wrapped_down_proj_is_refused(model):
+    import peft
+
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2))
+    with pytest.raises(loki.UnsupportedModelError, match="not a plain"):
+        loki.patch(wrapped, ROWS)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_mlp_bias"])
+def test_suppress(name):
+    model = build_model(name)
+    before = snapshot(model)
+    with loki.suppress(model, ROWS):
+        down_proj = model.model.layers[0].mlp.down_proj
+        assert torch.equal(down_proj(torch.randn(2, 112))[:, ROWS[0]], torch.zeros(2, 3))
+        kept = [r for r in range(48) if r not in ROWS[0]]
+        weights = before["weights"]["model.layers.0.mlp.down_proj.weight"]
+        assert torch.equal(down_proj.weight[kept], weights[kept])
+    assert_unchanged(model, before)
+
+
+class _Tokenizer:
+    """Words to ids; enough for the bundled questions."""
+
+    chat_template = None
+
+    def __call__(self, text):
+        return {"input_ids": [hash_word(word) for word in text.split()][:40]}
+
+
+def hash_word(word):
+    return sum(map(ord, word)) % 97
+
+
+def test_three_lines(model, tmp_path, monkeypatch):
+    """`patch(model, tokenizer=...)` analyses, selects, and keeps the analysis."""
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path / "cache"))
+    handle = loki.patch(model, tokenizer=_Tokenizer(), quota=25)
+    assert handle.rows.counts == [12, 12, 12]
+    tokenizer = _Tokenizer()
+    questions = [q.prompt(tokenizer) for q in loki.load_questions(3)]
+    handle.unpatch()
+    want = loki.select(loki.attribute(model, questions, tokenizer=tokenizer), 25)
+    assert handle.rows == want
+
+    calls = []
+    monkeypatch.setattr("loki_kernels.cache.attribute", lambda *a, **k: calls.append(1))
+    again = loki.patch(model, tokenizer=tokenizer, quota=25)
+    assert again.rows == want
+    assert calls == []
+    again.unpatch()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    with pytest.raises(AttributeError):  # the fingerprint changed: it would analyse again
+        loki.patch(model, tokenizer=tokenizer)
+    assert calls == [1]
+
+
+def test_generation_of_a_patched_model(model):
+    ids = data(1)[0]["input_ids"][None]
+    want = model.generate(ids, max_new_tokens=5, do_sample=False)
+    with loki.patch(model, ROWS):
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), want)
+
+
+def test_plain_llama_structure_is_kept(model, tmp_path):
+    loki.patch(model, ROWS)
+    model.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.architectures == ["LlamaForCausalLM"]
+    assert not hasattr(config, "auto_map")
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, None)])
+def test_merge_side_file(tmp_path, rank, dtype):
+    from loki_kernels.patching import merge_side_file
+
+    model = build_model(dtype=torch.bfloat16)
+    loki.patch(model, [[1, 5], [], [2]], rank=rank, dtype=dtype)
+    train(model, lr=0.01)
+    model.save_pretrained(tmp_path)
+    merged = merge_side_file(build_model(dtype=torch.bfloat16), tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], tensor), name
+    with pytest.raises(ValueError, match="which the model lacks"):
+        merge_side_file(build_model("gpt_neox"), tmp_path)
