@@ -70,6 +70,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: questions are read from .csv or .jsonl, not {path.suffix!r}.")
     with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
         try:
             if path.suffix == ".jsonl":
                 questions = [
@@ -78,10 +79,11 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
                     if line.strip()
                 ]
             else:
-                reader = csv.reader(file)
                 questions = [_from_row(row, f"{path}, line {reader.line_num}") for row in reader]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text.") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} is not csv: {error}.") from error
     if not questions:
         raise ValueError(f"{path} holds no question.")
     return questions
@@ -109,9 +111,10 @@ def read_dataset(name: str, split: str = "test") -> list[Question]:
 
 def _from_json(line: str, where: str) -> Question:
     try:
-        return _checked(json.loads(line), where)
-    except json.JSONDecodeError as error:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
+    return _checked(row, where)
 
 
 def _from_row(row: list[str], where: str) -> Question:

@@ -114,7 +114,7 @@ class RowSelection(Sequence[Tensor]):
         text = Path(path).read_bytes()
         try:
             content = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a position file: {error}.") from error
         info: dict[str, Any] = {}
         rows = content
@@ -141,7 +141,7 @@ def _check_layer(rows: Sequence[int] | Tensor, layer: int) -> Tensor:
             )
         values = tensor.tolist()
     else:
-        values = list(rows)
+        values = [int(row) if isinstance(row, np.integer) else row for row in rows]
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
             raise ValueError(f"layer {layer} has {value!r} where a row number should be.")

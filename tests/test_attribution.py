@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -428,3 +429,30 @@ def test_gradient_checkpointing_model(model, prompts):
     model.gradient_checkpointing_enable()
     model.train()
     assert torch.equal(attribute(model, prompts).scores, want.scores)
+
+
+def test_memory_does_not_grow_with_samples(tmp_path):
+    """With out=, nothing of the scores' size is allocated; without it, it is."""
+    config = transformers.LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=31,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    samples = 1000
+    size = samples * 3 * 1024 * 4
+    peaks = []
+    for out in (tmp_path / "scores.safetensors", None):
+        tracemalloc.start()  # numpy reports its arrays to it; torch's differ by batch alone
+        result = loki.attribute(
+            model, [{"input_ids": [1, 2]}] * samples, steps=1, batch_size=100, out=out
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert result.scores.shape == (samples, 3, 1024)
+    assert peaks[0] < size / 4
+    assert peaks[1] > size

@@ -27,9 +27,14 @@ def integrate_path(
     Raises:
         ValueError: if ``weights`` does not have one number a path point.
     """
-    if gradients.ndim != 3 or weights.shape[-1] != gradients.shape[1] or weights.ndim > 2:
+    if gradients.ndim != 3:
         raise ValueError(
             "gradients must be [B, m, D] and weights [m] or [B, m]; they are "
-            f"{tuple(gradients.shape)} and {tuple(weights.shape)}."
+            f"{list(gradients.shape)} and {list(weights.shape)}."
+        )
+    samples, points, _ = gradients.shape
+    if tuple(weights.shape) not in ((points,), (samples, points)):
+        raise ValueError(
+            f"weights must be [{points}] or [{samples}, {points}]; they are {list(weights.shape)}."
         )
     return integrate_path_reference(gradients, weights, z, baseline)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .._check import check_index, check_linear, check_shape
+
 
 def row_delta_linear(
     x: Tensor,
@@ -34,11 +36,11 @@ def row_delta_linear(
     Raises:
         ValueError: for shapes that do not fit together.
     """
-    if delta_a.shape[0] != index.shape[0] or delta_b.shape != (delta_a.shape[1], weight.shape[1]):
-        raise ValueError(
-            f"delta_a must be [{index.shape[0]}, r] and delta_b [r, {weight.shape[1]}]; "
-            f"they are {tuple(delta_a.shape)} and {tuple(delta_b.shape)}."
-        )
+    _, in_features = check_linear(x, weight, bias)
+    if delta_a.ndim != 2:
+        raise ValueError(f"delta_a must be [k, r]; it is {list(delta_a.shape)}.")
+    check_shape("delta_a", delta_a, check_index(index), delta_a.shape[1])
+    check_shape("delta_b", delta_b, delta_a.shape[1], in_features)
     y = functional.linear(x, weight, bias)
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(delta_b.dtype)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .._check import check_index, check_linear, check_shape
+
 
 def row_masked_linear(
     x: Tensor, weight: Tensor, rows: Tensor, index: Tensor, bias: Tensor | None = None
@@ -32,15 +34,8 @@ def row_masked_linear(
     Raises:
         ValueError: for shapes that do not fit together.
     """
-    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x [..., in_features] and weight [out_features, in_features] do not fit: "
-            f"{tuple(x.shape)} and {tuple(weight.shape)}."
-        )
-    if rows.shape != (index.shape[0], weight.shape[1]):
-        raise ValueError(
-            f"rows must be [{index.shape[0]}, {weight.shape[1]}]; they are {tuple(rows.shape)}."
-        )
+    _, in_features = check_linear(x, weight, bias)
+    check_shape("rows", rows, check_index(index), in_features)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

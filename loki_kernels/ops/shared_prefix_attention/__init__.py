@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._check import check_shape
 from .reference import shared_prefix_attention_reference
 
 
@@ -57,8 +58,8 @@ def shared_prefix_attention(
             f"prefix_k and prefix_v must be [B, Hkv, P, d] = {expected}; "
             f"they are {tuple(prefix_k.shape)} and {tuple(prefix_v.shape)}."
         )
-    if prefix_lengths is not None and prefix_lengths.shape != (batch,):
-        raise ValueError(f"prefix_lengths must be [{batch}]; it is {tuple(prefix_lengths.shape)}.")
+    check_shape("prefix_lengths", prefix_lengths, batch)
+    check_shape("sinks", sinks, heads)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1; it is {window}.")
     return shared_prefix_attention_reference(

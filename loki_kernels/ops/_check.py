@@ -1,0 +1,30 @@
+"""Shape checks the ops share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_shape(name: str, tensor: Tensor | None, *expected: int) -> None:
+    """Raise ValueError unless ``tensor`` is None or has exactly this shape."""
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must be {list(expected)}; it is {list(tensor.shape)}.")
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """(out_features, in_features), or ValueError if the three do not fit together."""
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "x [..., in_features] and weight [out_features, in_features] do not fit: "
+            f"{list(x.shape)} and {list(weight.shape)}."
+        )
+    out_features, in_features = weight.shape
+    check_shape("bias", bias, out_features)
+    return out_features, in_features
+
+
+def check_index(index: Tensor) -> int:
+    """The number of rows, or ValueError if ``index`` is not ``[k]``."""
+    if index.ndim != 1:
+        raise ValueError(f"index must be [k]; it is {list(index.shape)}.")
+    return index.shape[0]

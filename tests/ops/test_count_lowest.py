@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loki_kernels.ops import count_lowest
+from loki_kernels.ops.count_lowest.reference import count_lowest_reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def tied_scores(shape, dtype=torch.float32):
+    """Few distinct values of both signs, so that most ranks are decided by index."""
+    torch.manual_seed(sum(shape))
+    return torch.randint(-4, 5, shape).to(dtype) / 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("criterion", ["signed", "magnitude"])
+@pytest.mark.parametrize("width", [1, 63, 129, 500])
+@pytest.mark.parametrize("tied", [True, False])
+def test_equals_reference(dtype, criterion, width, tied):
+    shape = (5, 3, width)
+    scores = tied_scores(shape, dtype) if tied else torch.randn(shape).to(dtype)
+    for k in {0, 1, width // 3, width - 1, width}:
+        got = count_lowest(scores, k, criterion=criterion)
+        want = count_lowest_reference(scores, k, criterion=criterion)
+        assert got.dtype == torch.int64
+        assert torch.equal(got, want)
+        assert got.sum() == 5 * 3 * k
+
+
+def test_worked_example():
+    scores = torch.tensor([[[3.0, -5.0, 0.0, -5.0], [1.0, 1.0, 1.0, 1.0]]])
+    assert count_lowest(scores, 1).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    assert count_lowest(scores, 3).tolist() == [[0, 1, 1, 1], [1, 1, 1, 0]]
+    assert count_lowest(scores, 2, criterion="magnitude").tolist() == [[1, 0, 1, 0], [1, 1, 0, 0]]
+
+
+def test_signed_zeros_tie():
+    scores = torch.tensor([[[0.0, -0.0, 0.0]], [[-0.0, 0.0, -0.0]]])
+    assert count_lowest(scores, 1).tolist() == [[2, 0, 0]]
+
+
+@pytest.mark.parametrize("criterion", ["signed", "magnitude"])
+def test_infinities_are_ranked(criterion):
+    inf = float("inf")
+    scores = torch.tensor([[[inf, -inf, 0.0, inf, -inf, 1.0]]])
+    for k in range(7):
+        got = count_lowest(scores, k, criterion=criterion)
+        assert torch.equal(got, count_lowest_reference(scores, k, criterion=criterion))
+
+
+def test_non_contiguous_scores():
+    scores = tied_scores((63, 7, 3)).permute(2, 1, 0)[:, ::2]
+    assert not scores.is_contiguous()
+    assert torch.equal(count_lowest(scores, 20), count_lowest_reference(scores, 20))
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_no_samples_count_nothing(k):
+    assert torch.equal(count_lowest(torch.zeros(0, 2, 5), k), torch.zeros(2, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_adds_to_counts_in_place(k):
+    scores = tied_scores((6, 2, 9))
+    counts = torch.arange(18).view(2, 9)
+    want = count_lowest_reference(scores, k, counts.clone())
+    returned = count_lowest(scores, k, counts)
+    assert returned is counts
+    assert torch.equal(counts, want)
+
+
+def test_two_halves_equal_the_whole():
+    scores = tied_scores((8, 2, 9))
+    counts = count_lowest(scores[:3], 4)
+    count_lowest(scores[3:], 4, counts)
+    assert torch.equal(counts, count_lowest(scores, 4))
+
+
+def test_scores_are_left_alone():
+    scores = tied_scores((3, 2, 9))
+    before = scores.clone()
+    count_lowest(scores, 4, criterion="magnitude")
+    assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("k", [-1, 10])
+def test_k_outside_the_width_raises(k):
+    with pytest.raises(ValueError, match=r"k must lie in \[0, 9\]"):
+        count_lowest(torch.zeros(2, 3, 9), k)
+
+
+@pytest.mark.parametrize("shape", [(9,), (3, 9), (1, 2, 3, 9)])
+def test_scores_of_another_shape_raise(shape):
+    with pytest.raises(ValueError, match="scores must be"):
+        count_lowest(torch.zeros(shape), 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_nan_raises_and_counts_stay(dtype):
+    scores = torch.zeros(2, 3, 9, dtype=dtype)
+    scores[1, 2, 8] = float("nan")
+    counts = torch.zeros(3, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match="NaN"):
+        count_lowest(scores, 1, counts)
+    assert counts.sum() == 0
+
+
+def test_unknown_criterion_raises():
+    with pytest.raises(ValueError, match="criterion"):
+        count_lowest(torch.zeros(2, 3, 9), 1, criterion="lowest")
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        torch.zeros(9, 3, dtype=torch.int64),
+        torch.zeros(1, 9, dtype=torch.int64),
+        torch.zeros(27, dtype=torch.int64),
+        torch.zeros(3, 9, dtype=torch.int32),
+        torch.zeros(3, 9),
+    ],
+)
+def test_other_counts_raise(counts):
+    with pytest.raises(ValueError, match="counts must be int64"):
+        count_lowest(torch.zeros(2, 3, 9), 1, counts)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loki_kernels.ops import expand_path
+from loki_kernels.ops.expand_path.reference import expand_path_reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BASELINES = ["none", "shared", "each"]
+
+
+def naive(z, alphas, baseline=None):
+    """One point at a time, in z's dtype."""
+    batch, width = z.shape
+    out = torch.empty(batch, len(alphas), width, dtype=z.dtype)
+    for b in range(batch):
+        start = torch.zeros_like(z[b]) if baseline is None else baseline
+        start = start[b] if start.ndim == 2 else start
+        for k, alpha in enumerate(alphas.tolist()):
+            out[b, k] = start + alpha * (z[b] - start)
+    return out
+
+
+def relative(got, want):
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def assert_close(got, same, exact):
+    """No further from the float64 answer than twice what the naive code in that dtype is."""
+    assert got.shape == exact.shape
+    assert got.dtype == same.dtype
+    floor = 1e-12 if got.dtype == torch.float64 else 1e-6
+    assert relative(got, exact) < 2 * relative(same, exact) + floor
+
+
+def double(tensor):
+    return None if tensor is None else tensor.double()
+
+
+def make(batch, width, m, kind, dtype):
+    torch.manual_seed(batch + width + m)
+    z = torch.randn(batch, width).to(dtype)
+    alphas = torch.rand(m, dtype=torch.float64)
+    baseline = {
+        "none": None,
+        "shared": torch.randn(width).to(dtype),
+        "each": torch.randn(batch, width).to(dtype),
+    }[kind]
+    return z, alphas, baseline
+
+
+@pytest.mark.parametrize("op", [expand_path, expand_path_reference])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize(
+    ("batch", "width", "m"), [(1, 1, 1), (3, 63, 5), (2, 129, 20), (2, 500, 7)]
+)
+def test_equals_naive(op, dtype, kind, batch, width, m):
+    z, alphas, baseline = make(batch, width, m, kind, dtype)
+    exact = naive(z.double(), alphas, double(baseline))
+    assert_close(op(z, alphas, baseline), naive(z, alphas, baseline), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", BASELINES)
+def test_low_precision_is_rounded_once(dtype, kind):
+    """Computed in float32: nothing but the last rounding is lost."""
+    z, alphas, baseline = make(4, 129, 9, kind, dtype)
+    exact = naive(z.double(), alphas, double(baseline))
+    rounded = exact.to(dtype)
+    assert relative(expand_path(z, alphas, baseline), exact) < 1.01 * relative(rounded, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ends_are_exact(dtype):
+    z = torch.randn(3, 63).to(dtype)
+    points = expand_path(z, torch.tensor([0.0, 1.0]))
+    assert torch.equal(points[:, 0], torch.zeros_like(z))
+    assert torch.equal(points[:, 1], z)
+
+
+def test_baseline_is_the_start():
+    z, start = torch.randn(3, 63), torch.randn(63)
+    points = expand_path(z, torch.tensor([0.0]), start)
+    assert torch.equal(points[:, 0], start.expand(3, -1))
+
+
+def test_baseline_of_another_dtype():
+    z, alphas, baseline = make(2, 63, 4, "each", torch.float64)
+    got = expand_path(z.bfloat16(), alphas, baseline)
+    exact = naive(z.bfloat16().double(), alphas, baseline)
+    assert got.dtype == torch.bfloat16
+    assert relative(got, exact) < 2 * relative(exact.bfloat16(), exact)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_non_contiguous(kind):
+    z, alphas, baseline = make(4, 126, 10, kind, torch.float32)
+    z, alphas = z.t().contiguous().t()[:, ::2], alphas[::2]
+    baseline = None if baseline is None else baseline[..., ::2]
+    assert not z.is_contiguous()
+    exact = naive(z.double(), alphas, double(baseline))
+    assert_close(expand_path(z, alphas, baseline), naive(z, alphas, baseline), exact)
+
+
+@pytest.mark.parametrize(("batch", "width", "m"), [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
+@pytest.mark.parametrize("kind", BASELINES)
+def test_empty(batch, width, m, kind):
+    z, alphas, baseline = make(batch, width, m, kind, torch.bfloat16)
+    points = expand_path(z, alphas, baseline)
+    assert points.shape == (batch, m, width)
+    assert points.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_gradient_of_z_equals_naive(kind):
+    z, alphas, baseline = make(3, 63, 5, kind, torch.float64)
+    z.requires_grad_()
+    upstream = torch.randn(3, 5, 63, dtype=torch.float64)
+    (got,) = torch.autograd.grad(expand_path(z, alphas, baseline), z, upstream)
+    (want,) = torch.autograd.grad(naive(z, alphas, baseline), z, upstream)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("z", "alphas"), [((5,), (3,)), ((2, 3, 5), (3,)), ((2, 5), ()), ((2, 5), (2, 3))]
+)
+def test_other_dimensions_raise(z, alphas):
+    with pytest.raises(ValueError, match="z must be"):
+        expand_path(torch.zeros(z), torch.zeros(alphas))

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loki_kernels.ops import row_delta_linear
+from loki_kernels.ops.row_delta_linear.reference import row_delta_linear_reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# leading shape of x, in_features, out_features, rows, rank
+SHAPES = [
+    ((1,), 1, 1, 1, 1),
+    ((2, 5), 63, 129, 30, 4),
+    ((), 129, 63, 7, 3),
+    ((3,), 500, 63, 63, 2),
+    ((7,), 63, 500, 2, 63),
+    ((4,), 63, 129, 0, 2),
+    ((4,), 63, 129, 5, 0),
+    ((0,), 63, 129, 5, 2),
+]
+GRADIENTS = ("x", "delta_a", "delta_b", "bias")
+
+
+def make(lead, in_features, out_features, k, rank, bias=True, dtype=torch.float32):
+    torch.manual_seed(in_features + out_features + k)
+    return {
+        "x": torch.randn(*lead, in_features).to(dtype),
+        "weight": torch.randn(out_features, in_features).to(dtype),
+        "delta_a": torch.randn(k, rank).to(dtype),
+        "delta_b": torch.randn(rank, in_features).to(dtype),
+        "index": torch.randperm(out_features)[:k],
+        "bias": torch.randn(out_features).to(dtype) if bias else None,
+    }
+
+
+def run(op, inputs, upstream, dtype=None):
+    """Output and gradients, the inputs brought to ``dtype``."""
+    inputs = {
+        name: x if x is None or name == "index" else x.detach().to(dtype or x.dtype)
+        for name, x in inputs.items()
+    }
+    wanted = [inputs[n].requires_grad_() for n in GRADIENTS if inputs[n] is not None]
+    y = op(**inputs)
+    gradients = torch.autograd.grad(y, wanted, upstream.to(y.dtype))
+    return [y.detach(), *gradients]
+
+
+def relative(got, want):
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def assert_two_references(inputs, floor=1e-6):
+    shape = (*inputs["x"].shape[:-1], inputs["weight"].shape[0])
+    upstream = torch.randn(shape).to(inputs["weight"].dtype)
+    exact = run(row_delta_linear_reference, inputs, upstream, torch.float64)
+    same = run(row_delta_linear_reference, inputs, upstream)
+    got = run(row_delta_linear, inputs, upstream)
+    for g, s, e in zip(got, same, exact, strict=True):
+        assert g.shape == e.shape
+        assert g.dtype == s.dtype
+        assert relative(g, e) < 2 * relative(s, e) + floor
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference(shape, bias, dtype):
+    floor = 1e-12 if dtype == torch.float64 else 1e-6
+    assert_two_references(make(*shape, bias=bias, dtype=dtype), floor)
+
+
+def test_is_the_dense_sum():
+    inputs = make((4,), 63, 129, 30, 4, dtype=torch.float64)
+    weight = inputs["weight"].clone()
+    for i, row in enumerate(inputs["index"].tolist()):
+        weight[row] += inputs["delta_a"][i] @ inputs["delta_b"]
+    want = inputs["x"] @ weight.t() + inputs["bias"]
+    torch.testing.assert_close(row_delta_linear(**inputs), want)
+
+
+def test_non_contiguous():
+    inputs = make((5, 6), 63, 129, 30, 4)
+    inputs["x"] = inputs["x"].transpose(0, 1)
+    for name in ("weight", "delta_a", "delta_b"):
+        inputs[name] = inputs[name].t().contiguous().t()
+        assert not inputs[name].is_contiguous()
+    inputs["index"] = inputs["index"].repeat_interleave(2)[::2]
+    assert_two_references(inputs)
+
+
+def test_gradcheck():
+    inputs = make((2, 3), 5, 7, 3, 2, dtype=torch.float64)
+    weight, index = inputs["weight"], inputs["index"]
+    wanted = [inputs[name].requires_grad_() for name in GRADIENTS]
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, bias: row_delta_linear(x, weight, a, b, index, bias), wanted
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_delta_on_a_low_precision_weight(dtype):
+    inputs = make((8,), 63, 129, 30, 4, dtype=dtype)
+    for name in ("delta_a", "delta_b"):
+        inputs[name] = inputs[name].float()
+    assert_two_references(inputs)
+    assert row_delta_linear(**inputs).dtype == dtype
+
+
+def test_autocast():
+    inputs = make((2, 4), 63, 129, 30, 4)
+    upstream = torch.randn(2, 4, 129)
+    exact = run(row_delta_linear_reference, inputs, upstream, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        same = run(row_delta_linear_reference, inputs, upstream)
+        got = run(row_delta_linear, inputs, upstream)
+    assert got[0].dtype == torch.bfloat16
+    for g, s, e in zip(got, same, exact, strict=True):
+        assert g.dtype == s.dtype
+        assert 0 < relative(g, e) < 2 * relative(s, e) + 1e-6
+
+
+def test_weight_is_not_written():
+    inputs = make((4,), 63, 129, 30, 4)
+    before = inputs["weight"].clone()
+    run(row_delta_linear, inputs, torch.randn(4, 129))
+    assert torch.equal(inputs["weight"], before)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("delta_a", (4, 2)),
+        ("delta_a", (3, 1)),
+        ("delta_b", (2, 6)),
+        ("delta_b", (1, 5)),
+        ("index", (2,)),
+        ("x", (4, 6)),
+        ("bias", (6,)),
+        ("delta_a", (3,)),
+    ],
+)
+def test_shapes_that_do_not_fit_raise(name, shape):
+    inputs = make((4,), 5, 7, 3, 2)
+    inputs[name] = torch.zeros(shape, dtype=inputs[name].dtype)
+    with pytest.raises(ValueError, match=r"fit|must be"):
+        row_delta_linear(**inputs)

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loki_kernels.ops import shared_prefix_attention
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+HEADS = [(1, 1), (4, 4), (4, 2), (6, 1)]  # multi-head, grouped, multi-query
+OPTIONS = {
+    "plain": {},
+    "scale": {"scale": 0.7},
+    "softcap": {"softcap": 1.5},
+    "window": {"window": 4},
+    "sinks": {"sinks": True},
+    "ragged": {"prefix_lengths": (0, 9, 5)},
+    "all": {
+        "scale": 0.7,
+        "softcap": 1.5,
+        "window": 4,
+        "sinks": True,
+        "prefix_lengths": (9, 0, 3),
+    },
+}
+
+
+def make(heads=4, kv_heads=2, batch=3, rows=5, prefix=9, dim=7, dtype=torch.float64):
+    torch.manual_seed(heads + rows + prefix + dim)
+    shapes = {
+        "q": (batch, heads, rows, dim),
+        "k": (batch, kv_heads, rows, dim),
+        "v": (batch, kv_heads, rows, dim),
+        "prefix_k": (batch, kv_heads, prefix, dim),
+        "prefix_v": (batch, kv_heads, prefix, dim),
+    }
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def resolve(options, heads, dtype):
+    """Options with the tensors they stand for."""
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = torch.linspace(-1, 2, heads).to(dtype)
+    if "prefix_lengths" in options:
+        options["prefix_lengths"] = torch.tensor(options["prefix_lengths"])
+    return options
+
+
+def naive(
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    prefix_lengths=None,
+    scale=None,
+    softcap=None,
+    window=None,
+    sinks=None,
+):
+    """Each sample, head and row by itself, over a list of the keys it may see."""
+    batch, heads, rows, dim = q.shape
+    groups = heads // k.shape[1]
+    out = []
+    for b in range(batch):
+        length = prefix_k.shape[2] if prefix_lengths is None else int(prefix_lengths[b])
+        visible = list(range(length))
+        if window is not None:
+            visible = [position for position in visible if position > length - window]
+        for h in range(heads):
+            g = h // groups
+            for r in range(rows):
+                keys = torch.cat([prefix_k[b, g, visible], k[b, g, r : r + 1]])
+                values = torch.cat([prefix_v[b, g, visible], v[b, g, r : r + 1]])
+                scores = (keys * q[b, h, r]).sum(-1) * (dim**-0.5 if scale is None else scale)
+                if softcap is not None:
+                    scores = torch.tanh(scores / softcap) * softcap
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[h : h + 1]])
+                weights = scores.softmax(0)
+                out.append((weights[: len(keys), None] * values).sum(0))
+    return torch.stack(out).view(batch, heads, rows, dim)
+
+
+def run(op, inputs, options, upstream):
+    own = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v")}
+    y = op(**(inputs | own), **options)
+    return [y.detach(), *torch.autograd.grad(y, list(own.values()), upstream.to(y.dtype))]
+
+
+def relative(got, want):
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def double(tensors):
+    return {
+        n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for n, x in tensors.items()
+    }
+
+
+def assert_equals_naive(inputs, options):
+    upstream = torch.randn(inputs["q"].shape).to(inputs["q"].dtype)
+    exact = run(naive, double(inputs), double(options), upstream)
+    same = run(naive, inputs, options, upstream)
+    got = run(shared_prefix_attention, inputs, options, upstream)
+    floor = 1e-12 if inputs["q"].dtype == torch.float64 else 1e-6
+    for g, s, e in zip(got, same, exact, strict=True):
+        assert g.shape == e.shape
+        assert g.dtype == s.dtype
+        assert relative(g, e) < 2 * relative(s, e) + floor
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_equals_naive(heads, kv_heads, options, dtype):
+    inputs = make(heads, kv_heads, dtype=dtype)
+    assert_equals_naive(inputs, resolve(options, heads, dtype))
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "prefix", "dim"),
+    [(1, 1, 1, 1), (1, 1, 129, 63), (1, 63, 3, 8), (2, 2, 63, 5), (1, 2, 500, 16)],
+)
+def test_odd_sizes(batch, rows, prefix, dim):
+    for dtype in (torch.float64, torch.float32):
+        inputs = make(4, 2, batch, rows, prefix, dim, dtype)
+        assert_equals_naive(inputs, {"window": 17, "softcap": 2.0})
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 9, 10, 11, 1000])
+@pytest.mark.parametrize("prefix_lengths", [None, (0, 9, 4), (1, 1, 1)])
+def test_every_window_edge(window, prefix_lengths):
+    options = {"window": window}
+    if prefix_lengths is not None:
+        options["prefix_lengths"] = prefix_lengths
+    assert_equals_naive(make(rows=2), resolve(options, 4, torch.float64))
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"window": 3}])
+def test_alone_a_row_sees_itself(options):
+    """Empty prefix, length 0 and a window of 1: the output is the row's own value."""
+    empty, full = make(prefix=0), make()
+    for inputs, extra in (
+        (empty, {}),
+        (empty, {"prefix_lengths": torch.zeros(3, dtype=torch.int64)}),
+        (full, {"prefix_lengths": torch.zeros(3, dtype=torch.int64)}),
+        (full, {"window": 1}),
+    ):
+        got = shared_prefix_attention(**inputs, **(options | extra))
+        torch.testing.assert_close(got, inputs["v"].repeat_interleave(2, 1))
+    assert_equals_naive(empty, options)
+
+
+def test_empty_prefix_with_sinks():
+    inputs = make(prefix=0)
+    assert_equals_naive(inputs, resolve({"sinks": True}, 4, torch.float64))
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"rows": 0}])
+def test_no_rows(sizes):
+    inputs = make(**sizes)
+    assert shared_prefix_attention(**inputs).shape == inputs["q"].shape
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_non_contiguous(name):
+    inputs = make(dtype=torch.float32)
+    inputs = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in inputs.items()}
+    assert not any(x.is_contiguous() for x in inputs.values())
+    assert_equals_naive(inputs, resolve(OPTIONS[name], 4, torch.float32))
+
+
+def test_expanded_prefix():
+    """One prefix for all samples, by a stride of 0."""
+    inputs = make()
+    for n in ("prefix_k", "prefix_v"):
+        inputs[n] = inputs[n][:1].expand(3, -1, -1, -1)
+    assert_equals_naive(inputs, {})
+
+
+def test_rows_do_not_see_each_other():
+    inputs = make()
+    want = shared_prefix_attention(**inputs)
+    for name in ("q", "k", "v"):
+        inputs[name][:, :, 2] += 1
+    got = shared_prefix_attention(**inputs)
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(got[:, :, others], want[:, :, others])
+    assert not torch.allclose(got[:, :, 2], want[:, :, 2])
+
+
+def test_padding_is_not_read():
+    inputs, lengths = make(), torch.tensor([0, 4, 8])
+    want = shared_prefix_attention(**inputs, prefix_lengths=lengths)
+    for b, length in enumerate(lengths):
+        inputs["prefix_k"][b, :, length:] = 1e30
+        inputs["prefix_v"][b, :, length:] = 1e30
+    got = shared_prefix_attention(**inputs, prefix_lengths=lengths)
+    torch.testing.assert_close(got, want)
+
+
+def test_prefix_gets_no_gradient():
+    inputs = {n: x.requires_grad_() for n, x in make().items()}
+    shared_prefix_attention(**inputs).sum().backward()
+    assert {n for n, x in inputs.items() if x.grad is not None} == {"q", "k", "v"}
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_gradcheck(name):
+    inputs = make(heads=2, kv_heads=1, batch=3, rows=2, dim=2)
+    own = [inputs.pop(n).requires_grad_() for n in ("q", "k", "v")]
+    options = resolve(OPTIONS[name], 2, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: shared_prefix_attention(q, k, v, **inputs, **options), own
+    )
+
+
+def test_large_scores_stay_finite():
+    inputs = make(dtype=torch.float32)
+    inputs["q"] *= 1e4
+    for y in run(shared_prefix_attention, inputs, {}, torch.ones_like(inputs["q"])):
+        assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": (3, 2, 4, 7)}, "k and v"),
+        ({"k": (3, 2, 5, 8)}, "k and v"),
+        ({"k": (2, 2, 5, 7)}, "k and v"),
+        ({"v": (3, 2, 4, 7)}, "k and v"),
+        ({"v": (3, 4, 5, 7)}, "k and v"),
+        ({"k": (3, 3, 5, 7), "v": (3, 3, 5, 7)}, "multiple"),
+        ({"k": (3, 8, 5, 7), "v": (3, 8, 5, 7)}, "multiple"),
+        ({"prefix_k": (3, 2, 8, 7)}, "prefix_v"),
+        ({"prefix_v": (3, 2, 8, 7)}, "prefix_v"),
+        ({"prefix_k": (1, 2, 9, 7)}, "prefix_k"),
+        ({"prefix_k": (3, 4, 9, 7), "prefix_v": (3, 4, 9, 7)}, "prefix_k"),
+        ({"prefix_k": (3, 2, 9, 6)}, "prefix_k"),
+        ({"prefix_lengths": (2,)}, "prefix_lengths"),
+        ({"prefix_lengths": (3, 1)}, "prefix_lengths"),
+        ({"sinks": (3,)}, "sinks"),
+        ({"q": (3, 4, 5)}, "q|unpack"),
+    ],
+)
+def test_shapes_that_do_not_fit_raise(changes, message):
+    inputs = make() | {name: torch.zeros(shape) for name, shape in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        shared_prefix_attention(**inputs)
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_window_below_one_raises(window):
+    with pytest.raises(ValueError, match="window"):
+        shared_prefix_attention(**make(), window=window)
