@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_question_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--questions", help="your own questions: MMLU's csv, or jsonl")
-    source.add_argument("--dataset", help="a Hugging Face dataset with MMLU's columns")
+    source.add_argument("--dataset", help="a Hugging Face dataset, NAME or NAME:CONFIG")
 
 
 def _questions(arguments: argparse.Namespace) -> Any:

@@ -92,6 +92,11 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
 def read_dataset(name: str, split: str = "test") -> list[Question]:
     """Questions of a Hugging Face dataset with MMLU's columns (``question, choices, answer``).
 
+    Args:
+        name: a hub name or a local folder, with ``:CONFIG`` where it has several, such as
+            ``cais/mmlu:all``.
+        split: the split to read.
+
     Raises:
         ImportError: without the ``datasets`` extra.
         ValueError: if its rows are not questions.
@@ -102,10 +107,8 @@ def read_dataset(name: str, split: str = "test") -> list[Question]:
         raise ImportError(
             "reading a dataset needs: pip install 'loki-kernels[datasets]'."
         ) from error
-    if Path(name).exists():
-        rows = datasets.load_dataset("json", data_files=name, split="train")
-    else:
-        rows = datasets.load_dataset(name, "all" if name == "cais/mmlu" else None, split=split)
+    path, _, config = name.partition(":")
+    rows = datasets.load_dataset(path, config or None, split=split)
     return [_checked(dict(row), f"{name}, row {i}") for i, row in enumerate(rows)]
 
 

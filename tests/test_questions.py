@@ -269,7 +269,7 @@ def fake_datasets(monkeypatch, rows):
 def test_dataset_rows_are_questions(monkeypatch):
     calls = fake_datasets(monkeypatch, [GOOD | {"answer": 2, "subject": "law"}])
     want = [Question("q", ("a", "b", "c", "d"), 2, "law")]
-    assert read_dataset("cais/mmlu", split="dev") == want
+    assert read_dataset("cais/mmlu:all", split="dev") == want
     assert calls == [(("cais/mmlu", "all"), {"split": "dev"})]
 
 
@@ -303,3 +303,17 @@ def test_no_bundled_question_is_in_mmlu(shared_data):
     assert len(paths) >= 57
     mmlu = {words(q.question) for path in paths for q in read_questions(path)}
     assert not [q for q in load_questions() if words(q.question) in mmlu]
+
+
+def test_read_dataset_from_a_folder(tmp_path):
+    rows = [
+        {"question": f"Is it {i}?", "choices": ["a", "b", "c", "d"], "answer": i, "subject": "x"}
+        for i in range(4)
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = read_dataset(str(tmp_path))
+    assert [q.answer for q in questions] == [0, 1, 2, 3]
+    assert questions[2] == Question("Is it 2?", ("a", "b", "c", "d"), 2, "x")
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0] | {"choices": ["a"]}) + "\n")
+    with pytest.raises(ValueError, match="row 0 must have four choices"):
+        read_dataset(str(tmp_path))
