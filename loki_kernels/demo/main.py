@@ -38,6 +38,7 @@ class Size:
 
     per_subject: int  # questions analysed
     held_out: int  # questions a subject to measure on
+    every: int  # take every n-th of both
     steps: int
     train: int
     test: int
@@ -45,9 +46,15 @@ class Size:
 
 
 FULL_SIZE = Size(
-    per_subject=CALIBRATION_PER_SUBJECT, held_out=2, steps=40, train=160, test=60, windows=8
+    per_subject=CALIBRATION_PER_SUBJECT,
+    held_out=2,
+    every=1,
+    steps=40,
+    train=160,
+    test=60,
+    windows=8,
 )
-QUICK_SIZE = Size(per_subject=1, held_out=1, steps=10, train=40, test=24, windows=3)
+QUICK_SIZE = Size(per_subject=1, held_out=1, every=2, steps=8, train=32, test=24, windows=3)
 
 # Tuned on another split of the task (seed 1), by task loss: see benchmarks/NOTES.md.
 LEARNING_RATE = {"full": 1e-4, "LoKI": 2e-3}
@@ -81,8 +88,9 @@ def run_demo(
     task = [encode(example, tokenizer) for example in test]
     text = general_text(tokenizer, size.windows)
     # the analysis sees the first questions of each subject, the evaluation the last ones
-    held_out = question_rows(tokenizer, load_questions(size.held_out, skip=CALIBRATION_PER_SUBJECT))
-    analysed = list(questions or load_questions(size.per_subject))
+    last = load_questions(size.held_out, skip=CALIBRATION_PER_SUBJECT)[:: size.every]
+    held_out = question_rows(tokenizer, last)
+    analysed = list(questions or load_questions(size.per_subject)[:: size.every])
 
     def measure(model: nn.Module, name: str) -> Evaluation:
         return evaluate(model, task, text, held_out, label=name, progress=True)
