@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import safetensors
+from torch import Tensor
+
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
     """Raise before any work is done if ``path`` cannot be created."""
@@ -19,6 +22,29 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"The folder {path.parent} is not writable.")
     return path
+
+
+def read_safetensors(
+    path: str | os.PathLike[str], file_format: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file whose metadata names ``file_format``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if metadata.get("format") != file_format:
+        raise ValueError(f"{path} is a safetensors file, but not a {file_format} file.")
+    return tensors, metadata
 
 
 @contextmanager

@@ -11,14 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from .cache import cached_attribution
 from .errors import UnsupportedModelError
-from .files import atomic_path
+from .files import atomic_path, read_safetensors
 from .linear import LoKILinear
 from .selection import RowSelection, rows_per_layer, select
 from .structure import DownProjection, Structure, find_structure
@@ -27,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 SIDE_FILE = "loki_rows.safetensors"
 _SIDE_FORMAT = "loki-kernels-rows-state"
+
+# What names rows: a selection, one list a layer, or the path of a position file.
+Rows = RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Patch:
             FileNotFoundError: if the folder has no side file.
             ValueError: if it is damaged or belongs to another selection; nothing is changed then.
         """
-        tensors = _read_side_file(folder)
+        tensors, _ = read_safetensors(Path(folder) / SIDE_FILE, _SIDE_FORMAT)
         own = dict(self._state())
         same = tensors.keys() == own.keys() and all(
             torch.equal(tensors[name], tensor.cpu())
@@ -167,7 +169,7 @@ class Patch:
 
 def patch(
     model: nn.Module,
-    rows: RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str] | None = None,
+    rows: Rows | None = None,
     *,
     tokenizer: Any = None,
     quota: float = 10.0,
@@ -204,11 +206,9 @@ def patch(
     if rows is None:
         rows_per_layer(quota, structure.hidden_size)  # a bad quota fails before the analysis
         selection = select(cached_attribution(model, structure, tokenizer), quota)
-    elif isinstance(rows, (str, os.PathLike)):
-        selection = RowSelection.load(rows)
     else:
-        selection = rows if isinstance(rows, RowSelection) else RowSelection(rows)
-    check_fits(selection, structure)
+        selection = _as_selection(rows)
+    _check_fits(selection, structure)
 
     causal_lm = structure.causal_lm
     names = {id(module): name for name, module in causal_lm.named_modules()}
@@ -243,19 +243,6 @@ def patch(
     return handle
 
 
-def _read_side_file(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    path = Path(folder) / SIDE_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") != _SIDE_FORMAT:
-                raise ValueError(f"{path} is not a loki-kernels side file.")
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
 def merge_side_file(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Put the trained rows of a checkpoint's side file into the base model, in its dtype.
 
@@ -263,7 +250,7 @@ def merge_side_file(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
         FileNotFoundError: if the folder has no side file.
         ValueError: if it is damaged or was made for another model; the model is unchanged then.
     """
-    tensors = _read_side_file(folder)
+    tensors, _ = read_safetensors(Path(folder) / SIDE_FILE, _SIDE_FORMAT)
     names = [down_proj.name for down_proj in find_structure(model).down_projs]
     rows = [tensors.get(f"{name}.index", torch.empty(0, dtype=torch.int64)) for name in names]
     strangers = {name.rpartition(".")[0] for name in tensors} - set(names)
@@ -280,6 +267,14 @@ def merge_side_file(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
     return handle.merge()
 
 
+def _as_selection(rows: Rows) -> RowSelection:
+    if isinstance(rows, RowSelection):
+        return rows
+    if isinstance(rows, (str, os.PathLike)):
+        return RowSelection.load(rows)
+    return RowSelection(rows)
+
+
 def _check_patchable(structure: Structure) -> None:
     if any(isinstance(module, LoKILinear) for module in structure.causal_lm.modules()):
         raise ValueError(
@@ -293,7 +288,7 @@ def _check_patchable(structure: Structure) -> None:
             )
 
 
-def check_fits(selection: RowSelection, structure: Structure) -> None:
+def _check_fits(selection: RowSelection, structure: Structure) -> None:
     """Raise ValueError if a selection was made for another model or site."""
     if selection.info.get("site", "down_proj") != "down_proj":
         raise ValueError(
@@ -339,7 +334,7 @@ def _write_side_file_with_checkpoints(handle: Patch) -> None:
 @contextlib.contextmanager
 def suppress(
     model: nn.Module,
-    rows: RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str],
+    rows: Rows,
 ) -> Iterator[nn.Module]:
     """Zero rows of every down-projection inside the block (the paper's ablation, Table 5a).
 
@@ -351,11 +346,8 @@ def suppress(
     """
     structure = find_structure(model)
     _check_patchable(structure)
-    if isinstance(rows, (str, os.PathLike)):
-        selection = RowSelection.load(rows)
-    else:
-        selection = rows if isinstance(rows, RowSelection) else RowSelection(rows)
-    check_fits(selection, structure)
+    selection = _as_selection(rows)
+    _check_fits(selection, structure)
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         for down_proj, layer_rows in zip(structure.down_projs, selection, strict=True):

@@ -23,6 +23,14 @@ class Head:
     scale: float
     softcap: float | None
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[rows, V]`` for hidden ``[rows, D]``."""
+        hidden = hidden.to(self.weight.device)
+        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
 
 @dataclass(frozen=True)
 class DownProjection:

@@ -14,14 +14,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..files import atomic_path
+from ..files import atomic_path, read_safetensors
 from .definitions import Definition
 
 if TYPE_CHECKING:
@@ -98,22 +97,15 @@ class Attribution:
             ValueError: if the file is damaged or is something else.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist.")
         if path.suffix in (".h5", ".hdf5"):
             return cls._load_hdf5(path)
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-        if metadata.get("format") != _FORMAT or "scores" not in tensors:
-            raise ValueError(f"{path} is a safetensors file, but not an attribution.")
+        tensors, metadata = read_safetensors(path, _FORMAT)
         return cls(run=json.loads(metadata["run"]), **tensors)
 
     @classmethod
     def _load_hdf5(cls, path: Path) -> Attribution:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist.")
         try:
             with _h5py().File(path, "r") as file:
                 arrays = {name: torch.from_numpy(file[name][...]) for name in file}

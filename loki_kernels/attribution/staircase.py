@@ -430,11 +430,8 @@ class RowPass:
 
     def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:
         """The unperturbed row must reproduce the prefill, or the model is refused."""
-        head, expected = self.head, self.prefill.logits
-        logits = functional.linear(hidden.to(head.weight.device), head.weight, head.bias)
-        logits = logits.to(expected.dtype) * head.scale
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
+        expected = self.prefill.logits
+        logits = self.head.logits(hidden)
         tolerance = _GUARD_TOLERANCE[hidden.dtype]
 
         def far(got: Tensor, want: Tensor) -> float:
