@@ -15,6 +15,7 @@ import loki_kernels as loki
 from loki_kernels.attribution import DEFINITIONS, attribute
 from loki_kernels.attribution.definitions import path_rule
 from loki_kernels.attribution.reference import attribute_reference
+from loki_kernels.structure import find_structure
 
 
 def norm_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -37,8 +38,9 @@ def test_equals_naive_reforward(name, definition, site, prompts):
             assert norm_error(result.scores[i], want) <= tolerance
 
 
-def test_captum_definition_equals_captum(prompts):
-    model = build_model(dtype=torch.float64)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_captum_definition_equals_captum(name, prompts):
+    model = build_model(name, torch.float64)
     result = attribute(model, prompts, definition="captum")
     for i, prompt in enumerate(prompts):
         ids = prompt["input_ids"][None]
@@ -46,8 +48,8 @@ def test_captum_definition_equals_captum(prompts):
         def forward(ids):
             return model(ids, use_cache=False).logits[:, -1].softmax(-1)
 
-        for layer in range(3):
-            explainer = LayerIntegratedGradients(forward, model.model.layers[layer].mlp.down_proj)
+        for layer, down_proj in enumerate(find_structure(model).down_projs):
+            explainer = LayerIntegratedGradients(forward, down_proj.module)
             want = explainer.attribute(
                 ids, target=int(result.targets[i]), n_steps=7, method="riemann_trapezoid"
             )
