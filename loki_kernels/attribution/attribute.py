@@ -165,7 +165,6 @@ def _attribute_batch(
     alphas: Tensor,
     weights: Tensor,
 ) -> tuple[Tensor, Scores]:
-    everywhere = definition.path == "sequence"
     start: Prefill | None = None
     if definition.baseline == "token_zero":
         blank = Batch(torch.zeros_like(batch.input_ids), batch.lengths)
@@ -183,7 +182,7 @@ def _attribute_batch(
         None if start is None else [batch.at_last(site) for site in start.site],
     )
     all_layers = range(len(structure.layers))
-    if not everywhere:
+    if definition.path == "last_token":
         return chosen.cpu(), rows.run(all_layers, prefill.prefix)
 
     parts = []

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerance import relative
 
 from loki_kernels.ops import expand_path
 from loki_kernels.ops.expand_path.reference import expand_path_reference
@@ -20,10 +21,6 @@ def naive(z, alphas, baseline=None):
         for k, alpha in enumerate(alphas.tolist()):
             out[b, k] = start + alpha * (z[b] - start)
     return out
-
-
-def relative(got, want):
-    return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
 
 
 def assert_close(got, same, exact):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerance import relative
 
 from loki_kernels.ops import integrate_path
 from loki_kernels.ops.integrate_path.reference import integrate_path_reference
@@ -23,10 +24,6 @@ def naive(gradients, weights, z=None, baseline=None):
             start = 0 if baseline is None else baseline[b] if baseline.ndim == 2 else baseline
             out[b] = out[b] * (z[b] - start)
     return out
-
-
-def relative(got, want):
-    return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
 
 
 def double(*tensors):

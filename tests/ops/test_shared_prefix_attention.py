@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerance import relative
 
 from loki_kernels.ops import shared_prefix_attention
 
@@ -86,10 +87,6 @@ def run(op, inputs, options, upstream):
     own = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v")}
     y = op(**(inputs | own), **options)
     return [y.detach(), *torch.autograd.grad(y, list(own.values()), upstream.to(y.dtype))]
-
-
-def relative(got, want):
-    return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
 
 
 def double(tensors):
