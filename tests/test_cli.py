@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import build_model
+from models import build_model
 from test_patching import train
 
 import loki_kernels as loki

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import build_model
+from models import build_model
 
 from loki_kernels.demo.evaluation import evaluate
 from loki_kernels.demo.function_calls import SYSTEM, generate_examples
