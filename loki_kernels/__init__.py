@@ -10,6 +10,7 @@ from .attribution import Attribution, attribute
 from .errors import UnsupportedModelError
 from .linear import LoKILinear
 from .ops import row_masked_linear
+from .ops._dispatch import backends
 from .patching import Patch, patch, suppress
 from .questions import load_questions, read_questions
 from .selection import RowSelection, select
@@ -22,6 +23,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attribute",
+    "backends",
     "load_questions",
     "ops",
     "patch",

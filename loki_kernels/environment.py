@@ -8,12 +8,13 @@ import platform
 import torch
 
 from ._version import __version__
+from .ops._dispatch import BACKENDS, backends
 
 _PACKAGES = ("torch", "transformers", "triton", "safetensors", "peft", "accelerate", "h5py")
 
 
 def environment() -> dict[str, str]:
-    """Versions, device, and which backends are live and why the others are not."""
+    """Versions, device, and what each op's kernels are here; torch runs where they do not."""
     report = {"loki_kernels": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -26,7 +27,13 @@ def environment() -> dict[str, str]:
         report["device"] = f"CPU, {torch.get_num_threads()} threads" + (
             "" if torch.version.cuda else " (this torch is a CPU build)"
         )
-    report["backend torch"] = "live"
-    report["backend triton"] = "not live: this version has no Triton kernels yet"
-    report["backend cuda"] = "not live: this version has no CUDA kernels yet"
+    ops = backends()
+    for backend in BACKENDS:
+        by_state: dict[str, list[str]] = {}
+        for op, states in ops.items():
+            by_state.setdefault(states[backend], []).append(op)
+        report[f"backend {backend}"] = "; ".join(
+            state if len(by_state) == 1 else f"{', '.join(names)}: {state}"
+            for state, names in by_state.items()
+        )
     return report

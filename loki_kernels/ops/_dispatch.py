@@ -1,0 +1,279 @@
+"""Which implementation runs an op: `Backend`, `backends`, and the registration of the ops.
+
+An op is known to torch by one schema, ``loki_kernels::<op>``, with a fake implementation and, where
+it has gradients, ``loki_kernels::<op>_backward``. What runs is a module of the op's folder,
+``torch_impl``, ``triton_impl`` or ``cuda_impl``, chosen at each call. The choice is made inside the
+op, where tensors are real, so that ``torch.compile`` sees one opaque call whatever is chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["cuda", "triton", "torch"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in the order `auto` prefers them
+ENVIRONMENT_VARIABLE = "LOKI_KERNELS_BACKEND"
+
+_library = torch.library.Library("loki_kernels", "DEF")
+_ops: list[str] = []
+
+
+class Threshold(NamedTuple):
+    """The least size (elements of the op's first tensor) at which ``auto`` takes a kernel."""
+
+    elements: int
+    measured: str
+
+
+# The one table of sizes. A kernel without an entry has not been measured and is always used.
+THRESHOLDS: dict[tuple[str, Backend], Threshold] = {}
+_UNMEASURED = Threshold(0, "unmeasured")
+
+
+def register(
+    op: str,
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    step: Literal["forward", "backward"] = "forward",
+) -> None:
+    """Make ``torch.ops.loki_kernels.<op>`` (``<op>_backward``) run the chosen backend's ``step``.
+
+    ``schema`` is that of the step without its last argument, the backend.
+    """
+    arguments, result = schema.split(" -> ")
+    name = op if step == "forward" else f"{op}_{step}"
+    _library.define(f"{name}({arguments.strip('()')}, str? backend) -> {result}")
+
+    def run(*args: Any) -> Any:
+        *inputs, backend = args
+        return getattr(choose(op, backend, inputs), step)(*inputs)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"loki_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_library
+    )
+    if step == "forward":
+        _ops.append(op)
+
+
+def register_autograd(
+    op: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> None:
+    """Make ``torch.ops.loki_kernels.<op>`` differentiable."""
+    torch.library.register_autograd(
+        f"loki_kernels::{op}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError unless ``backend`` is None or one of `BACKENDS`."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}.")
+
+
+def choose(op: str, backend: str | None, inputs: list[Any]) -> ModuleType:
+    """The module that runs ``op`` on ``inputs``.
+
+    A backend named by the call runs or raises. One named by ``$LOKI_KERNELS_BACKEND`` must be
+    usable on the device, and runs every call it has a kernel for. ``auto`` takes the first that
+    has passed its self-check on the device. Everything else runs on torch.
+
+    Raises:
+        RuntimeError: if a backend asked for by name cannot run here, or not with these inputs.
+        ValueError: if ``$LOKI_KERNELS_BACKEND`` names no backend.
+    """
+    first = next(x for x in inputs if isinstance(x, Tensor))
+    if backend is not None:
+        reason = _why_not(op, backend, first.device, inputs)
+        if reason is not None:
+            raise RuntimeError(f"{op} cannot run on backend={backend!r}: {reason}")
+        return _module(op, backend)
+    preferred = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if preferred == "auto":
+        if first.device.type == "cpu":  # no kernel of ours has been faster there
+            return _module(op, "torch")
+        for candidate in BACKENDS[:-1]:
+            threshold = THRESHOLDS.get((op, candidate), _UNMEASURED)
+            if (
+                _why_not(op, candidate, first.device, inputs) is None
+                and first.numel() >= threshold.elements
+                and _self_check(op, candidate, first.device, first.dtype) is None
+            ):
+                return _module(op, candidate)
+        return _module(op, "torch")
+    if preferred not in BACKENDS:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}={preferred!r} is unknown; choose auto, {', '.join(BACKENDS)}."
+        )
+    reason = _backend_why_not(preferred, first.device)
+    if reason is not None:
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={preferred} cannot be used: {reason}")
+    usable = _why_not(op, preferred, first.device, inputs) is None
+    return _module(op, preferred if usable else "torch")
+
+
+def _why_not(op: str, backend: str, device: torch.device, inputs: list[Any]) -> str | None:
+    reason = _no_kernel(op, backend, device)
+    if reason is None and backend != "torch":
+        reason = _module(op, backend).unsupported(*inputs)
+    return reason
+
+
+def _no_kernel(op: str, backend: str, device: torch.device) -> str | None:
+    reason = _backend_why_not(backend, device)
+    if reason is None and not _exists(op, backend):
+        reason = f"there is no {backend} kernel for it."
+    return reason
+
+
+@functools.cache
+def _exists(op: str, backend: str) -> bool:
+    return importlib.util.find_spec(f"{__package__}.{op}.{backend}_impl") is not None
+
+
+@functools.cache
+def _module(op: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{op}.{backend}_impl")
+
+
+@functools.cache
+def _backend_why_not(backend: str, device: torch.device) -> str | None:
+    """Why nothing of ``backend`` can run on ``device``; None if it can."""
+    if backend == "torch":
+        return None
+    if backend == "cuda":
+        return "this version has no compiled CUDA kernels."
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'triton>=3.6')."
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}."
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0."
+    return None
+
+
+_checks: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+_check_lock = threading.Lock()
+
+
+def _self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None once the kernel has agreed with the reference here; otherwise what went wrong.
+
+    Runs once a process, device and dtype. It runs in a thread of its own, which has none of the
+    caller's autograd, autocast, inference-mode or tracing state.
+    """
+    key = (op, backend, device, dtype)
+    with _check_lock:
+        if key not in _checks:
+            thread = threading.Thread(
+                target=lambda: _checks.__setitem__(key, _compare(op, backend, device, dtype))
+            )
+            thread.start()
+            thread.join()
+            if _checks[key] is not None:
+                logger.warning(
+                    "the %s kernel of %s failed its self-check on %s in %s (%s); torch runs "
+                    "instead. Please report this.",
+                    backend,
+                    op,
+                    device,
+                    dtype,
+                    _checks[key],
+                )
+        return _checks[key]
+
+
+def _compare(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    try:
+        reference = importlib.import_module(f"{__package__}.{op}.reference")
+        public = getattr(importlib.import_module(__package__), op)
+        definition = getattr(reference, f"{op}_reference")
+        inputs, differentiable = reference.example(device, dtype)
+        exact = _evaluate(definition, _double(inputs), differentiable)
+        plain = _evaluate(definition, inputs, differentiable)
+        ours = _evaluate(functools.partial(public, backend=backend), inputs, differentiable)
+        for i, (got, same, best) in enumerate(zip(ours, plain, exact, strict=True)):
+            error, allowed = _error(got, best), 2 * _error(same, best) + 1e-6
+            if not error <= allowed:
+                return f"result {i}: relative error {error:.2g}, allowed {allowed:.2g}"
+    except Exception as error:  # a kernel that does not compile here must not end the training
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _evaluate(
+    function: Callable[..., Any], inputs: dict[str, Any], differentiable: tuple[str, ...]
+) -> list[Tensor]:
+    """Outputs, and gradients of their weighted sum."""
+    inputs = {n: x.detach().clone() if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    leaves = [inputs[name].requires_grad_() for name in differentiable]
+    outputs = function(**inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    results = [output.detach() for output in outputs]
+    if leaves:
+        total = sum(
+            (y.double() * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum()
+            for y in outputs
+        )
+        results += torch.autograd.grad(total, leaves)
+    return results
+
+
+def _double(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for n, x in inputs.items()
+    }
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """For every op, what each backend's state is on the current device.
+
+    ``"live"`` runs; ``"verified"`` is a kernel that has passed its self-check in this process; the
+    rest says why not. The environment variable ``LOKI_KERNELS_BACKEND`` (``auto``, ``cuda``,
+    ``triton``, ``torch``) chooses for all ops, ``backend=`` for one call.
+    """
+    here = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    device = here if torch.cuda.is_available() else torch.device("cpu")
+    return {op: {name: _state(op, name, device) for name in BACKENDS} for op in _ops}
+
+
+def _state(op: str, backend: Backend, device: torch.device) -> str:
+    if backend == "torch":
+        return "live"
+    reason = _no_kernel(op, backend, device)
+    if reason is not None:
+        return f"not live: {reason}"
+    if device.type == "cpu":
+        return "live for tests only: triton's interpreter"
+    threshold = THRESHOLDS.get((op, backend), _UNMEASURED)
+    results = {
+        key[3]: result for key, result in _checks.items() if key[:3] == (op, backend, device)
+    }
+    failed = [f"{dtype}: {result}" for dtype, result in results.items() if result is not None]
+    if failed:
+        return f"failed its self-check: {'; '.join(failed)}"
+    checked = ", ".join(str(dtype).removeprefix("torch.") for dtype in results)
+    state = f"verified in {checked}" if checked else "checked at first use"
+    return f"{state}; from {threshold.elements} elements ({threshold.measured})"

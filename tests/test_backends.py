@@ -1,0 +1,159 @@
+"""Which implementation runs, and how a user sees and overrides it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import loki_kernels as loki
+from loki_kernels.ops import _dispatch, gather_columns
+
+OP = "gather_columns"
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def inputs(device="cpu"):
+    return [torch.zeros(3, 5, device=device), torch.zeros(2, dtype=torch.int64, device=device)]
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """A device on which triton's kernels could run: ``meta`` stands in for it."""
+    kernel = SimpleNamespace(unsupported=lambda *_: None)
+    torch_kernel = SimpleNamespace()
+    monkeypatch.delenv("LOKI_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_checks", {})
+    monkeypatch.setattr(_dispatch, "_compare", lambda *_: None)
+    monkeypatch.setattr(
+        _dispatch,
+        "_backend_why_not",
+        lambda backend, _: "there is no compiler." if backend == "cuda" else None,
+    )
+    monkeypatch.setattr(
+        _dispatch, "_module", lambda _, backend: torch_kernel if backend == "torch" else kernel
+    )
+    return SimpleNamespace(triton=kernel, torch=torch_kernel, monkeypatch=monkeypatch)
+
+
+def test_report_names_every_op_and_backend():
+    report = loki.backends()
+    assert set(report) == {
+        "count_lowest",
+        "expand_path",
+        "gated_product",
+        "gather_columns",
+        "integrate_path",
+        "scatter_add_columns",
+        "shared_prefix_attention",
+        "target_probability",
+    }
+    for states in report.values():
+        assert list(states) == ["cuda", "triton", "torch"]
+        assert states["torch"] == "live"
+        assert states["cuda"].startswith("not live: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or interpreted, reason="triton runs here")
+def test_on_a_cpu_torch_runs_and_the_report_says_why():
+    assert all("needs a CUDA device" in s["triton"] for s in loki.backends().values())
+    with pytest.raises(RuntimeError, match=r"gather_columns cannot run on backend='triton'.*CUDA"):
+        gather_columns(*inputs(), backend="triton")
+
+
+def test_unknown_names_raise(monkeypatch):
+    with pytest.raises(ValueError, match="choose one of cuda, triton, torch"):
+        gather_columns(*inputs(), backend="cublas")
+    monkeypatch.setenv("LOKI_KERNELS_BACKEND", "cublas")
+    with pytest.raises(ValueError, match="LOKI_KERNELS_BACKEND='cublas' is unknown"):
+        gather_columns(*inputs())
+
+
+def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch):
+    with pytest.raises(RuntimeError, match="no compiled CUDA kernels"):
+        gather_columns(*inputs(), backend="cuda")
+    monkeypatch.setenv("LOKI_KERNELS_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="LOKI_KERNELS_BACKEND=cuda cannot be used"):
+        gather_columns(*inputs())
+    assert gather_columns(*inputs(), backend="torch").shape == (3, 2)  # the call goes first
+
+
+def test_auto_uses_a_kernel_once_it_has_been_checked(accelerator):
+    calls = []
+    accelerator.monkeypatch.setattr(_dispatch, "_compare", lambda *key: calls.append(key))
+    for _ in range(2):
+        assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.triton
+    half = [x.half() for x in inputs("meta")]
+    assert _dispatch.choose(OP, None, half) is accelerator.triton
+    meta = torch.device("meta")
+    assert calls == [(OP, "triton", meta, torch.float32), (OP, "triton", meta, torch.float16)]
+
+
+def test_auto_falls_back_with_one_warning(accelerator, caplog):
+    accelerator.monkeypatch.setattr(_dispatch, "_compare", lambda *_: "result 0: wrong")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch
+    (record,) = caplog.records
+    assert "triton kernel of gather_columns failed its self-check" in record.getMessage()
+    assert "result 0: wrong" in record.getMessage()
+
+
+def test_report_after_a_check(accelerator):
+    meta = torch.device("meta")
+    _dispatch.choose(OP, None, inputs("meta"))
+    state = _dispatch._state(OP, "triton", meta)
+    assert state == "verified in float32; from 0 elements (unmeasured)"
+    assert _dispatch._state("expand_path", "triton", meta).startswith("checked at first use")
+    accelerator.monkeypatch.setattr(_dispatch, "_compare", lambda *_: "result 0: wrong")
+    _dispatch.choose(OP, None, [x.half() for x in inputs("meta")])
+    state = _dispatch._state(OP, "triton", meta)
+    assert state == "failed its self-check: torch.float16: result 0: wrong"
+
+
+def test_auto_leaves_small_and_unsupported_inputs_to_torch(accelerator):
+    threshold = _dispatch.Threshold(16, "made up")
+    accelerator.monkeypatch.setitem(_dispatch.THRESHOLDS, (OP, "triton"), threshold)
+    assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch  # 15 elements
+    accelerator.monkeypatch.setitem(
+        _dispatch.THRESHOLDS, (OP, "triton"), _dispatch.Threshold(15, "")
+    )
+    assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.triton
+    accelerator.triton.unsupported = lambda *_: "it takes no zeros."
+    assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch
+    with pytest.raises(RuntimeError, match="it takes no zeros"):
+        _dispatch.choose(OP, "triton", inputs("meta"))
+    accelerator.monkeypatch.setenv("LOKI_KERNELS_BACKEND", "triton")
+    assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch
+
+
+def test_environment_variable_wins_over_auto(accelerator):
+    accelerator.monkeypatch.setenv("LOKI_KERNELS_BACKEND", "torch")
+    assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch
+    accelerator.monkeypatch.setenv("LOKI_KERNELS_BACKEND", "triton")
+    accelerator.monkeypatch.setattr(_dispatch, "_compare", lambda *_: "not asked")
+    assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.triton
+
+
+def test_self_check_has_none_of_the_callers_state(accelerator):
+    seen = []
+
+    def compare(*_):
+        x = torch.ones(1, requires_grad=True)
+        seen.append((x * 2).requires_grad and not torch.is_autocast_enabled("cpu"))
+
+    accelerator.monkeypatch.setattr(_dispatch, "_compare", compare)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        _dispatch.choose(OP, None, inputs("meta"))
+    assert seen == [True]
+
+
+def test_importing_the_package_imports_no_triton(tmp_path):
+    import subprocess
+    import sys
+
+    code = "import sys, loki_kernels; sys.exit('loki_kernels.ops._triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
