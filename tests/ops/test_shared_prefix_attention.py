@@ -5,6 +5,10 @@ import torch
 from tolerance import relative
 
 from loki_kernels.ops import shared_prefix_attention
+from loki_kernels.ops.shared_prefix_attention.reference import (
+    example,
+    shared_prefix_attention_reference,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(1, 1), (4, 4), (4, 2), (6, 1)]  # multi-head, grouped, multi-query
@@ -219,6 +223,66 @@ def test_large_scores_stay_finite():
     inputs["q"] *= 1e4
     for y in run(shared_prefix_attention, inputs, {}, torch.ones_like(inputs["q"])):
         assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_head_dimensions(dim, dtype):
+    inputs = make(batch=2, rows=3, prefix=33, dim=dim, dtype=dtype)
+    assert_equals_naive(inputs, {"prefix_lengths": torch.tensor([33, 17])})
+
+
+@pytest.mark.parametrize("heads", [(7, 1), (14, 2), (9, 3), (32, 1)])
+def test_groups_that_are_no_power_of_two(heads):
+    inputs = make(*heads, batch=2, rows=5, dtype=torch.float32)
+    assert_equals_naive(inputs, {})
+
+
+@pytest.mark.parametrize(("rows", "prefix"), [(1, 129), (63, 1), (129, 63), (2, 500)])
+def test_sizes(rows, prefix):
+    inputs = make(batch=1, rows=rows, prefix=prefix, dim=16, dtype=torch.float32)
+    assert_equals_naive(inputs, {"window": 100, "softcap": 5.0})
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reference_equals_naive(name):
+    """The definition the kernels are held to is itself right."""
+    inputs, options = make(), resolve(OPTIONS[name], 4, torch.float64)
+    upstream = torch.randn_like(inputs["q"])
+    want = run(naive, inputs, options, upstream)
+    got = run(shared_prefix_attention_reference, inputs, options, upstream)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_registration(name):
+    inputs, options = make(dtype=torch.float32), resolve(OPTIONS[name], 4, torch.float32)
+    own = [inputs[n].requires_grad_() for n in ("q", "k", "v")]
+    torch.library.opcheck(
+        torch.ops.loki_kernels.shared_prefix_attention.default,
+        (
+            *own,
+            inputs["prefix_k"],
+            inputs["prefix_v"],
+            options.get("prefix_lengths"),
+            options.get("sinks"),
+            0.7,
+            options.get("softcap"),
+            options.get("window"),
+            None,
+        ),
+    )
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    inputs, _ = example("cpu", torch.float32)
+    compiled = torch.compile(shared_prefix_attention, fullgraph=True, backend="aot_eager")
+    upstream = torch.randn_like(inputs["q"])
+    got = run(compiled, inputs, {}, upstream)
+    for g, w in zip(got, run(shared_prefix_attention, inputs, {}, upstream), strict=True):
+        torch.testing.assert_close(g, w)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .._check import check_shape
-from .reference import shared_prefix_attention_reference
+from .._dispatch import Backend, check_backend, register, register_autograd
 
 
 def shared_prefix_attention(
@@ -20,6 +23,7 @@ def shared_prefix_attention(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Each row attends to its sample's prefix and to itself, never to another row.
 
@@ -35,14 +39,18 @@ def shared_prefix_attention(
         scale: factor on the scores, ``d ** -0.5`` by default.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         window: sliding window: the row and the ``window - 1`` positions before it.
-        sinks: ``[H]`` logits added to the softmax's denominator alone.
+        sinks: ``[H]`` logits added to the softmax's denominator alone, constant.
+        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
 
     Returns:
         ``[B, H, R, d]`` in q's dtype; the softmax is computed in float32 (float64 for float64).
+        Differentiable in q, k and v.
 
     Raises:
-        ValueError: for shapes that do not fit together.
+        ValueError: for shapes that do not fit together, or an unknown backend.
+        RuntimeError: if a backend asked for by name cannot run.
     """
+    check_backend(backend)
     batch, heads, rows, dim = q.shape
     kv_heads = k.shape[1]
     if k.shape != (batch, kv_heads, rows, dim) or v.shape != k.shape:
@@ -62,15 +70,59 @@ def shared_prefix_attention(
     check_shape("sinks", sinks, heads)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1; it is {window}.")
-    return shared_prefix_attention_reference(
+    out, _ = torch.ops.loki_kernels.shared_prefix_attention(
         q,
         k,
         v,
-        prefix_k.detach(),
-        prefix_v.detach(),
+        prefix_k,
+        prefix_v,
         prefix_lengths,
-        scale=scale,
-        softcap=softcap,
-        window=window,
-        sinks=sinks,
+        sinks,
+        dim**-0.5 if scale is None else scale,
+        softcap,
+        window,
+        backend,
     )
+    return out
+
+
+def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def _fake_backward(
+    _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _sinks, ctx.scale, ctx.softcap, ctx.window, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    options = (ctx.scale, ctx.softcap, ctx.window, ctx.backend)
+    grads = torch.ops.loki_kernels.shared_prefix_attention_backward(
+        grad, *ctx.saved_tensors, *options
+    )
+    return *grads, *[None] * 8
+
+
+register(
+    "shared_prefix_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_lengths, "
+    "Tensor? sinks, float scale, float? softcap, SymInt? window) -> (Tensor, Tensor)",
+    _fake_forward,
+)
+register(
+    "shared_prefix_attention",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
+    "Tensor? prefix_lengths, Tensor out, Tensor lse, float scale, float? softcap, SymInt? window) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+    step="backward",
+)
+register_autograd("shared_prefix_attention", _setup_context, _backward)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,3 +55,23 @@ def shared_prefix_attention_reference(
     own = weights[..., prefix:] * v.unsqueeze(2)
     shared = weights[..., :prefix].reshape(batch, kv_heads, groups * rows, prefix) @ prefix_v
     return (shared.view(batch, kv_heads, groups, rows, dim) + own).view(batch, heads, rows, dim)
+
+
+def example(
+    device: torch.device | str, dtype: torch.dtype
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Keyword arguments of a small case, and which of them are differentiable."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    inputs = {
+        "q": normal(2, 6, 5, 64),
+        "k": normal(2, 2, 5, 64),
+        "v": normal(2, 2, 5, 64),
+        "prefix_k": normal(2, 2, 70, 64),
+        "prefix_v": normal(2, 2, 70, 64),
+        "prefix_lengths": torch.tensor([70, 33], device=device),
+    }
+    return inputs, ("q", "k", "v")

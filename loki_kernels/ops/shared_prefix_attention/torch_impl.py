@@ -1,0 +1,115 @@
+"""The prefix's and the row's own scores kept apart: nothing is concatenated, weights not saved."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    prefix_k: Tensor,
+    prefix_lengths: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Of the prefix ``[B, Hkv, G * R, P]``, hidden ones -inf, and of the own key ``[..., 1]``."""
+    batch, heads, rows, dim = q.shape
+    kv_heads, prefix = prefix_k.shape[1:3]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    packed = q.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+    shared = (packed @ prefix_k.transpose(-1, -2)).to(wide).mul_(scale)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
+    own = (grouped.to(wide) * k.unsqueeze(2).to(wide)).sum(-1) * scale
+    own = own.view(*packed.shape[:-1], 1)
+    if softcap is not None:
+        shared = shared.div_(softcap).tanh_().mul_(softcap)
+        own = softcap * torch.tanh(own / softcap)
+    if prefix_lengths is not None or window is not None:
+        positions = torch.arange(prefix, device=q.device)
+        if prefix_lengths is None:
+            prefix_lengths = torch.full((batch,), prefix, device=q.device)
+        lengths = prefix_lengths.to(q.device)[:, None]
+        hidden = positions >= lengths
+        if window is not None:
+            hidden = hidden | (lengths - positions >= window)  # the row stands at `length`
+        shared = shared.masked_fill_(hidden[:, None, None, :], float("-inf"))
+    return shared, own
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_lengths: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, dim = q.shape
+    kv_heads, prefix = prefix_k.shape[1:3]
+    groups = heads // kv_heads
+    shared, own = _scores(q, k, prefix_k, prefix_lengths, scale, softcap, window)
+    highest = own if prefix == 0 else torch.maximum(own, shared.amax(-1, keepdim=True))
+    if sinks is not None:
+        sink = sinks.to(own.dtype).view(kv_heads, groups, 1).expand(-1, -1, rows)
+        sink = sink.reshape(1, kv_heads, groups * rows, 1)
+        highest = torch.maximum(highest, sink)
+    shared = shared.sub_(highest).exp_()
+    own = (own - highest).exp_()
+    total = shared.sum(-1, keepdim=True) + own
+    if sinks is not None:
+        total = total + (sink - highest).exp()
+    shape = (batch, kv_heads, groups, rows, dim)
+    mixed = (shared.div_(total).to(v.dtype) @ prefix_v).view(shape)
+    own = own.div_(total).to(v.dtype).view(*shape[:-1], 1)
+    out = torch.addcmul(mixed, own, v.unsqueeze(2)).view(batch, heads, rows, dim)
+    return out, (highest + total.log()).view(batch, heads, rows)
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, rows, dim = q.shape
+    kv_heads = prefix_k.shape[1]
+    shape = (batch, kv_heads, heads // kv_heads, rows, dim)
+    shared, own = _scores(q, k, prefix_k, prefix_lengths, scale, softcap, window)
+    wide = shared.dtype
+    packed = grad.reshape(shape).flatten(2, 3)
+    # d softmax: every score's gradient is its weight times (its own pull - the average pull)
+    average = (grad.to(wide) * out.to(wide)).sum(-1).view(own.shape)
+    normaliser = lse.view(own.shape)
+
+    def slopes(scores: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (scores - normaliser).exp_()
+        slope = pull.sub_(average).mul_(weights).mul_(scale)
+        if softcap is not None:
+            # a hidden score is -inf, and its weight 0: keep 0 * inf out
+            slope = slope * (1 - (scores / softcap).square()).clamp_min(0)
+        return weights, slope
+
+    _, slope = slopes(shared, (packed @ prefix_v.transpose(-1, -2)).to(wide))
+    values = v.unsqueeze(2).to(wide)
+    upstream = grad.reshape(shape).to(wide)
+    own_pull = (upstream * values).sum(-1).view(own.shape)
+    weight, own_slope = (x.view(*shape[:-1], 1) for x in slopes(own, own_pull))
+    grad_q = (slope.to(q.dtype) @ prefix_k).view(shape) + (own_slope * k.unsqueeze(2)).to(q.dtype)
+    grad_k = (own_slope * q.reshape(shape)).sum(2).to(k.dtype)
+    grad_v = (weight * upstream).sum(2).to(v.dtype)
+    return grad_q.view(q.shape), grad_k, grad_v

@@ -1,0 +1,367 @@
+"""One program a block of rows of one key/value head: their query heads share every prefix tile.
+
+The query heads of a key/value head and the rows are packed into one tile, row-major, each row's
+heads padded to a power of two, so that a prefix tile is read once for all of them and a row's own
+key gradient is a sum over neighbouring tile rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import (
+    DTYPES,
+    Compilation,
+    dot,
+    empty,
+    narrow,
+    rows_last,
+    tanh,
+    tuned,
+    unsupported_dtype,
+)
+
+# d is padded to a power of two: 80 and 96 run at the cost of 128.
+HEAD_DIMS = (16, 32, 64, 128, 256)
+MAX_GROUPS = 128
+
+# A launch is tuned again when the packed rows or the prefix change class; R grows by m a layer.
+_TUNED_BY = ("row_class", "prefix_class", "GROUPS", "HEAD_DIM", "SOFTCAP", "WINDOW")
+
+
+def unsupported(q: Tensor, k: Tensor, *_: object) -> str | None:
+    if q.shape[-1] > HEAD_DIMS[-1]:
+        return f"its kernel takes head dimensions up to {HEAD_DIMS[-1]}, not {q.shape[-1]}."
+    if q.shape[1] > MAX_GROUPS * k.shape[1]:
+        return f"its kernel takes up to {MAX_GROUPS} query heads a key/value head."
+    return unsupported_dtype(q)
+
+
+@triton.jit
+def _tile(rows, GROUPS_PADDED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(row, head, valid) of each packed tile row."""
+    packed = tl.arange(0, BLOCK_M)
+    row = tl.program_id(0).to(tl.int64) * (BLOCK_M // GROUPS_PADDED) + packed // GROUPS_PADDED
+    group = packed % GROUPS_PADDED
+    head = tl.program_id(1).to(tl.int64) * GROUPS + group
+    return row, head, (row < rows) & (group < GROUPS)
+
+
+@triton.jit
+def _cap(scores, softcap, SOFTCAP: tl.constexpr):
+    if SOFTCAP:
+        scores = softcap * tanh(scores / softcap)
+    return scores
+
+
+@triton.jit
+def _visible_from(length, window, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first prefix tile a row at position ``length`` sees."""
+    if WINDOW:
+        return tl.maximum(length - window + 1, 0) // BLOCK_N * BLOCK_N
+    return length * 0
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, prefix_k, prefix_v, lengths, sinks, out, lse,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    pk_batch, pk_head, pk_position, pv_batch, pv_head, pv_position,
+    rows, scale, softcap, window, row_class, prefix_class,
+    GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SINKS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row, head, valid = _tile(rows, GROUPS_PADDED, GROUPS, BLOCK_M)
+    kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (d < HEAD_DIM)[None, :]
+    queries = tl.load(
+        q + batch * q_batch + head[:, None] * q_head + row[:, None] * q_row + d[None, :],
+        mask=mask, other=0.0,
+    )  # fmt: skip
+    own_k = tl.load(
+        k + batch * k_batch + kv_head * k_head + row[:, None] * k_row + d[None, :],
+        mask=mask, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    own_v = tl.load(
+        v + batch * v_batch + kv_head * v_head + row[:, None] * v_row + d[None, :],
+        mask=mask, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+
+    # The online softmax starts from the row's own key and the sink: never empty, never infinite.
+    own = _cap(tl.sum(queries.to(tl.float32) * own_k, 1) * scale, softcap, SOFTCAP)
+    highest = own
+    total = tl.full((BLOCK_M,), 1.0, tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32)
+        highest = tl.maximum(own, sink)
+        total = tl.exp(own - highest) + tl.exp(sink - highest)
+    mixed = own_v * tl.exp(own - highest)[:, None]
+
+    length = tl.load(lengths + batch).to(tl.int32)
+    for start in range(_visible_from(length, window, WINDOW, BLOCK_N), length, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        shown = position < length
+        inside = shown[:, None] & (d < HEAD_DIM)[None, :]
+        offset = position.to(tl.int64)
+        keys = tl.load(
+            prefix_k + batch * pk_batch + kv_head * pk_head
+            + offset[:, None] * pk_position + d[None, :],
+            mask=inside, other=0.0,
+        )  # fmt: skip
+        if WINDOW:
+            shown = shown & (length - position < window)
+        scores = _cap(dot(queries, tl.trans(keys)) * scale, softcap, SOFTCAP)
+        scores = tl.where(shown[None, :], scores, float("-inf"))
+        peak = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp(scores - peak[:, None])
+        shrink = tl.exp(highest - peak)
+        values = tl.load(
+            prefix_v + batch * pv_batch + kv_head * pv_head
+            + offset[:, None] * pv_position + d[None, :],
+            mask=inside, other=0.0,
+        )  # fmt: skip
+        total = total * shrink + tl.sum(weights, 1)
+        mixed = mixed * shrink[:, None] + dot(narrow(weights, values.dtype), values)
+        highest = peak
+
+    place = (batch * tl.num_programs(1) * GROUPS + head) * rows + row
+    tl.store(
+        out + place[:, None] * HEAD_DIM + d[None, :],
+        narrow(mixed / total[:, None], out.dtype.element_ty),
+        mask=mask,
+    )
+    tl.store(lse + place, highest + tl.log(total), mask=valid)
+
+
+@triton.jit
+def backward_kernel(
+    grad, q, k, v, prefix_k, prefix_v, lengths, out, lse, grad_q, grad_k, grad_v,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    pk_batch, pk_head, pk_position, pv_batch, pv_head, pv_position,
+    rows, scale, softcap, window, row_class, prefix_class,
+    GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row, head, valid = _tile(rows, GROUPS_PADDED, GROUPS, BLOCK_M)
+    kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (d < HEAD_DIM)[None, :]
+    place = (batch * tl.num_programs(1) * GROUPS + head) * rows + row
+    packed = place[:, None] * HEAD_DIM + d[None, :]
+    queries = tl.load(
+        q + batch * q_batch + head[:, None] * q_head + row[:, None] * q_row + d[None, :],
+        mask=mask, other=0.0,
+    )  # fmt: skip
+    own_k = tl.load(
+        k + batch * k_batch + kv_head * k_head + row[:, None] * k_row + d[None, :],
+        mask=mask, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    own_v = tl.load(
+        v + batch * v_batch + kv_head * v_head + row[:, None] * v_row + d[None, :],
+        mask=mask, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    upstream = tl.load(grad + packed, mask=mask, other=0.0)
+    wide = upstream.to(tl.float32)
+    outcome = tl.load(out + packed, mask=mask, other=0.0).to(tl.float32)
+    normaliser = tl.load(lse + place, mask=valid, other=0.0)
+    # d softmax: every score's gradient is its weight times (its own pull - the average pull)
+    average = tl.sum(wide * outcome, 1)
+
+    own = _cap(tl.sum(queries.to(tl.float32) * own_k, 1) * scale, softcap, SOFTCAP)
+    weight = tl.where(valid, tl.exp(own - normaliser), 0.0)
+    slope = weight * (tl.sum(wide * own_v, 1) - average) * scale
+    if SOFTCAP:
+        slope = slope * (1 - (own / softcap) * (own / softcap))
+    pull = slope[:, None] * own_k
+    BLOCK_R: tl.constexpr = BLOCK_M // GROUPS_PADDED
+    by_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    target = ((batch * tl.num_programs(1) + kv_head) * rows + by_row)[:, None] * HEAD_DIM + d[None]
+    row_mask = (by_row < rows)[:, None] & (d < HEAD_DIM)[None, :]
+    to_k = tl.reshape(slope[:, None] * queries.to(tl.float32), (BLOCK_R, GROUPS_PADDED, BLOCK_D))
+    tl.store(grad_k + target, narrow(tl.sum(to_k, 1), grad_k.dtype.element_ty), mask=row_mask)
+    to_v = tl.reshape(weight[:, None] * wide, (BLOCK_R, GROUPS_PADDED, BLOCK_D))
+    tl.store(grad_v + target, narrow(tl.sum(to_v, 1), grad_v.dtype.element_ty), mask=row_mask)
+
+    length = tl.load(lengths + batch).to(tl.int32)
+    for start in range(_visible_from(length, window, WINDOW, BLOCK_N), length, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        shown = position < length
+        inside = shown[:, None] & (d < HEAD_DIM)[None, :]
+        offset = position.to(tl.int64)
+        keys = tl.load(
+            prefix_k + batch * pk_batch + kv_head * pk_head
+            + offset[:, None] * pk_position + d[None, :],
+            mask=inside, other=0.0,
+        )  # fmt: skip
+        values = tl.load(
+            prefix_v + batch * pv_batch + kv_head * pv_head
+            + offset[:, None] * pv_position + d[None, :],
+            mask=inside, other=0.0,
+        )  # fmt: skip
+        if WINDOW:
+            shown = shown & (length - position < window)
+        scores = _cap(dot(queries, tl.trans(keys)) * scale, softcap, SOFTCAP)
+        weights = tl.where(
+            shown[None, :] & valid[:, None], tl.exp(scores - normaliser[:, None]), 0.0
+        )
+        slopes = weights * (dot(upstream, tl.trans(values)) - average[:, None]) * scale
+        if SOFTCAP:
+            slopes = slopes * (1 - (scores / softcap) * (scores / softcap))
+        pull += dot(narrow(slopes, keys.dtype), keys)
+    tl.store(grad_q + packed, narrow(pull, grad_q.dtype.element_ty), mask=mask)
+
+
+@functools.cache
+def configs(step: str, itemsize: int, block_d: int, groups: int) -> tuple[triton.Config, ...]:
+    """Tile shapes to try, largest first; those that spill on some chip are left out."""
+    if itemsize == 4:  # no tensor cores for exact float32 products: small tiles, in registers
+        shapes = [(16, 16, 4, 1), (16, 32, 4, 1)] if block_d >= 128 else [(32, 32, 4, 1)]
+    elif block_d == 256:
+        shapes = [(64, 32, 8, 2), (64, 64, 8, 2)] if step == "forward" else [(64, 32, 8, 1)]
+    else:
+        shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2), (16, 64, 4, 3)]
+    least = triton.next_power_of_2(groups)
+    shapes = [(max(m, least), *rest) for m, *rest in shapes]
+    return tuple(
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+        for m, n, warps, stages in dict.fromkeys(shapes)
+    )
+
+
+def _constants(groups: int, dim: int, softcap: float | None, window: int | None) -> dict[str, int]:
+    return {
+        "GROUPS": groups,
+        "GROUPS_PADDED": triton.next_power_of_2(groups),
+        "HEAD_DIM": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "SOFTCAP": softcap is not None,
+        "WINDOW": window is not None,
+    }
+
+
+def _launch(step, kernel, tensors, lengths, others, scale, softcap, window, **flags) -> None:
+    q, prefix_k = tensors[0], tensors[3]
+    batch, heads, rows, dim = q.shape
+    kv_heads, prefix = prefix_k.shape[1:3]
+    groups = heads // kv_heads
+    constants = _constants(groups, dim, softcap, window)
+    if lengths is None:
+        lengths = torch.full((batch,), prefix, dtype=torch.int32, device=q.device)
+    packed = rows * constants["GROUPS_PADDED"]
+
+    def grid(meta):
+        return triton.cdiv(packed, meta["BLOCK_M"]), kv_heads, batch
+
+    choices = configs(step, q.element_size(), constants["BLOCK_D"], groups)
+    with torch.cuda.device_of(q):
+        tuned(kernel, choices, _TUNED_BY)[grid](
+            *others(lengths),
+            *(stride for x in tensors for stride in x.stride()[:3]),
+            rows,
+            scale,
+            1.0 if softcap is None else softcap,
+            0 if window is None else window,
+            (packed > 64) + (packed > 256),
+            int(prefix > 512),
+            **constants,
+            **flags,
+        )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_lengths: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    tensors = [rows_last(x) for x in (q, k, v, prefix_k, prefix_v)]
+    out = empty(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel():
+        _launch(
+            "forward",
+            forward_kernel,
+            tensors,
+            prefix_lengths,
+            lambda lengths: (*tensors, lengths, q if sinks is None else sinks, out, lse),
+            scale,
+            softcap,
+            window,
+            SINKS=sinks is not None,
+        )
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = [rows_last(x) for x in (q, k, v, prefix_k, prefix_v)]
+    grad = grad.contiguous()
+    grads = empty(q), empty(k), empty(v)
+    if q.numel():
+        _launch(
+            "backward",
+            backward_kernel,
+            tensors,
+            prefix_lengths,
+            lambda lengths: (grad, *tensors, lengths, out, lse, *grads),
+            scale,
+            softcap,
+            window,
+        )
+    return grads
+
+
+def compilations() -> Iterator[Compilation]:
+    """Each step for every dtype and padded head dimension, plain and with every option."""
+    strides = [f"{x}_{axis}" for x in ("q", "k", "v") for axis in ("batch", "head", "row")]
+    strides += [f"{x}_{axis}" for x in ("pk", "pv") for axis in ("batch", "head", "position")]
+    scalars = dict.fromkeys([*strides, "rows", "window", "row_class", "prefix_class"], "i32")
+    scalars |= {"scale": "fp32", "softcap": "fp32"}
+    for dtype, name in DTYPES.items():
+        data = f"*{name}"
+        for step, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
+            for dim in (64, 80, 128, 256):
+                for options in (False, True):
+                    types = {n: data for n in kernel.arg_names if n not in scalars and n.islower()}
+                    types |= {"lengths": "*i32", "lse": "*fp32"}
+                    limits = (50.0, 4096) if options else (None, None)
+                    constants = _constants(4, dim, *limits)
+                    if step == "forward":
+                        constants["SINKS"] = options
+                    yield Compilation(
+                        kernel,
+                        types | scalars,
+                        constants,
+                        configs(step, dtype.itemsize, constants["BLOCK_D"], 4),
+                        name,
+                        tensor_cores=dtype.itemsize == 2,
+                    )
