@@ -8,10 +8,10 @@ import torch
 from tolerance import assert_as_close
 
 from loki_kernels.ops import TargetProbability, target_probability
-from loki_kernels.ops.target_probability.reference import target_probability_reference
+from loki_kernels.ops.target_probability.reference import example, target_probability_reference
 
 # `import ... as` would give the function, which the package puts in its module's place
-module = importlib.import_module("loki_kernels.ops.target_probability")
+module = importlib.import_module("loki_kernels.ops.target_probability.torch_impl")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 1, 2), (3, 63, 129), (129, 7, 63), (2, 129, 500)]
@@ -108,7 +108,7 @@ def test_chunks_equal_the_whole(elements, options, monkeypatch):
     whole = run(target_probability, inputs, upstream, **options)
     calls = []
     linear = torch.nn.functional.linear
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", elements)
     monkeypatch.setattr(
         torch.nn.functional, "linear", lambda *a: (calls.append(len(a[0])), linear(*a))[1]
     )
@@ -182,6 +182,25 @@ def test_large_logits_stay_finite():
     got = run(target_probability, inputs, upstream)
     assert all(torch.isfinite(y).all() for y in got)
     assert_two_references(inputs)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_registration(gradient):
+    inputs, _ = example("cpu", torch.float32)
+    inputs["hidden"].requires_grad_(gradient)
+    torch.library.opcheck(
+        torch.ops.loki_kernels.target_probability.default, (*inputs.values(), gradient, None)
+    )
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    inputs, _ = example("cpu", torch.float32)
+    compiled = torch.compile(target_probability, fullgraph=True, backend="aot_eager")
+    upstream = torch.randn(3, len(inputs["hidden"]))
+    got = run(compiled, inputs, upstream)
+    for g, w in zip(got, run(target_probability, inputs, upstream), strict=True):
+        torch.testing.assert_close(g, w)
 
 
 @pytest.mark.parametrize(

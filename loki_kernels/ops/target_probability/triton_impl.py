@@ -1,0 +1,106 @@
+"""Between the two dense products, one program a row reads its logits twice and overwrites them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import DTYPES, Compilation, narrow, tanh, unsupported_dtype
+from .torch_impl import in_chunks
+
+_CONFIG = triton.Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
+
+
+def unsupported(hidden: Tensor, *_: object) -> str | None:
+    return unsupported_dtype(hidden)
+
+
+@triton.jit
+def _final(logits, scale, softcap, SOFTCAP: tl.constexpr):
+    logits = logits.to(tl.float32) * scale
+    if SOFTCAP:
+        logits = softcap * tanh(logits / softcap)
+    return logits
+
+
+@triton.jit
+def forward_kernel(
+    logits, target, logit, log_normaliser, vocabulary, scale, softcap,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    # a running maximum and sum for each lane; they meet once, at the end
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        value = _final(tl.load(logits + token, mask=token < vocabulary), scale, softcap, SOFTCAP)
+        value = tl.where(token < vocabulary, value, float("-inf"))
+        peak = tl.maximum(highest, value)
+        met = peak > float("-inf")
+        total = tl.where(met, total * tl.exp(highest - peak) + tl.exp(value - peak), total)
+        highest = peak
+    top = tl.max(highest, 0)
+    normaliser = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+    wanted = tl.load(target + row)
+    tl.store(log_normaliser + row, normaliser)
+    tl.store(logit + row, _final(tl.load(logits + wanted), scale, softcap, SOFTCAP))
+    if GRADIENT:
+        for start in range(0, vocabulary, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            mask = token < vocabulary
+            value = _final(tl.load(logits + token, mask=mask, other=0.0), scale, softcap, SOFTCAP)
+            slope = tl.where(token == wanted, 1.0, 0.0) - tl.exp(value - normaliser)
+            if SOFTCAP:
+                slope = slope * (1 - (value / softcap) * (value / softcap))
+            tl.store(logits + token, narrow(slope * scale, logits.dtype.element_ty), mask=mask)
+
+
+def _reduce(
+    logits: Tensor, target: Tensor, softcap: float | None, logit_scale: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows, vocabulary = logits.shape
+    logits = logits.contiguous()
+    logit = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    log_normaliser = torch.empty_like(logit)
+    with torch.cuda.device_of(logits):
+        forward_kernel[(rows,)](
+            logits,
+            target.contiguous(),
+            logit,
+            log_normaliser,
+            vocabulary,
+            logit_scale,
+            1.0 if softcap is None else softcap,
+            SOFTCAP=softcap is not None,
+            GRADIENT=gradient,
+            **_CONFIG.all_kwargs(),
+        )
+    return logit, log_normaliser, logits if gradient else None
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    gradient: bool,
+) -> tuple[Tensor, ...]:
+    return in_chunks(_reduce, hidden, weight, target, bias, softcap, logit_scale, gradient)
+
+
+def compilations() -> Iterator[Compilation]:
+    for name in DTYPES.values():
+        types = {"logits": f"*{name}", "target": "*i64", "vocabulary": "i32"}
+        types |= {"logit": "*fp32", "log_normaliser": "*fp32", "scale": "fp32", "softcap": "fp32"}
+        for options in (False, True):
+            yield Compilation(
+                forward_kernel, types, {"SOFTCAP": options, "GRADIENT": True}, (_CONFIG,), name
+            )
