@@ -1,24 +1,34 @@
 """The operations LoKI is made of, one folder each.
 
 Every folder holds the public function (``__init__.py``) and ``reference.py``, the definition in
-plain PyTorch that every faster implementation is tested against.
+plain PyTorch that every faster implementation is tested against. An op with kernels of its own has
+``torch_impl.py`` and ``triton_impl.py`` beside them; `row_masked_linear`, `row_delta_linear` and
+`swiglu_row_masked_linear` are composed of such ops and of dense products.
 """
 
 from .count_lowest import count_lowest
 from .expand_path import expand_path
+from .gated_product import gated_product
+from .gather_columns import gather_columns
 from .integrate_path import integrate_path
 from .row_delta_linear import row_delta_linear
 from .row_masked_linear import row_masked_linear
+from .scatter_add_columns import scatter_add_columns
 from .shared_prefix_attention import shared_prefix_attention
+from .swiglu_row_masked_linear import swiglu_row_masked_linear
 from .target_probability import TargetProbability, target_probability
 
 __all__ = [
     "TargetProbability",
     "count_lowest",
     "expand_path",
+    "gated_product",
+    "gather_columns",
     "integrate_path",
     "row_delta_linear",
     "row_masked_linear",
+    "scatter_add_columns",
     "shared_prefix_attention",
+    "swiglu_row_masked_linear",
     "target_probability",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -28,3 +29,13 @@ def check_index(index: Tensor) -> int:
     if index.ndim != 1:
         raise ValueError(f"index must be [k]; it is {list(index.shape)}.")
     return index.shape[0]
+
+
+def autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three as ``F.linear`` would take them: in the autocast dtype where autocast is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -113,6 +113,47 @@ def test_autocast():
         assert 0 < relative(g, e) < 2 * relative(s, e) + 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4]])
+def test_dense_delta(shape, dtype):
+    inputs = make(*shape, dtype=dtype)
+    inputs |= {"delta_a": torch.randn(shape[3], shape[1]).to(dtype), "delta_b": None}
+    assert_two_references(inputs, 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_dense_delta_gradcheck():
+    inputs = make((2, 3), 5, 7, 3, 2, dtype=torch.float64)
+    x, bias = (inputs[n].requires_grad_() for n in ("x", "bias"))
+    delta = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, d, b: row_delta_linear(x, inputs["weight"], d, None, inputs["index"], b),
+        (x, delta, bias),
+    )
+
+
+@pytest.mark.parametrize("wanted", [("delta_a",), ("delta_b",), ("x",), ("bias",)])
+def test_any_subset_of_gradients(wanted):
+    inputs = make((4,), 63, 129, 30, 4, dtype=torch.float64)
+    upstream = torch.randn(4, 129, dtype=torch.float64)
+    whole = dict(zip(GRADIENTS, run(row_delta_linear, inputs, upstream)[1:], strict=True))
+    leaf = inputs[wanted[0]].requires_grad_()
+    (got,) = torch.autograd.grad(row_delta_linear(**inputs), leaf, upstream)
+    torch.testing.assert_close(got, whole[wanted[0]])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_compiles_whole(dense):
+    torch._dynamo.reset()
+    inputs = make((4,), 63, 129, 30, 4)
+    if dense:
+        inputs |= {"delta_a": torch.randn(30, 63), "delta_b": None}
+    compiled = torch.compile(row_delta_linear, fullgraph=True, backend="aot_eager")
+    upstream = torch.randn(4, 129)
+    got = run(compiled, inputs, upstream)
+    for g, w in zip(got, run(row_delta_linear, inputs, upstream), strict=True):
+        torch.testing.assert_close(g, w)
+
+
 def test_weight_is_not_written():
     inputs = make((4,), 63, 129, 30, 4)
     before = inputs["weight"].clone()
@@ -131,10 +172,11 @@ def test_weight_is_not_written():
         ("x", (4, 6)),
         ("bias", (6,)),
         ("delta_a", (3,)),
+        ("delta_b", None),
     ],
 )
 def test_shapes_that_do_not_fit_raise(name, shape):
     inputs = make((4,), 5, 7, 3, 2)
-    inputs[name] = torch.zeros(shape, dtype=inputs[name].dtype)
+    inputs[name] = None if shape is None else torch.zeros(shape, dtype=inputs[name].dtype)
     with pytest.raises(ValueError, match=r"fit|must be"):
         row_delta_linear(**inputs)

@@ -1,48 +1,109 @@
-"""A frozen linear layer plus a low-rank update of some of its rows."""
+"""A frozen linear layer plus an update of some of its rows."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._check import check_index, check_linear, check_shape
+from .._check import autocast, check_index, check_linear, check_shape
+from .._dispatch import Backend, check_backend
+from .._products import as_matrix, selected_columns, weight_gradient
+from ..scatter_add_columns import scatter_add_columns
 
 
 def row_delta_linear(
     x: Tensor,
     weight: Tensor,
     delta_a: Tensor,
-    delta_b: Tensor,
+    delta_b: Tensor | None,
     index: Tensor,
     bias: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """``linear(x, weight + scatter(index, delta_a @ delta_b), bias)`` without forming the sum.
+    """``linear(x, weight + scatter(index, delta), bias)`` without forming the sum.
 
-    The LoKI* form (arXiv 2505.22120): rows ``index`` of the frozen weight get ``A @ B``. The weight
-    is never written; the update costs two products of rank r.
+    delta is ``delta_a @ delta_b``, the LoKI* form (arXiv 2505.22120), whose update costs two
+    products of rank r, or ``delta_a`` itself where ``delta_b`` is None. The weight is never
+    written: the form for one that is quantized, sharded or shared by several adapters.
 
     Args:
         x: ``[..., in_features]``.
         weight: ``[out_features, in_features]``, frozen.
-        delta_a: ``[k, r]``.
-        delta_b: ``[r, in_features]``.
+        delta_a: ``[k, r]``; ``[k, in_features]`` if ``delta_b`` is None. Of any floating dtype; its
+            gradient has its dtype.
+        delta_b: ``[r, in_features]``, or None.
         index: ``[k]`` int64, distinct.
         bias: ``[out_features]`` or None.
+        backend: of `scatter_add_columns` and `gather_columns`.
 
     Returns:
-        ``[..., out_features]``. Differentiable in x, delta_a, delta_b and bias.
+        ``[..., out_features]`` in x's dtype (under autocast, in the autocast dtype), differentiable
+        in x, delta_a, delta_b and bias. The update's products are those of x's dtype.
 
     Raises:
-        ValueError: for shapes that do not fit together.
+        ValueError: for shapes that do not fit together, or an unknown backend.
+        RuntimeError: if a backend asked for by name cannot run.
     """
+    check_backend(backend)
     _, in_features = check_linear(x, weight, bias)
     if delta_a.ndim != 2:
         raise ValueError(f"delta_a must be [k, r]; it is {list(delta_a.shape)}.")
-    check_shape("delta_a", delta_a, check_index(index), delta_a.shape[1])
-    check_shape("delta_b", delta_b, delta_a.shape[1], in_features)
-    y = functional.linear(x, weight, bias)
-    if not torch.is_autocast_enabled(x.device.type):
-        x = x.to(delta_b.dtype)
-    delta = functional.linear(functional.linear(x, delta_b), delta_a)
-    return y.index_add(-1, index, delta.to(y.dtype))
+    rank = in_features if delta_b is None else delta_a.shape[1]
+    check_shape("delta_a", delta_a, check_index(index), rank)
+    check_shape("delta_b", delta_b, rank, in_features)
+    x, weight, bias = autocast(x, weight, bias)
+    return _RowDeltaLinear.apply(x, weight, delta_a, delta_b, index, bias, backend)
+
+
+class _RowDeltaLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        delta_a: Tensor,
+        delta_b: Tensor | None,
+        index: Tensor,
+        bias: Tensor | None,
+        backend: str | None,
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y = as_matrix(functional.linear(x, weight, bias))
+            u = as_matrix(x)
+            if delta_b is not None:
+                u = u @ delta_b.to(x.dtype).t()
+            scatter_add_columns(y, index, u, delta_a.to(x.dtype), backend=backend)  # type: ignore[arg-type]
+            return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *saved, _, ctx.backend = inputs
+        ctx.save_for_backward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, delta_a, delta_b, index = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, _, needs_bias, _ = ctx.needs_input_grad
+        grad_x = grad_a = grad_b = grad_bias = None
+        selected = flat = through = None
+        if needs_x or needs_a or needs_b:
+            selected, flat = selected_columns(grad, index, ctx.backend), as_matrix(x)
+            through = selected @ delta_a.to(x.dtype)  # the gradient of what delta_a multiplies
+        if needs_a:
+            u = flat if delta_b is None else flat @ delta_b.to(x.dtype).t()
+            grad_a = weight_gradient(selected, u, delta_a.dtype)
+        if needs_b:
+            grad_b = weight_gradient(through, flat, delta_b.dtype)
+        if needs_x:
+            grad_x = as_matrix(grad) @ weight
+            if delta_b is None:
+                grad_x = grad_x.add_(through)
+            else:
+                grad_x = torch.addmm(grad_x, through, delta_b.to(x.dtype))
+            grad_x = grad_x.view(x.shape)
+        if needs_bias:
+            grad_bias = as_matrix(grad).sum(0)
+        return grad_x, None, grad_a, grad_b, None, grad_bias, None

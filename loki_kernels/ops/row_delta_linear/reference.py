@@ -9,9 +9,10 @@ def row_delta_linear_reference(
     x: Tensor,
     weight: Tensor,
     delta_a: Tensor,
-    delta_b: Tensor,
+    delta_b: Tensor | None,
     index: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    delta = torch.zeros_like(weight).index_copy(0, index, (delta_a @ delta_b).to(weight.dtype))
+    update = delta_a if delta_b is None else delta_a @ delta_b
+    delta = torch.zeros_like(weight).index_copy(0, index, update.to(weight.dtype))
     return functional.linear(x, weight + delta, bias)

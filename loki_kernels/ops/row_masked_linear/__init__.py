@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._check import check_index, check_linear, check_shape
+from .._check import autocast, check_index, check_linear, check_shape
+from .._dispatch import Backend, check_backend
+from .._products import as_matrix, selected_columns, weight_gradient
 
 
 def row_masked_linear(
-    x: Tensor, weight: Tensor, rows: Tensor, index: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
 ) -> Tensor:
     """``linear(x, weight with rows put at index, bias)``, differentiable in x, rows and bias.
 
@@ -27,34 +35,39 @@ def row_masked_linear(
         rows: ``[k, in_features]``, of any floating dtype; its gradient has its dtype.
         index: ``[k]`` int64, distinct, in any order.
         bias: ``[out_features]`` or None.
+        backend: of `gather_columns`, which takes ``dY[:, index]``.
 
     Returns:
         ``[..., out_features]``. Under autocast, in the autocast dtype.
 
     Raises:
-        ValueError: for shapes that do not fit together.
+        ValueError: for shapes that do not fit together, or an unknown backend.
+        RuntimeError: if a backend asked for by name cannot run.
     """
+    check_backend(backend)
     _, in_features = check_linear(x, weight, bias)
     check_shape("rows", rows, check_index(index), in_features)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return _RowMaskedLinear.apply(x, weight, rows, index, bias)
+    x, weight, bias = autocast(x, weight, bias)
+    return _RowMaskedLinear.apply(x, weight, rows, index, bias, backend)
 
 
 class _RowMaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, rows: Tensor, index: Tensor, bias: Tensor | None
+        x: Tensor,
+        weight: Tensor,
+        rows: Tensor,
+        index: Tensor,
+        bias: Tensor | None,
+        backend: str | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, rows, index, _ = inputs
-        needs_x, _, needs_rows, _, _ = ctx.needs_input_grad
+        x, weight, rows, index, _, ctx.backend = inputs
+        needs_x, _, needs_rows, *_ = ctx.needs_input_grad
         # `rows` is saved, though unused, so that autograd notices an optimizer step between the
         # forward and the backward pass.
         ctx.save_for_backward(x if needs_rows else None, weight if needs_x else None, rows, index)
@@ -67,8 +80,8 @@ class _RowMaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
         if ctx.needs_input_grad[2]:
-            selected = grad.reshape(-1, grad.shape[-1]).index_select(1, index)
-            grad_rows = (selected.t() @ x.reshape(-1, x.shape[-1])).to(ctx.rows_dtype)
+            selected = selected_columns(grad, index, ctx.backend)
+            grad_rows = weight_gradient(selected, as_matrix(x), ctx.rows_dtype)
         if ctx.needs_input_grad[4]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, None, grad_rows, None, grad_bias
+            grad_bias = as_matrix(grad).sum(0)
+        return grad_x, None, grad_rows, None, grad_bias, None
