@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .ops import row_delta_linear, row_masked_linear
+from .ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear
+from .ops.gated_product import Activation
 
 
 class LoKILinear(nn.Module):
@@ -116,6 +117,13 @@ class LoKILinear(nn.Module):
             return y.index_copy(-1, self.index, own)
         self._write_rows()
         return row_masked_linear(x, self.weight, self.rows, self.index, self.bias)
+
+    def forward_gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        """``self(act(gate) * up)`` without keeping the product; eager, without a rank."""
+        self._write_rows()
+        return swiglu_row_masked_linear(
+            gate, up, self.weight, self.rows, self.index, self.bias, activation=activation
+        )
 
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, ``[k, in_features]`` in the weight's dtype."""

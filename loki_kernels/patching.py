@@ -19,6 +19,7 @@ from .cache import cached_attribution
 from .errors import UnsupportedModelError
 from .files import atomic_path, read_safetensors
 from .linear import LoKILinear
+from .mlp import FusedMLP, Gating, find_gating
 from .selection import RowSelection, rows_per_layer, select
 from .structure import DownProjection, Structure, find_structure
 
@@ -38,12 +39,16 @@ class Report:
     Attributes:
         patched: layer name -> number of trained rows.
         skipped: layer name -> why it was left alone.
+        fused: MLP name -> activation of those that recompute their activation product.
+        not_fused: MLP name -> why not, of the others, if ``fuse_mlp`` was asked for.
         trainable: trained parameters.
         total: parameters of the model, the trained rows counted once.
     """
 
     patched: dict[str, int]
     skipped: dict[str, str]
+    fused: dict[str, str]
+    not_fused: dict[str, str]
     trainable: int
     total: int
 
@@ -54,6 +59,9 @@ class Report:
             f"parameters trained ({share:.2f} %)"
         ]
         lines += [f"skipped {name}: {why}" for name, why in self.skipped.items()]
+        if self.fused:
+            lines.append(f"{len(self.fused)} MLPs fused ({', '.join(set(self.fused.values()))})")
+        lines += [f"not fused {name}: {why}" for name, why in self.not_fused.items()]
         return "\n".join(lines)
 
 
@@ -72,6 +80,7 @@ class Patch:
     report: Report
     _layers: list[tuple[DownProjection, LoKILinear]] = field(repr=False)
     _required: list[tuple[nn.Parameter, bool]] = field(repr=False)
+    _mlps: list[tuple[nn.Module, str, nn.Module]] = field(repr=False)  # owner, attribute, original
     _save_pretrained: Callable[..., Any] | None = field(default=None, repr=False)
     _active: bool = field(default=True, repr=False)
 
@@ -159,6 +168,9 @@ class Patch:
             linear.bias = layer.bias
             linear.train(layer.training)
             setattr(down_proj.parent, down_proj.attribute, linear)
+        for owner, attribute, mlp in self._mlps:
+            mlp.training = getattr(owner, attribute).training
+            setattr(owner, attribute, mlp)
         for parameter, flag in self._required:
             parameter.requires_grad_(flag)
         if self._save_pretrained is not None:
@@ -175,6 +187,7 @@ def patch(
     quota: float = 10.0,
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    fuse_mlp: bool = False,
 ) -> Patch:
     """Make a model train some rows of its FFN down-projections and nothing else.
 
@@ -191,6 +204,9 @@ def patch(
         quota: percentage of rows for that analysis.
         rank: train the rows as a rank-r update instead (LoKI*).
         dtype: of the trained parameters; the weights' by default.
+        fuse_mlp: where the MLP is ``down_proj(act(gate(x)) * up(x))`` with SiLU or
+            tanh-approximated GELU, keep gate and up alone for the backward pass, not act(gate) and
+            the product: half of the MLP's activation memory. The report says where.
 
     Returns:
         A `Patch` handle.
@@ -209,6 +225,10 @@ def patch(
     else:
         selection = _as_selection(rows)
     _check_fits(selection, structure)
+    gatings: dict[str, Gating | str] = {}
+    if fuse_mlp:
+        low_rank = "low-rank rows need the product itself" if rank is not None else None
+        gatings = {d.name: low_rank or find_gating(d) for d in structure.down_projs}
 
     causal_lm = structure.causal_lm
     names = {id(module): name for name, module in causal_lm.named_modules()}
@@ -230,14 +250,31 @@ def patch(
         parameter.requires_grad_(False)
     for down_proj, layer in layers:
         setattr(down_proj.parent, down_proj.attribute, layer)
+    mlps: list[tuple[nn.Module, str, nn.Module]] = []
+    fused: dict[str, str] = {}
+    not_fused: dict[str, str] = {}
+    for down_proj, _ in layers:
+        gating = gatings.get(down_proj.name)
+        name = names[id(down_proj.parent)]
+        if isinstance(gating, str):
+            not_fused[name] = gating
+        if not isinstance(gating, Gating):
+            continue
+        owner = causal_lm.get_submodule(name.rpartition(".")[0])
+        attribute = name.rpartition(".")[2]
+        setattr(owner, attribute, FusedMLP(down_proj.parent, down_proj.attribute, gating))
+        mlps.append((owner, attribute, down_proj.parent))
+        fused[name] = gating.activation
     trainable = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
     report = Report(
         patched={names[id(d.module)]: len(layer.index) for d, layer in layers},
         skipped=skipped,
+        fused=fused,
+        not_fused=not_fused,
         trainable=trainable,
         total=total,
     )
-    handle = Patch(causal_lm, selection, report, layers, required)
+    handle = Patch(causal_lm, selection, report, layers, required, mlps)
     _write_side_file_with_checkpoints(handle)
     logger.info("%s", report)
     return handle

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, assert_unchanged, build_model, snapshot
+from models import ARCHITECTURES, assert_unchanged, build_model, snapshot
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import loki_kernels as loki
