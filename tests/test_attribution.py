@@ -9,12 +9,13 @@ import pytest
 import torch
 import transformers
 from captum.attr import LayerIntegratedGradients
-from conftest import ARCHITECTURES, assert_unchanged, build_model, snapshot
+from models import ARCHITECTURES, assert_unchanged, build_model, snapshot
 
 import loki_kernels as loki
 from loki_kernels.attribution import DEFINITIONS, attribute
-from loki_kernels.attribution.definitions import path_rule
+from loki_kernels.attribution.definitions import path_rule, resolve_definition
 from loki_kernels.attribution.reference import attribute_reference
+from loki_kernels.attribution.staircase import Batch, RowPass, prepared, run_prefill
 from loki_kernels.structure import find_structure
 
 
@@ -458,3 +459,27 @@ def test_memory_does_not_grow_with_samples(tmp_path):
         assert result.scores.shape == (samples, 3, 1024)
     assert peaks[0] < size / 4
     assert peaks[1] > size
+
+
+def test_row_pass_compiles_whole():
+    """The rows forward and back to the path points, every hook included, without a graph break."""
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this torch cannot trace torch.autograd.grad")
+    torch._dynamo.reset()
+    structure = find_structure(build_model())
+    definition = resolve_definition("published", {})
+    alphas, weights = path_rule(definition.rule, 7)
+    ids = torch.arange(18).view(2, 9)
+    with prepared(structure):
+        batch = Batch(ids, torch.tensor([9, 5]))
+        prefill = run_prefill(structure, batch, definition.site)
+        target = prefill.logits.argmax(-1)
+        rows = RowPass(structure, batch, prefill, target, definition, alphas, weights, None)
+        want = rows.run(range(3), prefill.prefix)
+        rows._differentiate = torch.compile(
+            rows._differentiate, fullgraph=True, backend="aot_eager"
+        )
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            got = rows.run(range(3), prefill.prefix)
+    torch.testing.assert_close(got.scores, want.scores)
+    torch.testing.assert_close(got.change, want.change)

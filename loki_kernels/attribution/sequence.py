@@ -55,6 +55,6 @@ def scaled_prefixes(
 
     handles = [hook_layer(structure.layers[i], join) for i in layers]
     handles += [hook_site(structure.down_projs[i].module, site, place(i)) for i in layers]
-    with running(capturing_attention(prefix), handles):
+    with running(structure, capturing_attention(prefix), handles):
         structure.decoder(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
     return prefix

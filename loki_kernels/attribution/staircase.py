@@ -15,9 +15,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
-from ..ops import expand_path, integrate_path, shared_prefix_attention, target_probability
+from ..ops import (
+    expand_path,
+    integrate_path,
+    shared_prefix_attention,
+    target_probability,
+)
 from ..structure import Head, Structure, first_non_finite
 from .definitions import Definition
 
@@ -43,7 +47,9 @@ _GUARD_TOLERANCE = {
 }
 
 Attend = Callable[..., Tensor]
-_attend: ContextVar[Attend] = ContextVar("loki_kernels_attend")
+# Where the attention in force is kept: on the model's own config, which every attention module
+# holds. A ContextVar would do, but torch.compile cannot trace one.
+_ATTEND = "_loki_kernels_attend"
 
 
 def _attention_forward(
@@ -56,7 +62,7 @@ def _attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    output = _attend.get()(
+    output = getattr(module.config, _ATTEND)(
         module,
         query,
         key,
@@ -74,19 +80,23 @@ AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
+def _attention_configs(structure: Structure) -> list[Any]:
+    configs = {
+        id(module.config): module.config
+        for module in structure.decoder.modules()
+        if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
+    }
+    return list(configs.values())
+
+
 @contextlib.contextmanager
 def prepared(structure: Structure) -> Iterator[None]:
     """The model in evaluation mode, frozen, with our attention; restored whatever happens."""
     model = structure.causal_lm
     training = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    configs = {
-        id(module.config): module.config
-        for module in structure.decoder.modules()
-        if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
-    }
     implementations = [
-        (config, config._attn_implementation_internal) for config in configs.values()
+        (config, config._attn_implementation_internal) for config in _attention_configs(structure)
     ]
     device = next(model.parameters()).device.type
     try:
@@ -111,12 +121,16 @@ def prepared(structure: Structure) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(attend: Attend, handles: Sequence[Any]) -> Iterator[None]:
-    token = _attend.set(attend)
+def running(structure: Structure, attend: Attend, handles: Sequence[Any]) -> Iterator[None]:
+    """``attend`` as the decoder's attention; it and the hooks are gone afterwards."""
+    configs = _attention_configs(structure)
+    for config in configs:
+        setattr(config, _ATTEND, attend)
     try:
         yield
     finally:
-        _attend.reset(token)
+        for config in configs:
+            delattr(config, _ATTEND)
         for handle in handles:
             handle.remove()
 
@@ -255,7 +269,7 @@ def run_prefill(
     )
     if keep_site:
         handles += [hook_site(down.module, site, keep) for down in structure.down_projs]
-    with running(capturing_attention(prefill.prefix), handles):
+    with running(structure, capturing_attention(prefill.prefix), handles):
         output = structure.causal_lm(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -283,6 +297,14 @@ class Scores:
     scores: Tensor  # [B, L, D]
     change: Tensor  # [B, L], F(z) - F(baseline); NaN where the path has no such point
     value: Tensor  # [B], F(z)
+
+
+class _Rows(NamedTuple):
+    """What the hooks leave while the rows run."""
+
+    points: dict[int, Tensor]  # layer -> [B, m, D], the leaves
+    ends: dict[int, Tensor]  # layer -> z [B, D]
+    layer_inputs: list[Tensor]  # L of [B, hidden_size], the unperturbed row's
 
 
 class RowPass:
@@ -323,14 +345,28 @@ class RowPass:
         per_row: bool = False,
     ) -> Scores:
         """Scores of ``layers`` (the others stay unperturbed)."""
+        longest = int(self.batch.last.max())
+        prefix = {i: (k[:, :, :longest], v[:, :, :longest]) for i, (k, v) in prefix.items()}
+        rows = _Rows({}, {}, [])
+        attend, handles = self._steer(layers, prefix, per_row, rows)
+        with torch.enable_grad(), running(self.structure, attend, handles):
+            hidden, values, gradients = self._differentiate(layers, rows)
+        self._guard(hidden, rows.layer_inputs)
+        return self._integrate(layers, rows.ends, values, gradients)
+
+    def _steer(
+        self,
+        layers: range,
+        prefix: dict[int, tuple[Tensor, Tensor]],
+        per_row: bool,
+        rows: _Rows,
+    ) -> tuple[Attend, list[Any]]:
+        """The attention and the hooks that make the decoder run ``rows``."""
         structure, batch, m = self.structure, self.batch, len(self.alphas)
-        points: dict[int, Tensor] = {}  # layer -> [B, m, D], the leaves
-        ends: dict[int, Tensor] = {}  # layer -> z [B, D]
-        layer_inputs: list[Tensor] = []  # of the unperturbed row
 
         def join(layer: int) -> Callable[[Tensor], Tensor]:
             def change(hidden: Tensor) -> Tensor:
-                layer_inputs.append(hidden[:, 0].detach())
+                rows.layer_inputs.append(hidden[:, 0].detach())
                 if layer not in layers:
                     return hidden
                 return torch.cat([hidden, hidden[:, :1].detach().expand(-1, m, -1)], dim=1)
@@ -339,10 +375,10 @@ class RowPass:
 
         def place(layer: int) -> Callable[[Tensor], Tensor]:
             def change(x: Tensor) -> Tensor:
-                ends[layer] = z = x[:, 0].detach()
+                rows.ends[layer] = z = x[:, 0].detach()
                 start = None if self.baseline is None else self.baseline[layer]
-                points[layer] = expand_path(z, self.alphas, start).requires_grad_()
-                return torch.cat([x[:, :-m], points[layer]], dim=1)
+                rows.points[layer] = expand_path(z, self.alphas, start).requires_grad_()
+                return torch.cat([x[:, :-m], rows.points[layer]], dim=1)
 
             return change
 
@@ -356,60 +392,69 @@ class RowPass:
         ) -> Tensor:
             prefix_k, prefix_v = prefix[module.layer_idx]
             lengths = batch.last.to(query.device)
-            longest = int(lengths.max())
-            prefix_k, prefix_v = prefix_k[:, :, :longest], prefix_v[:, :, :longest]
             if not per_row:
                 return shared_prefix_attention(
                     query, key, value, prefix_k, prefix_v, lengths, **options
                 )
-            samples, heads, rows, dim = query.shape
+            samples, heads, count, dim = query.shape
             one = [
-                x.transpose(1, 2).reshape(samples * rows, x.shape[1], 1, dim)
+                x.transpose(1, 2).reshape(samples * count, x.shape[1], 1, dim)
                 for x in (query, key, value)
             ]
             output = shared_prefix_attention(
-                *one, prefix_k, prefix_v, lengths.repeat_interleave(rows), **options
+                *one, prefix_k, prefix_v, lengths.repeat_interleave(count), **options
             )
-            return output.view(samples, rows, heads, dim).transpose(1, 2)
+            return output.view(samples, count, heads, dim).transpose(1, 2)
 
         handles = [hook_layer(layer, join(i)) for i, layer in enumerate(structure.layers)]
         handles += [
             hook_site(structure.down_projs[i].module, self.definition.site, place(i))
             for i in layers
         ]
-        with torch.enable_grad():
-            with running(attend, handles):
-                hidden = structure.decoder(
-                    input_ids=batch.at_last(batch.input_ids)[:, None],
-                    position_ids=batch.last[:, None],
-                    use_cache=False,
-                ).last_hidden_state  # [B, 1 + len(layers) * m, hidden_size]
-            self._guard(hidden[:, 0].detach(), layer_inputs)
-            samples, rows, _ = hidden.shape
-            head = self.head
-            outputs = target_probability(
-                hidden.reshape(samples * rows, -1).to(head.weight.device),
-                head.weight,
-                self.target.repeat_interleave(rows).to(head.weight.device),
-                head.bias,
-                softcap=head.softcap,
-                logit_scale=head.scale,
-            )
-            probability, logit, log_probability = (x.view(samples, rows) for x in outputs)
-            # The gradient of p is p times that of log p, which does not underflow in float16.
-            differentiated = logit if self.definition.objective == "logit" else log_probability
-            gradients = torch.autograd.grad(
-                differentiated[:, 1:].sum(), [points[layer] for layer in layers]
-            )
+        return attend, handles
 
-        values = {
-            "probability": probability,
-            "logit": logit,
-            "log_probability": log_probability,
-        }[self.definition.objective].detach()
-        factor = torch.ones_like(values)
-        if self.definition.objective == "probability":
-            factor = values
+    def _differentiate(
+        self, layers: range, rows: _Rows
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """All rows forward, and back to the path points; ``torch.compile`` takes it whole.
+
+        Returns:
+            The unperturbed row's last hidden state ``[B, hidden_size]``, the objective of each row
+            ``[B, 1 + len(layers) * m]``, and the gradients at each layer's points ``[B, m, D]``.
+        """
+        batch, head = self.batch, self.head
+        hidden = self.structure.decoder(
+            input_ids=batch.at_last(batch.input_ids)[:, None],
+            position_ids=batch.last[:, None],
+            use_cache=False,
+        ).last_hidden_state  # [B, 1 + len(layers) * m, hidden_size]
+        samples, count, width = hidden.shape
+        outputs = target_probability(
+            hidden.reshape(samples * count, width).to(head.weight.device),
+            head.weight,
+            self.target.repeat_interleave(count).to(head.weight.device),
+            head.bias,
+            softcap=head.softcap,
+            logit_scale=head.scale,
+        )
+        objectives = {n: x.view(samples, count) for n, x in outputs._asdict().items()}
+        # The gradient of p is p times that of log p, which does not underflow in float16.
+        of_logit = self.definition.objective == "logit"
+        differentiated = objectives["logit" if of_logit else "log_probability"]
+        gradients = torch.autograd.grad(
+            differentiated[:, 1:].sum(), [rows.points.pop(layer) for layer in layers]
+        )
+        return hidden[:, 0].detach(), objectives[self.definition.objective].detach(), gradients
+
+    def _integrate(
+        self,
+        layers: range,
+        ends: dict[int, Tensor],
+        values: Tensor,
+        gradients: tuple[Tensor, ...],
+    ) -> Scores:
+        samples, m = values.shape[0], len(self.alphas)
+        factor = values if self.definition.objective == "probability" else torch.ones_like(values)
         by_layer = values[:, 1:].view(samples, len(layers), m)
         factor = factor[:, 1:].view(samples, len(layers), m) * self.weights.to(factor)
         scores = []
