@@ -12,6 +12,14 @@ def check_shape(name: str, tensor: Tensor | None, *expected: int) -> None:
         raise ValueError(f"{name} must be {list(expected)}; it is {list(tensor.shape)}.")
 
 
+def check_baseline(baseline: Tensor | None, samples: int, width: int) -> None:
+    """Raise ValueError unless ``baseline`` is None, ``[width]`` or ``[samples, width]``."""
+    if baseline is not None and tuple(baseline.shape) not in ((width,), (samples, width)):
+        raise ValueError(
+            f"baseline must be [{width}] or [{samples}, {width}]; it is {list(baseline.shape)}."
+        )
+
+
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
     """(out_features, in_features), or ValueError if the three do not fit together."""
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loki_kernels.ops import count_lowest
-from loki_kernels.ops.count_lowest.reference import count_lowest_reference
+from loki_kernels.ops.count_lowest.reference import count_lowest_reference, example
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -126,3 +126,46 @@ def test_unknown_criterion_raises():
 def test_other_counts_raise(counts):
     with pytest.raises(ValueError, match="counts must be int64"):
         count_lowest(torch.zeros(2, 3, 9), 1, counts)
+
+
+def test_counts_that_are_not_contiguous():
+    scores = tied_scores((6, 2, 9))
+    counts = torch.zeros(9, 4, dtype=torch.int64).t()[::2]
+    count_lowest(scores, 4, counts)
+    assert torch.equal(counts, count_lowest_reference(scores, 4))
+
+
+@pytest.mark.parametrize("criterion", ["signed", "magnitude"])
+def test_every_bit_pattern_is_ranked(criterion):
+    """Neighbouring floats of every exponent, both signs and subnormal ones among them."""
+    bits = torch.arange(-(1 << 31), 1 << 31, 8_675_309).to(torch.int32)
+    values = bits.view(torch.float32)
+    values = values[~values.isnan()].repeat_interleave(2)
+    values[1::2] = torch.nextafter(values[1::2], torch.tensor(0.0))
+    scores = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+    scores = scores.view(1, 1, -1)
+    for k in (1, 100, 500, 900):
+        got = count_lowest(scores, k, criterion=criterion)
+        assert torch.equal(got, count_lowest_reference(scores, k, criterion=criterion))
+
+
+def test_registration():
+    inputs, _ = example("cpu", torch.float32)
+    counts = torch.zeros(3, 129, dtype=torch.int64)
+    torch.library.opcheck(
+        torch.ops.loki_kernels.count_lowest.default, (*inputs.values(), counts, True, None)
+    )
+
+
+def test_compiles_whole():
+    """The op; the public function's NaN check needs the numbers."""
+    torch._dynamo.reset()
+    inputs, _ = example("cpu", torch.float32)
+
+    def count(scores, k):
+        counts = torch.zeros(3, 129, dtype=torch.int64)
+        torch.ops.loki_kernels.count_lowest(scores, k, counts, False, None)
+        return counts
+
+    compiled = torch.compile(count, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**inputs), count_lowest_reference(**inputs))

@@ -5,7 +5,7 @@ import torch
 from tolerance import relative
 
 from loki_kernels.ops import expand_path
-from loki_kernels.ops.expand_path.reference import expand_path_reference
+from loki_kernels.ops.expand_path.reference import example, expand_path_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BASELINES = ["none", "shared", "each"]
@@ -126,3 +126,20 @@ def test_gradient_of_z_equals_naive(kind):
 def test_other_dimensions_raise(z, alphas):
     with pytest.raises(ValueError, match="z must be"):
         expand_path(torch.zeros(z), torch.zeros(alphas))
+
+
+def test_registration():
+    inputs, _ = example("cpu", torch.float32)
+    torch.library.opcheck(torch.ops.loki_kernels.expand_path.default, (*inputs.values(), None))
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    inputs, _ = example("cpu", torch.float32)
+    compiled = torch.compile(expand_path, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs), expand_path(**inputs))
+
+
+def test_a_baseline_that_does_not_fit_raises():
+    with pytest.raises(ValueError, match="baseline must be"):
+        expand_path(torch.zeros(2, 5), torch.zeros(3), torch.zeros(2, 6))

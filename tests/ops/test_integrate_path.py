@@ -5,7 +5,7 @@ import torch
 from tolerance import relative
 
 from loki_kernels.ops import integrate_path
-from loki_kernels.ops.integrate_path.reference import integrate_path_reference
+from loki_kernels.ops.integrate_path.reference import example, integrate_path_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SPANS = ["sum", "z", "z_shared", "z_each"]
@@ -128,3 +128,20 @@ def test_inputs_are_left_alone():
 def test_weights_that_do_not_fit_raise(gradients, weights):
     with pytest.raises(ValueError, match="weights"):
         integrate_path(torch.zeros(gradients), torch.zeros(weights))
+
+
+def test_registration():
+    inputs, _ = example("cpu", torch.float32)
+    torch.library.opcheck(torch.ops.loki_kernels.integrate_path.default, (*inputs.values(), None))
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    inputs, _ = example("cpu", torch.float32)
+    compiled = torch.compile(integrate_path, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs), integrate_path(**inputs))
+
+
+def test_a_baseline_that_does_not_fit_raises():
+    with pytest.raises(ValueError, match="baseline must be"):
+        integrate_path(torch.zeros(2, 3, 5), torch.zeros(3), torch.zeros(2, 5), torch.zeros(6))

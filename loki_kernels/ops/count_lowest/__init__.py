@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._dispatch import Backend, check_backend, register
+
 Criterion = Literal["signed", "magnitude"]
 
 
@@ -16,6 +18,7 @@ def count_lowest(
     counts: Tensor | None = None,
     *,
     criterion: Criterion = "signed",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Add 1 to ``counts[l, j]`` for every sample in which j is among the k lowest of layer l.
 
@@ -27,14 +30,17 @@ def count_lowest(
         counts: ``[L, D]`` int64 to add to, in place; a new tensor by default.
         criterion: ``"signed"`` takes the smallest scores, ``"magnitude"`` the smallest absolute
             scores.
+        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
 
     Returns:
         ``counts``.
 
     Raises:
-        ValueError: for NaN scores, a k outside [0, D], an unknown criterion, or counts of another
-            shape.
+        ValueError: for NaN scores, a k outside [0, D], an unknown criterion or backend, or counts
+            of another shape.
+        RuntimeError: if a backend asked for by name cannot run.
     """
+    check_backend(backend)
     if scores.ndim != 3:
         raise ValueError(f"scores must be [N, L, D]; they are {tuple(scores.shape)}.")
     _, layers, width = scores.shape
@@ -50,15 +56,13 @@ def count_lowest(
         raise ValueError(
             f"counts must be int64 [{layers}, {width}]; it is {counts.dtype} {tuple(counts.shape)}."
         )
-    if k == 0:
-        return counts
-    values = scores.abs() if criterion == "magnitude" else scores
-    # The k-th smallest value splits the nodes without sorting them all: everything below it is
-    # in, and of those equal to it the first ones by index.
-    threshold = values.topk(k, dim=-1, largest=False).values.amax(-1, keepdim=True)
-    below = values < threshold
-    equal = values == threshold
-    wanted = k - below.sum(-1, keepdim=True)
-    taken = below | (equal & (equal.cumsum(-1) <= wanted))
-    counts += taken.sum(0)
+    if k > 0:
+        torch.ops.loki_kernels.count_lowest(scores, k, counts, criterion == "magnitude", backend)
     return counts
+
+
+register(
+    "count_lowest",
+    "(Tensor scores, SymInt k, Tensor(a!) counts, bool magnitude) -> ()",
+    lambda *_: None,
+)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,12 @@ def count_lowest_reference(
         for layer, nodes in enumerate(sample):
             counts[layer, nodes] += 1
     return counts
+
+
+def example(
+    device: torch.device | str, dtype: torch.dtype
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Keyword arguments of a small case, and which of them are differentiable."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(5, 3, 129, generator=generator).to(device, dtype)
+    return {"scores": scores, "k": 40}, ()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,3 +13,15 @@ def expand_path_reference(z: Tensor, alphas: Tensor, baseline: Tensor | None = N
         return (step * z.to(wide).unsqueeze(-2)).to(z.dtype)
     start = baseline.to(device=z.device, dtype=wide)
     return (start.unsqueeze(-2) + step * (z.to(wide) - start).unsqueeze(-2)).to(z.dtype)
+
+
+def example(
+    device: torch.device | str, dtype: torch.dtype
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Keyword arguments of a small case, and which of them are differentiable."""
+    generator = torch.Generator().manual_seed(0)
+    z, baseline = torch.randn(2, 3, 129, generator=generator).to(device, dtype)
+    return {"z": z, "alphas": torch.linspace(0, 1, 7), "baseline": baseline}, (
+        "z",
+        "baseline",
+    )

@@ -28,7 +28,7 @@ def gather_columns(x: Tensor, index: Tensor, *, backend: Backend | None = None) 
     if x.ndim != 2:
         raise ValueError(f"x must be [N, M]; it is {list(x.shape)}.")
     check_index(index)
-    return torch.ops.loki_kernels.gather_columns(x, index, backend)
+    return torch.ops.loki_kernels.gather_columns(x.detach(), index, backend)
 
 
 register(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .reference import integrate_path_reference
+from .._check import check_baseline, check_shape
+from .._dispatch import Backend, check_backend, register
 
 
 def integrate_path(
@@ -12,6 +14,8 @@ def integrate_path(
     weights: Tensor,
     z: Tensor | None = None,
     baseline: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
 ) -> Tensor:
     """``(z - baseline) * sum_k weights_k * gradients_k``; without ``z``, the sum alone.
 
@@ -20,21 +24,40 @@ def integrate_path(
         weights: ``[m]`` or ``[B, m]``, the rule's weights (times any per-row factor).
         z: ``[B, D]``, the path's end.
         baseline: ``[B, D]`` or ``[D]``, the path's start; zero by default.
+        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
 
     Returns:
-        ``[B, D]``, float32 (float64 for float64 gradients), summed in that precision.
+        ``[B, D]``, float32 (float64 for float64 gradients), summed in that precision; no
+        gradient.
 
     Raises:
-        ValueError: if ``weights`` does not have one number a path point.
+        ValueError: for shapes that do not fit, or an unknown backend.
+        RuntimeError: if a backend asked for by name cannot run.
     """
+    check_backend(backend)
     if gradients.ndim != 3:
         raise ValueError(
             "gradients must be [B, m, D] and weights [m] or [B, m]; they are "
             f"{list(gradients.shape)} and {list(weights.shape)}."
         )
-    samples, points, _ = gradients.shape
+    samples, points, width = gradients.shape
     if tuple(weights.shape) not in ((points,), (samples, points)):
         raise ValueError(
             f"weights must be [{points}] or [{samples}, {points}]; they are {list(weights.shape)}."
         )
-    return integrate_path_reference(gradients, weights, z, baseline)
+    check_shape("z", z, samples, width)
+    check_baseline(baseline, samples, width)
+    with torch.no_grad():
+        return torch.ops.loki_kernels.integrate_path(gradients, weights, z, baseline, backend)
+
+
+def _fake(gradients: Tensor, *_: Tensor | None) -> Tensor:
+    wide = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+    return gradients.new_empty(gradients.shape[0], gradients.shape[2], dtype=wide)
+
+
+register(
+    "integrate_path",
+    "(Tensor gradients, Tensor weights, Tensor? z, Tensor? baseline) -> Tensor",
+    _fake,
+)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,3 +23,21 @@ def integrate_path_reference(
     if baseline is not None:
         span = span - baseline.to(device=z.device, dtype=wide)
     return total * span
+
+
+def example(
+    device: torch.device | str, dtype: torch.dtype
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Keyword arguments of a small case, and which of them are differentiable."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    inputs = {
+        "gradients": normal(3, 7, 129),
+        "weights": torch.rand(3, 7, generator=generator),
+        "z": normal(3, 129),
+        "baseline": normal(129),
+    }
+    return inputs, ()
