@@ -52,15 +52,17 @@ def register(
 ) -> None:
     """Make ``torch.ops.loki_kernels.<op>`` (``<op>_backward``) run the chosen backend's ``step``.
 
-    ``schema`` is that of the step without its last argument, the backend.
+    ``schema`` is that of the step without its last argument, the backend. A backward step takes
+    the gradient and then the forward's inputs, by which both steps choose alike.
     """
+    inputs_from = 0 if step == "forward" else 1
     arguments, result = schema.split(" -> ")
     name = op if step == "forward" else f"{op}_{step}"
     _library.define(f"{name}({arguments.strip('()')}, str? backend) -> {result}")
 
     def run(*args: Any) -> Any:
         *inputs, backend = args
-        return getattr(choose(op, backend, inputs), step)(*inputs)
+        return getattr(choose(op, backend, inputs[inputs_from:]), step)(*inputs)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(
@@ -201,10 +203,9 @@ def _self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype)
 
 def _compare(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     try:
-        reference = importlib.import_module(f"{__package__}.{op}.reference")
         public = getattr(importlib.import_module(__package__), op)
-        definition = getattr(reference, f"{op}_reference")
-        inputs, differentiable = reference.example(device, dtype)
+        definition = getattr(_reference(op), f"{op}_reference")
+        inputs, differentiable = example(op, device, dtype)
         exact = _evaluate(definition, _double(inputs), differentiable)
         plain = _evaluate(definition, inputs, differentiable)
         ours = _evaluate(functools.partial(public, backend=backend), inputs, differentiable)
@@ -215,6 +216,18 @@ def _compare(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     except Exception as error:  # a kernel that does not compile here must not end the training
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _reference(op: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{op}.reference")
+
+
+def example(
+    op: str, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Keyword arguments of a small case, and which are differentiable; the same on any device."""
+    with torch.device("cpu"):  # whatever the default device, the numbers are drawn here
+        return _reference(op).example(device, dtype)
 
 
 def _evaluate(

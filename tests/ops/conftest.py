@@ -31,13 +31,16 @@ _TRITON_RUNS = _INTERPRETED or torch.cuda.is_available()
     ],
 )
 def backend(request, monkeypatch):
+    """Chosen for every call; new tensors are on the GPU where the backend needs one."""
     monkeypatch.setenv("LOKI_KERNELS_BACKEND", request.param)
-    return request.param
+    with torch.device("cuda" if request.param == "triton" and not _INTERPRETED else "cpu"):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(monkeypatch):
+def uninitialised_memory_is_nan():
     """What ``torch.empty`` returns is filled with NaN, so that an unwritten output shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import relative
+from tolerance import example, relative
 
 from loki_kernels.ops import expand_path
-from loki_kernels.ops.expand_path.reference import example, expand_path_reference
+from loki_kernels.ops.expand_path.reference import expand_path_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BASELINES = ["none", "shared", "each"]
@@ -129,13 +129,13 @@ def test_other_dimensions_raise(z, alphas):
 
 
 def test_registration():
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("expand_path")
     torch.library.opcheck(torch.ops.loki_kernels.expand_path.default, (*inputs.values(), None))
 
 
 def test_compiles_whole():
     torch._dynamo.reset()
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("expand_path")
     compiled = torch.compile(expand_path, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs), expand_path(**inputs))
 

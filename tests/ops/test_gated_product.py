@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_as_close
+from tolerance import assert_as_close, example
 
 from loki_kernels.ops import gated_product
-from loki_kernels.ops.gated_product.reference import example, gated_product_reference
+from loki_kernels.ops.gated_product.reference import gated_product_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu_tanh"]
@@ -79,7 +79,7 @@ def test_nothing_is_written_over(activation):
 
 
 def test_registration():
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("gated_product")
     gate, up = (x.requires_grad_() for x in inputs.values())
     torch.library.opcheck(torch.ops.loki_kernels.gated_product.default, (gate, up, "silu", None))
 

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerance import example
 
 from loki_kernels.ops import gather_columns
-from loki_kernels.ops.gather_columns.reference import example, gather_columns_reference
+from loki_kernels.ops.gather_columns.reference import gather_columns_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,13 +36,13 @@ def test_non_contiguous():
 
 
 def test_registration():
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("gather_columns")
     torch.library.opcheck(torch.ops.loki_kernels.gather_columns.default, (*inputs.values(), None))
 
 
 def test_compiles_whole():
     torch._dynamo.reset()
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("gather_columns")
     compiled = torch.compile(gather_columns, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**inputs), gather_columns_reference(**inputs))
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import relative
+from tolerance import example, relative
 
 from loki_kernels.ops import integrate_path
-from loki_kernels.ops.integrate_path.reference import example, integrate_path_reference
+from loki_kernels.ops.integrate_path.reference import integrate_path_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SPANS = ["sum", "z", "z_shared", "z_each"]
@@ -131,13 +131,13 @@ def test_weights_that_do_not_fit_raise(gradients, weights):
 
 
 def test_registration():
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("integrate_path")
     torch.library.opcheck(torch.ops.loki_kernels.integrate_path.default, (*inputs.values(), None))
 
 
 def test_compiles_whole():
     torch._dynamo.reset()
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("integrate_path")
     compiled = torch.compile(integrate_path, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs), integrate_path(**inputs))
 

@@ -104,7 +104,7 @@ def test_autocast():
     inputs = make((2, 4), 63, 129, 30, 4)
     upstream = torch.randn(2, 4, 129)
     exact = run(row_delta_linear_reference, inputs, upstream, torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         same = run(row_delta_linear_reference, inputs, upstream)
         got = run(row_delta_linear, inputs, upstream)
     assert got[0].dtype == torch.bfloat16

@@ -183,7 +183,7 @@ def test_autocast(bias, dtype):
     inputs = make((2, 4), 63, 129, 30, bias=bias, dtype=dtype, rows_dtype=torch.float32)
     upstream = torch.randn(2, 4, 129)
     best = run(row_masked_linear_reference, exact(inputs), upstream)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         same = run(row_masked_linear_reference, inputs, upstream)
         got = run(row_masked_linear, inputs, upstream)
     assert got[0].dtype == torch.bfloat16
@@ -196,7 +196,7 @@ def test_autocast_backward_outside_the_context():
     inputs = make((4,), 63, 129, 30)
     for name in GRADIENTS:
         inputs[name].requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = row_masked_linear(**inputs)
     y.float().sum().backward()
     want = run(row_masked_linear_reference, exact(inputs), torch.ones(4, 129))

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_as_close
+from tolerance import assert_as_close, example
 
 from loki_kernels.ops import scatter_add_columns
-from loki_kernels.ops.scatter_add_columns.reference import example, scatter_add_columns_reference
+from loki_kernels.ops.scatter_add_columns.reference import scatter_add_columns_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # rows, width, selected columns, rank
@@ -59,7 +59,7 @@ def test_operands_are_left_alone():
 
 
 def test_registration():
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("scatter_add_columns")
     torch.library.opcheck(
         torch.ops.loki_kernels.scatter_add_columns.default, (*inputs.values(), None)
     )
@@ -67,7 +67,7 @@ def test_registration():
 
 def test_compiles_whole():
     torch._dynamo.reset()
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("scatter_add_columns")
     want = scatter_add_columns_reference(**inputs | {"y": inputs["y"].clone()})
     compiled = torch.compile(scatter_add_columns, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs), want)

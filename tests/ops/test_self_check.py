@@ -9,13 +9,15 @@ import torch
 
 from loki_kernels.ops import _dispatch
 
-CPU = torch.device("cpu")
+
+def compare(op, backend, dtype=torch.float32):
+    return _dispatch._compare(op, backend, torch.get_default_device(), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("op", _dispatch._ops)
 def test_passes(op, dtype, backend):
-    assert _dispatch._compare(op, backend, CPU, dtype) is None
+    assert compare(op, backend, dtype) is None
 
 
 @pytest.mark.parametrize("op", _dispatch._ops)
@@ -32,7 +34,9 @@ def test_fails_for_a_wrong_kernel(op, backend, monkeypatch):
         return results
 
     monkeypatch.setattr(module, "forward", wrong)
-    assert "relative error" in _dispatch._compare(op, backend, CPU, torch.float32)
+    assert "relative error" in _dispatch._compare(
+        op, backend, torch.get_default_device(), torch.float32
+    )
 
 
 @pytest.mark.parametrize("op", _dispatch._ops)
@@ -44,4 +48,4 @@ def test_reports_a_kernel_that_does_not_run(op, backend, monkeypatch):
 
     monkeypatch.setattr(module, "forward", broken)
     message = "RuntimeError: out of resource: shared memory"
-    assert _dispatch._compare(op, backend, CPU, torch.float32) == message
+    assert compare(op, backend) == message

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import relative
+from tolerance import example, relative
 
 from loki_kernels.ops import shared_prefix_attention
 from loki_kernels.ops.shared_prefix_attention.reference import (
-    example,
     shared_prefix_attention_reference,
 )
 
@@ -238,7 +237,17 @@ def test_groups_that_are_no_power_of_two(heads):
     assert_equals_naive(inputs, {})
 
 
-@pytest.mark.parametrize(("rows", "prefix"), [(1, 129), (63, 1), (129, 63), (2, 500)])
+@pytest.mark.parametrize(("heads", "dim"), [(32, 128), (2, 256)])
+def test_what_no_tile_holds_runs_on_torch(heads, dim, backend):
+    """In float32, 32 query heads of dimension 128, or any of 256: both steps choose alike."""
+    inputs = make(heads, 1, batch=1, rows=2, dim=dim, dtype=torch.float32)
+    assert_equals_naive(inputs, {})
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match="no tile of its kernel holds"):
+            shared_prefix_attention(**inputs, backend="triton")
+
+
+@pytest.mark.parametrize(("rows", "prefix"), [(1, 129), (63, 1), (129, 63), (2, 500), (1, 8192)])
 def test_sizes(rows, prefix):
     inputs = make(batch=1, rows=rows, prefix=prefix, dim=16, dtype=torch.float32)
     assert_equals_naive(inputs, {"window": 100, "softcap": 5.0})
@@ -277,7 +286,7 @@ def test_registration(name):
 
 def test_compiles_whole():
     torch._dynamo.reset()
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("shared_prefix_attention")
     compiled = torch.compile(shared_prefix_attention, fullgraph=True, backend="aot_eager")
     upstream = torch.randn_like(inputs["q"])
     got = run(compiled, inputs, {}, upstream)

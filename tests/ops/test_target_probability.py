@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from tolerance import assert_as_close
+from tolerance import assert_as_close, example
 
 from loki_kernels.ops import TargetProbability, target_probability
-from loki_kernels.ops.target_probability.reference import example, target_probability_reference
+from loki_kernels.ops.target_probability.reference import target_probability_reference
 
 # `import ... as` would give the function, which the package puts in its module's place
 module = importlib.import_module("loki_kernels.ops.target_probability.torch_impl")
@@ -108,7 +108,7 @@ def test_chunks_equal_the_whole(elements, options, monkeypatch):
     whole = run(target_probability, inputs, upstream, **options)
     calls = []
     linear = torch.nn.functional.linear
-    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, torch.get_default_device().type, elements)
     monkeypatch.setattr(
         torch.nn.functional, "linear", lambda *a: (calls.append(len(a[0])), linear(*a))[1]
     )
@@ -186,7 +186,7 @@ def test_large_logits_stay_finite():
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_registration(gradient):
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("target_probability")
     inputs["hidden"].requires_grad_(gradient)
     torch.library.opcheck(
         torch.ops.loki_kernels.target_probability.default, (*inputs.values(), gradient, None)
@@ -195,7 +195,7 @@ def test_registration(gradient):
 
 def test_compiles_whole():
     torch._dynamo.reset()
-    inputs, _ = example("cpu", torch.float32)
+    inputs = example("target_probability")
     compiled = torch.compile(target_probability, fullgraph=True, backend="aot_eager")
     upstream = torch.randn(3, len(inputs["hidden"]))
     got = run(compiled, inputs, upstream)

@@ -1,6 +1,16 @@
-"""How close is close enough: two references."""
+"""What the op tests share: a small case of each op, and how close is close enough."""
 
 from __future__ import annotations
+
+import torch
+
+from loki_kernels.ops import _dispatch
+
+
+def example(op):
+    """The inputs of the op's self-check, in float32 on the device under test."""
+    inputs, _ = _dispatch.example(op, torch.get_default_device(), torch.float32)
+    return inputs
 
 
 def relative(got, want):

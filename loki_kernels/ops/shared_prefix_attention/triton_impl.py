@@ -27,20 +27,19 @@ from .._triton import (
     unsupported_dtype,
 )
 
-# d is padded to a power of two: 80 and 96 run at the cost of 128.
-HEAD_DIMS = (16, 32, 64, 128, 256)
-MAX_GROUPS = 128
-
 # A launch is tuned again when the packed rows or the prefix change class; R grows by m a layer.
 _TUNED_BY = ("row_class", "prefix_class", "GROUPS", "HEAD_DIM", "SOFTCAP", "WINDOW")
 
 
 def unsupported(q: Tensor, k: Tensor, *_: object) -> str | None:
-    if q.shape[-1] > HEAD_DIMS[-1]:
-        return f"its kernel takes head dimensions up to {HEAD_DIMS[-1]}, not {q.shape[-1]}."
-    if q.shape[1] > MAX_GROUPS * k.shape[1]:
-        return f"its kernel takes up to {MAX_GROUPS} query heads a key/value head."
-    return unsupported_dtype(q)
+    dim, groups = q.shape[-1], q.shape[1] // k.shape[1]
+    reason = unsupported_dtype(q)
+    if reason is None and not configs("backward", q.element_size(), dim, groups):
+        reason = (
+            f"no tile of its kernel holds {groups} query heads a key/value head of dimension {dim} "
+            f"in {q.dtype}."
+        )
+    return reason
 
 
 @triton.jit
@@ -222,20 +221,35 @@ def backward_kernel(
     tl.store(grad_q + packed, narrow(pull, grad_q.dtype.element_ty), mask=mask)
 
 
+# (bytes a number, d padded) -> tile rows, prefix positions, warps, stages. None of them spills on
+# sm_80, sm_90 or sm_100 (`benchmarks.kernels`); from 64 rows on they are wgmma's on sm_90. Exact
+# float32 products have no tensor cores and hold a whole d in registers: none fits for d = 256.
+_SHAPES: dict[str, dict[tuple[int, int], list[tuple[int, int, int, int]]]] = {
+    "forward": {
+        (2, 64): [(64, 64, 4, 3), (128, 32, 8, 2), (16, 64, 4, 3)],
+        (2, 128): [(128, 64, 8, 3), (64, 32, 4, 3), (16, 64, 4, 3)],
+        (2, 256): [(64, 64, 8, 2), (64, 32, 8, 2)],
+        (4, 64): [(16, 32, 8, 1), (32, 16, 8, 1)],
+        (4, 128): [(16, 16, 8, 1)],
+    },
+    "backward": {
+        (2, 64): [(64, 64, 4, 3), (128, 64, 8, 3), (16, 64, 4, 3)],
+        (2, 128): [(64, 64, 8, 2), (16, 64, 4, 2)],
+        (2, 256): [(32, 32, 8, 2)],
+        (4, 64): [(16, 32, 8, 1), (32, 16, 8, 1)],
+        (4, 128): [(16, 16, 8, 1)],
+    },
+}
+
+
 @functools.cache
-def configs(step: str, itemsize: int, block_d: int, groups: int) -> tuple[triton.Config, ...]:
-    """Tile shapes to try, largest first; those that spill on some chip are left out."""
-    if itemsize == 4:  # no tensor cores for exact float32 products: small tiles, in registers
-        shapes = [(16, 16, 4, 1), (16, 32, 4, 1)] if block_d >= 128 else [(32, 32, 4, 1)]
-    elif block_d == 256:
-        shapes = [(64, 32, 8, 2), (64, 64, 8, 2)] if step == "forward" else [(64, 32, 8, 1)]
-    else:
-        shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2), (16, 64, 4, 3)]
-    least = triton.next_power_of_2(groups)
-    shapes = [(max(m, least), *rest) for m, *rest in shapes]
+def configs(step: str, itemsize: int, dim: int, groups: int) -> tuple[triton.Config, ...]:
+    """The tiles that hold ``groups`` query heads of a row; empty if none does."""
+    padded = max(64, triton.next_power_of_2(dim))
     return tuple(
         triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in dict.fromkeys(shapes)
+        for m, n, warps, stages in _SHAPES[step].get((itemsize, padded), [])
+        if m >= groups
     )
 
 
@@ -263,7 +277,7 @@ def _launch(step, kernel, tensors, lengths, others, scale, softcap, window, **fl
     def grid(meta):
         return triton.cdiv(packed, meta["BLOCK_M"]), kv_heads, batch
 
-    choices = configs(step, q.element_size(), constants["BLOCK_D"], groups)
+    choices = configs(step, q.element_size(), dim, groups)
     with torch.cuda.device_of(q):
         tuned(kernel, choices, _TUNED_BY)[grid](
             *others(lengths),
@@ -341,7 +355,7 @@ def backward(
 
 
 def compilations() -> Iterator[Compilation]:
-    """Each step for every dtype and padded head dimension, plain and with every option."""
+    """Each step for every dtype and head dimension it takes, plain and with every option."""
     strides = [f"{x}_{axis}" for x in ("q", "k", "v") for axis in ("batch", "head", "row")]
     strides += [f"{x}_{axis}" for x in ("pk", "pv") for axis in ("batch", "head", "position")]
     scalars = dict.fromkeys([*strides, "rows", "window", "row_class", "prefix_class"], "i32")
@@ -350,7 +364,8 @@ def compilations() -> Iterator[Compilation]:
         data = f"*{name}"
         for step, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
             for dim in (64, 80, 128, 256):
-                for options in (False, True):
+                choices = configs(step, dtype.itemsize, dim, 4)
+                for options in (False, True) if choices else ():
                     types = {n: data for n in kernel.arg_names if n not in scalars and n.islower()}
                     types |= {"lengths": "*i32", "lse": "*fp32"}
                     limits = (50.0, 4096) if options else (None, None)
@@ -361,7 +376,7 @@ def compilations() -> Iterator[Compilation]:
                         kernel,
                         types | scalars,
                         constants,
-                        configs(step, dtype.itemsize, constants["BLOCK_D"], 4),
+                        choices,
                         name,
                         tensor_cores=dtype.itemsize == 2,
                     )
