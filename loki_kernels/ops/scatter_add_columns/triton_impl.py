@@ -47,7 +47,7 @@ def forward_kernel(
 def configs(itemsize: int) -> tuple[triton.Config, ...]:
     shapes = [(32, 32, 16, 4, 1)]
     if itemsize == 2:
-        shapes = [(128, 64, 64, 8, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 3)]
+        shapes = [(128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3)]
     return tuple(
         triton.Config({"BLOCK_N": n, "BLOCK_K": k, "BLOCK_R": r}, num_warps=w, num_stages=s)
         for n, k, r, w, s in shapes
