@@ -22,8 +22,10 @@ TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'to
 demo: .venv/.ready
 	$(PY) -m loki_kernels.cli demo $(if $(QUICK),--quick) $(ARGS)
 
+# Triton's kernels run on a GPU, or in an interpreter that needs a process of its own.
 test: .venv/.dev
 	$(PY) -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops tests/test_backends.py $(ARGS)
 
 lint: .venv/.dev
 	$(PY) -m ruff check .
