@@ -42,6 +42,9 @@ TENSOR_MEMORY_COLUMNS = 512
 # The products alone: wgmma.fence or tcgen05.ld would also be there without one.
 PRODUCTS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 
+# Multiples of 16 in real models: strides, and how many nodes there are.
+_ALIGNED = re.compile("_(batch|head|row|position|sample|layer|point)$|^width$")
+
 Row = dict[str, Any]
 
 
@@ -154,8 +157,7 @@ def _source(compilation: Any, config: Any) -> Any:
     aligned = [
         i
         for i, name in enumerate(names)
-        if name not in constants
-        and (compilation.types[name][0] == "*" or re.search("_(batch|head|row|position)$", name))
+        if name not in constants and (compilation.types[name][0] == "*" or _ALIGNED.search(name))
     ]
     return ASTSource(
         fn=compilation.kernel,

@@ -21,14 +21,14 @@ def tied_scores(shape, dtype=torch.float32):
 @pytest.mark.parametrize("width", [1, 63, 129, 500])
 @pytest.mark.parametrize("tied", [True, False])
 def test_equals_reference(dtype, criterion, width, tied):
-    shape = (5, 3, width)
+    shape = (3, 2, width)
     scores = tied_scores(shape, dtype) if tied else torch.randn(shape).to(dtype)
     for k in {0, 1, width // 3, width - 1, width}:
         got = count_lowest(scores, k, criterion=criterion)
         want = count_lowest_reference(scores, k, criterion=criterion)
         assert got.dtype == torch.int64
         assert torch.equal(got, want)
-        assert got.sum() == 5 * 3 * k
+        assert got.sum() == 3 * 2 * k
 
 
 def test_worked_example():
@@ -56,6 +56,29 @@ def test_non_contiguous_scores():
     scores = tied_scores((63, 7, 3)).permute(2, 1, 0)[:, ::2]
     assert not scores.is_contiguous()
     assert torch.equal(count_lowest(scores, 20), count_lowest_reference(scores, 20))
+
+
+def test_layers_of_a_wider_tensor():
+    """Read where they are: the nodes are side by side, samples and layers are not."""
+    scores = tied_scores((4, 6, 140))[::2, 1::2, 3:132]
+    assert torch.equal(count_lowest(scores, 20), count_lowest_reference(scores, 20))
+
+
+@pytest.mark.parametrize("criterion", ["signed", "magnitude"])
+@pytest.mark.parametrize("width", [2049, 32768, 32769])
+def test_wide_layers(width, criterion):
+    """Wider than the ties a kernel ranks at once; as wide as it takes; wider: torch runs."""
+    scores = tied_scores((1, 2, width))
+    for k in (1, width // 2, width):
+        got = count_lowest(scores, k, criterion=criterion)
+        assert torch.equal(got, count_lowest_reference(scores, k, criterion=criterion))
+
+
+def test_a_kernel_asked_for_by_name_says_its_limit(backend):
+    if backend != "triton":
+        pytest.skip("torch takes any width")
+    with pytest.raises(RuntimeError, match="up to 32768 scores a layer, not 32769"):
+        count_lowest(torch.zeros(1, 1, 32769), 1, backend="triton")
 
 
 @pytest.mark.parametrize("k", [0, 2])

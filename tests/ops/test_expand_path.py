@@ -101,6 +101,16 @@ def test_non_contiguous(kind):
     assert_close(expand_path(z, alphas, baseline), naive(z, alphas, baseline), exact)
 
 
+@pytest.mark.parametrize("kind", BASELINES)
+def test_rows_of_wider_tensors(kind):
+    """Read where they are: only the rows are apart."""
+    z, alphas, baseline = make(4, 140, 5, kind, torch.float32)
+    z, baseline = z[::2, 3:132], None if baseline is None else baseline[..., 5:134]
+    baseline = baseline[1::2] if kind == "each" else baseline
+    exact = naive(z.double(), alphas, double(baseline))
+    assert_close(expand_path(z, alphas, baseline), naive(z, alphas, baseline), exact)
+
+
 @pytest.mark.parametrize(("batch", "width", "m"), [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
 @pytest.mark.parametrize("kind", BASELINES)
 def test_empty(batch, width, m, kind):
@@ -117,6 +127,16 @@ def test_gradient_of_z_equals_naive(kind):
     upstream = torch.randn(3, 5, 63, dtype=torch.float64)
     (got,) = torch.autograd.grad(expand_path(z, alphas, baseline), z, upstream)
     (want,) = torch.autograd.grad(naive(z, alphas, baseline), z, upstream)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["shared", "each"])
+def test_gradient_of_the_baseline_equals_naive(kind):
+    z, alphas, baseline = make(3, 63, 5, kind, torch.float64)
+    baseline.requires_grad_()
+    upstream = torch.randn(3, 5, 63, dtype=torch.float64)
+    (got,) = torch.autograd.grad(expand_path(z, alphas, baseline), baseline, upstream)
+    (want,) = torch.autograd.grad(naive(z, alphas, baseline), baseline, upstream)
     torch.testing.assert_close(got, want)
 
 

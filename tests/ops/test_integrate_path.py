@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tolerance import example, relative
@@ -87,6 +88,29 @@ def test_non_contiguous(span, per_row):
     assert relative(got, naive(*double(gradients, weights, z, baseline))) < 1e-6
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("span", SPANS)
+def test_points_first_in_memory(span, per_row):
+    """Read where they are: the nodes are side by side, samples and points are not."""
+    gradients, weights, z, baseline = make(4, 10, 140, span, torch.float32, per_row)
+    gradients = gradients.transpose(0, 1).contiguous().transpose(0, 1)[..., 3:132]
+    z, baseline = (None if x is None else x[..., 5:134] for x in (z, baseline))
+    assert not gradients.is_contiguous()
+    got = integrate_path(gradients, weights, z, baseline)
+    assert relative(got, naive(*double(gradients, weights, z, baseline))) < 1e-6
+
+
+def test_points_beyond_int32():
+    """The third point starts beyond 2**31 elements, of which few are touched."""
+    step = 2**30 + 16
+    memory = torch.from_numpy(np.zeros(2 * step + 63, np.float16))  # from calloc: not in RAM
+    gradients = memory.to(torch.get_default_device()).as_strided((1, 3, 63), (0, step, 1))
+    gradients.copy_(torch.randn(1, 3, 63))
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    got = integrate_path(gradients, weights)
+    assert relative(got, naive(*double(gradients, weights))) < 1e-6
+
+
 @pytest.mark.parametrize("span", SPANS)
 def test_no_points_sum_to_zero(span):
     gradients, weights, z, baseline = make(2, 0, 5, span, torch.bfloat16)
@@ -140,6 +164,12 @@ def test_compiles_whole():
     inputs = example("integrate_path")
     compiled = torch.compile(integrate_path, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs), integrate_path(**inputs))
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 6), (2, 1, 5)])
+def test_a_z_that_does_not_fit_raises(shape):
+    with pytest.raises(ValueError, match="z must be"):
+        integrate_path(torch.zeros(2, 3, 5), torch.zeros(3), torch.zeros(shape))
 
 
 def test_a_baseline_that_does_not_fit_raises():

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._triton import DTYPES, Compilation, rows_last, unsupported_dtype
 
-MAX_WIDTH = 16384  # 32 scores a thread; twice as many spill
+MAX_WIDTH = 32768  # keys one program holds in registers
+TILE = 2048  # nodes taken at once
 
 
 def unsupported(scores: Tensor, *_: object) -> str | None:
@@ -21,40 +22,54 @@ def unsupported(scores: Tensor, *_: object) -> str | None:
 
 
 @triton.jit
-def forward_kernel(
-    scores, counts, scores_sample, scores_layer, counts_layer, counts_node, width, k,
-    MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    sample, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    node = tl.arange(0, BLOCK)
+def _keys(scores, node, width, MAGNITUDE: tl.constexpr):
+    """Unsigned integers in the scores' order; beyond ``width`` the largest there is."""
     mask = node < width
-    place = scores + sample * scores_sample + layer * scores_layer + node
-    value = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(scores + node, mask=mask, other=0.0).to(tl.float32)
     if MAGNITUDE:
         value = tl.abs(value)
     value = tl.where(value == 0, 0.0, value)  # -0.0 ties with 0.0
-    # The bits of a float order like an integer once the negative ones are turned around.
-    bits = value.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = tl.where(mask, key, 0x7FFFFFFF)  # above every number and infinity: never among the k
+    # A float's bits order like an integer once a negative one's are inverted and the sign bit of
+    # the others is set.
+    bits = value.to(tl.uint32, bitcast=True)
+    key = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    return tl.where(mask, key, 0xFFFFFFFF)
 
-    # the smallest threshold that at least k keys reach
-    low, high = tl.cast(-0x80000000, tl.int32), tl.cast(0x7FFFFFFF, tl.int32)
+
+@triton.jit
+def forward_kernel(
+    scores, counts, scores_sample, scores_layer, counts_layer, counts_node, width, k,
+    MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    sample, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    scores += sample * scores_sample + layer * scores_layer
+    counts += layer * counts_layer
+    keys = _keys(scores, tl.arange(0, BLOCK), width, MAGNITUDE)
+
+    # The k-th smallest key from its highest bit down: the largest that fewer than k are below.
+    threshold = tl.cast(0, tl.uint32)
+    bit = tl.cast(0x80000000, tl.uint32)
     for _ in range(32):
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, where their sum overflows
-        enough = tl.sum((key <= middle).to(tl.int32), 0) >= k
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, middle + 1)
-    below = key < high
-    equal = (key == high).to(tl.int32)
-    wanted = k - tl.sum(below.to(tl.int32), 0)
-    taken = below | ((equal == 1) & (tl.cumsum(equal, 0) <= wanted))
-    target = counts + layer * counts_layer + node * counts_node
-    tl.atomic_add(target, tl.full((BLOCK,), 1, tl.int64), mask=mask & taken)
+        trial = threshold | bit
+        threshold = tl.where(tl.sum((keys < trial).to(tl.int32), 0) < k, trial, threshold)
+        bit = bit >> 1
+    wanted = k - tl.sum((keys < threshold).to(tl.int32), 0)
+
+    # Tile by tile, reading the scores again: the ties' ranks and the addresses of a whole wide
+    # layer beside its keys would spill.
+    for start in range(0, width, TILE):
+        node = start + tl.arange(0, TILE)
+        key = _keys(scores, node, width, MAGNITUDE)
+        equal = (key == threshold).to(tl.int32)
+        taken = (key < threshold) | ((equal == 1) & (tl.cumsum(equal, 0) <= wanted))
+        wanted -= tl.sum(equal, 0)
+        target = counts + node.to(tl.int64) * counts_node
+        tl.atomic_add(target, tl.full((TILE,), 1, tl.int64), mask=taken & (node < width))
 
 
 def _config(block: int) -> triton.Config:
-    return triton.Config({"BLOCK": block}, num_warps=min(16, max(4, block // 1024)), num_stages=1)
+    warps = min(16, max(4, block // 1024))
+    return triton.Config({"BLOCK": block, "TILE": min(block, TILE)}, num_warps=warps, num_stages=1)
 
 
 def forward(scores: Tensor, k: int, counts: Tensor, magnitude: bool) -> None:

@@ -24,7 +24,7 @@ def forward_kernel(
     BASELINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
-    node = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    node = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = node < width
     span = tl.load(z + sample * z_row + node, mask=mask, other=0.0).to(tl.float32)
     start = tl.zeros((BLOCK,), tl.float32)

@@ -27,14 +27,15 @@ def forward_kernel(
     SPAN: tl.constexpr, BASELINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
-    node = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    node = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = node < width
     gradients += sample * gradients_sample
     total = tl.zeros((BLOCK,), tl.float32)
     for k in range(points):
         weight = tl.load(weights + sample * weights_sample + k)
-        gradient = tl.load(gradients + k * gradients_point + node, mask=mask, other=0.0)
+        gradient = tl.load(gradients + node, mask=mask, other=0.0)
         total += weight * gradient.to(tl.float32)
+        gradients += gradients_point  # k times the stride may leave int32
     if SPAN:
         span = tl.load(z + sample * z_row + node, mask=mask, other=0.0).to(tl.float32)
         if BASELINE:
