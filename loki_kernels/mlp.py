@@ -99,7 +99,8 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
         return "its activation is not one SiLU or tanh-approximated GELU"
     generator = torch.Generator().manual_seed(0)
     weight = next(iter(linears.values())).weight if linears else down.weight
-    x = torch.randn(4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(4, weight.shape[1], generator=generator, device="cpu")
+    x = x.to(weight.device, weight.dtype)
     with torch.no_grad():
         want = mlp(x).double()
         for gating in _candidates(linears, down.in_features, activation):

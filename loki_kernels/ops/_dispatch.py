@@ -267,8 +267,9 @@ def backends() -> dict[str, dict[str, str]]:
     rest says why not. The environment variable ``LOKI_KERNELS_BACKEND`` (``auto``, ``cuda``,
     ``triton``, ``torch``) chooses for all ops, ``backend=`` for one call.
     """
-    here = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    device = here if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     return {op: {name: _state(op, name, device) for name in BACKENDS} for op in _ops}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class Compilation:
     constants: Mapping[str, Any]
     configs: tuple[triton.Config, ...]
     dtype: str
-    tensor_cores: bool = field(default=False)
+    tensor_cores: bool = False
 
 
 @functools.cache

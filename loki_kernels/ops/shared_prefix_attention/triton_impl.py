@@ -53,6 +53,12 @@ def _tile(rows, GROUPS_PADDED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit
+def _places(base, batch_stride, head_stride, row_stride, batch, head, row, d):
+    """Addresses of a tile ``[rows, d]`` of a ``[batch, head, row, d]`` tensor."""
+    return base + batch * batch_stride + head * head_stride + row[:, None] * row_stride + d[None, :]
+
+
+@triton.jit
 def _cap(scores, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         scores = softcap * tanh(scores / softcap)
@@ -82,18 +88,10 @@ def forward_kernel(
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
-    queries = tl.load(
-        q + batch * q_batch + head[:, None] * q_head + row[:, None] * q_row + d[None, :],
-        mask=mask, other=0.0,
-    )  # fmt: skip
-    own_k = tl.load(
-        k + batch * k_batch + kv_head * k_head + row[:, None] * k_row + d[None, :],
-        mask=mask, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    own_v = tl.load(
-        v + batch * v_batch + kv_head * v_head + row[:, None] * v_row + d[None, :],
-        mask=mask, other=0.0,
-    ).to(tl.float32)  # fmt: skip
+    queries = tl.load(_places(q, q_batch, q_head, q_row, batch, head[:, None], row, d), mask, 0.0)
+    own_k = tl.load(_places(k, k_batch, k_head, k_row, batch, kv_head, row, d), mask, 0.0)
+    own_v = tl.load(_places(v, v_batch, v_head, v_row, batch, kv_head, row, d), mask, 0.0)
+    own_k, own_v = own_k.to(tl.float32), own_v.to(tl.float32)
 
     # The online softmax starts from the row's own key and the sink: never empty, never infinite.
     own = _cap(tl.sum(queries.to(tl.float32) * own_k, 1) * scale, softcap, SOFTCAP)
@@ -112,9 +110,8 @@ def forward_kernel(
         inside = shown[:, None] & (d < HEAD_DIM)[None, :]
         offset = position.to(tl.int64)
         keys = tl.load(
-            prefix_k + batch * pk_batch + kv_head * pk_head
-            + offset[:, None] * pk_position + d[None, :],
-            mask=inside, other=0.0,
+            _places(prefix_k, pk_batch, pk_head, pk_position, batch, kv_head, offset, d),
+            inside, 0.0,
         )  # fmt: skip
         if WINDOW:
             shown = shown & (length - position < window)
@@ -124,9 +121,8 @@ def forward_kernel(
         weights = tl.exp(scores - peak[:, None])
         shrink = tl.exp(highest - peak)
         values = tl.load(
-            prefix_v + batch * pv_batch + kv_head * pv_head
-            + offset[:, None] * pv_position + d[None, :],
-            mask=inside, other=0.0,
+            _places(prefix_v, pv_batch, pv_head, pv_position, batch, kv_head, offset, d),
+            inside, 0.0,
         )  # fmt: skip
         total = total * shrink + tl.sum(weights, 1)
         mixed = mixed * shrink[:, None] + dot(narrow(weights, values.dtype), values)
@@ -158,18 +154,10 @@ def backward_kernel(
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
     place = (batch * tl.num_programs(1) * GROUPS + head) * rows + row
     packed = place[:, None] * HEAD_DIM + d[None, :]
-    queries = tl.load(
-        q + batch * q_batch + head[:, None] * q_head + row[:, None] * q_row + d[None, :],
-        mask=mask, other=0.0,
-    )  # fmt: skip
-    own_k = tl.load(
-        k + batch * k_batch + kv_head * k_head + row[:, None] * k_row + d[None, :],
-        mask=mask, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    own_v = tl.load(
-        v + batch * v_batch + kv_head * v_head + row[:, None] * v_row + d[None, :],
-        mask=mask, other=0.0,
-    ).to(tl.float32)  # fmt: skip
+    queries = tl.load(_places(q, q_batch, q_head, q_row, batch, head[:, None], row, d), mask, 0.0)
+    own_k = tl.load(_places(k, k_batch, k_head, k_row, batch, kv_head, row, d), mask, 0.0)
+    own_v = tl.load(_places(v, v_batch, v_head, v_row, batch, kv_head, row, d), mask, 0.0)
+    own_k, own_v = own_k.to(tl.float32), own_v.to(tl.float32)
     upstream = tl.load(grad + packed, mask=mask, other=0.0)
     wide = upstream.to(tl.float32)
     outcome = tl.load(out + packed, mask=mask, other=0.0).to(tl.float32)
@@ -199,14 +187,12 @@ def backward_kernel(
         inside = shown[:, None] & (d < HEAD_DIM)[None, :]
         offset = position.to(tl.int64)
         keys = tl.load(
-            prefix_k + batch * pk_batch + kv_head * pk_head
-            + offset[:, None] * pk_position + d[None, :],
-            mask=inside, other=0.0,
+            _places(prefix_k, pk_batch, pk_head, pk_position, batch, kv_head, offset, d),
+            inside, 0.0,
         )  # fmt: skip
         values = tl.load(
-            prefix_v + batch * pv_batch + kv_head * pv_head
-            + offset[:, None] * pv_position + d[None, :],
-            mask=inside, other=0.0,
+            _places(prefix_v, pv_batch, pv_head, pv_position, batch, kv_head, offset, d),
+            inside, 0.0,
         )  # fmt: skip
         if WINDOW:
             shown = shown & (length - position < window)

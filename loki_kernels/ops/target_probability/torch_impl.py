@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,18 +16,6 @@ CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 # (logits, target, softcap, logit_scale, gradient) -> target's final logit [rows], log of the
 # normaliser [rows], and, in the logits' dtype, d log p / d logits [rows, V] or None
 Reduce = Callable[[Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor, Tensor | None]]
-
-
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    gradient: bool,
-) -> tuple[Tensor, ...]:
-    return in_chunks(_reduce, hidden, weight, target, bias, softcap, logit_scale, gradient)
 
 
 def in_chunks(
@@ -82,3 +71,6 @@ def _reduce(
             grad_logits.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
         grad_logits = grad_logits.mul_(logit_scale).to(dtype)
     return logit.squeeze(1), log_normaliser.squeeze(1), grad_logits
+
+
+forward = functools.partial(in_chunks, _reduce)

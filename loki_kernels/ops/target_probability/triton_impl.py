@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -84,16 +85,7 @@ def _reduce(
     return logit, log_normaliser, logits if gradient else None
 
 
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    gradient: bool,
-) -> tuple[Tensor, ...]:
-    return in_chunks(_reduce, hidden, weight, target, bias, softcap, logit_scale, gradient)
+forward = functools.partial(in_chunks, _reduce)
 
 
 def compilations() -> Iterator[Compilation]:
