@@ -1,4 +1,4 @@
-"""Shape checks the ops share."""
+"""What the ops check of their inputs, and how their kernels want them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,21 @@ def check_baseline(baseline: Tensor | None, samples: int, width: int) -> None:
         raise ValueError(
             f"baseline must be [{width}] or [{samples}, {width}]; it is {list(baseline.shape)}."
         )
+
+
+def check_path(gradients: Tensor, weights: Tensor) -> tuple[int, int]:
+    """(B, D), or ValueError if the two are not ``[B, m, D]`` and ``[m]`` or ``[B, m]``."""
+    if gradients.ndim != 3:
+        raise ValueError(
+            "gradients must be [B, m, D] and weights [m] or [B, m]; they are "
+            f"{list(gradients.shape)} and {list(weights.shape)}."
+        )
+    samples, points, width = gradients.shape
+    if tuple(weights.shape) not in ((points,), (samples, points)):
+        raise ValueError(
+            f"weights must be [{points}] or [{samples}, {points}]; they are {list(weights.shape)}."
+        )
+    return samples, width
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
@@ -47,3 +62,19 @@ def autocast(
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unsupported_dtype(*tensors: Tensor | None) -> str | None:
+    """Why a kernel cannot take these floating-point tensors; None if it can."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            return f"its kernels take float32, float16 and bfloat16, not {tensor.dtype}."
+    return None
+
+
+def rows_last(tensor: Tensor) -> Tensor:
+    """``tensor`` with elements of its last dimension side by side, copied only if need be."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

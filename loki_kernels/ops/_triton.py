@@ -20,19 +20,6 @@ INTERPRETED = tl.constexpr(interpreted)
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def unsupported_dtype(*tensors: Tensor | None) -> str | None:
-    """Why a kernel cannot take these floating-point tensors; None if it can."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"its kernels take float32, float16 and bfloat16, not {tensor.dtype}."
-    return None
-
-
-def rows_last(tensor: Tensor) -> Tensor:
-    """``tensor`` with elements of its last dimension side by side, copied only if need be."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def empty(like: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of the same shape, dtype and device."""
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)

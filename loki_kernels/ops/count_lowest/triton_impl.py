@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import DTYPES, Compilation, rows_last, unsupported_dtype
+from .._check import rows_last, unsupported_dtype
+from .._triton import DTYPES, Compilation
 
 MAX_WIDTH = 32768  # keys one program holds in registers
 TILE = 2048  # nodes taken at once

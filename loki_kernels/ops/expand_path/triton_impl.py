@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import DTYPES, Compilation, narrow, rows_last, unsupported_dtype
+from .._check import rows_last, unsupported_dtype
+from .._triton import DTYPES, Compilation, narrow
 
 _CONFIG = triton.Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
 

@@ -10,15 +10,17 @@ from .._dispatch import Backend, check_backend, register
 
 
 def gather_columns(x: Tensor, index: Tensor, *, backend: Backend | None = None) -> Tensor:
-    """``x[:, index]``, contiguous: the operand of a row-masked weight gradient.
+    """``x[:, index]``, packed: the operand of a row-masked weight gradient.
 
     Args:
         x: ``[N, M]``.
         index: ``[k]`` int64 in [0, M).
-        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
+        backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
     Returns:
-        ``[N, k]`` in x's dtype; no gradient.
+        ``[N, k]`` in x's dtype, each row starting at a multiple of 16 bytes (``stride(0) >= k``):
+        without that a tensor-core product cannot load it by TMA or 16-byte copies, and k is
+        seldom a multiple of 8. No gradient.
 
     Raises:
         ValueError: for shapes that do not fit, or an unknown backend.
@@ -31,8 +33,15 @@ def gather_columns(x: Tensor, index: Tensor, *, backend: Backend | None = None) 
     return torch.ops.loki_kernels.gather_columns(x.detach(), index, backend)
 
 
+def aligned_rows(x: Tensor, index: Tensor) -> Tensor:
+    """The uninitialised result."""
+    k = index.shape[0]
+    step = 16 // x.dtype.itemsize
+    return x.new_empty(x.shape[0], -(-k // step) * step)[:, :k]
+
+
 register(
     "gather_columns",
     "(Tensor x, Tensor index) -> Tensor",
-    lambda x, index: x.new_empty(x.shape[0], index.shape[0]),
+    aligned_rows,
 )

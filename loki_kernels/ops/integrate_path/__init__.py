@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._check import check_baseline, check_shape
+from .._check import check_baseline, check_path, check_shape
 from .._dispatch import Backend, check_backend, register
 
 
@@ -24,7 +24,7 @@ def integrate_path(
         weights: ``[m]`` or ``[B, m]``, the rule's weights (times any per-row factor).
         z: ``[B, D]``, the path's end.
         baseline: ``[B, D]`` or ``[D]``, the path's start; zero by default.
-        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
+        backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
     Returns:
         ``[B, D]``, float32 (float64 for float64 gradients), summed in that precision; no
@@ -35,16 +35,7 @@ def integrate_path(
         RuntimeError: if a backend asked for by name cannot run.
     """
     check_backend(backend)
-    if gradients.ndim != 3:
-        raise ValueError(
-            "gradients must be [B, m, D] and weights [m] or [B, m]; they are "
-            f"{list(gradients.shape)} and {list(weights.shape)}."
-        )
-    samples, points, width = gradients.shape
-    if tuple(weights.shape) not in ((points,), (samples, points)):
-        raise ValueError(
-            f"weights must be [{points}] or [{samples}, {points}]; they are {list(weights.shape)}."
-        )
+    samples, width = check_path(gradients, weights)
     check_shape("z", z, samples, width)
     check_baseline(baseline, samples, width)
     with torch.no_grad():

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import DTYPES, Compilation, dot, narrow, rows_last, tuned, unsupported_dtype
+from .._check import rows_last, unsupported_dtype
+from .._triton import DTYPES, Compilation, dot, narrow, tuned
 
 
 def unsupported(y: Tensor, *_: object) -> str | None:

@@ -15,17 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import (
-    DTYPES,
-    Compilation,
-    dot,
-    empty,
-    narrow,
-    rows_last,
-    tanh,
-    tuned,
-    unsupported_dtype,
-)
+from .._check import rows_last, unsupported_dtype
+from .._triton import DTYPES, Compilation, dot, empty, narrow, tanh, tuned
 
 # A launch is tuned again when the packed rows or the prefix change class; R grows by m a layer.
 _TUNED_BY = ("row_class", "prefix_class", "GROUPS", "HEAD_DIM", "SOFTCAP", "WINDOW")

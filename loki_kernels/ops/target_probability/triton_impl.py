@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import DTYPES, Compilation, narrow, tanh, unsupported_dtype
+from .._check import unsupported_dtype
+from .._triton import DTYPES, Compilation, narrow, tanh
 from .torch_impl import in_chunks
 
 _CONFIG = triton.Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
