@@ -43,29 +43,38 @@ def test_report_names_every_op_and_backend():
     report = loki.backends()
     assert set(report) == {
         "count_lowest",
+        "count_lowest_integrated",
         "expand_path",
         "gated_product",
         "gather_columns",
         "integrate_path",
         "scatter_add_columns",
         "shared_prefix_attention",
+        "sync_rows",
         "target_probability",
     }
     for states in report.values():
-        assert list(states) == ["cuda", "triton", "torch"]
+        assert list(states) == ["cuda", "triton", "cpp", "torch"]
         assert states["torch"] == "live"
-        assert states["cuda"].startswith("not live: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or interpreted, reason="triton runs here")
 def test_on_a_cpu_torch_runs_and_the_report_says_why():
-    assert all("needs a CUDA device" in s["triton"] for s in loki.backends().values())
+    report = loki.backends()
+    for op, states in report.items():
+        for name in ("cuda", "triton"):
+            assert states[name].startswith("not live: ")
+            assert ("no " in states[name]) == (not _dispatch._exists(op, name))
+        assert _dispatch._exists(op, "cpp") or states["cpp"] == (
+            "not live: it has no cpp implementation."
+        )
+    assert "needs a CUDA device" in report["gather_columns"]["triton"]
     with pytest.raises(RuntimeError, match=r"gather_columns cannot run on backend='triton'.*CUDA"):
         gather_columns(*inputs(), backend="triton")
 
 
 def test_unknown_names_raise(monkeypatch):
-    with pytest.raises(ValueError, match="choose one of cuda, triton, torch"):
+    with pytest.raises(ValueError, match="choose one of cuda, triton, cpp, torch"):
         gather_columns(*inputs(), backend="cublas")
     monkeypatch.setenv("LOKI_KERNELS_BACKEND", "cublas")
     with pytest.raises(ValueError, match="LOKI_KERNELS_BACKEND='cublas' is unknown"):
@@ -73,12 +82,39 @@ def test_unknown_names_raise(monkeypatch):
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch):
-    with pytest.raises(RuntimeError, match="no compiled CUDA kernels"):
+    reasons = {"cuda": "no compiler.", "triton": None, "torch": None}
+    monkeypatch.setattr(_dispatch, "_backend_why_not", lambda backend, _: reasons[backend])
+    with pytest.raises(RuntimeError, match="cannot run on backend='cuda': no compiler"):
         gather_columns(*inputs(), backend="cuda")
     monkeypatch.setenv("LOKI_KERNELS_BACKEND", "cuda")
-    with pytest.raises(RuntimeError, match="LOKI_KERNELS_BACKEND=cuda cannot be used"):
+    with pytest.raises(RuntimeError, match="LOKI_KERNELS_BACKEND=cuda cannot be used: no comp"):
         gather_columns(*inputs())
     assert gather_columns(*inputs(), backend="torch").shape == (3, 2)  # the call goes first
+
+
+def test_a_backend_for_another_device_leaves_this_one_to_auto(accelerator):
+    """On a machine with a GPU, scores on the CPU are ranked there whatever the GPU runs."""
+    here = torch.device("cpu")
+    accelerator.monkeypatch.setattr(
+        _dispatch,
+        "_backend_why_not",
+        lambda backend, device: "not there." if backend == "triton" and device == here else None,
+    )
+    accelerator.monkeypatch.setattr(_dispatch, "_device_of", lambda _: torch.device("meta"))
+    accelerator.monkeypatch.setenv("LOKI_KERNELS_BACKEND", "triton")
+    assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.triton
+    assert _dispatch.choose(OP, None, inputs("cpu")) is accelerator.torch
+
+
+def test_on_a_cpu_auto_uses_compiled_cpp_and_no_interpreter(accelerator):
+    op, scores = "count_lowest", [torch.zeros(2, 3, 5)]
+    accelerator.monkeypatch.setattr(_dispatch, "_module", lambda _, backend: backend)
+    accelerator.monkeypatch.setattr(_dispatch, "_why_not", lambda *_: None)
+    assert _dispatch.choose(op, None, scores) == "cpp"
+    accelerator.monkeypatch.setattr(
+        _dispatch, "_why_not", lambda _, backend, *__: "not compiled." if backend == "cpp" else None
+    )
+    assert _dispatch.choose(op, None, scores) == "torch"
 
 
 def test_auto_uses_a_kernel_once_it_has_been_checked(accelerator):

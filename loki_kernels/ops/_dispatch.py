@@ -2,8 +2,9 @@
 
 An op is known to torch by one schema, ``loki_kernels::<op>``, with a fake implementation and, where
 it has gradients, ``loki_kernels::<op>_backward``. What runs is a module of the op's folder,
-``torch_impl``, ``triton_impl`` or ``cuda_impl``, chosen at each call. The choice is made inside the
-op, where tensors are real, so that ``torch.compile`` sees one opaque call whatever is chosen.
+``torch_impl``, ``triton_impl``, ``cuda_impl`` or ``cpp_impl``, chosen at each call. The choice is
+made inside the op, where tensors are real, so that ``torch.compile`` sees one opaque call whatever
+is chosen.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .. import _native
+
 logger = logging.getLogger(__name__)
 
-Backend = Literal["cuda", "triton", "torch"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in the order `auto` prefers them
+Backend = Literal["cuda", "triton", "cpp", "torch"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "LOKI_KERNELS_BACKEND"
 
 _library = torch.library.Library("loki_kernels", "DEF")
@@ -91,24 +94,32 @@ def choose(op: str, backend: str | None, inputs: list[Any]) -> ModuleType:
     """The module that runs ``op`` on ``inputs``.
 
     A backend named by the call runs or raises. One named by ``$LOKI_KERNELS_BACKEND`` must be
-    usable on the device, and runs every call it has a kernel for. ``auto`` takes the first that
-    has passed its self-check on the device. Everything else runs on torch.
+    usable on this machine, and runs every call it has a kernel for; tensors on a device that it
+    is not for are treated as under ``auto``, which takes the first that has passed its self-check
+    on the device. Everything else runs on torch.
 
     Raises:
         RuntimeError: if a backend asked for by name cannot run here, or not with these inputs.
         ValueError: if ``$LOKI_KERNELS_BACKEND`` names no backend.
     """
-    first = next(x for x in inputs if isinstance(x, Tensor))
+    first = _first_tensor(inputs)
     if backend is not None:
         reason = _why_not(op, backend, first.device, inputs)
         if reason is not None:
             raise RuntimeError(f"{op} cannot run on backend={backend!r}: {reason}")
         return _module(op, backend)
     preferred = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if preferred not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}={preferred!r} is unknown; choose auto, {', '.join(BACKENDS)}."
+        )
+    if preferred != "auto" and _backend_why_not(preferred, first.device) is not None:
+        reason = _backend_why_not(preferred, _device_of(preferred))
+        if reason is not None:
+            raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={preferred} cannot be used: {reason}")
+        preferred = "auto"
     if preferred == "auto":
-        if first.device.type == "cpu":  # no kernel of ours has been faster there
-            return _module(op, "torch")
-        for candidate in BACKENDS[:-1]:
+        for candidate in _candidates(first.device):
             threshold = THRESHOLDS.get((op, candidate), _UNMEASURED)
             if (
                 _why_not(op, candidate, first.device, inputs) is None
@@ -117,15 +128,18 @@ def choose(op: str, backend: str | None, inputs: list[Any]) -> ModuleType:
             ):
                 return _module(op, candidate)
         return _module(op, "torch")
-    if preferred not in BACKENDS:
-        raise ValueError(
-            f"{ENVIRONMENT_VARIABLE}={preferred!r} is unknown; choose auto, {', '.join(BACKENDS)}."
-        )
-    reason = _backend_why_not(preferred, first.device)
-    if reason is not None:
-        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={preferred} cannot be used: {reason}")
     usable = _why_not(op, preferred, first.device, inputs) is None
     return _module(op, preferred if usable else "torch")
+
+
+def _first_tensor(inputs: list[Any]) -> Tensor:
+    flat = (x for value in inputs for x in (value if isinstance(value, list) else [value]))
+    return next(x for x in flat if isinstance(x, Tensor))
+
+
+def _candidates(device: torch.device) -> tuple[Backend, ...]:
+    """Those that ``auto`` tries before torch, in this order."""
+    return ("cpp",) if device.type == "cpu" else ("cuda", "triton")
 
 
 def _why_not(op: str, backend: str, device: torch.device, inputs: list[Any]) -> str | None:
@@ -136,10 +150,9 @@ def _why_not(op: str, backend: str, device: torch.device, inputs: list[Any]) -> 
 
 
 def _no_kernel(op: str, backend: str, device: torch.device) -> str | None:
-    reason = _backend_why_not(backend, device)
-    if reason is None and not _exists(op, backend):
-        reason = f"there is no {backend} kernel for it."
-    return reason
+    if not _exists(op, backend):
+        return f"it has no {backend} implementation."
+    return _backend_why_not(backend, device)
 
 
 @functools.cache
@@ -157,12 +170,18 @@ def _backend_why_not(backend: str, device: torch.device) -> str | None:
     """Why nothing of ``backend`` can run on ``device``; None if it can."""
     if backend == "torch":
         return None
+    if backend == "cpp":
+        return _native.why_not("cpp") if device.type == "cpu" else "it runs on CPU tensors."
     if backend == "cuda":
-        return "this version has no compiled CUDA kernels."
+        return _native.why_not("cuda") or _gpu_why_not(device)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'triton>=3.6')."
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
+    return _gpu_why_not(device)
+
+
+def _gpu_why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}."
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -234,7 +253,7 @@ def _evaluate(
     function: Callable[..., Any], inputs: dict[str, Any], differentiable: tuple[str, ...]
 ) -> list[Tensor]:
     """Outputs, and gradients of their weighted sum."""
-    inputs = {n: x.detach().clone() if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    inputs = {n: _map(lambda x: x.detach().clone(), x) for n, x in inputs.items()}
     leaves = [inputs[name].requires_grad_() for name in differentiable]
     outputs = function(**inputs)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -250,9 +269,15 @@ def _evaluate(
 
 def _double(inputs: dict[str, Any]) -> dict[str, Any]:
     return {
-        n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for n, x in inputs.items()
+        n: _map(lambda x: x.double() if x.is_floating_point() else x, x) for n, x in inputs.items()
     }
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with ``function`` applied, if it is a tensor or a list of them."""
+    if isinstance(value, list):
+        return [function(x) for x in value]
+    return function(value) if isinstance(value, Tensor) else value
 
 
 def _error(got: Tensor, want: Tensor) -> float:
@@ -261,16 +286,20 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """For every op, what each backend's state is on the current device.
+    """For every op, what each backend's state is on the current device (``cpp``: on the CPU).
 
     ``"live"`` runs; ``"verified"`` is a kernel that has passed its self-check in this process; the
     rest says why not. The environment variable ``LOKI_KERNELS_BACKEND`` (``auto``, ``cuda``,
-    ``triton``, ``torch``) chooses for all ops, ``backend=`` for one call.
+    ``triton``, ``cpp``, ``torch``) chooses for all ops, ``backend=`` for one call.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    return {op: {name: _state(op, name, device) for name in BACKENDS} for op in _ops}
+    return {op: {name: _state(op, name, _device_of(name)) for name in BACKENDS} for op in _ops}
+
+
+def _device_of(backend: str) -> torch.device:
+    """The device of this machine that ``backend`` is for."""
+    if backend != "cpp" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _state(op: str, backend: Backend, device: torch.device) -> str:
@@ -279,7 +308,7 @@ def _state(op: str, backend: Backend, device: torch.device) -> str:
     reason = _no_kernel(op, backend, device)
     if reason is not None:
         return f"not live: {reason}"
-    if device.type == "cpu":
+    if device.type == "cpu" and backend == "triton":
         return "live for tests only: triton's interpreter"
     threshold = THRESHOLDS.get((op, backend), _UNMEASURED)
     results = {

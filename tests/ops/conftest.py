@@ -1,40 +1,88 @@
-"""Every op test runs on each backend this process can run.
+"""Every op test runs on each backend that the op has and this process can run.
 
-Triton's kernels run on a GPU, and on a CPU in a process with ``TRITON_INTERPRET=1`` (`make test`
-starts one).
+Triton's kernels run on a GPU, or on a CPU in a process with ``TRITON_INTERPRET=1`` (`make test`
+starts one); the CUDA kernels on a GPU they were compiled for, or in `cuda_emulator`.
 """
 
 from __future__ import annotations
 
 import os
 
+import cuda_emulator
 import pytest
 import torch
 
+from loki_kernels import _native
+from loki_kernels.ops import _dispatch
+
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_TRITON_RUNS = _INTERPRETED or torch.cuda.is_available()
+_GPU = torch.cuda.is_available()
+_CUDA_COMPILED = _GPU and _native.why_not("cuda") is None
 
 
-@pytest.fixture(
-    autouse=True,
-    params=[
-        pytest.param(
-            "torch",
-            marks=pytest.mark.skipif(_INTERPRETED, reason="tested in the other process"),
-        ),
-        pytest.param(
-            "triton",
-            marks=pytest.mark.skipif(
-                not _TRITON_RUNS, reason="no GPU, and not a TRITON_INTERPRET=1 process"
-            ),
-        ),
-    ],
-)
+def _backends() -> list[str]:
+    """Those that this process can run."""
+    if _INTERPRETED:
+        return ["triton"]
+    can_run = {
+        "torch": True,
+        "cpp": _native.why_not("cpp") is None,
+        "cuda": _CUDA_COMPILED or cuda_emulator.why_not() is None,
+        "triton": _GPU,
+    }
+    return [name for name, can in can_run.items() if can]
+
+
+def _implemented(op: str) -> set[str]:
+    """The op's own backends; an op composed of others runs on any that can be asked of them."""
+    return {name for name in _dispatch.BACKENDS if _dispatch._exists(op, name)} or {
+        "torch",
+        "cuda",
+        "triton",
+    }
+
+
+def pytest_report_header() -> list[str]:
+    notes = [f"op tests run on: {', '.join(_backends())}"]
+    if "triton" not in _backends():
+        notes.append("Triton's kernels: in a process of their own (TRITON_INTERPRET=1)")
+    if _native.why_not("cpp") is not None:
+        notes.append(f"C++ implementations: {_native.why_not('cpp')}")
+    if not _CUDA_COMPILED:
+        notes.append(f"CUDA kernels: {cuda_emulator.why_not() or 'emulated on the CPU'}")
+    return notes
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    if metafunc.module.__name__ == "test_self_check":
+        pairs = [(op, b) for op in _dispatch._ops for b in _backends() if b in _implemented(op)]
+        metafunc.parametrize(("op", "backend"), pairs, indirect=["backend"])
+        return
+    op = metafunc.module.__name__.removeprefix("test_")
+    metafunc.parametrize(
+        "backend", [b for b in _backends() if b in _implemented(op)], indirect=True
+    )
+
+
+@pytest.fixture(autouse=True)
 def backend(request, monkeypatch):
     """Chosen for every call; new tensors are on the GPU where the backend needs one."""
-    monkeypatch.setenv("LOKI_KERNELS_BACKEND", request.param)
-    with torch.device("cuda" if request.param == "triton" and not _INTERPRETED else "cpu"):
-        yield request.param
+    name = request.param
+    monkeypatch.setenv("LOKI_KERNELS_BACKEND", name)
+    on_gpu = _GPU and not _INTERPRETED and name in ("triton", "cuda")
+    if name == "cuda" and not _CUDA_COMPILED:
+        on_gpu = False
+        cuda_emulator.load()
+        real = _dispatch._backend_why_not
+        monkeypatch.setattr(
+            _dispatch,
+            "_backend_why_not",
+            lambda backend, device: None if backend == "cuda" else real(backend, device),
+        )
+    with torch.device("cuda" if on_gpu else "cpu"):
+        yield name
 
 
 @pytest.fixture(autouse=True)

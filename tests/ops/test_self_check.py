@@ -15,12 +15,10 @@ def compare(op, backend, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("op", _dispatch._ops)
 def test_passes(op, dtype, backend):
     assert compare(op, backend, dtype) is None
 
 
-@pytest.mark.parametrize("op", _dispatch._ops)
 def test_fails_for_a_wrong_kernel(op, backend, monkeypatch):
     module = importlib.import_module(f"loki_kernels.ops.{op}.{backend}_impl")
     right = module.forward
@@ -28,9 +26,9 @@ def test_fails_for_a_wrong_kernel(op, backend, monkeypatch):
     def wrong(*args):
         results = right(*args)
         for x in args if results is None else [results]:  # an op that returns nothing writes
-            for tensor in x if isinstance(x, tuple) else [x]:
+            for tensor in x if isinstance(x, (tuple, list)) else [x]:
                 if isinstance(tensor, torch.Tensor) and tensor.numel():
-                    tensor.view(-1)[0] += 1 if tensor.dtype == torch.int64 else 0.1
+                    tensor[(0,) * tensor.ndim] += 1 if tensor.dtype == torch.int64 else 0.1
         return results
 
     monkeypatch.setattr(module, "forward", wrong)
@@ -39,7 +37,6 @@ def test_fails_for_a_wrong_kernel(op, backend, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("op", _dispatch._ops)
 def test_reports_a_kernel_that_does_not_run(op, backend, monkeypatch):
     module = importlib.import_module(f"loki_kernels.ops.{op}.{backend}_impl")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def count_lowest(
         counts: ``[L, D]`` int64 to add to, in place; a new tensor by default.
         criterion: ``"signed"`` takes the smallest scores, ``"magnitude"`` the smallest absolute
             scores.
-        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
+        backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
     Returns:
         ``counts``.
@@ -44,10 +44,7 @@ def count_lowest(
     if scores.ndim != 3:
         raise ValueError(f"scores must be [N, L, D]; they are {tuple(scores.shape)}.")
     _, layers, width = scores.shape
-    if not 0 <= k <= width:
-        raise ValueError(f"k must lie in [0, {width}]; it is {k}.")
-    if criterion not in ("signed", "magnitude"):
-        raise ValueError(f"criterion must be 'signed' or 'magnitude'; it is {criterion!r}.")
+    check_count(k, criterion, width)
     if torch.isnan(scores).any():
         raise ValueError("scores hold NaN; a rank among them means nothing.")
     if counts is None:
@@ -59,6 +56,14 @@ def count_lowest(
     if k > 0:
         torch.ops.loki_kernels.count_lowest(scores, k, counts, criterion == "magnitude", backend)
     return counts
+
+
+def check_count(k: int, criterion: str, width: int) -> None:
+    """Raise ValueError for a k outside [0, width] or an unknown criterion."""
+    if not 0 <= k <= width:
+        raise ValueError(f"k must lie in [0, {width}]; it is {k}.")
+    if criterion not in get_args(Criterion):
+        raise ValueError(f"criterion must be 'signed' or 'magnitude'; it is {criterion!r}.")
 
 
 register(

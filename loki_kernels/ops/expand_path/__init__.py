@@ -24,7 +24,7 @@ def expand_path(
         z: ``[B, D]``, the path's end.
         alphas: ``[m]`` floats.
         baseline: ``[B, D]`` or ``[D]``, the path's start; zero by default.
-        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
+        backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
     Returns:
         ``[B, m, D]`` in z's dtype, differentiable in z and baseline.

@@ -26,7 +26,7 @@ def gated_product(
         gate: of any shape.
         up: of gate's shape and dtype.
         activation: ``"silu"`` (SwiGLU), or ``"gelu_tanh"`` (GeGLU with the tanh approximation).
-        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
+        backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
     Returns:
         A contiguous tensor of gate's shape and dtype, differentiable in gate and up.

@@ -19,7 +19,7 @@ def scatter_add_columns(
         index: ``[k]`` int64 in [0, M), distinct.
         u: ``[N, r]`` in y's dtype.
         v: ``[k, r]`` in y's dtype.
-        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
+        backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
     Returns:
         ``y``; no gradient.

@@ -40,7 +40,7 @@ def shared_prefix_attention(
         softcap: scores become ``softcap * tanh(score / softcap)``.
         window: sliding window: the row and the ``window - 1`` positions before it.
         sinks: ``[H]`` logits added to the softmax's denominator alone, constant.
-        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
+        backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
     Returns:
         ``[B, H, R, d]`` in q's dtype; the softmax is computed in float32 (float64 for float64).

@@ -42,7 +42,7 @@ def target_probability(
         bias: ``[V]`` or None.
         softcap: final logit soft-cap (Gemma-2).
         logit_scale: factor on the logits (Cohere, Granite).
-        backend: ``"torch"``, ``"triton"`` or ``"cuda"``; chosen by `loki_kernels.backends` if None.
+        backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
     Raises:
         ValueError: for shapes that do not fit together, or an unknown backend.

@@ -1,0 +1,217 @@
+// The CUDA kernels as torch operators, by torch's stable ABI: one binary serves torch 2.11 and
+// newer. The schemas are in loki_kernels/ops/<op>/cuda_impl.py.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <device.h>
+
+#include <optional>
+#include <vector>
+
+#include "count_lowest.h"
+#include "count_lowest_integrated.h"
+#include "gather_columns.h"
+#include "scatter_add_columns.h"
+#include "sync_rows.h"
+
+namespace loki {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMaxWidth = 32768;
+
+Dtype dtype_of(const Tensor& x, const char* op, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float16 or bfloat16");
+  }
+}
+
+// One op's checks, each a message that starts with the op's name.
+struct Checks {
+  const char* op;
+  int32_t device;
+
+  Checks(const char* op, const Tensor& first) : op(op), device(first.get_device_index()) {
+    STD_TORCH_CHECK(on_device(first), op, ": its tensors must be on a CUDA device");
+  }
+
+  void placed(const Tensor& x, const char* name) const {
+    STD_TORCH_CHECK(on_device(x) && x.get_device_index() == device, op, ": ", name,
+                    " must be on the first tensor's device");
+  }
+
+  void of(const Tensor& x, const char* name, std::vector<int64_t> shape, ScalarType dtype) const {
+    placed(x, name);
+    STD_TORCH_CHECK(x.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
+    bool same = x.dim() == static_cast<int64_t>(shape.size());
+    for (size_t i = 0; same && i < shape.size(); ++i) same = x.size(i) == shape[i];
+    STD_TORCH_CHECK(same, op, ": ", name, " has the wrong shape");
+  }
+
+  void rows_last(const Tensor& x, const char* name) const {
+    const int64_t last = x.dim() - 1;
+    STD_TORCH_CHECK(x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, op, ": the last dimension of ", name,
+                    " must be contiguous");
+  }
+
+  void rank(int64_t k, int64_t least, int64_t width) const {
+    STD_TORCH_CHECK(width <= kMaxWidth, op, ": takes up to ", kMaxWidth, " nodes a layer");
+    STD_TORCH_CHECK(least <= k && k <= width, op, ": k must lie in [", least, ", ", width, "]");
+  }
+
+  void launched(cudaError_t error) const {
+    STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+  }
+};
+
+int64_t* counters(Tensor& counts) { return static_cast<int64_t*>(counts.mutable_data_ptr()); }
+
+const int64_t* numbers(const Tensor& index) {
+  return static_cast<const int64_t*>(index.const_data_ptr());
+}
+
+void count_lowest_op(const Tensor& scores, int64_t k, Tensor counts, bool magnitude) {
+  const Checks check("count_lowest", scores);
+  STD_TORCH_CHECK(scores.dim() == 3, check.op, ": scores must be [N, L, D]");
+  const int64_t samples = scores.size(0), layers = scores.size(1), width = scores.size(2);
+  check.rows_last(scores, "scores");
+  check.of(counts, "counts", {layers, width}, ScalarType::Long);
+  check.rank(k, 1, width);
+  if (samples == 0 || layers == 0) return;
+  const DeviceGuard guard(check.device);
+  check.launched(count_lowest(scores.const_data_ptr(), dtype_of(scores, check.op, "scores"),
+                              samples, layers, static_cast<int>(width), scores.stride(0),
+                              scores.stride(1), static_cast<int>(k), magnitude, counters(counts),
+                              counts.stride(0), counts.stride(1), current_stream(check.device)));
+}
+
+void count_lowest_integrated_op(const Tensor& gradients, const Tensor& weights,
+                                std::optional<Tensor> z, std::optional<Tensor> baseline, int64_t k,
+                                Tensor counts, bool magnitude, Tensor sums) {
+  const Checks check("count_lowest_integrated", gradients);
+  STD_TORCH_CHECK(gradients.dim() == 3, check.op, ": gradients must be [B, m, D]");
+  const int64_t samples = gradients.size(0), points = gradients.size(1), width = gradients.size(2);
+  check.rows_last(gradients, "gradients");
+  check.of(weights, "weights", {samples, points}, ScalarType::Float);
+  check.rows_last(weights, "weights");
+  for (const auto& [x, name] : {std::pair{&z, "z"}, std::pair{&baseline, "baseline"}}) {
+    if (!x->has_value()) continue;
+    check.of(**x, name, {samples, width}, gradients.scalar_type());
+    check.rows_last(**x, name);
+  }
+  check.of(counts, "counts", {width}, ScalarType::Long);
+  check.of(sums, "sums", {samples}, ScalarType::Double);
+  check.rows_last(sums, "sums");
+  check.rank(k, 0, width);
+  if (samples == 0) return;
+  PathGradients path{};
+  path.gradients = gradients.const_data_ptr();
+  path.gradients_sample = gradients.stride(0);
+  path.gradients_point = gradients.stride(1);
+  path.weights = static_cast<const float*>(weights.const_data_ptr());
+  path.weights_sample = weights.stride(0);
+  if (z) {
+    path.z = z->const_data_ptr();
+    path.z_sample = z->stride(0);
+  }
+  if (baseline) {
+    path.baseline = baseline->const_data_ptr();
+    path.baseline_sample = baseline->stride(0);
+  }
+  path.samples = samples;
+  path.points = static_cast<int>(points);
+  path.width = static_cast<int>(width);
+  const DeviceGuard guard(check.device);
+  check.launched(count_lowest_integrated(
+      path, dtype_of(gradients, check.op, "gradients"), static_cast<int>(k), magnitude,
+      counters(counts), counts.stride(0), static_cast<double*>(sums.mutable_data_ptr()),
+      current_stream(check.device)));
+}
+
+void gather_columns_op(const Tensor& x, const Tensor& index, Tensor out) {
+  const Checks check("gather_columns", x);
+  STD_TORCH_CHECK(x.dim() == 2 && index.dim() == 1, check.op, ": x must be [N, M], index [k]");
+  const int64_t rows = x.size(0), k = index.size(0), itemsize = x.element_size();
+  dtype_of(x, check.op, "x");
+  check.of(index, "index", {k}, ScalarType::Long);
+  check.rows_last(index, "index");
+  check.of(out, "out", {rows, k}, x.scalar_type());
+  check.rows_last(out, "out");
+  if (rows == 0 || k == 0) return;
+  const int64_t padded = (k * itemsize + 15) / 16 * 16;
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) % 16 == 0 &&
+                      out.stride(0) * itemsize % 16 == 0 && out.stride(0) * itemsize >= padded,
+                  check.op, ": the rows of out must start at multiples of 16 bytes");
+  const DeviceGuard guard(check.device);
+  check.launched(gather_columns(x.const_data_ptr(), static_cast<int>(itemsize), rows, x.stride(0),
+                                x.stride(1), numbers(index), k, out.mutable_data_ptr(),
+                                out.stride(0), current_stream(check.device)));
+}
+
+void scatter_add_columns_op(Tensor y, const Tensor& index, const Tensor& product) {
+  const Checks check("scatter_add_columns", y);
+  STD_TORCH_CHECK(y.dim() == 2 && index.dim() == 1, check.op, ": y must be [N, M], index [k]");
+  const int64_t rows = y.size(0), k = index.size(0);
+  check.of(index, "index", {k}, ScalarType::Long);
+  check.rows_last(index, "index");
+  check.of(product, "product", {rows, k}, ScalarType::Float);
+  check.rows_last(product, "product");
+  if (rows == 0 || k == 0) return;
+  const DeviceGuard guard(check.device);
+  check.launched(scatter_add_columns(y.mutable_data_ptr(), dtype_of(y, check.op, "y"), rows,
+                                     y.stride(0), y.stride(1), numbers(index), k,
+                                     static_cast<const float*>(product.const_data_ptr()),
+                                     product.stride(0), current_stream(check.device)));
+}
+
+void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> rows,
+                  std::vector<Tensor> indices, bool stochastic, int64_t seed) {
+  if (weights.empty()) return;
+  const Checks check("sync_rows", weights[0]);
+  STD_TORCH_CHECK(rows.size() == weights.size() && indices.size() == weights.size(), check.op,
+                  ": as many rows and indices as weights are needed");
+  std::vector<RowSegment> segments;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor &weight = weights[i], &layer_rows = rows[i], &index = indices[i];
+    STD_TORCH_CHECK(weight.dim() == 2 && index.dim() == 1, check.op,
+                    ": a weight must be [out, in], an index [k]");
+    const int64_t k = index.size(0), width = weight.size(1);
+    check.of(weight, "weight", {weight.size(0), width}, weights[0].scalar_type());
+    check.of(layer_rows, "rows", {k, width}, rows[0].scalar_type());
+    check.of(index, "index", {k}, ScalarType::Long);
+    check.rows_last(weight, "weight");
+    check.rows_last(layer_rows, "rows");
+    check.rows_last(index, "index");
+    if (k == 0 || width == 0) continue;
+    segments.push_back({weight.mutable_data_ptr(), layer_rows.const_data_ptr(), numbers(index),
+                        weight.stride(0), layer_rows.stride(0), static_cast<int>(k),
+                        static_cast<int>(width), static_cast<uint32_t>(i)});
+  }
+  if (segments.empty()) return;
+  const DeviceGuard guard(check.device);
+  check.launched(sync_rows(segments.data(), static_cast<int>(segments.size()),
+                           dtype_of(weights[0], check.op, "weights"),
+                           dtype_of(rows[0], check.op, "rows"), stochastic,
+                           static_cast<uint32_t>(seed), current_stream(check.device)));
+}
+
+}  // namespace
+}  // namespace loki
+
+STABLE_TORCH_LIBRARY_IMPL(loki_kernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("count_lowest", TORCH_BOX(&loki::count_lowest_op));
+  m.impl("count_lowest_integrated", TORCH_BOX(&loki::count_lowest_integrated_op));
+  m.impl("gather_columns", TORCH_BOX(&loki::gather_columns_op));
+  m.impl("scatter_add_columns", TORCH_BOX(&loki::scatter_add_columns_op));
+  m.impl("sync_rows", TORCH_BOX(&loki::sync_rows_op));
+}

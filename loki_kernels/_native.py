@@ -1,0 +1,70 @@
+"""The compiled code of this installation: which of it is here, and why the rest is not.
+
+``setup.py`` builds up to three modules from ``csrc/``: ``_cuda`` and ``_cpp``, which hold
+implementations of operators whose schemas the ops' ``cuda_impl.py`` and ``cpp_impl.py`` define, and
+``_build_info``. What it did not build it explains in ``_build.json``. Nothing is compiled here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Library = Literal["cuda", "cpp"]
+
+_FOLDER = Path(__file__).parent
+REPORT = "_build.json"
+COMMAND = (
+    "pip install ninja pybind11 && pip install --no-build-isolation --no-deps --force-reinstall ."
+)
+
+_schemas: dict[Library, torch.library.Library] = {}
+
+
+def define(library: Library, schema: str) -> Callable[..., None]:
+    """The operator ``loki_kernels_<library>::<schema>``, which compiled code implements."""
+    if library not in _schemas:
+        _schemas[library] = torch.library.Library(f"loki_kernels_{library}", "DEF")
+    _schemas[library].define(schema)
+    namespace = getattr(torch.ops, f"loki_kernels_{library}")
+    return getattr(namespace, schema.partition("(")[0])
+
+
+@functools.cache
+def why_not(library: Library) -> str | None:
+    """Load the compiled ``library``; None if that went well, else why not and how to get it."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = _FOLDER / f"_{library}{suffix}"
+        if not path.is_file():
+            continue
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            return f"{path.name} does not load with torch {torch.__version__}: {error}"
+        return None
+    reason = _reasons().get(library, "the package runs from a folder that was never installed.")
+    return f"not compiled: {reason} To compile it, from a clone: {COMMAND}"
+
+
+def _reasons() -> dict[str, str]:
+    try:
+        return json.loads((_FOLDER / REPORT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def build_info() -> dict[str, Any] | None:
+    """How the compiled code was built; None where there is none."""
+    try:
+        module = importlib.import_module(f"{__package__}._build_info")
+    except ImportError:
+        return None
+    names = ("revision", "torch", "compiler", "flags", "cuda", "architectures")
+    return {name: getattr(module, name) for name in names}

@@ -1,0 +1,183 @@
+"""Compiles ``csrc/`` where that is possible; everything else is in pyproject.toml.
+
+    pip install --no-build-isolation .
+
+With a CUDA torch and nvcc this builds the CUDA kernels, for the visible GPU or
+``TORCH_CUDA_ARCH_LIST``; with a C++ compiler and any torch, the C++ ones. What cannot be built is
+left out, and the reason kept for ``loki-kernels env``. ``LOKI_KERNELS_SKIP_CUDA=1`` leaves the CUDA
+kernels out, ``LOKI_KERNELS_FORCE_CUDA=1`` fails without them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+REPORT = "_build.json"  # read by loki_kernels/_native.py
+DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+# The oldest torch whose stable ABI the binaries ask for: 2.11, as 0x02 0b 00 ...
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+CUDA_OPS = [path.stem for path in sorted(ROOT.glob("csrc/*.cu"))]
+
+SKIP = os.environ.get("LOKI_KERNELS_SKIP_CUDA") == "1"
+FORCE = os.environ.get("LOKI_KERNELS_FORCE_CUDA") == "1"
+
+reasons: dict[str, str] = {}  # library -> why it is not built
+
+
+def why_no_compiled_code() -> str | None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "pip built the package without sight of torch (an isolated build)."
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        return "pybind11 was not installed when the package was."
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None:
+        return f"there was no C++ compiler ({compiler})."
+    return None
+
+
+def why_no_cuda() -> str | None:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if SKIP:
+        return "LOKI_KERNELS_SKIP_CUDA=1 was set."
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA; install one with CUDA."
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.is_file():
+        return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME."
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+)\.(\d+)", text)
+    if version is None or version[1] != torch.version.cuda.split(".")[0]:
+        found = ".".join(version.groups()) if version else "unknown"
+        return (
+            f"nvcc {found} does not fit torch's CUDA {torch.version.cuda}; install that nvcc, or "
+            "point CUDA_HOME to it."
+        )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    return None
+
+
+def extensions() -> list:
+    """What can be compiled here; the rest goes into `reasons`."""
+    reason = why_no_compiled_code()
+    if reason is not None:
+        reasons.update(cuda=reason, cpp=reason)
+        return []
+    import pybind11
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    flags = ["-O3", "-std=c++20", TORCH_TARGET]
+    found = [
+        CppExtension(
+            "loki_kernels._cpp",
+            ["csrc/count_lowest.cpp"],
+            extra_compile_args={"cxx": flags},
+            py_limited_api=True,
+        )
+    ]
+    reason = why_no_cuda()
+    if reason is not None:
+        reasons["cuda"] = reason
+    else:
+        found.append(
+            CUDAExtension(
+                "loki_kernels._cuda",
+                ["csrc/cuda_bindings.cpp", *(f"csrc/{op}.cu" for op in CUDA_OPS)],
+                include_dirs=[str(ROOT / "csrc")],
+                extra_compile_args={
+                    "cxx": [*flags, "-DUSE_CUDA"],
+                    "nvcc": ["-O3", "-std=c++17", "-lineinfo"],
+                },
+                py_limited_api=True,
+            )
+        )
+    found.append(
+        CppExtension(
+            "loki_kernels._build_info",
+            ["csrc/build_info.cpp"],
+            include_dirs=[str(write_build_info(flags)), pybind11.get_include()],
+            extra_compile_args={"cxx": ["-O2", "-std=c++17"]},
+        )
+    )
+    for extension in found:
+        extension.optional = True
+    return found
+
+
+def write_build_info(flags: list[str]) -> Path:
+    """Write build_info.h and return its folder."""
+    import torch
+
+    cuda = "cuda" not in reasons
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if cuda and not architectures:
+        major, minor = torch.cuda.get_device_capability()
+        architectures = f"{major}.{minor}"
+    values = {
+        "REVISION": revision,
+        "TORCH": torch.__version__,
+        "FLAGS": " ".join(flags),
+        "CUDA": torch.version.cuda if cuda else "",
+        "ARCHITECTURES": architectures if cuda else "",
+    }
+    folder = ROOT / "build" / "generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"#define LOKI_{name} {json.dumps(value)}\n" for name, value in values.items()]
+    (folder / "build_info.h").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def write_report(folder: Path) -> None:
+    (folder / "loki_kernels" / REPORT).write_text(json.dumps(reasons) + "\n", encoding="utf-8")
+    if FORCE and "cuda" in reasons:
+        raise SystemExit(f"LOKI_KERNELS_FORCE_CUDA=1, but not compiled: {reasons['cuda']}")
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        super().run()
+        write_report(ROOT if self.editable_mode else Path(self.build_lib))
+
+
+commands: dict[str, type] = {"build_py": BuildPython}
+ext_modules = extensions()
+if ext_modules:
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildCompiled(BuildExtension):
+        """A library that does not compile is left out; the package works without it."""
+
+        def build_extension(self, ext) -> None:
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                library = ext.name.rpartition("._")[2]
+                reasons[library] = f"compiling it failed ({str(error).splitlines()[0]})."
+                print(f"{ext.name} is left out: {error}", file=sys.stderr)
+
+        def run(self) -> None:
+            super().run()
+            write_report(ROOT if self.inplace else Path(self.build_lib))
+
+    commands["build_ext"] = BuildCompiled
+
+setup(ext_modules=ext_modules, cmdclass=commands)

@@ -1,0 +1,69 @@
+"""The kernels of ``csrc/*.cu``, compiled for the CPU: what Triton's interpreter is to Triton's.
+
+Their source, launches and bindings are the real ones; `cuda_runtime.h` and `device.h` here stand in
+for CUDA's and torch's. It finds wrong indices, missing barriers and wrong arithmetic, not what only
+a GPU has: alignment, limits, races within a warp, speed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+INCLUDE = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+
+
+def why_not() -> str | None:
+    """What is missing to compile it; None if nothing is."""
+    if shutil.which("g++") is None:
+        return "there is no g++"
+    if not (INCLUDE / "cuda_fp16.h").is_file():
+        return f"CUDA's headers are not in {INCLUDE}"
+    return None
+
+
+@functools.cache
+def load() -> None:
+    """Compile it, unless this source already was, and give torch its operators."""
+    torch.ops.load_library(_build())
+
+
+def _build() -> Path:
+    sources = [*sorted(CSRC.glob("*.cu")), CSRC / "cuda_bindings.cpp", HERE / "emulator.cpp"]
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted([*CSRC.iterdir(), *HERE.glob("*.h"), *sources]):
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda_emulator" / digest.hexdigest()[:16]
+    library = folder / "cuda_emulated.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    torch_folder = Path(torch.__file__).parent
+    options = ["-std=c++20", "-O2", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    for include in (HERE, CSRC, INCLUDE, torch_folder / "include"):
+        options += ["-I", str(include)]
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.name}.o"
+        subprocess.run(
+            ["g++", *options, "-x", "c++", "-c", str(source), "-o", str(target)], check=True
+        )
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    temporary = folder / f"{os.getpid()}.so"
+    link = ["-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu"]
+    subprocess.run(["g++", "-shared", *objects, "-o", str(temporary), *link], check=True)
+    temporary.replace(library)
+    return library
