@@ -6,7 +6,7 @@ loki.patch(model, tokenizer=tokenizer)
 
 from . import ops
 from ._version import __version__
-from .attribution import Attribution, attribute
+from .attribution import Attribution, AttributionCounts, attribute
 from .errors import UnsupportedModelError
 from .linear import LoKILinear
 from .ops import row_masked_linear
@@ -17,6 +17,7 @@ from .selection import RowSelection, select
 
 __all__ = [
     "Attribution",
+    "AttributionCounts",
     "LoKILinear",
     "Patch",
     "RowSelection",

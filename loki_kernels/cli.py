@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from .attribution.attribute import Keep
 from .attribution.definitions import DEFINITIONS, Site
 from .ops.count_lowest import Criterion
 from .selection import Strategy
@@ -45,14 +46,18 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     attribute.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     attribute.add_argument("--heatmap", help="also draw this .png")
+    attribute.add_argument(
+        "--keep", choices=get_args(Keep), default="scores",
+        help="counts: only what one later select needs, a small file for any number of questions",
+    )  # fmt: skip
+    _add_selection_options(attribute)
     attribute.set_defaults(run=_attribute)
 
     select = commands.add_parser("select", help="choose rows from an attribution")
     select.add_argument("attribution", help="file written by attribute, or the authors' HDF5 log")
     select.add_argument("out", help="position file to write (.json)")
-    select.add_argument("--quota", type=float, default=10.0, help="percentage of rows")
+    _add_selection_options(select)
     select.add_argument("--strategy", choices=get_args(Strategy), default="layer_balanced")
-    select.add_argument("--criterion", choices=get_args(Criterion), default="signed")
     select.add_argument("--seed", type=int, default=0)
     select.set_defaults(run=_select)
 
@@ -74,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     environment = commands.add_parser("env", help="versions, device and live backends")
     environment.set_defaults(run=_env)
     return parser
+
+
+def _add_selection_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quota", type=float, help="percentage of rows (default: 10)")
+    parser.add_argument("--criterion", choices=get_args(Criterion), help="(default: signed)")
 
 
 def _add_question_options(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +127,9 @@ def _attribute(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.out} must end in .safetensors, .h5 or .hdf5.")
     if arguments.heatmap and check_writable(arguments.heatmap).suffix != ".png":
         raise ValueError(f"{arguments.heatmap} must end in .png.")
+    if arguments.keep == "counts" and (arguments.heatmap or suffix != ".safetensors"):
+        raise ValueError("--keep counts writes .safetensors and has no scores for a heatmap.")
+    as_it_comes = arguments.keep == "scores" and suffix == ".safetensors"
     questions = _questions(arguments) or load_questions()
     model = _load_model(arguments.model, arguments.dtype)
     model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -129,9 +142,12 @@ def _attribute(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         site=arguments.site,
-        out=arguments.out if suffix == ".safetensors" else None,
+        keep=arguments.keep,
+        quota=arguments.quota,
+        criterion=arguments.criterion,
+        out=arguments.out if as_it_comes else None,
     )
-    if suffix != ".safetensors":
+    if not as_it_comes:
         result.save(arguments.out)
     if arguments.heatmap:
         result.heatmap(arguments.heatmap)
@@ -139,13 +155,13 @@ def _attribute(arguments: argparse.Namespace) -> None:
 
 
 def _select(arguments: argparse.Namespace) -> None:
-    from .attribution import Attribution
+    from .attribution.result import load_result
     from .files import check_writable
     from .selection import select
 
     check_writable(arguments.out)
     rows = select(
-        Attribution.load(arguments.attribution),
+        load_result(arguments.attribution),
         arguments.quota,
         arguments.strategy,
         arguments.criterion,

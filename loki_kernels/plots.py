@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .files import atomic_path
 from .ops import count_lowest
-from .selection import rows_per_layer
+from .quota import rows_per_layer
 
 
 def plot_heatmap(scores: Tensor, path: str | os.PathLike[str], quota: float) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attribution import Attribution
+from .attribution import Attribution, AttributionCounts
 from .files import atomic_path
 from .ops import count_lowest
 from .ops.count_lowest import Criterion
+from .quota import rows_per_layer
 
 Strategy = Literal[
     "layer_balanced", "layer_balanced_highest", "global_lowest", "global_highest", "random"
@@ -152,28 +153,11 @@ def _check_layer(rows: Sequence[int] | Tensor, layer: int) -> Tensor:
     return torch.tensor(ordered, dtype=torch.int64)
 
 
-def rows_per_layer(quota: float | Fraction, width: int) -> int:
-    """``max(1, floor(quota * width / 100))`` in exact arithmetic: 29 % of 100 is 29.
-
-    Raises:
-        ValueError: for a quota outside (0, 100].
-    """
-    if isinstance(quota, bool):
-        raise ValueError("quota must be a percentage in (0, 100]; it is a bool.")
-    try:
-        exact = Fraction(str(quota))
-    except ValueError:
-        raise ValueError(f"quota must be a percentage in (0, 100]; it is {quota!r}.") from None
-    if not 0 < exact <= 100:
-        raise ValueError(f"quota must be a percentage in (0, 100]; it is {quota}.")
-    return max(1, int(exact * width // 100))
-
-
 def select(
-    attribution: Attribution | Tensor,
-    quota: float | Fraction = 10.0,
+    attribution: Attribution | AttributionCounts | Tensor,
+    quota: float | Fraction | None = None,
     strategy: Strategy = "layer_balanced",
-    criterion: Criterion = "signed",
+    criterion: Criterion | None = None,
     seed: int = 0,
 ) -> RowSelection:
     """Choose rows by how often their node is among the lowest-scored of a sample.
@@ -186,21 +170,26 @@ def select(
     decided by the lower index.
 
     Args:
-        attribution: an `Attribution`, or scores ``[N, L, D]``.
-        quota: percentage of rows, in (0, 100].
+        attribution: an `Attribution`, scores ``[N, L, D]``, or `AttributionCounts`, which hold
+            what ``layer_balanced`` needs for one quota and criterion.
+        quota: percentage of rows, in (0, 100]; 10 by default, or that of the counts.
         strategy: see above.
-        criterion: ``"signed"`` ranks the scores themselves (the paper's), ``"magnitude"`` their
-            absolute values.
+        criterion: ``"signed"`` (the default) ranks the scores themselves (the paper's),
+            ``"magnitude"`` their absolute values; by default that of the counts.
         seed: for ``random``.
 
     Raises:
-        ValueError: for a quota outside (0, 100], an unknown strategy or criterion, NaN scores, or
-            scores of another shape.
+        ValueError: for a quota outside (0, 100], an unknown strategy or criterion, NaN scores,
+            scores of another shape, or counts of another strategy, quota or criterion.
     """
     if strategy not in get_args(Strategy):
         raise ValueError(
             f"strategy={strategy!r} is unknown; choose one of {', '.join(get_args(Strategy))}."
         )
+    if isinstance(attribution, AttributionCounts):
+        return _select_counted(attribution, quota, strategy, criterion)
+    quota = 10.0 if quota is None else quota
+    criterion = "signed" if criterion is None else criterion
     if criterion not in get_args(Criterion):
         raise ValueError(
             f"criterion={criterion!r} is unknown; choose one of {', '.join(get_args(Criterion))}."
@@ -231,6 +220,31 @@ def select(
     counts = _count(flat, layers * k, highest=strategy.endswith("highest"), criterion=criterion)
     chosen = _most_frequent(counts[0], layers * k)
     return RowSelection([chosen[chosen // width == layer] % width for layer in range(layers)], info)
+
+
+def _select_counted(
+    counted: AttributionCounts,
+    quota: float | Fraction | None,
+    strategy: Strategy,
+    criterion: Criterion | None,
+) -> RowSelection:
+    asked = {"strategy": strategy, "quota": quota, "criterion": criterion}
+    have = {"strategy": "layer_balanced", "quota": counted.quota, "criterion": counted.criterion}
+    for name, value in asked.items():
+        if value is not None and value != have[name]:
+            raise ValueError(
+                f"these counts are for {name}={have[name]!r}, not {value!r}; attribute with "
+                "keep='scores' to choose afterwards."
+            )
+    width = counted.counts.shape[1]
+    k = rows_per_layer(counted.quota, width)
+    info = {
+        **have,
+        "width": width,
+        "site": counted.run.get("site", "down_proj"),
+        "attribution": counted.run,
+    }
+    return RowSelection([_most_frequent(layer, k) for layer in counted.counts], info)
 
 
 def random_rows(layers: int, width: int, k: int, seed: int) -> list[list[int]]:

@@ -474,7 +474,7 @@ def test_row_pass_compiles_whole():
         batch = Batch(ids, torch.tensor([9, 5]))
         prefill = run_prefill(structure, batch, definition.site)
         target = prefill.logits.argmax(-1)
-        rows = RowPass(structure, batch, prefill, target, definition, alphas, weights, None)
+        rows = RowPass(structure, batch, prefill, target, definition, alphas, weights, None, None)
         want = rows.run(range(3), prefill.prefix)
         rows._differentiate = torch.compile(
             rows._differentiate, fullgraph=True, backend="aot_eager"

@@ -30,7 +30,8 @@ SOUND = {
 
 
 def test_every_op_with_kernels_is_found():
-    assert kernels.kernel_ops() == sorted(_dispatch._ops)
+    triton = {op for op in _dispatch._ops if _dispatch._exists(op, "triton")}
+    assert set(kernels.kernel_ops()) == triton - {"count_lowest_integrated"}  # two others in turn
 
 
 def test_the_committed_table_is_of_these_kernels():

@@ -2,6 +2,6 @@
 
 from .attribute import attribute
 from .definitions import DEFINITIONS, Definition
-from .result import Attribution
+from .result import Attribution, AttributionCounts
 
-__all__ = ["DEFINITIONS", "Attribution", "Definition", "attribute"]
+__all__ = ["DEFINITIONS", "Attribution", "AttributionCounts", "Definition", "attribute"]

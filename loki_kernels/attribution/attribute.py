@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
 from ..files import check_writable
+from ..ops.count_lowest import Criterion
 from ..progress import progress_bar
+from ..quota import rows_per_layer
 from ..structure import Structure, find_structure
 from .definitions import Definition, path_rule, resolve_definition
 from .prompts import Tokens, tokenize_prompts
-from .result import Attribution, ScoreFile, describe_run
+from .result import Attribution, AttributionCounts, ScoreFile, describe_run
 from .sequence import scaled_prefixes
-from .staircase import Batch, Prefill, RowPass, Scores, prepared, run_prefill
+from .staircase import Batch, Counter, Prefill, RowPass, Scores, prepared, run_prefill
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,17 @@ logger = logging.getLogger(__name__)
 _UNRESOLVED = 1.0
 
 
+Keep = Literal["scores", "counts"]
+
+
+@overload
+def attribute(
+    model: nn.Module, prompts: Iterable[Any], *, keep: Literal["scores"] = ..., **options: Any
+) -> Attribution: ...
+@overload
+def attribute(
+    model: nn.Module, prompts: Iterable[Any], *, keep: Literal["counts"], **options: Any
+) -> AttributionCounts: ...
 def attribute(
     model: nn.Module,
     prompts: Iterable[Any],
@@ -35,10 +48,13 @@ def attribute(
     steps: int = 7,
     batch_size: int | None = None,
     target: Sequence[int] | Tensor | None = None,
+    keep: Keep = "scores",
+    quota: float | None = None,
+    criterion: Criterion | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     **overrides: Any,
-) -> Attribution:
+) -> Attribution | AttributionCounts:
     """Attribute the model's next token to every FFN node, for every prompt and layer.
 
     z_l is layer l's node vector at the last prompt token; F is the objective, a function of the
@@ -56,6 +72,11 @@ def attribute(
         batch_size: prompts at a time; by default as many as fit about 512 prompt tokens or path
             rows on a CPU, 16,384 on a GPU.
         target: ``[N]`` token ids to attribute; by default the token the model predicts.
+        keep: ``"counts"`` keeps only what `select` needs for one quota and criterion, how often
+            each node is among the lowest of its layer: L * D numbers however many prompts there
+            are, and on a GPU no score leaves the kernel that makes it.
+        quota: with ``keep="counts"``, the percentage of rows (10 by default) ...
+        criterion: ... and ``"signed"`` (the default) or ``"magnitude"``, as in `select`.
         out: a ``.safetensors`` file that receives the scores as they come, memory-mapped, so
             that memory does not grow with N.
         progress: True or False for the bar; by default it shows on a terminal.
@@ -64,11 +85,11 @@ def attribute(
 
     Returns:
         An `Attribution` with scores ``[N, L, D]``, D = hidden_size, or intermediate_size for
-        ``site="ffn_neurons"``.
+        ``site="ffn_neurons"``; `AttributionCounts` for ``keep="counts"``.
 
     Raises:
         ValueError: for an unknown definition or option, empty prompts, token ids out of range, a
-            mask with holes, a target that does not fit, or NaN weights.
+            mask with holes, a target that does not fit, NaN weights, or counts of NaN scores.
         TypeError: for prompts of another kind, or text without a tokenizer.
         UnsupportedModelError: if the model's layers cannot be treated exactly.
     """
@@ -77,6 +98,9 @@ def attribute(
     structure = find_structure(model)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive integer; it is {batch_size!r}.")
+    n_layers = len(structure.layers)
+    width = structure.hidden_size if resolved.site == "down_proj" else structure.intermediate_size
+    counter, quota = _make_counter(keep, quota, criterion, width, out)
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size)
     targets = _check_target(target, len(sequences), structure.vocab_size)
     if out is not None and check_writable(out).suffix != ".safetensors":
@@ -87,11 +111,9 @@ def attribute(
         alphas = torch.cat([torch.zeros(1, dtype=alphas.dtype), alphas])
         weights = torch.cat([torch.zeros(1, dtype=weights.dtype), weights])
 
-    n_layers = len(structure.layers)
-    width = structure.hidden_size if resolved.site == "down_proj" else structure.intermediate_size
     shape = (len(sequences), n_layers, width)
     run = describe_run(model, definition, resolved, steps)
-    store = ScoreFile(out, shape, run, complete=resolved.completes)
+    store = ScoreFile(out, shape, run, complete=resolved.completes, scores=counter is None)
     batches = _plan(sequences, batch_size, n_layers * len(alphas), structure)
     with (
         store,
@@ -107,12 +129,54 @@ def attribute(
                 resolved,
                 alphas,
                 weights,
+                counter,
             )
+            if counter is not None:
+                _check_counted(scores, members)
             store.write(members, chosen, scores)
             bar.update(len(members))
-    result = store.result()
+    tensors = store.tensors()
+    result: Attribution | AttributionCounts
+    if counter is None:
+        result = Attribution(run=run, **tensors)
+    else:
+        result = AttributionCounts(counter.counts(), quota, counter.criterion, run=run, **tensors)
     _warn_if_unresolved(result)
     return result
+
+
+def _make_counter(
+    keep: Keep,
+    quota: float | None,
+    criterion: Criterion | None,
+    width: int,
+    out: str | os.PathLike[str] | None,
+) -> tuple[Counter | None, float]:
+    if keep not in get_args(Keep):
+        raise ValueError(f"keep={keep!r} is unknown; choose one of {', '.join(get_args(Keep))}.")
+    if keep == "scores":
+        if quota is not None or criterion is not None:
+            raise ValueError("quota and criterion belong to keep='counts'; `select` takes them.")
+        return None, 0.0
+    if out is not None:
+        raise ValueError("out= receives scores, and keep='counts' keeps none; save the result.")
+    criterion = "signed" if criterion is None else criterion
+    if criterion not in get_args(Criterion):
+        raise ValueError(
+            f"criterion={criterion!r} is unknown; choose one of {', '.join(get_args(Criterion))}."
+        )
+    quota = 10.0 if quota is None else quota
+    return Counter(rows_per_layer(quota, width), criterion), float(quota)
+
+
+def _check_counted(scores: Scores, members: list[int]) -> None:
+    undefined = scores.sums.isnan().nonzero()
+    if len(undefined):
+        sample, layer = undefined[0].tolist()
+        raise ValueError(
+            f"the scores of prompt {members[sample]} in layer {layer} hold NaN (or infinities of "
+            "both signs); a rank among them means nothing."
+        )
 
 
 def _check_target(
@@ -164,6 +228,7 @@ def _attribute_batch(
     definition: Definition,
     alphas: Tensor,
     weights: Tensor,
+    counter: Counter | None,
 ) -> tuple[Tensor, Scores]:
     start: Prefill | None = None
     if definition.baseline == "token_zero":
@@ -180,6 +245,7 @@ def _attribute_batch(
         alphas,
         weights,
         None if start is None else [batch.at_last(site) for site in start.site],
+        counter,
     )
     all_layers = range(len(structure.layers))
     if definition.path == "last_token":
@@ -192,14 +258,10 @@ def _attribute_batch(
         layers = range(layer, layer + 1)
         prefix = scaled_prefixes(structure, batch, layers, definition.site, alphas, start)
         parts.append(rows.run(layers, prefix, per_row=True))
-    return chosen.cpu(), Scores(
-        torch.cat([part.scores for part in parts], dim=1),
-        torch.cat([part.change for part in parts], dim=1),
-        parts[0].value,
-    )
+    return chosen.cpu(), Scores.join(parts)
 
 
-def _warn_if_unresolved(result: Attribution) -> None:
+def _warn_if_unresolved(result: Attribution | AttributionCounts) -> None:
     if result.completeness is None or result.change is None:
         return
     error = float(result.completeness.abs().mean())

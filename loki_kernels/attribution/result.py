@@ -1,4 +1,4 @@
-"""`Attribution`, and the file its scores are written to as they come."""
+"""`Attribution` and `AttributionCounts`, and the file that scores are written to as they come."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..files import atomic_path, read_safetensors
+from ..ops.count_lowest import Criterion
 from .definitions import Definition
 
 if TYPE_CHECKING:
     from .staircase import Scores
 
 _FORMAT = "loki-kernels-attribution"
+_COUNTS_FORMAT = "loki-kernels-counts"
 
 
 @dataclass
@@ -69,14 +71,14 @@ class Attribution:
         Raises:
             ValueError: for another suffix.
         """
-        tensors = self._tensors()
+        tensors = {"scores": self.scores} | _present(self)
         suffix = Path(path).suffix
         with atomic_path(path) as temporary:
             if suffix == ".safetensors":
                 safetensors.torch.save_file(
                     {name: tensor.contiguous() for name, tensor in tensors.items()},
                     temporary,
-                    metadata=_metadata(self.run),
+                    metadata=_metadata(_FORMAT, self.run),
                 )
             elif suffix in (".h5", ".hdf5"):
                 with _h5py().File(temporary, "w") as file:
@@ -132,15 +134,81 @@ class Attribution:
 
         plot_heatmap(self.scores, path, quota)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {
-            "scores": self.scores,
-            "targets": self.targets,
-            "value": self.value,
-            "completeness": self.completeness,
-            "change": self.change,
-        }
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+@dataclass
+class AttributionCounts:
+    """What ``attribute(keep="counts")`` found.
+
+    Attributes:
+        counts: int64 ``[L, D]`` on the CPU: for how many prompts the node is among the ``quota`` %
+            lowest of its layer.
+        quota: percentage of each layer's nodes.
+        criterion: what the lowest are: ``"signed"`` or ``"magnitude"``.
+        targets, value, completeness, change, run: as in `Attribution`.
+    """
+
+    counts: Tensor
+    quota: float
+    criterion: Criterion
+    targets: Tensor
+    value: Tensor
+    completeness: Tensor | None = None
+    change: Tensor | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        layers, width = self.counts.shape
+        return (
+            f"AttributionCounts({len(self.targets)} samples, {layers} layers, {width} nodes, "
+            f"quota={self.quota}, criterion={self.criterion!r})"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to ``.safetensors``.
+
+        Raises:
+            ValueError: for another suffix.
+        """
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"{path}: save to .safetensors, not {Path(path).suffix!r}.")
+        tensors = {"counts": self.counts} | _present(self)
+        counted = {"quota": self.quota, "criterion": self.criterion}
+        with atomic_path(path) as temporary:
+            safetensors.torch.save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                temporary,
+                metadata=_metadata(_COUNTS_FORMAT, self.run) | {"counted": json.dumps(counted)},
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AttributionCounts:
+        """Read a file written by `save`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged or is something else.
+        """
+        tensors, metadata = read_safetensors(Path(path), _COUNTS_FORMAT)
+        return cls(**json.loads(metadata["counted"]), run=json.loads(metadata["run"]), **tensors)
+
+
+def load_result(path: str | os.PathLike[str]) -> Attribution | AttributionCounts:
+    """Read a file of either kind.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged or is something else.
+    """
+    with contextlib.suppress(ValueError):
+        return AttributionCounts.load(path)
+    return Attribution.load(path)
+
+
+def _present(result: Attribution | AttributionCounts) -> dict[str, Tensor]:
+    """Those of the tensors beside the scores that there are."""
+    names = ("targets", "value", "completeness", "change")
+    tensors = {name: getattr(result, name) for name in names}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def describe_run(model: nn.Module, name: str, definition: Definition, steps: int) -> dict[str, Any]:
@@ -161,8 +229,8 @@ def describe_run(model: nn.Module, name: str, definition: Definition, steps: int
     }
 
 
-def _metadata(run: dict[str, Any]) -> dict[str, str]:
-    return {"format": _FORMAT, "run": json.dumps(run)}
+def _metadata(format: str, run: dict[str, Any]) -> dict[str, str]:
+    return {"format": format, "run": json.dumps(run)}
 
 
 def _h5py() -> Any:
@@ -187,14 +255,17 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
         run: dict[str, Any],
         *,
         complete: bool,
+        scores: bool,
     ) -> None:
         samples, layers, _ = shape
         self._run = run
         self._shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
-            "scores": (np.dtype("<f4"), shape),
             "targets": (np.dtype("<i8"), (samples,)),
             "value": (np.dtype("<f4"), (samples,)),
         }
+        self._scores = scores
+        if scores:
+            self._shapes = {"scores": (np.dtype("<f4"), shape), **self._shapes}
         self._complete = complete
         if self._complete:
             self._shapes["completeness"] = (np.dtype("<f4"), (samples, layers))
@@ -210,7 +281,7 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
             }
             return self
         names = {"<f4": "F32", "<i8": "I64"}
-        header: dict[str, Any] = {"__metadata__": _metadata(self._run)}
+        header: dict[str, Any] = {"__metadata__": _metadata(_FORMAT, self._run)}
         offset = 0
         for name, (dtype, shape) in self._shapes.items():
             size = dtype.itemsize * int(np.prod(shape))
@@ -233,13 +304,13 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
 
     def write(self, members: list[int], targets: Tensor, scores: Scores) -> None:
         """Put one batch at the places ``members``."""
-        self._arrays["scores"][members] = scores.scores.to(torch.float32).numpy()
+        if self._scores:
+            self._arrays["scores"][members] = scores.scores.to(torch.float32).numpy()
         self._arrays["targets"][members] = targets.numpy()
         self._arrays["value"][members] = scores.value.numpy()
         if self._complete:
-            total = scores.scores.sum(-1, dtype=torch.float64)
             self._arrays["change"][members] = scores.change.numpy()
-            self._arrays["completeness"][members] = (total - scores.change).numpy()
+            self._arrays["completeness"][members] = (scores.sums - scores.change).numpy()
 
     def __exit__(
         self,
@@ -252,6 +323,5 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
                 array.flush()
         self._stack.__exit__(kind, error, traceback)
 
-    def result(self) -> Attribution:
-        tensors = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
-        return Attribution(run=self._run, **tensors)
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array) for name, array in self._arrays.items()}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +26,13 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
 from ..ops import (
+    count_lowest_integrated,
     expand_path,
     integrate_path,
     shared_prefix_attention,
     target_probability,
 )
+from ..ops.count_lowest import Criterion
 from ..structure import Head, Structure, first_non_finite
 from .definitions import Definition
 
@@ -294,9 +296,34 @@ def run_prefill(
 class Scores:
     """One batch's results, on the CPU."""
 
-    scores: Tensor  # [B, L, D]
+    scores: Tensor | None  # [B, L, D]; None where they were only counted
+    sums: Tensor  # float64 [B, L], of the scores
     change: Tensor  # [B, L], F(z) - F(baseline); NaN where the path has no such point
     value: Tensor  # [B], F(z)
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """The results of one batch from those of its layers."""
+        scores = [part.scores for part in parts if part.scores is not None]
+        return cls(
+            torch.cat(scores, dim=1) if scores else None,
+            torch.cat([part.sums for part in parts], dim=1),
+            torch.cat([part.change for part in parts], dim=1),
+            parts[0].value,
+        )
+
+
+@dataclass
+class Counter:
+    """How often each node is among the k lowest of its layer, over the batches so far."""
+
+    k: int
+    criterion: Criterion
+    layers: dict[int, Tensor] = field(default_factory=dict)  # layer -> int64 [D], where it runs
+
+    def counts(self) -> Tensor:
+        """``[L, D]`` on the CPU."""
+        return torch.stack([self.layers[layer].cpu() for layer in sorted(self.layers)])
 
 
 class _Rows(NamedTuple):
@@ -314,6 +341,7 @@ class RowPass:
         prefix: like `Prefill.prefix`; with ``per_row`` one prefix a row instead of a sample,
             ``[B * R, Hkv, T, d]``, sample-major.
         baseline: L of ``[B, D]``, the path's start at the last token, or None for zero.
+        counter: counts the scores instead of keeping them.
     """
 
     def __init__(
@@ -326,6 +354,7 @@ class RowPass:
         alphas: Tensor,
         weights: Tensor,
         baseline: list[Tensor] | None,
+        counter: Counter | None,
     ) -> None:
         self.structure = structure
         self.batch = batch
@@ -335,6 +364,7 @@ class RowPass:
         self.alphas = alphas
         self.weights = weights
         self.baseline = baseline
+        self.counter = counter
         self.head: Head = structure.head()
 
     def run(
@@ -457,21 +487,41 @@ class RowPass:
         factor = values if self.definition.objective == "probability" else torch.ones_like(values)
         by_layer = values[:, 1:].view(samples, len(layers), m)
         factor = factor[:, 1:].view(samples, len(layers), m) * self.weights.to(factor)
-        scores = []
+        scores: list[Tensor] = []
+        sums: list[Tensor] = []
         for i, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
             z, start = (
                 (ends[layer], None if self.baseline is None else self.baseline[layer])
                 if self.definition.multiply
                 else (None, None)
             )
-            scores.append(integrate_path(gradient, factor[:, i], z, start).to("cpu"))
+            if self.counter is None:
+                scores.append(integrate_path(gradient, factor[:, i], z, start).to("cpu"))
+                sums.append(scores[-1].sum(-1, dtype=torch.float64))
+                continue
+            counter = self.counter
+            counter.layers[layer], total = count_lowest_integrated(
+                gradient,
+                factor[:, i],
+                z,
+                start,
+                counter.k,
+                counter.layers.get(layer),
+                criterion=counter.criterion,
+            )
+            sums.append(total)
         start_row = (self.alphas == 0).nonzero().flatten()
         change = (
             values[:, :1] - by_layer[:, :, int(start_row[0])]
             if len(start_row)
             else torch.full_like(by_layer[:, :, 0], float("nan"))
         )
-        return Scores(torch.stack(scores, dim=1), change.cpu(), values[:, 0].cpu())
+        return Scores(
+            torch.stack(scores, dim=1) if scores else None,
+            torch.stack([total.cpu() for total in sums], dim=1),
+            change.cpu(),
+            values[:, 0].cpu(),
+        )
 
     def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:
         """The unperturbed row must reproduce the prefill, or the model is refused."""

@@ -2,11 +2,13 @@
 
 Every folder holds the public function (``__init__.py``) and ``reference.py``, the definition in
 plain PyTorch that every faster implementation is tested against. An op with kernels of its own has
-``torch_impl.py`` and ``triton_impl.py`` beside them; `row_masked_linear`, `row_delta_linear` and
+``torch_impl.py`` beside them and ``triton_impl.py``, ``cuda_impl.py`` (``csrc/<op>.cu``) or
+``cpp_impl.py`` (``csrc/<op>.cpp``); `row_masked_linear`, `row_delta_linear` and
 `swiglu_row_masked_linear` are composed of such ops and of dense products.
 """
 
 from .count_lowest import count_lowest
+from .count_lowest_integrated import LowestCounts, count_lowest_integrated
 from .expand_path import expand_path
 from .gated_product import gated_product
 from .gather_columns import gather_columns
@@ -16,11 +18,14 @@ from .row_masked_linear import row_masked_linear
 from .scatter_add_columns import scatter_add_columns
 from .shared_prefix_attention import shared_prefix_attention
 from .swiglu_row_masked_linear import swiglu_row_masked_linear
+from .sync_rows import sync_rows
 from .target_probability import TargetProbability, target_probability
 
 __all__ = [
+    "LowestCounts",
     "TargetProbability",
     "count_lowest",
+    "count_lowest_integrated",
     "expand_path",
     "gated_product",
     "gather_columns",
@@ -30,5 +35,6 @@ __all__ = [
     "scatter_add_columns",
     "shared_prefix_attention",
     "swiglu_row_masked_linear",
+    "sync_rows",
     "target_probability",
 ]

@@ -1,0 +1,29 @@
+"""torch's `integrate_path`, then the C++ `count_lowest`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..count_lowest import cpp_impl as count_lowest
+from ..integrate_path import torch_impl as integrate_path
+from .torch_impl import in_two_steps
+
+
+def unsupported(
+    gradients: Tensor, _weights: Tensor, z: Tensor | None, baseline: Tensor | None, *_: object
+) -> str | None:
+    return count_lowest.unsupported(gradients)
+
+
+def forward(
+    gradients: Tensor,
+    weights: Tensor,
+    z: Tensor | None,
+    baseline: Tensor | None,
+    k: int,
+    counts: Tensor,
+    magnitude: bool,
+) -> Tensor:
+    return in_two_steps(
+        integrate_path, count_lowest, gradients, weights, z, baseline, k, counts, magnitude
+    )
