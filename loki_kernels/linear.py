@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear
+from .ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear, sync_rows
 from .ops.gated_product import Activation
 
 
@@ -28,6 +29,9 @@ class LoKILinear(nn.Module):
     ``state_dict`` holds one merged ``weight`` and the bias, like ``nn.Linear``'s, and
     ``load_state_dict`` reads the rows out of such a weight.
 
+    `patch` writes the rows of all layers in one launch before the decoder runs; a layer called by
+    itself writes its own.
+
     Attributes:
         weight: ``[out_features, in_features]``, frozen; use `merged_weight` to read it.
         bias: ``[out_features]`` or None, frozen.
@@ -40,6 +44,7 @@ class LoKILinear(nn.Module):
     weight: nn.Parameter
     index: Tensor
     original_rows: Tensor
+    in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
 
     def __init__(
         self,
@@ -136,14 +141,13 @@ class LoKILinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """The weight as trained so far, ``[out_features, in_features]``."""
         if self.rank is None:
-            self._write_rows()
+            write_rows([self])
             return self.weight.detach()
         return self.weight.detach().index_copy(0, self.index, self.merged_rows())
 
     def _write_rows(self) -> None:
-        # Through .data: the values a pending backward pass reads do not change unless `rows` did,
-        # which row_masked_linear notices, so the weight's version must not.
-        self.weight.data.index_copy_(0, self.index, self.rows.data.to(self.weight.dtype))
+        if not self.in_step:
+            write_rows([self])
 
     def reset_rows(self) -> None:
         """Put the rows back to what they were before training."""
@@ -216,6 +220,22 @@ class LoKILinear(nn.Module):
             self.delta_b.zero_()
             self.delta_b[:kept] = root[:, None] * vh[:kept]
         return None
+
+
+def write_rows(layers: Sequence[LoKILinear]) -> None:
+    """Put the trained rows of layers without a rank into their weights."""
+    groups: dict[Any, list[LoKILinear]] = {}
+    for layer in layers:
+        key = layer.weight.device, layer.weight.dtype, layer.rows.dtype
+        groups.setdefault(key, []).append(layer)
+    for group in groups.values():
+        # Through .data: the values a pending backward pass reads do not change unless `rows` did,
+        # which row_masked_linear notices, so the weights' versions must not.
+        sync_rows(
+            [layer.weight.data for layer in group],
+            [layer.rows.data for layer in group],
+            [layer.index for layer in group],
+        )
 
 
 def _check_index(rows: Tensor, out_features: int) -> Tensor:

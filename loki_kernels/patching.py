@@ -14,13 +14,15 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .cache import cached_attribution
 from .errors import UnsupportedModelError
 from .files import atomic_path, read_safetensors
-from .linear import LoKILinear
+from .linear import LoKILinear, write_rows
 from .mlp import FusedMLP, Gating, find_gating
-from .selection import RowSelection, rows_per_layer, select
+from .quota import rows_per_layer
+from .selection import RowSelection, select
 from .structure import DownProjection, Structure, find_structure
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ class Patch:
     _layers: list[tuple[DownProjection, LoKILinear]] = field(repr=False)
     _required: list[tuple[nn.Parameter, bool]] = field(repr=False)
     _mlps: list[tuple[nn.Module, str, nn.Module]] = field(repr=False)  # owner, attribute, original
+    _hooks: list[RemovableHandle] = field(repr=False)
     _save_pretrained: Callable[..., Any] | None = field(default=None, repr=False)
     _active: bool = field(default=True, repr=False)
 
@@ -173,6 +176,8 @@ class Patch:
             setattr(owner, attribute, mlp)
         for parameter, flag in self._required:
             parameter.requires_grad_(flag)
+        for hook in self._hooks:
+            hook.remove()
         if self._save_pretrained is not None:
             del self.model.__dict__["save_pretrained"]
         self._active = False
@@ -274,10 +279,41 @@ def patch(
         trainable=trainable,
         total=total,
     )
-    handle = Patch(causal_lm, selection, report, layers, required, mlps)
+    writer = _RowWriter([layer for _, layer in layers if layer.rank is None])
+    hooks = writer.attach(structure.decoder)
+    handle = Patch(causal_lm, selection, report, layers, required, mlps, hooks)
     _write_side_file_with_checkpoints(handle)
     logger.info("%s", report)
     return handle
+
+
+@dataclass
+class _RowWriter:
+    """Writes the rows of all layers into their weights when the decoder starts, in one launch."""
+
+    layers: list[LoKILinear]
+
+    def attach(self, decoder: nn.Module) -> list[RemovableHandle]:
+        if not self.layers:
+            return []
+        return [
+            decoder.register_forward_pre_hook(self.before),
+            decoder.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def before(self, _decoder: nn.Module, _inputs: Any) -> None:
+        if torch.compiler.is_compiling():  # there the weight is not written
+            return
+        # accelerate brings an offloaded weight in when its layer runs, which then writes itself
+        present = [layer for layer in self.layers if not layer.weight.is_meta]
+        write_rows(present)
+        for layer in present:
+            layer.in_step = True
+
+    def after(self, _decoder: nn.Module, _inputs: Any, _output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            for layer in self.layers:
+                layer.in_step = False
 
 
 def merge_side_file(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from models import ARCHITECTURES, assert_unchanged, build_model, snapshot
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import loki_kernels as loki
+from loki_kernels import linear
 
 ROWS = [[1, 5, 40], [0], [7, 3]]
 
@@ -345,3 +347,80 @@ def test_merge_side_file(tmp_path, rank, dtype):
         assert torch.equal(merged.state_dict()[name], tensor), name
     with pytest.raises(ValueError, match="which the model lacks"):
         merge_side_file(build_model("gpt_neox"), tmp_path)
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """How many layers each launch of sync_rows wrote."""
+    launches = []
+    real = linear.sync_rows
+
+    def sync_rows(weights, *args, **options):
+        launches.append(len(weights))
+        return real(weights, *args, **options)
+
+    monkeypatch.setattr(linear, "sync_rows", sync_rows)
+    return launches
+
+
+def test_rows_of_all_layers_are_written_in_one_launch(model, writes):
+    loki.patch(model, ROWS)
+    logits(model)
+    assert writes == [3]
+    model.model(input_ids=data(1)[0]["input_ids"][None])  # the decoder by itself
+    assert writes == [3, 3]
+
+
+def test_a_layer_by_itself_writes_its_rows(model, writes):
+    loki.patch(model, ROWS)
+    layer = model.model.layers[0].mlp.down_proj
+    layer.rows.data.zero_()
+    assert not layer(torch.ones(1, 112))[0, [1, 5, 40]].any()
+    assert writes == [1]
+
+
+def test_rows_are_written_after_a_forward_pass_that_raised(model, writes):
+    loki.patch(model, ROWS)
+    broken = model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(model)
+    broken.remove()
+    layer = model.model.layers[2].mlp.down_proj
+    layer.rows.data.zero_()
+    assert not layer(torch.ones(1, 112))[0, [7, 3]].any()
+
+
+def test_a_copy_writes_its_own_rows(model, writes):
+    loki.patch(model, ROWS)
+    twin = copy.deepcopy(model)
+    layer = twin.model.layers[0].mlp.down_proj
+    layer.rows.data.zero_()
+    before = model.model.layers[0].mlp.down_proj.weight.clone()
+    logits(twin)
+    assert not layer.weight[[1, 5, 40]].any()
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
+
+
+def test_an_offloaded_weight_is_written_when_it_is_there(model, writes):
+    """accelerate keeps offloaded weights on the meta device until their layer runs."""
+    loki.patch(model, ROWS)
+    layer = model.model.layers[1].mlp.down_proj
+    layer.rows.data.zero_()
+    weight = layer.weight
+    layer.weight = torch.nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+    layer.register_forward_pre_hook(lambda module, _: setattr(module, "weight", weight))
+    logits(model)
+    assert writes == [2, 1]
+    assert not weight[0].any()
+
+
+def test_hooks_go_with_the_patch(model):
+    decoder = model.model
+    handle = loki.patch(model, ROWS)
+    assert decoder._forward_pre_hooks
+    assert decoder._forward_hooks
+    handle.unpatch()
+    assert not decoder._forward_pre_hooks
+    assert not decoder._forward_hooks
+    with loki.patch(model, ROWS, rank=2):
+        assert not decoder._forward_pre_hooks  # low-rank rows are not written

@@ -1,0 +1,72 @@
+"""Trained rows written into the weights they belong to, all layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._check import check_index, check_shape
+from .._dispatch import Backend, check_backend, register
+
+
+def sync_rows(
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    *,
+    seed: int | None = None,
+    backend: Backend | None = None,
+) -> list[Tensor]:
+    """``weights[l][indices[l]] = rows[l]`` for every layer l, in place.
+
+    Args:
+        weights: ``[out_features, in_features]`` each, on one device, of one dtype; changed. Pass
+            ``.data``: autograd takes no notice.
+        rows: ``[k, in_features]`` each, of one dtype; rounded to the weights'.
+        indices: ``[k]`` int64 each, distinct.
+        seed: None rounds to the nearest. A number in [0, 2**32) rounds float32 rows to bfloat16
+            weights up or down at random, the nearer value the likelier, so that the expected value
+            is exact; equal on every device for equal seed, layer and position.
+        backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
+
+    Returns:
+        The weights.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or a seed that do not fit, or an unknown backend.
+        RuntimeError: if a backend asked for by name cannot run.
+    """
+    check_backend(backend)
+    if not len(weights) == len(rows) == len(indices):
+        raise ValueError(
+            "weights, rows and indices must be equally many; they are "
+            f"{len(weights)}, {len(rows)} and {len(indices)}."
+        )
+    for weight, layer_rows, index in zip(weights, rows, indices, strict=True):
+        if weight.ndim != 2:
+            raise ValueError(
+                f"a weight must be [out_features, in_features]; it is {list(weight.shape)}."
+            )
+        check_shape("rows", layer_rows, check_index(index), weight.shape[1])
+    for name, tensors in (("weights", weights), ("rows", rows)):
+        kinds = {(x.device, x.dtype) for x in tensors}
+        if len(kinds) > 1:
+            raise ValueError(f"{name} must share a device and a dtype; they have {kinds}.")
+    if seed is not None:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32); it is {seed}.")
+        kinds = {(w.dtype, r.dtype) for w, r in zip(weights, rows, strict=True)}
+        if kinds - {(torch.bfloat16, torch.float32)}:
+            raise ValueError("only float32 rows to bfloat16 weights are rounded at random.")
+    if weights:
+        torch.ops.loki_kernels.sync_rows(list(weights), list(rows), list(indices), seed, backend)
+    return list(weights)
+
+
+register(
+    "sync_rows",
+    "(Tensor(a!)[] weights, Tensor[] rows, Tensor[] indices, int? seed) -> ()",
+    lambda *_: None,
+)

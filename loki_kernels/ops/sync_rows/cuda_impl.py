@@ -1,0 +1,34 @@
+"""``csrc/sync_rows.cu``: one launch for up to 64 layers, a block a row."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import _native
+from .._check import rows_last, unsupported_dtype
+
+_sync_rows = _native.define(
+    "cuda",
+    "sync_rows(Tensor(a!)[] weights, Tensor[] rows, Tensor[] indices, bool stochastic, int seed) "
+    "-> ()",
+)
+
+
+def unsupported(
+    weights: list[Tensor], rows: list[Tensor], _indices: list[Tensor], _seed: int | None
+) -> str | None:
+    if any(weight.stride(-1) != 1 for weight in weights):
+        return "its kernel takes weights whose rows are contiguous."
+    return unsupported_dtype(*weights, *rows)
+
+
+def forward(
+    weights: list[Tensor], rows: list[Tensor], indices: list[Tensor], seed: int | None
+) -> None:
+    _sync_rows(
+        weights,
+        [rows_last(layer_rows) for layer_rows in rows],
+        [rows_last(index) for index in indices],
+        seed is not None,
+        seed or 0,
+    )
