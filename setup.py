@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -108,11 +108,12 @@ def extensions() -> list:
             )
         )
     found.append(
-        CppExtension(
+        Extension(
             "loki_kernels._build_info",
             ["csrc/build_info.cpp"],
             include_dirs=[str(write_build_info(flags)), pybind11.get_include()],
-            extra_compile_args={"cxx": ["-O2", "-std=c++17"]},
+            extra_compile_args=["-std=c++17"],
+            language="c++",
         )
     )
     for extension in found:
@@ -171,7 +172,8 @@ if ext_modules:
                 super().build_extension(ext)
             except Exception as error:
                 library = ext.name.rpartition("._")[2]
-                reasons[library] = f"compiling it failed ({str(error).splitlines()[0]})."
+                summary = str(error).partition("\n")[0]
+                reasons[library] = f"compiling it failed ({summary}; pip install -v shows more)."
                 print(f"{ext.name} is left out: {error}", file=sys.stderr)
 
         def run(self) -> None:

@@ -17,7 +17,8 @@ inline bool on_device(const torch::stable::Tensor& x) { return x.is_cuda(); }
 
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                  "torch has no current stream on CUDA device ", device);
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -22,7 +22,8 @@ Library = Literal["cuda", "cpp"]
 _FOLDER = Path(__file__).parent
 REPORT = "_build.json"
 COMMAND = (
-    "pip install ninja pybind11 && pip install --no-build-isolation --no-deps --force-reinstall ."
+    "pip install 'setuptools>=77' ninja pybind11 && "
+    "pip install --no-build-isolation --no-deps --force-reinstall ."
 )
 
 _schemas: dict[Library, torch.library.Library] = {}

@@ -7,6 +7,7 @@ import platform
 
 import torch
 
+from . import _native
 from ._version import __version__
 from .ops._dispatch import BACKENDS, backends
 
@@ -27,6 +28,7 @@ def environment() -> dict[str, str]:
         report["device"] = f"CPU, {torch.get_num_threads()} threads" + (
             "" if torch.version.cuda else " (this torch is a CPU build)"
         )
+    report["build"] = _build()
     ops = backends()
     for backend in BACKENDS:
         by_state: dict[str, list[str]] = {}
@@ -37,3 +39,16 @@ def environment() -> dict[str, str]:
             for state, names in by_state.items()
         )
     return report
+
+
+def _build() -> str:
+    """How the compiled code was made."""
+    info = _native.build_info()
+    if info is None:
+        return "pure Python, nothing is compiled"
+    parts = [f"C++ by {info['compiler']} {info['flags']}", f"against torch {info['torch']}"]
+    if info["cuda"]:
+        parts.insert(0, f"CUDA {info['cuda']} for {info['architectures']}")
+    if info["revision"]:
+        parts.append(f"git {info['revision']}")
+    return ", ".join(parts)

@@ -1,0 +1,129 @@
+"""What setup.py builds, and how the package explains what it did not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loki_kernels import _native, environment
+
+ROOT = Path(__file__).parents[1]
+
+
+def build(tmp_path, *, before="", **variables):
+    """Run ``setup.py build_py`` after the statement ``before``; the result, and its report."""
+    code = (
+        f"import runpy, sys; {before}\n"
+        f"sys.argv = ['setup.py', '-q', 'build_py', '--build-lib', {str(tmp_path)!r}]\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("LOKI_KERNELS_")}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+    )
+    report = tmp_path / "loki_kernels" / "_build.json"
+    return run, json.loads(report.read_text()) if report.is_file() else None
+
+
+@pytest.mark.parametrize(
+    ("before", "libraries", "message"),
+    [
+        ("sys.modules['torch'] = None", {"cuda", "cpp"}, "without sight of torch"),
+        ("sys.modules['pybind11'] = None", {"cuda", "cpp"}, "pybind11 was not installed"),
+        ("import shutil; shutil.which = lambda *_: None", {"cuda", "cpp"}, "no C++ compiler"),
+        (
+            "import torch; torch.version.cuda = None",
+            {"cuda"},
+            "is a build without CUDA; install one with CUDA",
+        ),
+        (
+            "import torch.utils.cpp_extension as e; torch = sys.modules['torch']; "
+            "torch.version.cuda = '13.0'; e.CUDA_HOME = None",
+            {"cuda"},
+            "nvcc was not found",
+        ),
+    ],
+)
+def test_what_is_missing_is_left_out_and_said(before, libraries, message, tmp_path):
+    run, report = build(tmp_path, before=before)
+    assert run.returncode == 0, run.stderr
+    assert set(report) == libraries
+    assert all(message in reason for reason in report.values())
+    assert (tmp_path / "loki_kernels" / "ops" / "count_lowest" / "cuda_impl.py").is_file()
+
+
+def fake_nvcc(folder, release):
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    return (
+        "import torch.utils.cpp_extension as e; torch = sys.modules['torch']; "
+        f"torch.version.cuda = '13.0'; e.CUDA_HOME = {str(folder)!r}"
+    )
+
+
+def test_another_cuda_version_is_left_out(tmp_path):
+    run, report = build(tmp_path, before=fake_nvcc(tmp_path / "cuda", "12.4"))
+    assert run.returncode == 0, run.stderr
+    assert "nvcc 12.4 does not fit torch's CUDA 13.0" in report["cuda"]
+
+
+def test_skipping_cuda(tmp_path):
+    before = fake_nvcc(tmp_path / "cuda", "13.0")
+    run, report = build(tmp_path, before=before)
+    assert (run.returncode, report) == (0, {})
+    run, report = build(tmp_path, before=before, LOKI_KERNELS_SKIP_CUDA="1")
+    assert run.returncode == 0
+    assert "LOKI_KERNELS_SKIP_CUDA=1 was set" in report["cuda"]
+
+
+def test_forcing_cuda_fails_loudly(tmp_path):
+    before = "import torch; torch.version.cuda = None"
+    run, _ = build(tmp_path, before=before, LOKI_KERNELS_FORCE_CUDA="1")
+    assert run.returncode != 0
+    assert "LOKI_KERNELS_FORCE_CUDA=1, but not compiled: torch" in run.stderr
+
+
+def test_a_library_that_is_not_there_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(_native, "_FOLDER", tmp_path)
+    why_not = _native.why_not.__wrapped__
+    assert "never installed" in why_not("cuda")
+    (tmp_path / "_build.json").write_text('{"cuda": "nvcc was not found."}')
+    assert why_not("cuda").startswith("not compiled: nvcc was not found. To compile it")
+    assert "pip install --no-build-isolation" in why_not("cuda")
+
+
+def test_a_library_that_does_not_load_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(_native, "_FOLDER", tmp_path)
+    (tmp_path / "_cpp.abi3.so").write_bytes(b"not a library")
+    message = _native.why_not.__wrapped__("cpp")
+    assert message.startswith(f"_cpp.abi3.so does not load with torch {torch.__version__}: ")
+
+
+def test_environment_tells_how_it_was_built(monkeypatch):
+    info = {
+        "revision": "abc",
+        "torch": "2.11.0",
+        "compiler": "12.2.0",
+        "flags": "-O3",
+        "cuda": "13.0",
+        "architectures": "9.0a",
+    }
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+    report = environment.environment()
+    assert report["build"] == (
+        "CUDA 13.0 for 9.0a, C++ by 12.2.0 -O3, against torch 2.11.0, git abc"
+    )
+    monkeypatch.setattr(_native, "build_info", lambda: None)
+    assert environment.environment()["build"] == "pure Python, nothing is compiled"
