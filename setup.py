@@ -10,12 +10,14 @@ kernels out, ``LOKI_KERNELS_FORCE_CUDA=1`` fails without them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -147,6 +149,18 @@ def write_build_info(flags: list[str]) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def left_out_if_it_fails(*libraries: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        summary = str(error).partition("\n")[0]
+        for library in libraries:
+            reason = f"compiling it failed ({summary}; pip install -v shows more)."
+            reasons.setdefault(library, reason)
+        print(f"{' and '.join(libraries)} left out: {error}", file=sys.stderr)
+
+
 def write_report(folder: Path) -> None:
     (folder / "loki_kernels" / REPORT).write_text(json.dumps(reasons) + "\n", encoding="utf-8")
     if FORCE and "cuda" in reasons:
@@ -168,16 +182,12 @@ if ext_modules:
         """A library that does not compile is left out; the package works without it."""
 
         def build_extension(self, ext) -> None:
-            try:
+            with left_out_if_it_fails(ext.name.rpartition("._")[2]):
                 super().build_extension(ext)
-            except Exception as error:
-                library = ext.name.rpartition("._")[2]
-                summary = str(error).partition("\n")[0]
-                reasons[library] = f"compiling it failed ({summary}; pip install -v shows more)."
-                print(f"{ext.name} is left out: {error}", file=sys.stderr)
 
         def run(self) -> None:
-            super().run()
+            with left_out_if_it_fails("cuda", "cpp"):  # an unusable compiler, say
+                super().run()
             write_report(ROOT if self.inplace else Path(self.build_lib))
 
     commands["build_ext"] = BuildCompiled

@@ -93,8 +93,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--dry-run", action="store_true", help="one small model, once")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.dry_run:
+        small = SMOLLM2_135M | {"num_hidden_layers": 3}
+        model = LlamaForCausalLM(LlamaConfig(**small)).eval().requires_grad_(False)
+        print(compare(model, length=16, steps=2, runs=1, samples=1))
+        return
     model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M)).eval()
     model.requires_grad_(False)  # the peer, too, gets no weight gradients
     for length in arguments.lengths:

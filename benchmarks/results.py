@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -15,6 +16,8 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+# benchmarks/gpu.sh names another folder for what it measures.
+_FOLDER = Path(os.environ.get("LOKI_KERNELS_RESULTS", RESULTS))
 
 
 def _cpu_name() -> str:
@@ -55,6 +58,6 @@ def append(row: dict[str, Any]) -> None:
     """Append one result to this machine's file."""
     row = {**describe_machine(), **row}
     name = re.sub(r"[^a-z0-9]+", "-", row["device"].lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
+    _FOLDER.mkdir(exist_ok=True)
+    with open(_FOLDER / f"{name}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

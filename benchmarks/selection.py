@@ -77,7 +77,11 @@ def compare(shape: tuple[int, int, int], runs: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--dry-run", action="store_true", help="the smallest shape, once")
     arguments = parser.parse_args()
+    if arguments.dry_run:
+        print(compare(SHAPES[0], runs=1))
+        return
     count_lowest(torch.zeros(1, 1, 1), 1)
     print("count_lowest on the CPU:", backends()["count_lowest"]["cpp"])
     for shape in SHAPES:

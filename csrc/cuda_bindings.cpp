@@ -87,6 +87,7 @@ void count_lowest_op(const Tensor& scores, int64_t k, Tensor counts, bool magnit
   check.rows_last(scores, "scores");
   check.of(counts, "counts", {layers, width}, ScalarType::Long);
   check.rank(k, 1, width);
+  STD_TORCH_CHECK(samples * layers <= INT32_MAX, check.op, ": too many samples for one launch");
   if (samples == 0 || layers == 0) return;
   const DeviceGuard guard(check.device);
   check.launched(count_lowest(scores.const_data_ptr(), dtype_of(scores, check.op, "scores"),
@@ -113,6 +114,7 @@ void count_lowest_integrated_op(const Tensor& gradients, const Tensor& weights,
   check.of(sums, "sums", {samples}, ScalarType::Double);
   check.rows_last(sums, "sums");
   check.rank(k, 0, width);
+  STD_TORCH_CHECK(samples <= INT32_MAX, check.op, ": too many samples for one launch");
   if (samples == 0) return;
   PathGradients path{};
   path.gradients = gradients.const_data_ptr();

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPack = 8;          // elements a thread moves together
-constexpr int kMaxSegments = 64;  // a launch; 3 KiB of the 4 KiB that parameters may take
+constexpr int kMaxSegments = 64;  // a launch; 3.5 KiB of the 4 KiB that parameters may take
 
 struct Segments {
   RowSegment segment[kMaxSegments];

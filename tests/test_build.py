@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,19 @@ def test_environment_tells_how_it_was_built(monkeypatch):
     )
     monkeypatch.setattr(_native, "build_info", lambda: None)
     assert environment.environment()["build"] == "pure Python, nothing is compiled"
+
+
+def test_code_that_does_not_compile_is_left_out(tmp_path):
+    """A copy of the project with a mistake in it: the install goes on and says what failed."""
+    copy = tmp_path / "copy"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.so", "tests", "demo-output")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    (copy / "csrc" / "count_lowest.cpp").write_text("no C++")
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "lib")]
+    run = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    package = tmp_path / "lib" / "loki_kernels"
+    report = json.loads((package / "_build.json").read_text())
+    assert report["cpp"].startswith("compiling it failed (")
+    assert not list(package.glob("_cpp*"))
+    assert (package / "linear.py").is_file()

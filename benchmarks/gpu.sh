@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one call of at most 9 minutes and without a network.
+#
+#   benchmarks/gpu.sh [--dry-run] [build] [tests] [sanitizer] [bench [SUITE ...]]
+#
+# No section named: all of them. A section that fails or runs out of its time does not stop the
+# rest. Logs, a summary and the benchmark rows go to $OUT, or to benchmarks/results/. --dry-run does
+# the same on a CPU, at the smallest sizes, to find typing errors before a GPU is paid for.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results}
+mkdir -p "$OUT"
+export LOKI_KERNELS_RESULTS="$OUT"
+
+dry=
+if [ "${1:-}" = --dry-run ]; then
+  dry=1
+  shift
+fi
+sections=" ${*:-build tests sanitizer bench} "
+summary="$OUT/gpu-summary.txt"
+: > "$summary"
+
+note() { echo "$*" | tee -a "$summary"; }
+
+section() { # name, seconds, command ...
+  local name=$1 limit=$2 start=$SECONDS status
+  shift 2
+  timeout --kill-after=10 "$limit" "$@" > "$OUT/gpu-$name.log" 2>&1
+  status=$?
+  case $status in
+    0) note "$name: passed in $((SECONDS - start)) s" ;;
+    124 | 137) note "$name: out of its $limit s" ;;
+    *) note "$name: FAILED ($status) after $((SECONDS - start)) s" ;;
+  esac
+  tail -n 4 "$OUT/gpu-$name.log" | sed 's/^/    /' | tee -a "$summary"
+}
+
+wants() { [[ $sections == *" $1 "* ]]; }
+
+if [ -z "$dry" ]; then
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$summary"
+fi
+
+if wants build; then
+  if [ -n "$dry" ]; then
+    work=$(mktemp -d)
+    section build 120 "$PYTHON" -m pip wheel -q --no-build-isolation --no-deps -w "$work" .
+    rm -rf "$work"
+  else
+    section build 120 env LOKI_KERNELS_FORCE_CUDA=1 \
+      "$PYTHON" -m pip install --no-build-isolation --no-deps -v -e .
+  fi
+  "$PYTHON" -m loki_kernels.cli env > "$OUT/gpu-environment.txt" 2>&1
+fi
+
+if wants tests; then
+  if [ -n "$dry" ]; then
+    section tests 60 "$PYTHON" -m pytest -q tests/ops/test_gather_columns.py
+  else
+    section tests 180 "$PYTHON" -m pytest -q tests/ops tests/test_backends.py \
+      tests/test_attribution.py tests/test_attribution_counts.py tests/test_patching.py
+  fi
+fi
+
+if wants sanitizer; then
+  if [ -n "$dry" ]; then
+    section sanitizer 60 "$PYTHON" -m benchmarks.self_check
+  elif ! command -v compute-sanitizer > /dev/null; then
+    note "sanitizer: not run, compute-sanitizer is not installed"
+  else
+    for tool in memcheck racecheck; do
+      section "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        "$PYTHON" -m benchmarks.self_check
+    done
+  fi
+fi
+
+if wants bench; then
+  suites=${sections##*" bench "}
+  for suite in ${suites:-selection attribution}; do
+    if [ -n "$dry" ]; then
+      section "bench-$suite" 120 "$PYTHON" -m "benchmarks.$suite" --dry-run
+    else
+      section "bench-$suite" 90 "$PYTHON" -m "benchmarks.$suite"
+    fi
+  done
+fi
+
+echo
+cat "$summary"
+! grep -q "FAILED\|out of its" "$summary"
