@@ -47,7 +47,7 @@ lint: .venv/.dev
 	$(PY) -m ruff format --check .
 
 bench: .venv/.dev
-	$(PY) -m benchmarks.attribution $(ARGS)
+	$(PY) -m benchmarks $(ARGS)
 
 clean:
 	rm -rf .venv demo-output build dist

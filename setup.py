@@ -25,7 +25,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 REPORT = "_build.json"  # read by loki_kernels/_native.py
-DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"  # what older nvcc knows
 # The oldest torch whose stable ABI the binaries ask for: 2.11, as 0x02 0b 00 ...
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_OPS = [path.stem for path in sorted(ROOT.glob("csrc/*.cu"))]
@@ -71,7 +72,9 @@ def why_no_cuda() -> str | None:
             "point CUDA_HOME to it."
         )
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+        old = tuple(map(int, version.groups())) < (12, 8)
+        default = ARCHITECTURES_BEFORE_12_8 if old else ARCHITECTURES
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default)
     return None
 
 
@@ -161,8 +164,17 @@ def left_out_if_it_fails(*libraries: str) -> Iterator[None]:
         print(f"{' and '.join(libraries)} left out: {error}", file=sys.stderr)
 
 
+def remove_older_builds(folder: Path) -> None:
+    """pip builds where the last build's results still lie, which the package would load."""
+    for library in ("cuda", "cpp", "build_info"):
+        for path in (folder / "loki_kernels").glob(f"_{library}.*.so"):
+            path.unlink()
+
+
 def write_report(folder: Path) -> None:
-    (folder / "loki_kernels" / REPORT).write_text(json.dumps(reasons) + "\n", encoding="utf-8")
+    package = folder / "loki_kernels"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / REPORT).write_text(json.dumps(reasons) + "\n", encoding="utf-8")
     if FORCE and "cuda" in reasons:
         raise SystemExit(f"LOKI_KERNELS_FORCE_CUDA=1, but not compiled: {reasons['cuda']}")
 
@@ -170,7 +182,9 @@ def write_report(folder: Path) -> None:
 class BuildPython(build_py):
     def run(self) -> None:
         super().run()
-        write_report(ROOT if self.editable_mode else Path(self.build_lib))
+        folder = ROOT if self.editable_mode else Path(self.build_lib)
+        remove_older_builds(folder)  # build_ext, which comes after this, makes them anew
+        write_report(folder)
 
 
 commands: dict[str, type] = {"build_py": BuildPython}
@@ -185,10 +199,18 @@ if ext_modules:
             with left_out_if_it_fails(ext.name.rpartition("._")[2]):
                 super().build_extension(ext)
 
+        def build_extensions(self) -> None:
+            everything = self.extensions
+            for ext in everything:  # torch's check of the compiler must not stop the others
+                self.extensions = [ext]
+                with left_out_if_it_fails(ext.name.rpartition("._")[2]):
+                    super().build_extensions()
+            self.extensions = everything
+
         def run(self) -> None:
-            with left_out_if_it_fails("cuda", "cpp"):  # an unusable compiler, say
-                super().run()
-            write_report(ROOT if self.inplace else Path(self.build_lib))
+            inplace = self.inplace
+            super().run()
+            write_report(ROOT if inplace else Path(self.build_lib))
 
     commands["build_ext"] = BuildCompiled
 

@@ -1,117 +1,148 @@
-"""The staircase against the published procedure, side by side at SmolLM2-135M's shape.
+"""The analysis against the published procedure and captum, at whole models' shapes.
 
-The published procedure runs the whole prompt for every layer, forward and backward, batched over
-its m path points. It takes minutes a sample, so it is run on three of the layers (first, middle,
-last) and scaled to all.
+Both peers run the whole prompt for every layer, forward and backward, batched over the path points.
+They take minutes a sample, so they run on three of the layers (first, middle, last), scaled to all.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from loki_kernels import attribute
 from loki_kernels.attribution.reference import attribute_reference
+from loki_kernels.structure import find_structure
 
-from .results import append
+from .measure import DEVICE, DTYPE, check, floor, interleave, pair
+from .shapes import MODELS, build, parameters
 
-# HuggingFaceTB/SmolLM2-135M: weights are random, which changes no timing.
-SMOLLM2_135M = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-}
+SCALED = "three of the layers, scaled to all"
 
 
-def compare(model: LlamaForCausalLM, length: int, steps: int, runs: int, samples: int) -> dict:
-    """Check the scores agree, then time both, interleaved."""
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(0, 49152, (samples, length), generator=generator)
+def cases(scope: str) -> Iterator[dict[str, Any]]:
+    """``samples`` is how many prompts ours takes at a time; times are a prompt's."""
+    if scope == "dry":
+        yield {"model": "tiny", "tokens": 16, "steps": 2, "samples": 2, "rounds": 1, "captum": True}
+        return
+    base = {"model": "SmolLM2-135M", "steps": 7, "samples": 8, "rounds": 5}
+    deep = {"model": "Llama-3.1-8B", "steps": 7, "samples": 16, "rounds": 5}
+    if DEVICE.type == "cuda":
+        yield deep | {"tokens": 128, "captum": True}
+        yield deep | {"tokens": 512}
+        if scope == "full":
+            yield from (deep | {"tokens": n, "rounds": 3} for n in (64, 256, 1024, 2048, 4096))
+            yield from (deep | {"tokens": 128, "steps": m, "rounds": 3} for m in (20, 50))
+        return
+    yield base | {"tokens": 128, "captum": True}
+    yield base | {"tokens": 512, "rounds": 3}
+    if scope == "quick":
+        return
+    one = base | {"rounds": 1, "samples": 4}
+    yield from (one | {"tokens": n} for n in (64, 256, 1024))
+    yield from (one | {"tokens": 128, "steps": m} for m in (20, 50))
+    yield from (one | {"tokens": 128, "layers": n} for n in (6, 12, 24))
+    yield from (base | {"tokens": 128, "samples": n, "rounds": 2} for n in (1, 32))
+    yield one | {"model": "Qwen2.5-0.5B", "tokens": 128}
+    yield one | {"model": "Llama-3.1-8B", "layers": 3, "tokens": 128}
+
+
+def _flops(model: str, layers: int | None, tokens: int, steps: int) -> float:
+    """Of one prompt: prefill, the rows' forward and backward pass, head and its gradient."""
+    depth = layers or MODELS[model]["num_hidden_layers"]
+    weights = parameters(model, layers)
+    head = MODELS[model]["hidden_size"] * MODELS[model]["vocab_size"]
+    rows = depth * steps
+    # A row joins at its layer, so half of them are there on average.
+    return 2 * weights * tokens + 2 * 2 * weights * rows / 2 + 2 * 2 * head * (rows + 1)
+
+
+def run(scope: str) -> Iterator[dict[str, Any]]:
+    model: LlamaForCausalLM | None = None
+    built: tuple[str, int | None] | None = None
+    for case in cases(scope):
+        name, layers = case["model"], case.get("layers")
+        if built != (name, layers):
+            model = None
+            gc.collect()
+            model = build(name, layers).requires_grad_(False)  # no peer gets weight gradients
+            built = name, layers
+        assert model is not None
+        yield from _compare(model, case)
+
+
+def _compare(model: LlamaForCausalLM, case: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    tokens, steps, samples = case["tokens"], case["steps"], case["samples"]
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(0, model.config.vocab_size, (samples, tokens), generator=generator)
     depth = model.config.num_hidden_layers
     picked = [0, depth // 2, depth - 1]
-    scores = attribute(model, [{"input_ids": ids[:1]}], steps=steps).scores[0]
-    for layer in picked:
-        (want,) = attribute_reference(model, ids[0], steps=steps, layers=range(layer, layer + 1))
-        error = float((scores[layer] - want).norm() / want.norm())
-        if error > 1e-4:
-            raise SystemExit(f"layer {layer} differs by {error:.2g}; a wrong result is not timed")
+    one = ids[0].to(DEVICE)
 
-    ours = Timer(
-        "attribute(model, [{'input_ids': ids}], steps=steps)",
-        globals={"attribute": attribute, "model": model, "ids": ids, "steps": steps},
-        num_threads=torch.get_num_threads(),
-    )
-    peers = [
-        Timer(
-            "reference(model, ids, steps=steps, layers=layers)",
-            globals={
-                "reference": attribute_reference,
-                "model": model,
-                "ids": ids[0],
-                "steps": steps,
-                "layers": range(layer, layer + 1),
-            },
-            num_threads=torch.get_num_threads(),
-        )
-        for layer in picked
-    ]
-    own_times, peer_times = [], []
-    for _ in range(runs):
-        own_times.append(ours.timeit(1).median / samples)
-        # attribute_reference also records the prompt once per call, which the whole procedure
-        # does once a sample: 2 % of a layer's time, counted against the peer here.
-        peer_times.append(statistics.mean(p.timeit(1).median for p in peers) * depth)
-    ratios = [peer / own for own, peer in zip(own_times, peer_times, strict=True)]
-    return {
-        "suite": "attribution",
-        "shape": "SmolLM2-135M",
-        "dtype": "float32",
-        "prompt_tokens": length,
+    def published(layer: int, definition: str) -> Tensor:
+        layers = range(layer, layer + 1)
+        return attribute_reference(model, one, steps=steps, definition=definition, layers=layers)[0]
+
+    definitions = ["published", "captum"] if case.get("captum") else ["published"]
+    for definition in definitions:
+        prompts = [{"input_ids": ids[:1]}]
+        scores = attribute(model, prompts, steps=steps, definition=definition).scores[0]
+        for layer in picked:
+            tolerance = 1e-4 if torch.float32 == DTYPE else 5e-2
+            check(f"layer {layer}", scores[layer], published(layer, definition).cpu(), tolerance)
+
+    ours = partial(attribute, model, [{"input_ids": ids}], steps=steps)
+    contenders: dict[str, Callable[[], Any]] = {"ours": ours}
+    contenders |= {f"published {i}": partial(published, i, "published") for i in picked}
+    times = interleave(contenders, case["rounds"])
+    described = {
+        "model": case["model"],
+        "layers": depth,
+        "tokens": tokens,
         "steps": steps,
-        "runs": runs,
-        "ours_s_per_sample": statistics.median(own_times),
-        "ours_min_max": [min(own_times), max(own_times)],
-        "peer": "published procedure, batched over m, 3 of 30 layers scaled",
-        "peer_s_per_sample": statistics.median(peer_times),
-        "ratio": statistics.median(ratios),
-        "ratio_min_max": [min(ratios), max(ratios)],
+        "samples": samples,
+        "dtype": str(DTYPE).removeprefix("torch."),
     }
+    least = floor(
+        _flops(case["model"], case.get("layers"), tokens, steps),
+        DTYPE.itemsize * parameters(case["model"], case.get("layers")) * 3 / samples,
+    )
+    pairs = {
+        "ours": [seconds / samples for seconds in times["ours"]],
+        "published": _scaled(times, "published", picked, depth),
+    }
+    yield from pair("attribution", described, pairs, floor_s=least, notes={"published": SCALED})
+    if case.get("captum"):
+        few = max(1, samples // 4)  # its path copies every position's keys and values
+        prompts = [{"input_ids": ids[:few]}]
+        contenders = {"ours": partial(attribute, model, prompts, steps=steps, definition="captum")}
+        contenders |= {f"captum {i}": partial(_captum, model, one, i, steps) for i in picked}
+        times = interleave(contenders, min(3, case["rounds"]))
+        pairs = {
+            "ours": [seconds / few for seconds in times["ours"]],
+            "captum": _scaled(times, "captum", picked, depth),
+        }
+        described = described | {"samples": few, "definition": "captum"}
+        yield from pair("attribution", described, pairs, notes={"captum": SCALED})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--dry-run", action="store_true", help="one small model, once")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    if arguments.dry_run:
-        small = SMOLLM2_135M | {"num_hidden_layers": 3}
-        model = LlamaForCausalLM(LlamaConfig(**small)).eval().requires_grad_(False)
-        print(compare(model, length=16, steps=2, runs=1, samples=1))
-        return
-    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M)).eval()
-    model.requires_grad_(False)  # the peer, too, gets no weight gradients
-    for length in arguments.lengths:
-        row = compare(model, length, arguments.steps, arguments.runs, arguments.samples)
-        append(row)
-        print(
-            f"T={length}: ours {row['ours_s_per_sample']:.2f} s a sample, published procedure "
-            f"{row['peer_s_per_sample']:.1f} s, ratio {row['ratio']:.0f} "
-            f"({row['ratio_min_max'][0]:.0f} to {row['ratio_min_max'][1]:.0f})"
-        )
+def _scaled(times: dict[str, list[float]], peer: str, picked: list[int], depth: int) -> list[float]:
+    layers = zip(*(times[f"{peer} {i}"] for i in picked), strict=True)
+    return [statistics.mean(seconds) * depth for seconds in layers]
 
 
-if __name__ == "__main__":
-    main()
+def _captum(model: LlamaForCausalLM, ids: Tensor, layer: int, steps: int) -> Any:
+    from captum.attr import LayerIntegratedGradients
+
+    def forward(ids: Tensor) -> Tensor:
+        return model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].softmax(-1)
+
+    down_proj = find_structure(model).down_projs[layer].module
+    explainer = LayerIntegratedGradients(forward, down_proj)
+    return explainer.attribute(ids[None], target=1, n_steps=steps, method="riemann_trapezoid")

@@ -15,7 +15,7 @@ export LOKI_KERNELS_RESULTS="$OUT"
 
 dry=
 if [ "${1:-}" = --dry-run ]; then
-  dry=1
+  dry=--dry-run
   shift
 fi
 sections=" ${*:-build tests sanitizer bench} "
@@ -49,7 +49,7 @@ if wants build; then
     section build 120 "$PYTHON" -m pip wheel -q --no-build-isolation --no-deps -w "$work" .
     rm -rf "$work"
   else
-    section build 120 env LOKI_KERNELS_FORCE_CUDA=1 \
+    section build 90 env LOKI_KERNELS_FORCE_CUDA=1 \
       "$PYTHON" -m pip install --no-build-isolation --no-deps -v -e .
   fi
   "$PYTHON" -m loki_kernels.cli env > "$OUT/gpu-environment.txt" 2>&1
@@ -59,7 +59,7 @@ if wants tests; then
   if [ -n "$dry" ]; then
     section tests 60 "$PYTHON" -m pytest -q tests/ops/test_gather_columns.py
   else
-    section tests 180 "$PYTHON" -m pytest -q tests/ops tests/test_backends.py \
+    section tests 150 "$PYTHON" -m pytest -q tests/ops tests/test_backends.py \
       tests/test_attribution.py tests/test_attribution_counts.py tests/test_patching.py
   fi
 fi
@@ -71,20 +71,20 @@ if wants sanitizer; then
     note "sanitizer: not run, compute-sanitizer is not installed"
   else
     for tool in memcheck racecheck; do
-      section "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$PYTHON" -m benchmarks.self_check
+      section "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        "$PYTHON" -m benchmarks.self_check cuda
     done
   fi
 fi
 
 if wants bench; then
   suites=${sections##*" bench "}
-  for suite in ${suites:-selection attribution}; do
-    if [ -n "$dry" ]; then
-      section "bench-$suite" 120 "$PYTHON" -m "benchmarks.$suite" --dry-run
-    else
-      section "bench-$suite" 90 "$PYTHON" -m "benchmarks.$suite"
-    fi
+  # the large shapes, no growth curves; with the sections before them 490 s
+  for suite in ${suites:-attribution row_masked_linear training_step selection memory}; do
+    limit=25
+    [ "$suite" = attribution ] && limit=70
+    [ -n "$dry" ] && limit=120
+    section "bench-$suite" "$limit" "$PYTHON" -m benchmarks "$suite" ${dry:---quick}
   done
 fi
 

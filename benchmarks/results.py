@@ -38,26 +38,37 @@ def describe_machine() -> dict[str, Any]:
     revision = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
-    return {
-        "device": device,
+    described = {"device": device}
+    if torch.cuda.is_available():
+        described["driver"] = _driver()
+        described["cuda"] = str(torch.version.cuda)
+    return described | {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "revision": revision,
-        "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _module() -> str:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else sys.argv[0]
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+    except FileNotFoundError:
+        return "unknown"
+
+
+def file_of(device: str) -> Path:
+    """Where this machine's rows are."""
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return _FOLDER / f"{name}.jsonl"
 
 
 def append(row: dict[str, Any]) -> None:
-    """Append one result to this machine's file."""
-    row = {**describe_machine(), **row}
-    name = re.sub(r"[^a-z0-9]+", "-", row["device"].lower()).strip("-")
-    _FOLDER.mkdir(exist_ok=True)
-    with open(_FOLDER / f"{name}.jsonl", "a", encoding="utf-8") as file:
+    """Append one result, which `describe_machine` is part of, to its machine's file."""
+    path = file_of(row["device"])
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -1,9 +1,13 @@
 """Every op's self-check, on every backend and dtype that this machine can run; fails if one does.
 
+    python -m benchmarks.self_check [BACKEND ...]
+
 It is what ``compute-sanitizer`` watches in ``benchmarks/gpu.sh``.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -14,7 +18,7 @@ from loki_kernels.ops._check import KERNEL_DTYPES
 def main() -> None:
     failed = 0
     for op in _dispatch._ops:
-        for backend in _dispatch.BACKENDS[:-1]:
+        for backend in sys.argv[1:] or _dispatch.BACKENDS[:-1]:
             device = _dispatch._device_of(backend)
             reason = _dispatch._no_kernel(op, backend, device)
             if reason is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -84,7 +84,7 @@ class Patch:
     _required: list[tuple[nn.Parameter, bool]] = field(repr=False)
     _mlps: list[tuple[nn.Module, str, nn.Module]] = field(repr=False)  # owner, attribute, original
     _hooks: list[RemovableHandle] = field(repr=False)
-    _save_pretrained: Callable[..., Any] | None = field(default=None, repr=False)
+    _saver: _SavePretrained | None = field(default=None, repr=False)
     _active: bool = field(default=True, repr=False)
 
     def merge(self) -> nn.Module:
@@ -109,11 +109,7 @@ class Patch:
         ``model.save_pretrained`` does this by itself where the merged checkpoint does not hold them
         exactly: float32 rows over a bfloat16 weight, and low-rank rows.
         """
-        path = Path(folder) / SIDE_FILE
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._state()}
-        with atomic_path(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, metadata={"format": _SIDE_FORMAT})
-        return path
+        return _save_state(self._named_layers(), folder)
 
     def load_state(self, folder: str | os.PathLike[str]) -> None:
         """Read back what `save_state` wrote.
@@ -123,7 +119,7 @@ class Patch:
             ValueError: if it is damaged or belongs to another selection; nothing is changed then.
         """
         tensors, _ = read_safetensors(Path(folder) / SIDE_FILE, _SIDE_FORMAT)
-        own = dict(self._state())
+        own = dict(_state(self._named_layers()))
         same = tensors.keys() == own.keys() and all(
             torch.equal(tensors[name], tensor.cpu())
             if name.endswith(".index")
@@ -139,12 +135,8 @@ class Patch:
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
 
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        for down_proj, layer in self._layers:
-            yield f"{down_proj.name}.index", layer.index
-            for name, parameter in layer.named_parameters():
-                if parameter.requires_grad:
-                    yield f"{down_proj.name}.{name}", parameter
+    def _named_layers(self) -> list[tuple[str, LoKILinear]]:
+        return [(down_proj.name, layer) for down_proj, layer in self._layers]
 
     def __enter__(self) -> Patch:
         return self
@@ -178,8 +170,8 @@ class Patch:
             parameter.requires_grad_(flag)
         for hook in self._hooks:
             hook.remove()
-        if self._save_pretrained is not None:
-            del self.model.__dict__["save_pretrained"]
+        if self._saver is not None:
+            self._saver.detach()
         self._active = False
         return self.model
 
@@ -282,7 +274,10 @@ def patch(
     writer = _RowWriter([layer for _, layer in layers if layer.rank is None])
     hooks = writer.attach(structure.decoder)
     handle = Patch(causal_lm, selection, report, layers, required, mlps, hooks)
-    _write_side_file_with_checkpoints(handle)
+    if not all(
+        layer.rank is None and layer.rows.dtype == layer.weight.dtype for _, layer in layers
+    ):
+        handle._saver = _SavePretrained.attach(causal_lm, handle._named_layers())
     logger.info("%s", report)
     return handle
 
@@ -304,10 +299,8 @@ class _RowWriter:
     def before(self, _decoder: nn.Module, _inputs: Any) -> None:
         if torch.compiler.is_compiling():  # there the weight is not written
             return
-        # accelerate brings an offloaded weight in when its layer runs, which then writes itself
-        present = [layer for layer in self.layers if not layer.weight.is_meta]
-        write_rows(present)
-        for layer in present:
+        write_rows(self.layers)
+        for layer in self.layers:
             layer.in_step = True
 
     def after(self, _decoder: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -359,6 +352,11 @@ def _check_patchable(structure: Structure) -> None:
                 f"{down_proj.name} is a {type(down_proj.module).__name__}, not a plain nn.Linear; "
                 "patch the model before PEFT or quantization wraps it."
             )
+        if down_proj.module.weight.is_meta:
+            raise UnsupportedModelError(
+                f"the weight of {down_proj.name} is not in memory (offloaded, or on the meta "
+                "device); load the model without offloading."
+            )
 
 
 def _check_fits(selection: RowSelection, structure: Structure) -> None:
@@ -385,23 +383,51 @@ def _check_fits(selection: RowSelection, structure: Structure) -> None:
             )
 
 
-def _write_side_file_with_checkpoints(handle: Patch) -> None:
-    """Have this instance's ``save_pretrained`` also write what a merged checkpoint cannot hold."""
-    exact = all(
-        layer.rank is None and layer.rows.dtype == layer.weight.dtype for _, layer in handle._layers
-    )
-    original = getattr(handle.model, "save_pretrained", None)
-    if exact or original is None:
-        return
+def _state(layers: Sequence[tuple[str, LoKILinear]]) -> Iterator[tuple[str, Tensor]]:
+    """What a side file holds, by name."""
+    for name, layer in layers:
+        yield f"{name}.index", layer.index
+        for part, parameter in layer.named_parameters():
+            if parameter.requires_grad:
+                yield f"{name}.{part}", parameter
 
-    def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        result = original(save_directory, *args, **kwargs)
+
+def _save_state(layers: Sequence[tuple[str, LoKILinear]], folder: str | os.PathLike[str]) -> Path:
+    path = Path(folder) / SIDE_FILE
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(layers)}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": _SIDE_FORMAT})
+    return path
+
+
+@dataclass(eq=False)
+class _SavePretrained:
+    """An instance's ``save_pretrained`` that also writes what a merged checkpoint cannot hold.
+
+    It lies in the model's ``__dict__`` and is copied and pickled with it.
+    """
+
+    model: nn.Module
+    layers: list[tuple[str, LoKILinear]]
+
+    @classmethod
+    def attach(
+        cls, model: nn.Module, layers: list[tuple[str, LoKILinear]]
+    ) -> _SavePretrained | None:
+        if not hasattr(type(model), "save_pretrained"):
+            return None
+        model.__dict__["save_pretrained"] = saver = cls(model, layers)
+        return saver
+
+    def detach(self) -> None:
+        del self.model.__dict__["save_pretrained"]
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        save = type(self.model).save_pretrained
+        result = save(self.model, save_directory, *args, **kwargs)  # type: ignore[operator]
         if kwargs.get("is_main_process", True):
-            handle.save_state(save_directory)
+            _save_state(self.layers, save_directory)
         return result
-
-    handle.model.__dict__["save_pretrained"] = save_pretrained
-    handle._save_pretrained = original
 
 
 @contextlib.contextmanager

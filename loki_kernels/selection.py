@@ -228,6 +228,7 @@ def _select_counted(
     strategy: Strategy,
     criterion: Criterion | None,
 ) -> RowSelection:
+    quota = None if quota is None else float(quota)
     asked = {"strategy": strategy, "quota": quota, "criterion": criterion}
     have = {"strategy": "layer_balanced", "quota": counted.quota, "criterion": counted.criterion}
     for name, value in asked.items():

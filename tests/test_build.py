@@ -84,8 +84,11 @@ def test_skipping_cuda(tmp_path):
     before = fake_nvcc(tmp_path / "cuda", "13.0")
     run, report = build(tmp_path, before=before)
     assert (run.returncode, report) == (0, {})
+    older = tmp_path / "loki_kernels" / "_cuda.abi3.so"
+    older.write_bytes(b"of an earlier build")
     run, report = build(tmp_path, before=before, LOKI_KERNELS_SKIP_CUDA="1")
     assert run.returncode == 0
+    assert not older.exists()
     assert "LOKI_KERNELS_SKIP_CUDA=1 was set" in report["cuda"]
 
 

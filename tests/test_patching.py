@@ -401,17 +401,12 @@ def test_a_copy_writes_its_own_rows(model, writes):
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
 
 
-def test_an_offloaded_weight_is_written_when_it_is_there(model, writes):
-    """accelerate keeps offloaded weights on the meta device until their layer runs."""
-    loki.patch(model, ROWS)
-    layer = model.model.layers[1].mlp.down_proj
-    layer.rows.data.zero_()
-    weight = layer.weight
-    layer.weight = torch.nn.Parameter(weight.detach().to("meta"), requires_grad=False)
-    layer.register_forward_pre_hook(lambda module, _: setattr(module, "weight", weight))
-    logits(model)
-    assert writes == [2, 1]
-    assert not weight[0].any()
+def test_an_offloaded_model_is_refused(model):
+    from accelerate import cpu_offload
+
+    cpu_offload(model)
+    with pytest.raises(loki.UnsupportedModelError, match="down_proj is not in memory"):
+        loki.patch(model, ROWS)
 
 
 def test_hooks_go_with_the_patch(model):
@@ -424,3 +419,26 @@ def test_hooks_go_with_the_patch(model):
     assert not decoder._forward_hooks
     with loki.patch(model, ROWS, rank=2):
         assert not decoder._forward_pre_hooks  # low-rank rows are not written
+
+
+def test_a_copy_saves_itself(model, tmp_path):
+    loki.patch(model, ROWS, rank=2)
+    twin = copy.deepcopy(model)
+    train(twin)
+    twin.save_pretrained(tmp_path / "twin")
+    model.save_pretrained(tmp_path / "model")
+    merged = loki.patching.merge_side_file(build_model(), tmp_path / "twin").state_dict()
+    untrained = loki.patching.merge_side_file(build_model(), tmp_path / "model").state_dict()
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(merged[name], twin.state_dict()[name])
+    assert not torch.equal(merged[name], untrained[name])
+
+
+def test_a_patched_model_can_be_pickled(model, tmp_path):
+    """torch.save of whole models, and processes that are spawned with one."""
+    for options in ({}, {"rank": 2}):
+        handle = loki.patch(model, ROWS, **options)
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(logits(loaded), logits(model))
+        handle.unpatch()

@@ -165,8 +165,8 @@ def _make_counter(
         raise ValueError(
             f"criterion={criterion!r} is unknown; choose one of {', '.join(get_args(Criterion))}."
         )
-    quota = 10.0 if quota is None else quota
-    return Counter(rows_per_layer(quota, width), criterion), float(quota)
+    quota = 10.0 if quota is None else float(quota)
+    return Counter(rows_per_layer(quota, width), criterion), quota
 
 
 def _check_counted(scores: Scores, members: list[int]) -> None:

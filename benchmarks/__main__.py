@@ -1,0 +1,60 @@
+"""``python -m benchmarks [SUITE ...]``: time ours against what one would use instead.
+
+Rows are appended to this machine's file under ``benchmarks/results/``; ``python -m benchmarks
+report`` turns all files into tables and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from .results import append, describe_machine
+
+SUITES = ("attribution", "row_masked_linear", "training_step", "selection", "memory")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; report")
+    scope = parser.add_mutually_exclusive_group()
+    scope.add_argument("--quick", action="store_true", help="without the growth curves")
+    scope.add_argument("--dry-run", action="store_true", help="tiny shapes, nothing is kept")
+    arguments = parser.parse_args()
+    suites = arguments.suites or list(SUITES)
+    if suites == ["report"]:
+        from .report import write
+
+        write()
+        return
+    unknown = sorted(set(suites) - set(SUITES))
+    if unknown:
+        parser.error(
+            f"unknown suite {', '.join(unknown)}; choose of {', '.join(SUITES)}, or report"
+        )
+    machine = describe_machine()
+    for suite in suites:
+        module = importlib.import_module(f".{suite}", __package__)
+        chosen = "dry" if arguments.dry_run else "quick" if arguments.quick else "full"
+        for row in module.run(chosen):
+            if not arguments.dry_run:
+                append(machine | row)
+            print(_line(row), flush=True)
+
+
+def _line(row: dict) -> str:
+    case = " ".join(f"{name}={value}" for name, value in row["case"].items())
+    if row["suite"] == "memory":
+        ours, peer = row["ours_bytes"] / 2**20, row["peer_bytes"] / 2**20
+        return f"memory {case}: ours {ours:.0f} MiB, {row['peer']} {peer:.0f} MiB"
+    ratio = row["ratio"]
+    text = (
+        f"{row['suite']} {case}: ours {row['ours_s']['p50'] * 1e3:.3g} ms, {row['peer']} "
+        f"{row['peer_s']['p50'] * 1e3:.3g} ms, ratio {ratio['p50']:.3g} "
+        f"({ratio['p20']:.3g} to {ratio['p80']:.3g})"
+    )
+    return text + (f", {row['of_floor']:.0%} of the floor" if "of_floor" in row else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Paired timings: contenders interleaved in one process, against what the hardware can do."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.benchmark import Timer
+
+Contenders = Mapping[str, Callable[[], Any]]
+Times = dict[str, list[float]]
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# What models are trained in: bfloat16 gains nothing on a CPU without AMX (NOTES.md).
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+
+class Ceilings(NamedTuple):
+    """What this device reaches: FLOP/s of a large product, bytes/s of a large copy."""
+
+    flops: float
+    bytes: float
+
+
+def _timer(function: Callable[[], Any]) -> Timer:
+    return Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+
+
+@functools.cache
+def ceilings() -> Ceilings:
+    """Measured once a process, in `DTYPE`; the best of five."""
+    n = 8192 if DEVICE.type == "cuda" else 2048
+    a = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
+    source = torch.empty((1 << 30) if DEVICE.type == "cuda" else (1 << 28), dtype=torch.uint8)
+    source = source.to(DEVICE)
+    target = torch.empty_like(source)
+    product, copy = _timer(lambda: a @ a), _timer(lambda: target.copy_(source))
+    product.timeit(1), copy.timeit(1)
+    return Ceilings(
+        2 * n**3 / min(product.timeit(3).median for _ in range(5)),
+        2 * source.numel() / min(copy.timeit(3).median for _ in range(5)),
+    )
+
+
+def floor(flops: float, bytes: float) -> float:
+    """Seconds that this much work takes at the ceilings."""
+    top = ceilings()
+    return max(flops / top.flops, bytes / top.bytes)
+
+
+def interleave(contenders: Contenders, rounds: int, least: float = 0.02) -> Times:
+    """Seconds a call of each contender, one of every round, in an order that rotates.
+
+    Calls shorter than ``least`` seconds are repeated within a round until it has passed.
+    """
+    timers = {name: _timer(function) for name, function in contenders.items()}
+    repeats = {}
+    for name, timer in timers.items():  # which also warms them up
+        timer.timeit(1)
+        repeats[name] = max(1, math.ceil(least / timer.timeit(1).median))
+    times: Times = {name: [] for name in timers}
+    names = list(timers)
+    for i in range(rounds):
+        start = i % len(names)
+        for name in names[start:] + names[:start]:
+            times[name].append(timers[name].timeit(repeats[name]).median)
+    return times
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    if len(values) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), values[0])
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
+
+
+def pair(
+    suite: str,
+    case: Mapping[str, Any],
+    times: Times,
+    *,
+    floor_s: float | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """One row a peer: its time and ours (the contender called "ours"), and their ratio."""
+    own = times["ours"]
+    rows = []
+    for peer, seconds in times.items():
+        if peer == "ours":
+            continue
+        ratios = [p / o for p, o in zip(seconds, own, strict=True)]
+        row = {
+            "suite": suite,
+            "case": dict(case),
+            "peer": peer,
+            "rounds": len(own),
+            "ours_s": quantiles(own),
+            "peer_s": quantiles(seconds),
+            "ratio": quantiles(ratios),
+        }
+        if floor_s is not None:
+            row["floor_s"] = floor_s
+            row["of_floor"] = floor_s / statistics.median(own)
+            row["ceilings"] = ceilings()._asdict()
+        if notes and peer in notes:
+            row["note"] = notes[peer]
+        rows.append(row)
+    return rows
+
+
+def check(what: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    """Leave unless the relative error is within ``tolerance``: a wrong result is not timed."""
+    error = float((got.double() - want.double()).norm() / want.double().norm())
+    if not error <= tolerance:
+        raise SystemExit(f"{what} is off by {error:.2g} (allowed {tolerance:.0e})")

@@ -1,0 +1,203 @@
+"""``python -m benchmarks report``: every file of results as tables and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loki_kernels.files import atomic_path
+
+from .results import RESULTS, file_of
+
+REPORT = RESULTS.parent / "RESULTS.md"
+
+Row = dict[str, Any]
+
+
+class Bar(NamedTuple):
+    """What was asked for: ours at least ``least`` times as fast as ``peer``."""
+
+    suite: str
+    peer: str
+    least: float
+    case: Mapping[str, Any]
+
+
+BARS = (
+    Bar("attribution", "published", 65, {"model": "SmolLM2-135M", "tokens": 128, "samples": 8}),
+    Bar("attribution", "published", 180, {"model": "SmolLM2-135M", "tokens": 512, "samples": 8}),
+    *(
+        Bar("row_masked_linear", peer, least, {"tokens": tokens, "in_features": n, "quota": 10.0})
+        for tokens, n in ((1024, 1536), (256, 14336))
+        for peer, least in (("split_cat_gather", 1.15), ("full", 1.35))
+    ),
+    Bar("training_step", "lora", 1.0, {"model": "SmolLM2-135M", "tokens": 512}),
+    Bar("training_step", "full", 1.35, {"model": "SmolLM2-135M", "tokens": 512}),
+    Bar("selection", "numpy_argsort", 3, {"samples": 16, "nodes": 4096, "quota": 10.0}),
+)
+
+
+class Curve(NamedTuple):
+    """How times grow with ``x``, everything else as in ``case``."""
+
+    suite: str
+    x: str
+    label: str
+    case: Mapping[str, Any]
+
+
+_SMOLLM2 = {"model": "SmolLM2-135M", "tokens": 128, "layers": 30, "steps": 7}
+CURVES = (
+    Curve("attribution", "tokens", "prompt tokens T", _SMOLLM2),
+    Curve("attribution", "layers", "layers L", _SMOLLM2),
+    Curve("attribution", "steps", "path points m", _SMOLLM2),
+    Curve("row_masked_linear", "tokens", "tokens", {"in_features": 1536, "quota": 10.0}),
+    Curve("row_masked_linear", "quota", "rows trained, %", {"in_features": 1536, "tokens": 1024}),
+    Curve("selection", "samples", "samples N", {"layers": 32, "nodes": 4096, "quota": 10.0}),
+    Curve("selection", "nodes", "nodes D", {"samples": 16, "layers": 32, "quota": 10.0}),
+    Curve("selection", "quota", "rows counted, %", {"samples": 16, "layers": 32, "nodes": 4096}),
+)
+
+
+def read(folder: Path = RESULTS) -> list[Row]:
+    """The rows of all machines, of equal ones the newest; older kinds have no case."""
+    newest: dict[str, Row] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if "case" in row:
+                key = [row["device"], row["suite"], row["peer"], row["case"]]
+                newest[json.dumps(key)] = row
+    return list(newest.values())
+
+
+def matches(row: Row, suite: str, case: Mapping[str, Any], free: str = "") -> bool:
+    """Whether a row is of this suite and case, whatever its value of ``free``."""
+    own = row["case"]
+    return (
+        row["suite"] == suite
+        and all(own.get(name) == value for name, value in case.items() if name != free)
+        and own.get("definition", "published") == "published"
+    )
+
+
+def tables(rows: Iterable[Row]) -> str:
+    """Markdown: for each device what it is, its bars, and every row."""
+    rows = list(rows)
+    parts = ["# Benchmarks", ""]
+    parts += ["Written by `python -m benchmarks report`. Times are medians; ratios are how many"]
+    parts += ["times as long the peer takes (20th to 80th percentile of the rounds)."]
+    for device in sorted({row["device"] for row in rows}):
+        own = [row for row in rows if row["device"] == device]
+        versions = sorted(
+            {f"torch {row['torch']}, transformers {row['transformers']}" for row in own}
+        )
+        commands = sorted({f"`{row['command']}`" for row in own})
+        parts += ["", f"## {device}", "", f"{'; '.join(versions)}. {', '.join(commands)}.", ""]
+        parts += _bars(own)
+        parts += ["", "| suite | case | peer | ours | peer's | ratio | of the floor |"]
+        parts += ["|---|---|---|---|---|---|---|"]
+        parts += [_table_line(row) for row in own]
+    return "\n".join(parts) + "\n"
+
+
+def _bars(rows: list[Row]) -> list[str]:
+    lines = ["| bar | asked | measured | |", "|---|---|---|---|"]
+    for bar in BARS:
+        for row in rows:
+            if row["peer"] == bar.peer and matches(row, bar.suite, bar.case):
+                got = row["ratio"]["p50"]
+                verdict = "met" if got >= bar.least else "missed"
+                case = ", ".join(f"{name} {value}" for name, value in bar.case.items())
+                lines.append(
+                    f"| {bar.suite} ({case}) against {bar.peer} | {bar.least:g} | {got:.3g} | "
+                    f"{verdict} |"
+                )
+    for row in rows:
+        if row["suite"] == "memory" and row["peer"] == "full":
+            saved = (row["peer_bytes"] - row["ours_bytes"]) / 2**20
+            asked = (row["peer_optimizer_bytes"] - row["ours_optimizer_bytes"]) / 2**20
+            case = f"{row['case']['model']}, {row['case']['tokens']} tokens"
+            verdict = "met" if saved >= asked else "missed"
+            lines.append(
+                f"| peak memory below full fine-tuning ({case}) | {asked:.0f} MiB | "
+                f"{saved:.0f} MiB | {verdict} |"
+            )
+    return lines if len(lines) > 2 else []
+
+
+def _table_line(row: Row) -> str:
+    case = ", ".join(f"{name} {value}" for name, value in row["case"].items())
+    if row["suite"] == "memory":
+        ours, peer = (f"{row[name] / 2**20:.0f} MiB" for name in ("ours_bytes", "peer_bytes"))
+        ratio = f"{row['peer_bytes'] / row['ours_bytes']:.2f}"
+        return f"| memory | {case} | {row['peer']} | {ours} | {peer} | {ratio} | |"
+    ours, peer = (_time(row[name]["p50"]) for name in ("ours_s", "peer_s"))
+    spread = row["ratio"]
+    ratio = f"{spread['p50']:.3g} ({spread['p20']:.3g} to {spread['p80']:.3g})"
+    share = f"{row['of_floor']:.0%}" if "of_floor" in row else ""
+    name = f"{row['peer']} ({row['note']})" if "note" in row else row["peer"]
+    return f"| {row['suite']} | {case} | {name} | {ours} | {peer} | {ratio} | {share} |"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def plot(rows: Iterable[Row], device: str, path: Path) -> bool:
+    """Write the growth curves of one device as a PNG; False if it has none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row["device"] == device and row["suite"] != "memory"]
+    drawn = []
+    for curve in CURVES:
+        lines: dict[str, dict[float, float]] = {}
+        for row in rows:
+            if matches(row, curve.suite, curve.case, free=curve.x):
+                x = row["case"][curve.x]
+                lines.setdefault(row["peer"], {})[x] = row["peer_s"]["p50"]
+                lines.setdefault("ours", {})[x] = row["ours_s"]["p50"]
+        if lines and len(lines["ours"]) > 1:
+            drawn.append((curve, lines))
+    if not drawn:
+        return False
+    columns = min(4, len(drawn))
+    height = -(-len(drawn) // columns)
+    figure, axes = pyplot.subplots(
+        height, columns, figsize=(4 * columns, 3.2 * height), squeeze=False
+    )
+    for axis, (curve, lines) in zip(axes.flat, drawn, strict=False):
+        for name, points in lines.items():
+            style = {"color": "black", "linewidth": 2} if name == "ours" else {"linewidth": 1}
+            axis.loglog(*zip(*sorted(points.items()), strict=True), "o-", label=name, **style)
+        axis.set(title=curve.suite, xlabel=curve.label, ylabel="seconds")
+        axis.legend(fontsize=7)
+    for axis in list(axes.flat)[len(drawn) :]:
+        axis.axis("off")
+    figure.suptitle(device)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def write() -> None:
+    """Write ``benchmarks/RESULTS.md`` and a PNG beside each machine's file."""
+    rows = read()
+    text = tables(rows)
+    for device in sorted({row["device"] for row in rows}):
+        path = file_of(device).with_suffix(".png")
+        if plot(rows, device, path):
+            text += f"\n![{device}](results/{path.name})\n"
+            print(path)
+    with atomic_path(REPORT) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(REPORT)
