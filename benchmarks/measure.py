@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import timeit
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer as clock  # waits for a GPU
 
 Contenders = Mapping[str, Callable[[], Any]]
 Times = dict[str, list[float]]
@@ -26,8 +27,9 @@ class Ceilings(NamedTuple):
     bytes: float
 
 
-def _timer(function: Callable[[], Any]) -> Timer:
-    return Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
+    """A call of ``function``. (``torch.utils.benchmark.Timer`` would make two more to warm up.)"""
+    return timeit.timeit(function, timer=clock, number=repeats) / repeats
 
 
 @functools.cache
@@ -38,11 +40,13 @@ def ceilings() -> Ceilings:
     source = torch.empty((1 << 30) if DEVICE.type == "cuda" else (1 << 28), dtype=torch.uint8)
     source = source.to(DEVICE)
     target = torch.empty_like(source)
-    product, copy = _timer(lambda: a @ a), _timer(lambda: target.copy_(source))
-    product.timeit(1), copy.timeit(1)
+
+    def best(function: Callable[[], Any]) -> float:
+        function()
+        return min(seconds(function, 3) for _ in range(5))
+
     return Ceilings(
-        2 * n**3 / min(product.timeit(3).median for _ in range(5)),
-        2 * source.numel() / min(copy.timeit(3).median for _ in range(5)),
+        2 * n**3 / best(lambda: a @ a), 2 * source.numel() / best(lambda: target.copy_(source))
     )
 
 
@@ -57,17 +61,18 @@ def interleave(contenders: Contenders, rounds: int, least: float = 0.02) -> Time
 
     Calls shorter than ``least`` seconds are repeated within a round until it has passed.
     """
-    timers = {name: _timer(function) for name, function in contenders.items()}
     repeats = {}
-    for name, timer in timers.items():  # which also warms them up
-        timer.timeit(1)
-        repeats[name] = max(1, math.ceil(least / timer.timeit(1).median))
-    times: Times = {name: [] for name in timers}
-    names = list(timers)
+    for name, function in contenders.items():
+        taken = seconds(function)  # to warm up
+        if taken < 10 * least:
+            taken = seconds(function)
+        repeats[name] = max(1, math.ceil(least / taken))
+    times: Times = {name: [] for name in contenders}
+    names = list(contenders)
     for i in range(rounds):
         start = i % len(names)
         for name in names[start:] + names[:start]:
-            times[name].append(timers[name].timeit(repeats[name]).median)
+            times[name].append(seconds(contenders[name], repeats[name]))
     return times
 
 

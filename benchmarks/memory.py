@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,17 +61,23 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
 
 def _measure(method: str, name: str, layers: int, tokens: int) -> dict[str, int]:
     """Peak bytes over three steps, beyond what python, torch and transformers take."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = _peak_resident()
     model = prepare(method, build(name, layers))
     step = make_step(model, tokens)
     for _ in range(3):
         step()
-    if DEVICE.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    on_gpu = DEVICE.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident() - before
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return {"peak": peak, "optimizer": 2 * trained}  # AdamW's two moments
+
+
+def _peak_resident() -> int:
+    """Of this process: getrusage's maximum would be the parent's, where that was larger."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
 
         times = interleave(
             {name: lambda layer=layer: step(layer) for name, layer in layers.items()},
-            rounds=3 if scope == "dry" else 25,
+            rounds=3 if scope == "dry" else 9 if in_features > SMALL[1] or tokens > 4096 else 25,
         )
         size = DTYPE.itemsize
         dense = 2 * tokens * in_features * out_features

@@ -73,7 +73,7 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
         losses = {method: step() for method, step in steps.items()}
         if not all(math.isclose(losses["ours"], loss, rel_tol=1e-2) for loss in losses.values()):
             raise SystemExit(f"the first losses differ: {losses}; a wrong result is not timed")
-        times = interleave(steps, rounds=2 if scope == "dry" else 9)
+        times = interleave(steps, rounds=2 if scope == "dry" else 5)
         weights, head = parameters(name, layers), MODELS[name]["hidden_size"]
         head *= MODELS[name]["vocab_size"]
         # Forward and the gradient of the activations for every weight, once more for the rows:
