@@ -53,6 +53,7 @@ CURVES = (
     Curve("attribution", "tokens", "prompt tokens T", _SMOLLM2),
     Curve("attribution", "layers", "layers L", _SMOLLM2),
     Curve("attribution", "steps", "path points m", _SMOLLM2),
+    Curve("attribution", "samples", "prompts at a time N", _SMOLLM2),
     Curve("row_masked_linear", "tokens", "tokens", {"in_features": 1536, "quota": 10.0}),
     Curve("row_masked_linear", "quota", "rows trained, %", {"in_features": 1536, "tokens": 1024}),
     Curve("selection", "samples", "samples N", {"layers": 32, "nodes": 4096, "quota": 10.0}),
