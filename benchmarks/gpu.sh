@@ -79,9 +79,9 @@ fi
 
 if wants bench; then
   suites=${sections##*" bench "}
-  # the large shapes, no growth curves; with the sections before them 490 s
+  # the large shapes, no growth curves; with the sections before them 510 s
   for suite in ${suites:-attribution row_masked_linear training_step selection memory}; do
-    limit=25
+    limit=30
     [ "$suite" = attribution ] && limit=70
     [ -n "$dry" ] && limit=120
     section "bench-$suite" "$limit" "$PYTHON" -m benchmarks "$suite" ${dry:---quick}

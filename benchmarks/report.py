@@ -169,7 +169,7 @@ def plot(rows: Iterable[Row], device: str, path: Path) -> bool:
             drawn.append((curve, lines))
     if not drawn:
         return False
-    columns = min(4, len(drawn))
+    columns = min(3, len(drawn))
     height = -(-len(drawn) // columns)
     figure, axes = pyplot.subplots(
         height, columns, figsize=(4 * columns, 3.2 * height), squeeze=False
@@ -179,7 +179,9 @@ def plot(rows: Iterable[Row], device: str, path: Path) -> bool:
             style = {"color": "black", "linewidth": 2} if name == "ours" else {"linewidth": 1}
             axis.loglog(*zip(*sorted(points.items()), strict=True), "o-", label=name, **style)
         axis.set(title=curve.suite, xlabel=curve.label, ylabel="seconds")
-        axis.legend(fontsize=7)
+        axis.set_xticks(sorted(lines["ours"]), [f"{x:g}" for x in sorted(lines["ours"])])
+        axis.minorticks_off()
+        axis.legend(fontsize=7, framealpha=0.5)
     for axis in list(axes.flat)[len(drawn) :]:
         axis.axis("off")
     figure.suptitle(device)

@@ -69,8 +69,8 @@ def attribute(
         tokenizer: a transformers tokenizer.
         definition: ``"published"``, ``"paper"`` or ``"captum"``.
         steps: path points m.
-        batch_size: prompts at a time; by default as many as fit about 512 prompt tokens or path
-            rows on a CPU, 16,384 on a GPU.
+        batch_size: prompts at a time; by default as many as fit 1,024 prompt tokens and 512 path
+            rows on a CPU, 16,384 of both on a GPU.
         target: ``[N]`` token ids to attribute; by default the token the model predicts.
         keep: ``"counts"`` keeps only what `select` needs for one quota and criterion, how often
             each node is among the lowest of its layer: L * D numbers however many prompts there
@@ -200,13 +200,14 @@ def _plan(
 ) -> list[list[int]]:
     """Batches of prompt numbers, the longest prompts first, so that what does not fit fails now."""
     device = next(structure.causal_lm.parameters()).device
-    budget = 512 if device.type == "cpu" else 16384
+    # Measured on 2 cores (benchmarks/NOTES.md): more rows leave the cache, fewer idle the cores.
+    tokens, most_rows = (1024, 512) if device.type == "cpu" else (16384, 16384)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
         longest = len(sequences[order[start]])
-        size = batch_size or max(1, budget // max(longest, rows))
+        size = batch_size or max(1, min(tokens // longest, most_rows // rows))
         batches.append(order[start : start + size])
         start += size
     return batches

@@ -43,7 +43,7 @@ class Threshold(NamedTuple):
 
 # The one table of sizes. A kernel without an entry has not been measured and is always used.
 THRESHOLDS: dict[tuple[str, Backend], Threshold] = {
-    # python -m benchmarks.selection, 2 cores: 2.4 times as fast as torch at 64 scores, 8 at 2 M
+    # python -m benchmarks selection, 2 cores: 2.4 times as fast as torch at 64 scores, 6 at 2 M
     ("count_lowest", "cpp"): Threshold(0, "measured"),
 }
 _UNMEASURED = Threshold(0, "unmeasured")

@@ -65,9 +65,10 @@ def test_layers_of_a_wider_tensor():
 
 
 @pytest.mark.parametrize("criterion", ["signed", "magnitude"])
-@pytest.mark.parametrize("width", [2049, 32768, 32769])
+@pytest.mark.parametrize("width", [2049, 11008, 12288, 32768, 32769])
 def test_wide_layers(width, criterion):
-    """Wider than the ties a kernel ranks at once; as wide as it takes; wider: torch runs."""
+    """Wider than the ties a kernel ranks at once; about 48 KiB of keys; as wide as it takes; wider:
+    torch runs."""
     scores = tied_scores((1, 2, width))
     for k in (1, width // 2, width):
         got = count_lowest(scores, k, criterion=criterion)
