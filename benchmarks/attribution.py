@@ -20,7 +20,7 @@ from loki_kernels import attribute
 from loki_kernels.attribution.reference import attribute_reference
 from loki_kernels.structure import find_structure
 
-from .measure import DEVICE, DTYPE, check, floor, interleave, pair
+from .measure import DEVICE, DTYPE, DTYPE_NAME, check, floor, interleave, pair
 from .shapes import MODELS, build, parameters
 
 SCALED = "three of the layers, scaled to all"
@@ -107,7 +107,7 @@ def _compare(model: LlamaForCausalLM, case: dict[str, Any]) -> Iterator[dict[str
         "tokens": tokens,
         "steps": steps,
         "samples": samples,
-        "dtype": str(DTYPE).removeprefix("torch."),
+        "dtype": DTYPE_NAME,
     }
     least = floor(
         _flops(case["model"], case.get("layers"), tokens, steps),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -17,11 +16,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from loki_kernels.files import atomic_path
-
-from .kernels import KIB, SHARED_LIMIT
+from .kernels import KIB, Row, beyond_the_chip, write
 from .results import RESULTS
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -38,8 +34,6 @@ _ENTRY = re.compile(
     re.DOTALL,
 )
 
-Row = dict[str, Any]
-
 
 def ops() -> list[str]:
     return sorted(path.stem for path in CSRC.glob("*.cu"))
@@ -54,16 +48,6 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def failures(row: Row) -> list[str]:
-    """What is wrong with a compiled kernel; empty if nothing is."""
-    found = []
-    if row["spilled"]:
-        found.append(f"spills {row['spilled']} bytes")
-    if row["shared"] > SHARED_LIMIT[row["arch"]]:
-        found.append(f"{row['shared']} bytes of shared memory, of {SHARED_LIMIT[row['arch']]}")
-    return found
-
-
 def parse(op: str, log: str) -> Iterator[Row]:
     """The rows in what ``ptxas -v`` printed."""
     for entry in _ENTRY.finditer(log):
@@ -76,7 +60,7 @@ def parse(op: str, log: str) -> Iterator[Row]:
             "shared": int(static[1] if static else 0) + DYNAMIC_SHARED.get(op, 0),
             "spilled": int(entry["stores"]) + int(entry["loads"]),
         }
-        yield row | {"failures": failures(row)}
+        yield row | {"failures": beyond_the_chip(row)}
 
 
 def compile_op(nvcc: str, op: str) -> list[Row]:
@@ -133,9 +117,7 @@ def main() -> None:
     for row in failed:
         print(f"{row['kernel']} sm_{row['arch']}: {'; '.join(row['failures'])}", file=sys.stderr)
     if not arguments.no_write:
-        with atomic_path(FILE) as path:
-            lines = [json.dumps(line, separators=(",", ":")) for line in (header, *rows)]
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write(FILE, header, rows)
     if failed:
         raise SystemExit(1)
 

@@ -71,13 +71,19 @@ def kernel_ops() -> list[str]:
     return sorted(p.parent.name for p in paths if "def compilations(" in p.read_text("utf-8"))
 
 
-def failures(row: Row) -> list[str]:
-    """What is wrong with a compiled kernel; empty if nothing is."""
+def beyond_the_chip(row: Row) -> list[str]:
+    """Registers spilled and shared memory that no block gets."""
     found = []
     if row["spilled"]:
         found.append(f"spills {row['spilled']} bytes")
     if row["shared"] > SHARED_LIMIT[row["arch"]]:
         found.append(f"{row['shared']} bytes of shared memory, of {SHARED_LIMIT[row['arch']]}")
+    return found
+
+
+def failures(row: Row) -> list[str]:
+    """What is wrong with a compiled kernel; empty if nothing is."""
+    found = beyond_the_chip(row)
     if row["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
         found.append(f"{row['tensor_memory']} columns of tensor memory, of {TENSOR_MEMORY_COLUMNS}")
     if row["tf32"]:
@@ -225,10 +231,11 @@ def _print(row: Row) -> None:
     )
 
 
-def _write(header: Row, rows: Sequence[Row]) -> None:
+def write(file: Path, header: Row, rows: Sequence[Row]) -> None:
+    """Replace a kept table."""
     lines = [json.dumps(line, separators=(",", ":")) for line in (header, *rows)]
     RESULTS.mkdir(exist_ok=True)
-    with atomic_path(FILE) as path:
+    with atomic_path(file) as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -263,7 +270,7 @@ def main() -> None:
     if not (arguments.quick or arguments.op):
         if source_hash() != header["sources"]:
             raise SystemExit("The kernels changed while they were compiled; run this again.")
-        _write(header, rows)
+        write(FILE, header, rows)
     if failed:
         raise SystemExit(1)
 

@@ -18,6 +18,7 @@ Times = dict[str, list[float]]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # What models are trained in: bfloat16 gains nothing on a CPU without AMX (NOTES.md).
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+DTYPE_NAME = str(DTYPE).removeprefix("torch.")
 
 
 class Ceilings(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .measure import DEVICE, DTYPE
+from .measure import DEVICE
 from .shapes import MODELS, build
-from .training_step import make_step, prepare
+from .training_step import describe, make_step, prepare
 
 METHODS = ("ours", "full", "lora")
 
@@ -40,13 +40,7 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
             if process.returncode != 0:
                 raise SystemExit(f"{' '.join(command)}:\n{process.stderr[-2000:]}")
             peaks[method] = json.loads(process.stdout.splitlines()[-1])
-        case = {
-            "model": name,
-            "layers": layers or MODELS[name]["num_hidden_layers"],
-            "tokens": tokens,
-            "quota": 10.0,
-            "dtype": str(DTYPE).removeprefix("torch."),
-        }
+        case = describe(name, layers, tokens)
         for peer in METHODS[1:]:
             yield {
                 "suite": "memory",

@@ -12,7 +12,7 @@ from loki_kernels import LoKILinear
 from loki_kernels.quota import rows_per_layer
 
 from . import peers
-from .measure import DEVICE, DTYPE, check, floor, interleave, pair
+from .measure import DEVICE, DTYPE, DTYPE_NAME, check, floor, interleave, pair
 
 PEERS = {
     "full": peers.FullLinear,
@@ -74,7 +74,7 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
             "in_features": in_features,
             "out_features": out_features,
             "quota": quota,
-            "dtype": str(DTYPE).removeprefix("torch."),
+            "dtype": DTYPE_NAME,
         }
         yield from pair(
             "row_masked_linear",

@@ -15,7 +15,7 @@ from loki_kernels.quota import rows_per_layer
 from loki_kernels.selection import random_rows
 
 from . import peers
-from .measure import DEVICE, DTYPE, floor, interleave, pair
+from .measure import DEVICE, DTYPE, DTYPE_NAME, floor, interleave, pair
 from .shapes import MODELS, build, parameters
 
 METHODS = ("ours", "full", "lora", "dora")
@@ -52,6 +52,17 @@ def make_step(model: nn.Module, tokens: int) -> Callable[[], float]:
     return step
 
 
+def describe(name: str, layers: int | None, tokens: int) -> dict[str, Any]:
+    """The case of a row."""
+    return {
+        "model": name,
+        "layers": layers or MODELS[name]["num_hidden_layers"],
+        "tokens": tokens,
+        "quota": 10.0,
+        "dtype": DTYPE_NAME,
+    }
+
+
 def cases(scope: str) -> Iterator[tuple[str, int | None, int, tuple[str, ...]]]:
     """Model, layers (None: all), tokens, methods."""
     if scope == "dry":
@@ -80,13 +91,6 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
         # a tenth of the down-projections, which are under a third of the weights.
         flops = 2 * tokens * (2 * (weights + head) + 0.1 * weights / 3)
         least = floor(flops, 2 * DTYPE.itemsize * weights)
-        case = {
-            "model": name,
-            "layers": layers or MODELS[name]["num_hidden_layers"],
-            "tokens": tokens,
-            "quota": 10.0,
-            "dtype": str(DTYPE).removeprefix("torch."),
-        }
-        yield from pair("training_step", case, times, floor_s=least)
+        yield from pair("training_step", describe(name, layers, tokens), times, floor_s=least)
         del models, steps
         gc.collect()

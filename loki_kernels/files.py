@@ -39,11 +39,11 @@ def read_safetensors(
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            if metadata.get("format") != file_format:
+                raise ValueError(f"{path} is a safetensors file, but not a {file_format} file.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    if metadata.get("format") != file_format:
-        raise ValueError(f"{path} is a safetensors file, but not a {file_format} file.")
     return tensors, metadata
 
 

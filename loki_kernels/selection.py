@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, AttributionCounts
+from .errors import check_choice
 from .files import atomic_path
 from .ops import count_lowest
 from .ops.count_lowest import Criterion
@@ -182,18 +183,12 @@ def select(
         ValueError: for a quota outside (0, 100], an unknown strategy or criterion, NaN scores,
             scores of another shape, or counts of another strategy, quota or criterion.
     """
-    if strategy not in get_args(Strategy):
-        raise ValueError(
-            f"strategy={strategy!r} is unknown; choose one of {', '.join(get_args(Strategy))}."
-        )
+    check_choice("strategy", strategy, get_args(Strategy))
     if isinstance(attribution, AttributionCounts):
         return _select_counted(attribution, quota, strategy, criterion)
     quota = 10.0 if quota is None else quota
     criterion = "signed" if criterion is None else criterion
-    if criterion not in get_args(Criterion):
-        raise ValueError(
-            f"criterion={criterion!r} is unknown; choose one of {', '.join(get_args(Criterion))}."
-        )
+    check_choice("criterion", criterion, get_args(Criterion))
     run = attribution.run if isinstance(attribution, Attribution) else {}
     scores = attribution.scores if isinstance(attribution, Attribution) else attribution
     if scores.ndim != 3 or 0 in scores.shape:

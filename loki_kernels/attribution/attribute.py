@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor, nn
 
+from ..errors import check_choice
 from ..files import check_writable
 from ..ops.count_lowest import Criterion
 from ..progress import progress_bar
@@ -100,7 +101,7 @@ def attribute(
         raise ValueError(f"batch_size must be a positive integer; it is {batch_size!r}.")
     n_layers = len(structure.layers)
     width = structure.hidden_size if resolved.site == "down_proj" else structure.intermediate_size
-    counter, quota = _make_counter(keep, quota, criterion, width, out)
+    counter = _make_counter(keep, quota, criterion, width, out)
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size)
     targets = _check_target(target, len(sequences), structure.vocab_size)
     if out is not None and check_writable(out).suffix != ".safetensors":
@@ -140,7 +141,9 @@ def attribute(
     if counter is None:
         result = Attribution(run=run, **tensors)
     else:
-        result = AttributionCounts(counter.counts(), quota, counter.criterion, run=run, **tensors)
+        result = AttributionCounts(
+            counter.counts(), counter.quota, counter.criterion, run=run, **tensors
+        )
     _warn_if_unresolved(result)
     return result
 
@@ -151,22 +154,18 @@ def _make_counter(
     criterion: Criterion | None,
     width: int,
     out: str | os.PathLike[str] | None,
-) -> tuple[Counter | None, float]:
-    if keep not in get_args(Keep):
-        raise ValueError(f"keep={keep!r} is unknown; choose one of {', '.join(get_args(Keep))}.")
+) -> Counter | None:
+    check_choice("keep", keep, get_args(Keep))
     if keep == "scores":
         if quota is not None or criterion is not None:
             raise ValueError("quota and criterion belong to keep='counts'; `select` takes them.")
-        return None, 0.0
+        return None
     if out is not None:
         raise ValueError("out= receives scores, and keep='counts' keeps none; save the result.")
     criterion = "signed" if criterion is None else criterion
-    if criterion not in get_args(Criterion):
-        raise ValueError(
-            f"criterion={criterion!r} is unknown; choose one of {', '.join(get_args(Criterion))}."
-        )
+    check_choice("criterion", criterion, get_args(Criterion))
     quota = 10.0 if quota is None else float(quota)
-    return Counter(rows_per_layer(quota, width), criterion), quota
+    return Counter(quota, rows_per_layer(quota, width), criterion)
 
 
 def _check_counted(scores: Scores, members: list[int]) -> None:

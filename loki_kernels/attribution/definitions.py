@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import check_choice
+
 Path = Literal["last_token", "sequence"]
 Objective = Literal["probability", "logit", "log_probability"]
 Rule = Literal["left", "right", "midpoint", "trapezoid", "captum_trapezoid", "gauss-legendre"]
@@ -48,11 +50,7 @@ class Definition:
             ("baseline", Baseline),
             ("site", Site),
         ):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; "
-                    f"choose one of {', '.join(get_args(allowed))}."
-                )
+            check_choice(name, getattr(self, name), get_args(allowed))
         if not isinstance(self.multiply, bool):
             raise ValueError(f"multiply must be True or False; it is {self.multiply!r}.")
 
@@ -81,8 +79,7 @@ def resolve_definition(name: str, overrides: dict[str, Any]) -> Definition:
     Raises:
         ValueError: for an unknown name or an override that is not a field of `Definition`.
     """
-    if name not in DEFINITIONS:
-        raise ValueError(f"definition={name!r} is unknown; choose one of {', '.join(DEFINITIONS)}.")
+    check_choice("definition", name, DEFINITIONS)
     unknown = set(overrides) - set(Definition.__dataclass_fields__)
     if unknown:
         raise ValueError(

@@ -263,7 +263,6 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
             "targets": (np.dtype("<i8"), (samples,)),
             "value": (np.dtype("<f4"), (samples,)),
         }
-        self._scores = scores
         if scores:
             self._shapes = {"scores": (np.dtype("<f4"), shape), **self._shapes}
         self._complete = complete
@@ -304,7 +303,7 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
 
     def write(self, members: list[int], targets: Tensor, scores: Scores) -> None:
         """Put one batch at the places ``members``."""
-        if self._scores:
+        if scores.scores is not None:
             self._arrays["scores"][members] = scores.scores.to(torch.float32).numpy()
         self._arrays["targets"][members] = targets.numpy()
         self._arrays["value"][members] = scores.value.numpy()

@@ -317,6 +317,7 @@ class Scores:
 class Counter:
     """How often each node is among the k lowest of its layer, over the batches so far."""
 
+    quota: float  # the percentage that k is
     k: int
     criterion: Criterion
     layers: dict[int, Tensor] = field(default_factory=dict)  # layer -> int64 [D], where it runs

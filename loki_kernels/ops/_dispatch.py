@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..errors import check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,8 @@ def register_autograd(
 
 def check_backend(backend: str | None) -> None:
     """Raise ValueError unless ``backend`` is None or one of `BACKENDS`."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}.")
+    if backend is not None:
+        check_choice("backend", backend, BACKENDS)
 
 
 def choose(op: str, backend: str | None, inputs: list[Any]) -> ModuleType:

@@ -15,15 +15,4 @@ def unsupported(
     return count_lowest.unsupported(gradients)
 
 
-def forward(
-    gradients: Tensor,
-    weights: Tensor,
-    z: Tensor | None,
-    baseline: Tensor | None,
-    k: int,
-    counts: Tensor,
-    magnitude: bool,
-) -> Tensor:
-    return in_two_steps(
-        integrate_path, count_lowest, gradients, weights, z, baseline, k, counts, magnitude
-    )
+forward = in_two_steps(integrate_path, count_lowest)

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ...errors import check_choice
 from .._check import check_shape
 from .._dispatch import Backend, check_backend, register, register_autograd
 
@@ -42,11 +43,7 @@ def gated_product(
 
 def check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
     """Raise ValueError unless these make a gated product."""
-    if activation not in get_args(Activation):
-        raise ValueError(
-            f"activation={activation!r} is unknown; choose one of "
-            f"{', '.join(get_args(Activation))}."
-        )
+    check_choice("activation", activation, get_args(Activation))
     check_shape("up", up, *gate.shape)
     if up.dtype != gate.dtype:
         raise ValueError(f"gate and up must share a dtype; they are {gate.dtype} and {up.dtype}.")
