@@ -34,23 +34,34 @@ class Evaluation:
     answer_log_probability: float
 
 
+def labelled_logits(model: nn.Module, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """Float32 logits ``[B, P, V]`` and labels ``[B, P]`` at the P positions that predict a label.
+
+    The head sees no other position: prompts are long, answers short, and the vocabulary large.
+    """
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+    labels = batch.pop("labels")[:, 1:]
+    kept = (labels != -100).any(0).nonzero().squeeze(1)
+    logits = model(**batch, use_cache=False, logits_to_keep=kept).logits
+    return logits.float(), labels[:, kept]
+
+
 @torch.no_grad()
-def _token_log_probabilities(
-    model: nn.Module, rows: Sequence[Encoded], label: str, progress: bool | None, batch_size: int
+def token_log_probabilities(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    batch_size: int,
+    label: str = "evaluate",
+    progress: bool | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """(log-probability, whether it is the most likely) of every labelled token, a pair a row."""
     results: dict[int, tuple[Tensor, Tensor]] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    device = next(model.parameters()).device
     with progress_bar(len(rows), label, progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
-            batch = {
-                name: tensor.to(device)
-                for name, tensor in collate([rows[i] for i in members]).items()
-            }
-            labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch, use_cache=False).logits[:, :-1].float()
+            logits, labels = labelled_logits(model, [rows[i] for i in members])
             for i, row_logits, row_labels in zip(members, logits, labels, strict=True):
                 kept = row_labels != -100
                 wanted = row_labels[kept]
@@ -94,7 +105,7 @@ def evaluate(
     """Measure one model on the three sets."""
 
     def run(rows: Sequence[Encoded], name: str, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        return _token_log_probabilities(model, rows, f"{label}: {name}", progress, batch_size)
+        return token_log_probabilities(model, rows, batch_size, f"{label}: {name}", progress)
 
     calls = run(task, "task", 8)
     task_tokens = torch.cat([log_p for log_p, _ in calls])

@@ -1,0 +1,62 @@
+"""``python -m benchmarks.forgetting``: run what is left of the study; ``report``: draw it.
+
+A piece that was interrupted runs again. Rows go to ``benchmarks/results/forgetting/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import transformers
+
+from loki_kernels.cache import cache_folder
+
+from ..results import RESULTS, describe_machine
+from .pieces import Results, Study, Workshop, pieces, run
+
+HERE = Path(__file__).parent
+DATA = HERE.parents[2] / "shared" / "data"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.forgetting", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("run", "list", "report"), default="run")
+    parser.add_argument("--study", type=Path, default=HERE / "study.toml")
+    parser.add_argument("--results", type=Path, help="JSON lines to read and append to")
+    parser.add_argument("--data", type=Path, default=DATA, help="the evaluation data")
+    parser.add_argument("--work", type=Path, default=cache_folder() / "forgetting")
+    parser.add_argument("--only", default="", help="pieces whose names start so")
+    parser.add_argument("--minutes", type=float, help="start no piece after so long")
+    arguments = parser.parse_args()
+    study = Study.load(arguments.study)
+    path = arguments.results or RESULTS / "forgetting" / f"{arguments.study.stem}.jsonl"
+    results = Results(path)
+    if arguments.what == "report":
+        from .report import write
+
+        write(study, results)
+        return
+    if arguments.what == "list":
+        for piece in pieces(study, results):
+            print("done" if results.has(piece) else "    ", piece.name)
+        return
+    if not arguments.data.is_dir():
+        raise SystemExit(f"the evaluation data is not in {arguments.data}; name it with --data.")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    start, machine = time.monotonic(), describe_machine()
+    shop = Workshop(arguments.work, arguments.data, study)
+    for piece in pieces(study, results):
+        if results.has(piece) or not piece.name.startswith(arguments.only):
+            continue
+        if arguments.minutes and time.monotonic() - start > 60 * arguments.minutes:
+            return
+        row = run(piece, shop)
+        results.add(machine | row)
+        print(f"{piece.name}: {row['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

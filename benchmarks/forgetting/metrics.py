@@ -1,0 +1,70 @@
+"""The study's figures, each from numbers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def token_loss(log_p: Sequence[Tensor]) -> float:
+    """Nats a token, over the tokens of all rows."""
+    return -float(torch.cat(list(log_p)).mean())
+
+
+def exact_match(best: Sequence[Tensor]) -> float:
+    """Share of rows whose every token is the most likely one, given the right ones before it."""
+    return sum(bool(row.all()) for row in best) / len(best)
+
+
+def perplexity(log_p: Sequence[Tensor]) -> float:
+    """exp of `token_loss`."""
+    return math.exp(token_loss(log_p))
+
+
+def choice_accuracy(log_p: Sequence[Tensor], counts: Sequence[int], gold: Sequence[int]) -> float:
+    """Share of questions whose right choice has the highest mean log-probability a token.
+
+    ``log_p`` holds the choices of all questions in turn, ``counts`` how many each has.
+    """
+    means = [float(choice.mean()) for choice in log_p]
+    right, start = 0, 0
+    for count, answer in zip(counts, gold, strict=True):
+        scores = means[start : start + count]
+        right += scores.index(max(scores)) == answer
+        start += count
+    return right / len(gold)
+
+
+def ndcg(scores: Sequence[float], relevance: Sequence[float], k: int) -> float:
+    """Normalized discounted cumulative gain of the first k (Järvelin & Kekäläinen 2002).
+
+    The gain of relevance r is 2^r - 1, its discount at rank i is log2(i + 1). Ties keep the
+    order in which they came reversed, so that equal scores cannot profit from it. 1 if nothing is
+    relevant.
+    """
+
+    def gain(ranked: Sequence[float]) -> float:
+        return sum((2**r - 1) / math.log2(i + 2) for i, r in enumerate(ranked[:k]))
+
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], -i))
+    best = gain(sorted(relevance, reverse=True))
+    return gain([relevance[i] for i in order]) / best if best else 1.0
+
+
+def average_degradation(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Mean relative loss over the benchmarks in per cent, negative where a model got worse.
+
+    ``100 / n * sum((after - before) / before)``, the paper's summary of what was forgotten.
+    """
+    changes = [(after[name] - before[name]) / before[name] for name in before]
+    return 100 * sum(changes) / len(changes)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return math.sqrt(variance / len(values))

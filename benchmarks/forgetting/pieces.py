@@ -1,0 +1,359 @@
+"""The study's pieces: what there is to run, what has been run, and running one."""
+
+from __future__ import annotations
+
+import json
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import loki_kernels as loki
+from loki_kernels import Attribution
+from loki_kernels.cache import CALIBRATION_PER_SUBJECT
+from loki_kernels.demo.evaluation import labelled_logits
+from loki_kernels.demo.model import load_smollm2
+from loki_kernels.demo.training import Encoded
+from loki_kernels.errors import check_choice
+
+from . import methods as methods_module
+from .methods import Method, choose_rows
+from .retention import Retention
+from .tasks import Task, load_task
+
+# (strategy, criterion) of the rows that suppression zeroes
+_SUPPRESSED = (
+    ("layer_balanced", "signed"),
+    ("layer_balanced_highest", "signed"),
+    ("layer_balanced", "magnitude"),
+    ("layer_balanced_highest", "magnitude"),
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    steps: int
+    batch_size: int
+    checkpoints: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    rows: int
+    windows: int
+    task_rows: int
+    curve_rows: int
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some methods on one task: a sweep of learning rates, then every seed."""
+
+    name: str
+    task: str
+    methods: tuple[str, ...]
+    training: Training
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's file.
+
+    ``questions`` of those that `loki.patch` takes by itself are analysed; ``quotas`` are zeroed in
+    the rows that each of ``definitions`` gives.
+    """
+
+    questions: int
+    evaluation: Evaluation
+    methods: dict[str, Method]
+    stages: tuple[Stage, ...]
+    quotas: tuple[float, ...]
+    definitions: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> Study:
+        """Read a study's file.
+
+        Raises:
+            ValueError: if it names a method or setting that does not exist.
+        """
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        try:
+            methods = {
+                name: Method(**{k: _frozen(v) for k, v in fields.items()})
+                for name, fields in content["methods"].items()
+            }
+            training = Training(**{k: _frozen(v) for k, v in content["training"].items()})
+            stages = []
+            for fields in content["stage"]:
+                fields = {k: _frozen(v) for k, v in fields.items()}
+                own = {k: fields.pop(k) for k in ("steps", "checkpoints") if k in fields}
+                stages.append(Stage(**fields, training=replace(training, **own)))
+            evaluation = Evaluation(**{k: _frozen(v) for k, v in content["evaluation"].items()})
+            questions = content["analysis"]["questions"]
+            suppression = content["suppression"]
+            quotas, definitions = tuple(suppression["quotas"]), tuple(suppression["definitions"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        for stage in stages:
+            for name in stage.methods:
+                check_choice("method", name, methods)
+        return cls(questions, evaluation, methods, tuple(stages), quotas, definitions)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One run: its name, everything it depends on, and how to get its figures."""
+
+    name: str
+    spec: dict[str, Any]
+    run: Callable[[Workshop], dict[str, Any]]
+
+
+def pieces(study: Study, results: Results) -> Iterator[Piece]:
+    """All pieces in order, so far as the learning rates they need have been chosen."""
+    evaluation = asdict(study.evaluation)
+    spec: dict[str, Any] = {"evaluation": evaluation}
+    yield Piece("before", spec, lambda shop: shop.retention.evaluate(shop.model()))
+    seen = set()
+    for i, stage in enumerate(study.stages):
+        if stage.task not in seen:
+            seen.add(stage.task)
+            for seed in study.evaluation.seeds:
+                yield Piece(
+                    f"before/{stage.task}/{seed}",
+                    {"task": stage.task, "seed": seed, "rows": study.evaluation.task_rows},
+                    lambda shop, stage=stage, seed=seed: _score_untouched(shop, stage.task, seed),
+                )
+        yield from _stage_pieces(study, stage, results)
+        if i == 0:
+            for definition in study.definitions:
+                yield Piece(
+                    f"suppress/{definition}",
+                    {"quotas": study.quotas, "definition": definition, "evaluation": evaluation},
+                    lambda shop, definition=definition: _suppress(shop, definition, study.quotas),
+                )
+
+
+def _stage_pieces(study: Study, stage: Stage, results: Results) -> Iterator[Piece]:
+    evaluation = asdict(study.evaluation)
+
+    def piece(name: str, rate: float, seed: int, sweep: bool) -> Piece:
+        method = study.methods[name]
+        spec = {
+            "task": stage.task,
+            "method": _described(method),
+            "training": asdict(stage.training),
+            "learning_rate": rate,
+            "seed": seed,
+            "sweep": sweep,
+        }
+        spec["evaluation"] = evaluation if not sweep else {"task_rows": evaluation["task_rows"]}
+        return Piece(
+            sweep_name(stage, name, rate) if sweep else f"{stage.name}/{name}/seed-{seed}",
+            spec,
+            lambda shop: _train(shop, stage, method, rate, seed, sweep),
+        )
+
+    for name in stage.methods:
+        for rate in study.methods[name].learning_rates:
+            yield piece(name, rate, 0, True)
+    for seed in study.evaluation.seeds:
+        for name in stage.methods:
+            rate = best_rate(stage, name, study.methods[name], results)
+            if rate is not None:
+                yield piece(name, rate, seed, False)
+
+
+def _described(method: Method) -> dict[str, Any]:
+    """What sets a method apart, without the learning rates it is tried with."""
+    plain = asdict(Method(method.kind, ()))
+    return {
+        name: value
+        for name, value in asdict(method).items()
+        if name == "kind" or (name != "learning_rates" and value != plain[name])
+    }
+
+
+def sweep_name(stage: Stage, method: str, rate: float) -> str:
+    return f"{stage.name}/{method}/lr-{rate:g}"
+
+
+def best_rate(stage: Stage, name: str, method: Method, results: Results) -> float | None:
+    """The learning rate of the lowest validation loss; None until all of them have been tried."""
+    losses = {}
+    for rate in method.learning_rates:
+        row = results.find(sweep_name(stage, name, rate))
+        if row is None:
+            return None
+        losses[rate] = row["figures"]["validation"]["loss"]
+    return min(losses, key=losses.__getitem__)
+
+
+class Results:
+    """A JSON-lines file, one line a piece; of several lines for one piece the last counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self.rows[row["piece"]] = row
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        return self.rows.get(name)
+
+    def has(self, piece: Piece) -> bool:
+        row = self.find(piece.name)
+        return row is not None and row["spec"] == json.loads(json.dumps(piece.spec))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows[row["piece"]] = row
+
+
+class Workshop:
+    """What pieces share: the model and the analyses, kept in a folder, and the data."""
+
+    def __init__(self, work: Path, data: Path, study: Study) -> None:
+        self.work, self.data = work, data
+        self._model = work / "model"
+        if not (self._model / "config.json").is_file():
+            model, tokenizer = load_smollm2()
+            tokenizer.save_pretrained(self._model)
+            model.save_pretrained(self._model)
+        self.tokenizer = AutoTokenizer.from_pretrained(self._model)
+        self.questions, self.evaluation = study.questions, study.evaluation
+        self.retention = Retention(
+            data, self.tokenizer, study.evaluation.rows, study.evaluation.windows
+        )
+
+    def model(self) -> Any:
+        """A fresh copy."""
+        return AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32).eval()
+
+    def task(self, name: str, seed: int) -> Task:
+        return load_task(name, self.data, self.tokenizer, seed)
+
+    def attribution(self, definition: str) -> Attribution:
+        """Of the study's questions, evenly taken from those `loki.patch` takes by itself."""
+        path = self.work / f"{definition}-{self.questions}.safetensors"
+        if not path.is_file():
+            every = loki.load_questions(CALIBRATION_PER_SUBJECT)
+            chosen = every[:: max(1, len(every) // self.questions)][: self.questions]
+            scores = loki.attribute(
+                self.model(),
+                [question.prompt(self.tokenizer) for question in chosen],
+                tokenizer=self.tokenizer,
+                definition=definition,
+            )
+            scores.save(path)
+        return Attribution.load(path)
+
+
+def run(piece: Piece, shop: Workshop) -> dict[str, Any]:
+    """The piece's row."""
+    start = time.monotonic()
+    figures = piece.run(shop)
+    return {
+        "piece": piece.name,
+        "spec": piece.spec,
+        "figures": figures,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def _score_untouched(shop: Workshop, name: str, seed: int) -> dict[str, Any]:
+    task = shop.task(name, seed)
+    return {"test": task.score(shop.model(), task.test[: shop.evaluation.task_rows])}
+
+
+def _suppress(
+    shop: Workshop, definition: str, quotas: tuple[float, ...]
+) -> dict[str, dict[str, float]]:
+    """Perplexity with rows zeroed, by kind of rows and quota."""
+    attribution, model = shop.attribution(definition), shop.model()
+    kinds = [*_SUPPRESSED, *([("random", "signed")] if definition == "published" else [])]
+    result: dict[str, dict[str, float]] = {}
+    for strategy, criterion in kinds:
+        kind = "random" if strategy == "random" else f"{criterion} {strategy}"
+        for quota in quotas:
+            with loki.suppress(model, choose_rows(attribution, strategy, criterion, quota)):
+                perplexity = shop.retention.perplexity(model)
+            result.setdefault(kind, {})[f"{quota:g}"] = perplexity
+    return result
+
+
+def _train(
+    shop: Workshop, stage: Stage, method: Method, rate: float, seed: int, sweep: bool
+) -> dict[str, Any]:
+    """Learn a task; for a sweep score validation, else the test fold and what was forgotten."""
+    task = shop.task(stage.task, seed)
+    attribution = shop.attribution(method.definition) if method.kind == "rows" else None
+    model, parameters = methods_module.prepare(shop.model(), method, attribution, seed)
+    curve = []
+    for step, loss in _steps(model, parameters, task.train, stage.training, rate):
+        point = {"step": step, "train_loss": loss}
+        if not sweep:
+            point |= task.score(model, task.test[: shop.evaluation.curve_rows])
+            point["perplexity"] = shop.retention.perplexity(model)
+        curve.append(point)
+    figures: dict[str, Any] = {"trained": sum(p.numel() for p in parameters), "curve": curve}
+    if sweep:
+        return figures | {
+            "validation": task.score(model, task.validation[: shop.evaluation.task_rows])
+        }
+    return figures | {
+        "test": task.score(model, task.test[: shop.evaluation.task_rows]),
+        "retention": shop.retention.evaluate(model),
+    }
+
+
+def _steps(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    rows: list[Encoded],
+    training: Training,
+    rate: float,
+) -> Iterator[tuple[int, float]]:
+    """AdamW without weight decay, gradients clipped at 1, a tenth of the steps to warm up, then
+    linear decay. Yields (step, mean loss since the last) at each checkpoint."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    warm = max(1, training.steps // 10)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warm, (training.steps - step) / (training.steps - warm + 1))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    losses: list[float] = []
+    for step in range(training.steps):
+        first = step * training.batch_size
+        batch = [rows[i % len(rows)] for i in range(first, first + training.batch_size)]
+        model.train()
+        logits, labels = labelled_logits(model, batch)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if step + 1 in training.checkpoints:
+            model.eval()
+            yield step + 1, sum(losses) / len(losses)
+            losses.clear()
+    model.eval()

@@ -1,0 +1,254 @@
+"""The two tasks that are learned: function calling (BFCL) and reranking (Cranfield)."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loki_kernels.demo.evaluation import labelled_logits, token_log_probabilities
+from loki_kernels.demo.training import Encoded
+
+from . import metrics
+
+# One fold chooses the learning rates, each of the others tests one seed.
+FOLDS = 4
+_LONGEST = 384  # tokens; longer examples are left out
+_CANDIDATES = 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """One split of a task; ``train`` is in the order in which it is learned."""
+
+    train: list[Encoded]
+    validation: list[Any]
+    test: list[Any]
+    score: Callable[[nn.Module, list[Any]], dict[str, float]]
+
+
+def load_task(name: str, data: Path, tokenizer: Any, seed: int) -> Task:
+    """The split of ``seed`` (0 to 2), which decides the test fold and the order of training."""
+    return {"function_calling": _function_calling, "reranking": _reranking}[name](
+        data, tokenizer, seed
+    )
+
+
+def _encode(tokenizer: Any, system: str, user: str, answer: str) -> Encoded:
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "system", "content": system}, {"role": "user", "content": user}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )["input_ids"]
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return {"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids}
+
+
+def make_folds(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """``count`` folds of nearly the same size; what is in one group stays together."""
+    folds: list[list[int]] = [[] for _ in range(count)]
+    for group in groups:
+        min(folds, key=len).extend(group)
+    return folds
+
+
+# Function calling
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request of BFCL with the functions on offer and the first accepted call."""
+
+    functions: tuple[str, ...]
+    system: str
+    request: str
+    call: str
+
+
+def read_calls(data: Path, category: str) -> list[Call]:
+    """A BFCL category; of each argument the first accepted value, optional ones left out."""
+    folder = data / "toolcall" / "bfcl"
+    calls = []
+    for question, answer in zip(
+        _json_lines(folder / f"BFCL_v4_{category}.json"),
+        _json_lines(folder / "possible_answer" / f"BFCL_v4_{category}.json"),
+        strict=True,
+    ):
+        assert question["id"] == answer["id"]
+        ((name, arguments),) = answer["ground_truth"][0].items()
+        call = {"name": name, "arguments": _first_values(arguments)}
+        offered = [
+            {key: function[key] for key in ("name", "description", "parameters")}
+            for function in question["function"]
+        ]
+        calls.append(
+            Call(
+                functions=tuple(function["name"] for function in offered),
+                system="Answer with one JSON call of one of these functions and nothing else.\n"
+                + "\n".join(json.dumps(function) for function in offered),
+                request="\n".join(turn["content"] for turn in question["question"][0]),
+                call=json.dumps(call),
+            )
+        )
+    return calls
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _first_values(arguments: dict[str, list[Any]]) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        return _first_values(value) if isinstance(value, dict) else value
+
+    return {
+        key: plain(accepted[0])
+        for key, accepted in arguments.items()
+        if accepted and "" not in accepted
+    }
+
+
+def _function_calling(data: Path, tokenizer: Any, seed: int) -> Task:
+    simple = read_calls(data, "simple_python")
+    by_function: dict[str, list[int]] = {}
+    for i, call in enumerate(simple):
+        by_function.setdefault(call.functions[0], []).append(i)
+    groups = list(by_function.values())
+    random.Random(0).shuffle(groups)
+    folds = make_folds(groups, FOLDS)
+    held_out = {simple[i].functions[0] for fold in (folds[0], folds[1 + seed]) for i in fold}
+    pool = [
+        call
+        for call in simple + read_calls(data, "multiple") + read_calls(data, "live_simple")
+        if not held_out & set(call.functions)
+    ]
+    random.Random(seed).shuffle(pool)
+
+    def encode(calls: Sequence[Call]) -> list[Encoded]:
+        return [
+            _encode(tokenizer, call.system, call.request, call.call + tokenizer.eos_token)
+            for call in calls
+        ]
+
+    train = [row for row in encode(pool) if len(row["input_ids"]) <= _LONGEST]
+    validation, test = (encode([simple[i] for i in folds[n]]) for n in (0, 1 + seed))
+    return Task(train, validation, test, _score_calls)
+
+
+def _score_calls(model: nn.Module, rows: list[Encoded]) -> dict[str, float]:
+    tokens = token_log_probabilities(model, rows, 8)
+    return {
+        "loss": metrics.token_loss([log_p for log_p, _ in tokens]),
+        "exact": metrics.exact_match([best for _, best in tokens]),
+    }
+
+
+# Reranking
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A query's candidates. Each row ends with its right answer, a digit from 1 to 7."""
+
+    rows: list[Encoded]
+    relevance: list[int]
+    digits: list[int]  # their token ids
+
+
+def read_cranfield(data: Path) -> tuple[dict[int, str], list[str], list[dict[int, int]]]:
+    """(document number -> title and start of the abstract, queries, their judgements).
+
+    The judgements number the queries by their place in the file, not by their ``num``. Here they
+    are binary but for one row: 1 is relevant, 0 judged and not relevant.
+    """
+    folder = data / "rerank" / "cranfield"
+    text = (folder / "cran.all.1400.xml").read_text(encoding="utf-8")
+    documents = {}
+    for number, title, body in re.findall(
+        r"<docno>(\d+)</docno>\s*<title>(.*?)</title>.*?<text>(.*?)</text>", text, re.DOTALL
+    ):
+        title, body = (" ".join(part.split()) for part in (title, body))
+        words = body.removeprefix(title).split()[:30]
+        documents[int(number)] = f"{title} {' '.join(words)}"
+    root = ElementTree.parse(folder / "cran.qry.xml").getroot()
+    queries = [" ".join((top.findtext("title") or "").split()) for top in root.iter("top")]
+    judged: list[dict[int, int]] = [{} for _ in queries]
+    for line in (folder / "cranqrel.trec.txt").read_text(encoding="utf-8").splitlines():
+        query, _, document, grade = line.split()
+        if int(document) in documents:
+            judged[int(query) - 1][int(document)] = min(int(grade), 1)
+    return documents, queries, judged
+
+
+def _candidates(
+    query: str, judged: dict[int, int], documents: dict[int, str], generator: random.Random
+) -> list[int]:
+    """Up to a quarter of them relevant, the others those with the rarest words in common."""
+    relevant = sorted(number for number, grade in judged.items() if grade)
+    chosen = generator.sample(relevant, min(len(relevant), _CANDIDATES // 4))
+    frequency = Counter(word for text in documents.values() for word in set(text.split()))
+    words = set(query.split())
+
+    def likeness(number: int) -> float:
+        shared = words & set(documents[number].split())
+        return sum(math.log(len(documents) / frequency[word]) for word in shared)
+
+    others = sorted((n for n in documents if not judged.get(n)), key=likeness, reverse=True)
+    return chosen + others[: _CANDIDATES - len(chosen)]
+
+
+def _reranking(data: Path, tokenizer: Any, seed: int) -> Task:
+    documents, queries, judged = read_cranfield(data)
+    order = list(range(len(queries)))
+    random.Random(0).shuffle(order)
+    folds = make_folds([[i] for i in order], FOLDS)
+    digits = [tokenizer(str(d), add_special_tokens=False)["input_ids"][0] for d in range(1, 8)]
+    system = (
+        "How relevant is the document to the query? Answer with a number from 1 (not at all) to 7."
+    )
+
+    def ranking(i: int) -> Ranking:
+        numbers = _candidates(queries[i], judged[i], documents, random.Random(i))
+        relevance = [judged[i].get(number, 0) for number in numbers]
+        rows = [
+            _encode(
+                tokenizer,
+                system,
+                f"Query: {queries[i]}\nDocument: {documents[number]}",
+                "7" if grade else "1",
+            )
+            for number, grade in zip(numbers, relevance, strict=True)
+        ]
+        return Ranking(rows, relevance, digits)
+
+    held_out = {*folds[0], *folds[1 + seed]}
+    train = [row for i in order if i not in held_out for row in ranking(i).rows]
+    random.Random(seed).shuffle(train)
+    validation, test = ([ranking(i) for i in folds[n]] for n in (0, 1 + seed))
+    return Task(train, validation, test, _score_rankings)
+
+
+@torch.no_grad()
+def _score_rankings(model: nn.Module, rankings: list[Ranking]) -> dict[str, float]:
+    """A candidate's score is the mean of the digits under the model's probabilities of them."""
+    losses, gains = [], []
+    for ranking in rankings:
+        logits, labels = labelled_logits(model, ranking.rows)
+        kept = labels != -100
+        log_p = logits[kept].log_softmax(-1)
+        losses.append(-log_p.gather(1, labels[kept][:, None]).squeeze(1))
+        means = log_p[:, ranking.digits].softmax(-1) @ torch.arange(1.0, 8.0)
+        gains.append(metrics.ndcg(means.tolist(), ranking.relevance, 10))
+    return {"loss": float(torch.cat(losses).mean()), "ndcg@10": sum(gains) / len(gains)}
