@@ -6,6 +6,7 @@ loki.patch(model, tokenizer=tokenizer)
 
 from . import ops
 from ._version import __version__
+from .adapters import export_lora, load_adapter, save_adapter
 from .attribution import Attribution, AttributionCounts, attribute
 from .errors import UnsupportedModelError
 from .linear import LoKILinear
@@ -25,11 +26,14 @@ __all__ = [
     "__version__",
     "attribute",
     "backends",
+    "export_lora",
+    "load_adapter",
     "load_questions",
     "ops",
     "patch",
     "read_questions",
     "row_masked_linear",
+    "save_adapter",
     "select",
     "suppress",
 ]

@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._version import __version__
 from .attribution import Attribution, attribute
+from .fingerprint import model_fingerprint
 from .questions import load_questions
 from .structure import Structure
 
@@ -29,36 +29,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loki_kernels"
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of every weight, its name, shape and dtype.
-
-    Each tensor enters as two wrap-around integer sums over its bits, plain and weighted by
-    position, which any change alters and which run where the tensor lies, at memory speed.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.numel():
-            digest.update(" ".join(map(str, _bit_sums(tensor.detach()))).encode())
-    return digest.hexdigest()
-
-
-def _bit_sums(tensor: Tensor) -> tuple[int, int]:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.contiguous().view(-1)
-    if bits.dtype == torch.bool or bits.is_complex():
-        bits = bits.view(torch.uint8)
-    else:
-        bits = bits.view(integers[bits.element_size()])
-    plain = weighted = 0
-    for start in range(0, bits.numel(), 1 << 22):  # the int64 copies stay at 64 MiB
-        part = bits[start : start + (1 << 22)].to(torch.int64)
-        place = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
-        plain += int(part.sum())
-        weighted += int((part * place).sum())
-    return plain, weighted
-
-
 def cached_attribution(model: nn.Module, structure: Structure, tokenizer: Any) -> Attribution:
     """The default attribution of ``model`` on the bundled questions, from the cache if it is there.
 
@@ -68,7 +38,7 @@ def cached_attribution(model: nn.Module, structure: Structure, tokenizer: Any) -
     tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(structure.causal_lm)
     questions = load_questions(CALIBRATION_PER_SUBJECT)
     prompts = [question.prompt(tokenizer) for question in questions]
-    key = hashlib.sha256(fingerprint(structure.causal_lm).encode())
+    key = hashlib.sha256(model_fingerprint(structure.causal_lm).encode())
     key.update(__version__.encode())
     for prompt in prompts:
         if isinstance(prompt, list):

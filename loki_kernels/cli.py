@@ -62,10 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     select.set_defaults(run=_select)
 
     merge = commands.add_parser(
-        "merge", help="put the rows of a side file into a checkpoint (float32 or low-rank rows)"
+        "merge", help="put the rows of an adapter, or of a checkpoint's side file, into their base"
     )
     merge.add_argument("base", help="folder or hub name of the model that was patched")
-    merge.add_argument("checkpoint", help="folder with loki_rows.safetensors")
+    merge.add_argument("checkpoint", help="adapter, or folder with loki_rows.safetensors")
     merge.add_argument("out", help="folder to write the merged model to")
     merge.add_argument("--dtype", default="float32", help="of the merged model")
     merge.set_defaults(run=_merge)
@@ -174,12 +174,12 @@ def _select(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
-    from .patching import merge_side_file
+    from .adapters import merge_folder
 
     out = Path(arguments.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name a new folder.")
-    model = merge_side_file(_load_model(arguments.base, arguments.dtype), arguments.checkpoint)
+    model = merge_folder(_load_model(arguments.base, arguments.dtype), arguments.checkpoint)
     model.save_pretrained(out)
     try:
         AutoTokenizer.from_pretrained(arguments.base).save_pretrained(out)

@@ -24,6 +24,19 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """Raise before any work is done if files cannot be written into a folder of this name."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; name a folder.")
+    existing = path if path.is_dir() else path.parent
+    if not existing.is_dir():
+        raise FileNotFoundError(f"The folder {existing} does not exist; create it first.")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"The folder {existing} is not writable.")
+    return path
+
+
 def read_safetensors(
     path: str | os.PathLike[str], file_format: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:

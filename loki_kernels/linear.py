@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear, sync_rows
 from .ops.gated_product import Activation
+from .sharding import is_sharded, shard_like, whole
+
+# Names of the parameters that are trained; a merged state dict has none of them.
+TRAINED = ("rows", "delta_a", "delta_b")
 
 
 class LoKILinear(nn.Module):
@@ -21,10 +24,11 @@ class LoKILinear(nn.Module):
     their own, written into ``weight`` at every forward pass in eager mode (k * in_features
     elements, about 1 % of the product at 4,096 tokens and 10 % of the rows), so the product is one
     dense GEMM on the merged weight whoever changed the rows: an optimizer, ``load_state_dict``,
-    ``.to()``. Under ``torch.compile``, where a weight that changes in the graph would have to be
-    copied for the backward pass, the rows' outputs replace the dense ones instead (k /
-    out_features more arithmetic). With a rank r the rows are the frozen ones plus
-    ``delta_a @ delta_b`` (LoKI*).
+    ``.to()``. Where the weight must not be written, the difference to its rows is added to the
+    output instead, k / out_features more arithmetic (the delta form): under ``torch.compile``,
+    which would have to copy a weight that changes in the graph for the backward pass, and where
+    the weight is sharded (FSDP, ZeRO-3) and a whole one exists only while a layer runs. With a
+    rank r the rows are the frozen ones plus ``delta_a @ delta_b`` (LoKI*), always so.
 
     ``state_dict`` holds one merged ``weight`` and the bias, like ``nn.Linear``'s, and
     ``load_state_dict`` reads the rows out of such a weight.
@@ -43,8 +47,9 @@ class LoKILinear(nn.Module):
 
     weight: nn.Parameter
     index: Tensor
-    original_rows: Tensor
+    original_rows: Tensor | None
     in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
+    sharded = False  # whether the decoder's last forward pass found the weight sharded
 
     def __init__(
         self,
@@ -55,8 +60,7 @@ class LoKILinear(nn.Module):
     ) -> None:
         super().__init__()
         index = _check_index(rows, linear.out_features)
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise ValueError(f"rank must be a positive integer or None; it is {rank!r}.")
+        check_rank(rank)
         weight = linear.weight
         if not weight.is_floating_point():
             raise ValueError(
@@ -76,12 +80,13 @@ class LoKILinear(nn.Module):
         index = index.to(weight.device)
         self.register_buffer("index", index, persistent=False)
         selected = weight.detach()[index]
-        self.register_buffer("original_rows", selected, persistent=False)
+        # For `reset_rows` alone: on the host, and no buffer, which DDP would broadcast every step.
+        self.original_rows = selected.cpu() if rank is None else None
         if rank is None:
             self.rows = nn.Parameter(selected.to(dtype, copy=True))
         else:
-            self.delta_a = nn.Parameter(torch.zeros(len(index), rank, dtype=dtype).to(index.device))
-            b = torch.randn(rank, self.in_features) / math.sqrt(self.in_features)
+            a, b = initial_factors(len(index), rank, self.in_features)
+            self.delta_a = nn.Parameter(a.to(index.device, dtype))
             self.delta_b = nn.Parameter(b.to(index.device, dtype))
         self.train(linear.training)
 
@@ -110,40 +115,52 @@ class LoKILinear(nn.Module):
             raise TypeError(f"LoKILinear takes over an nn.Linear, not a {type(linear).__name__}.")
         return cls(linear, torch.as_tensor(rows), rank, dtype)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the rows are written into the weight before a product."""
+        return self.rank is None and not self.sharded and not torch.compiler.is_compiling()
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.rank is not None:
-            return row_delta_linear(
-                x, self.weight, self.delta_a, self.delta_b, self.index, self.bias
-            )
-        if torch.compiler.is_compiling():
-            y = functional.linear(x, self.weight, self.bias)
-            bias = None if self.bias is None else self.bias[self.index]
-            own = functional.linear(x, self.rows.to(self.weight.dtype), bias)
-            return y.index_copy(-1, self.index, own)
+        if not self.writes:
+            delta = self.delta_a if self.rank is not None else self._difference()
+            delta_b = self.delta_b if self.rank is not None else None
+            return row_delta_linear(x, self.weight, delta, delta_b, self.index, self.bias)
         self._write_rows()
         return row_masked_linear(x, self.weight, self.rows, self.index, self.bias)
 
+    def _difference(self) -> Tensor:
+        """To what the weight holds now, trained or not: zero exactly before the first step."""
+        return self.rows - self.weight.detach()[self.index].to(self.rows.dtype)
+
     def forward_gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-        """``self(act(gate) * up)`` without keeping the product; eager, without a rank."""
+        """``self(act(gate) * up)`` without keeping the product, where the layer ``writes``."""
         self._write_rows()
         return swiglu_row_masked_linear(
             gate, up, self.weight, self.rows, self.index, self.bias, activation=activation
         )
 
+    def replaced_rows(self) -> Tensor:
+        """The rows as they were before training, ``[k, in_features]``."""
+        if self.original_rows is None:
+            return whole(self.weight.detach())[self.index]
+        return self.original_rows
+
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, ``[k, in_features]`` in the weight's dtype."""
         with torch.no_grad():
             if self.rank is None:
-                return self.rows.to(self.weight.dtype)
-            delta = self.delta_a.float() @ self.delta_b.float()
-            return (self.original_rows.float() + delta).to(self.weight.dtype)
+                return whole(self.rows).to(self.weight.dtype)
+            delta = whole(self.delta_a).float() @ whole(self.delta_b).float()
+            return (self.replaced_rows().float() + delta).to(self.weight.dtype)
 
     def merged_weight(self) -> Tensor:
-        """The weight as trained so far, ``[out_features, in_features]``."""
-        if self.rank is None:
+        """The weight as trained so far, ``[out_features, in_features]``, sharded if it is."""
+        weight = self.weight.detach()
+        if self.rank is None and not is_sharded(weight):
             write_rows([self])
-            return self.weight.detach()
-        return self.weight.detach().index_copy(0, self.index, self.merged_rows())
+            return weight
+        merged = whole(weight).index_copy(0, self.index, self.merged_rows())
+        return shard_like(merged, weight)
 
     def _write_rows(self) -> None:
         if not self.in_step:
@@ -152,11 +169,11 @@ class LoKILinear(nn.Module):
     def reset_rows(self) -> None:
         """Put the rows back to what they were before training."""
         with torch.no_grad():
-            if self.rank is None:
-                self.rows.copy_(self.original_rows)
-            else:
+            if self.original_rows is None:
                 self.delta_a.zero_()
-            self.weight.data.index_copy_(0, self.index, self.original_rows.to(self.weight.dtype))
+                return
+            self.rows.copy_(self.original_rows)
+            self.weight.data.index_copy_(0, self.index, self.original_rows.to(self.weight))
 
     def extra_repr(self) -> str:
         return (
@@ -166,7 +183,7 @@ class LoKILinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight = self.merged_weight()
-        merged_in_place = self.rank is None
+        merged_in_place = self.rank is None and not is_sharded(self.weight)
         destination[prefix + "weight"] = self.weight if keep_vars and merged_in_place else weight
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
@@ -183,20 +200,26 @@ class LoKILinear(nn.Module):
     ) -> None:
         missing: list[str] = []
         errors = len(error_msgs)
-        frozen = self.original_rows.clone()
+        frozen = None if self.rank is None else whole(self.weight.detach())[self.index]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        trained = {prefix + name for name in ("rows", "delta_a", "delta_b")}
+        trained = {prefix + name for name in TRAINED}
         missing_keys += [name for name in missing if name not in trained]
         if strict:
             unexpected_keys += [name for name in sorted(trained) if name in state_dict]
         if prefix + "weight" not in state_dict or len(error_msgs) > errors:
             return
         with torch.no_grad():
-            loaded = self.weight.detach()[self.index]
-            if self.rank is None:
-                self.rows.copy_(loaded)
+            loaded = whole(self.weight.detach())[self.index]
+            if frozen is None:
+                self.rows.copy_(shard_like(loaded.to(self.rows.dtype), self.rows))
+                return
+            if is_sharded(self.weight):
+                error_msgs.append(
+                    f"{prefix}weight: low-rank rows cannot be read back from a sharded weight; "
+                    "load the checkpoint before sharding, or the side file."
+                )
                 return
             self.weight.data.index_copy_(0, self.index, frozen.to(loaded))
             error = self._load_delta(loaded.float() - frozen.float().to(loaded.device))
@@ -220,6 +243,20 @@ class LoKILinear(nn.Module):
             self.delta_b.zero_()
             self.delta_b[:kept] = root[:, None] * vh[:kept]
         return None
+
+
+def check_rank(rank: object) -> None:
+    """Raise ValueError unless ``rank`` is None or a positive integer."""
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a positive integer or None; it is {rank!r}.")
+
+
+def initial_factors(rows: int, rank: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """Of LoKI*: zeros ``[k, r]``, and ``[r, in_features]`` normal with variance 1 / in_features."""
+    return (
+        torch.zeros(rows, rank),
+        torch.randn(rank, in_features) / math.sqrt(in_features),
+    )
 
 
 def write_rows(layers: Sequence[LoKILinear]) -> None:

@@ -63,10 +63,11 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gating.split(self, x)
         layer: LoKILinear = getattr(self, self.down)
-        # The compiler fuses and recomputes by itself, and hooks expect an ordinary call. Below the
-        # first trained row nothing is differentiated, and keeping gate and up would cost memory.
+        # The fused op works on a written weight (the compiler fuses and recomputes by itself), and
+        # hooks expect an ordinary call. Below the first trained row nothing is differentiated, and
+        # keeping gate and up would cost memory.
         hooked = layer._forward_hooks or layer._forward_pre_hooks
-        if torch.compiler.is_compiling() or hooked or not (gate.requires_grad or up.requires_grad):
+        if not layer.writes or hooked or not (gate.requires_grad or up.requires_grad):
             return layer(gated_product_reference(gate, up, self.gating.activation))
         return layer.forward_gated(gate, up, self.gating.activation)
 

@@ -11,24 +11,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import adapter_file
+from .adapter_file import SIDE_FILE
 from .cache import cached_attribution
 from .errors import UnsupportedModelError
-from .files import atomic_path, read_safetensors
-from .linear import LoKILinear, write_rows
+from .linear import TRAINED, LoKILinear, write_rows
 from .mlp import FusedMLP, Gating, find_gating
 from .quota import rows_per_layer
 from .selection import RowSelection, select
+from .sharding import is_sharded, shards_its_weights
 from .structure import DownProjection, Structure, find_structure
 
 logger = logging.getLogger(__name__)
-
-SIDE_FILE = "loki_rows.safetensors"
-_SIDE_FORMAT = "loki-kernels-rows-state"
 
 # What names rows: a selection, one list a layer, or the path of a position file.
 Rows = RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str]
@@ -91,7 +89,7 @@ class Patch:
         """Put plain ``nn.Linear`` back with the trained rows in their weights; return the model.
 
         Raises:
-            RuntimeError: if the model was already merged or unpatched.
+            RuntimeError: if the model was already merged or unpatched, or its weights are sharded.
         """
         return self._restore(trained=True)
 
@@ -99,7 +97,7 @@ class Patch:
         """Put the original model back, bit for bit, and return it.
 
         Raises:
-            RuntimeError: if the model was already merged or unpatched.
+            RuntimeError: if the model was already merged or unpatched, or its weights are sharded.
         """
         return self._restore(trained=False)
 
@@ -109,7 +107,9 @@ class Patch:
         ``model.save_pretrained`` does this by itself where the merged checkpoint does not hold them
         exactly: float32 rows over a bfloat16 weight, and low-rank rows.
         """
-        return _save_state(self._named_layers(), folder)
+        path = Path(folder) / SIDE_FILE
+        adapter_file.write(path, adapter_file.gather(self._named_layers()))
+        return path
 
     def load_state(self, folder: str | os.PathLike[str]) -> None:
         """Read back what `save_state` wrote.
@@ -118,22 +118,10 @@ class Patch:
             FileNotFoundError: if the folder has no side file.
             ValueError: if it is damaged or belongs to another selection; nothing is changed then.
         """
-        tensors, _ = read_safetensors(Path(folder) / SIDE_FILE, _SIDE_FORMAT)
-        own = dict(_state(self._named_layers()))
-        same = tensors.keys() == own.keys() and all(
-            torch.equal(tensors[name], tensor.cpu())
-            if name.endswith(".index")
-            else tensors[name].shape == tensor.shape
-            for name, tensor in own.items()
-        )
-        if not same:
-            raise ValueError(
-                f"{Path(folder) / SIDE_FILE} belongs to a model patched with other rows or "
-                "another rank."
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        path = Path(folder) / SIDE_FILE
+        reason = adapter_file.copy_into(self._named_layers(), adapter_file.read(path))
+        if reason is not None:
+            raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
 
     def _named_layers(self) -> list[tuple[str, LoKILinear]]:
         return [(down_proj.name, layer) for down_proj, layer in self._layers]
@@ -153,11 +141,17 @@ class Patch:
     def _restore(self, *, trained: bool) -> nn.Module:
         if not self._active:
             raise RuntimeError("this model is no longer patched.")
+        if any(is_sharded(layer.weight) for _, layer in self._layers):
+            raise RuntimeError(
+                "the model's weights are sharded; save the checkpoint (model.state_dict() holds "
+                "the trained rows) and load it into a whole model."
+            )
         for down_proj, layer in self._layers:
             linear = down_proj.module
-            with torch.no_grad():
-                rows = layer.merged_rows() if trained else layer.original_rows
-                layer.weight.data.index_copy_(0, layer.index, rows.to(layer.weight.dtype))
+            if trained:
+                layer.weight.data.index_copy_(0, layer.index, layer.merged_rows())
+            else:
+                layer.reset_rows()
             # .to() and load_state_dict(assign=True) may have replaced the parameter objects
             linear.weight = layer.weight
             linear.bias = layer.bias
@@ -172,6 +166,9 @@ class Patch:
             hook.remove()
         if self._saver is not None:
             self._saver.detach()
+        ours = {f"{down_proj.name}.index" for down_proj, _ in self._layers}
+        ignored = [n for n in self.model._ddp_params_and_buffers_to_ignore if n not in ours]
+        self.model._ddp_params_and_buffers_to_ignore = ignored
         self._active = False
         return self.model
 
@@ -221,7 +218,7 @@ def patch(
         selection = select(cached_attribution(model, structure, tokenizer), quota)
     else:
         selection = _as_selection(rows)
-    _check_fits(selection, structure)
+    check_fits(selection, structure)
     gatings: dict[str, Gating | str] = {}
     if fuse_mlp:
         low_rank = "low-rank rows need the product itself" if rank is not None else None
@@ -271,21 +268,27 @@ def patch(
         trainable=trainable,
         total=total,
     )
-    writer = _RowWriter([layer for _, layer in layers if layer.rank is None])
+    writer = _RowWriter(causal_lm, [layer for _, layer in layers if layer.rank is None])
     hooks = writer.attach(structure.decoder)
     handle = Patch(causal_lm, selection, report, layers, required, mlps, hooks)
-    if not all(
-        layer.rank is None and layer.rows.dtype == layer.weight.dtype for _, layer in layers
-    ):
-        handle._saver = _SavePretrained.attach(causal_lm, handle._named_layers())
+    handle._saver = _SavePretrained.attach(causal_lm, handle._named_layers())
+    # The same in every process; else DDP would write it anew at each step, under pending backwards.
+    causal_lm._ddp_params_and_buffers_to_ignore = [
+        *getattr(causal_lm, "_ddp_params_and_buffers_to_ignore", []),
+        *(f"{down_proj.name}.index" for down_proj, _ in layers),
+    ]
     logger.info("%s", report)
     return handle
 
 
 @dataclass
 class _RowWriter:
-    """Writes the rows of all layers into their weights when the decoder starts, in one launch."""
+    """Writes the rows of all layers into their weights when the decoder starts, in one launch.
 
+    Where an engine shards the weights it tells the layers so, and writes nothing.
+    """
+
+    model: nn.Module
     layers: list[LoKILinear]
 
     def attach(self, decoder: nn.Module) -> list[RemovableHandle]:
@@ -299,38 +302,17 @@ class _RowWriter:
     def before(self, _decoder: nn.Module, _inputs: Any) -> None:
         if torch.compiler.is_compiling():  # there the weight is not written
             return
-        write_rows(self.layers)
+        sharded = shards_its_weights(self.model)
+        if not sharded:
+            write_rows(self.layers)
         for layer in self.layers:
-            layer.in_step = True
+            layer.sharded = sharded
+            layer.in_step = not sharded
 
     def after(self, _decoder: nn.Module, _inputs: Any, _output: Any) -> None:
         if not torch.compiler.is_compiling():
             for layer in self.layers:
                 layer.in_step = False
-
-
-def merge_side_file(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Put the trained rows of a checkpoint's side file into the base model, in its dtype.
-
-    Raises:
-        FileNotFoundError: if the folder has no side file.
-        ValueError: if it is damaged or was made for another model; the model is unchanged then.
-    """
-    tensors, _ = read_safetensors(Path(folder) / SIDE_FILE, _SIDE_FORMAT)
-    names = [down_proj.name for down_proj in find_structure(model).down_projs]
-    rows = [tensors.get(f"{name}.index", torch.empty(0, dtype=torch.int64)) for name in names]
-    strangers = {name.rpartition(".")[0] for name in tensors} - set(names)
-    if strangers:
-        raise ValueError(f"the side file has rows of {min(strangers)}, which the model lacks.")
-    factors = [tensor for name, tensor in tensors.items() if name.endswith(".delta_a")]
-    rank = factors[0].shape[1] if factors else None
-    handle = patch(model, rows, rank=rank, dtype=torch.float32)
-    try:
-        handle.load_state(folder)
-    except BaseException:
-        handle.unpatch()
-        raise
-    return handle.merge()
 
 
 def _as_selection(rows: Rows) -> RowSelection:
@@ -352,6 +334,11 @@ def _check_patchable(structure: Structure) -> None:
                 f"{down_proj.name} is a {type(down_proj.module).__name__}, not a plain nn.Linear; "
                 "patch the model before PEFT or quantization wraps it."
             )
+        if is_sharded(down_proj.module.weight):
+            raise UnsupportedModelError(
+                f"the weight of {down_proj.name} is sharded; patch the model before FSDP or "
+                "DeepSpeed shards it."
+            )
         if down_proj.module.weight.is_meta:
             raise UnsupportedModelError(
                 f"the weight of {down_proj.name} is not in memory (offloaded, or on the meta "
@@ -359,7 +346,7 @@ def _check_patchable(structure: Structure) -> None:
             )
 
 
-def _check_fits(selection: RowSelection, structure: Structure) -> None:
+def check_fits(selection: RowSelection, structure: Structure) -> None:
     """Raise ValueError if a selection was made for another model or site."""
     if selection.info.get("site", "down_proj") != "down_proj":
         raise ValueError(
@@ -383,28 +370,13 @@ def _check_fits(selection: RowSelection, structure: Structure) -> None:
             )
 
 
-def _state(layers: Sequence[tuple[str, LoKILinear]]) -> Iterator[tuple[str, Tensor]]:
-    """What a side file holds, by name."""
-    for name, layer in layers:
-        yield f"{name}.index", layer.index
-        for part, parameter in layer.named_parameters():
-            if parameter.requires_grad:
-                yield f"{name}.{part}", parameter
-
-
-def _save_state(layers: Sequence[tuple[str, LoKILinear]], folder: str | os.PathLike[str]) -> Path:
-    path = Path(folder) / SIDE_FILE
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(layers)}
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": _SIDE_FORMAT})
-    return path
-
-
 @dataclass(eq=False)
 class _SavePretrained:
-    """An instance's ``save_pretrained`` that also writes what a merged checkpoint cannot hold.
+    """An instance's ``save_pretrained``, for what the class's own cannot know.
 
-    It lies in the model's ``__dict__`` and is copied and pickled with it.
+    It writes a side file where a merged checkpoint cannot hold the trained rows, and merges a state
+    dict that an engine collected parameter by parameter (ZeRO-3). It lies in the model's
+    ``__dict__`` and is copied and pickled with it.
     """
 
     model: nn.Module
@@ -422,12 +394,55 @@ class _SavePretrained:
     def detach(self) -> None:
         del self.model.__dict__["save_pretrained"]
 
-    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if state_dict is not None:
+            state_dict = merge_state_dict(state_dict, self.layers)
         save = type(self.model).save_pretrained
-        result = save(self.model, save_directory, *args, **kwargs)  # type: ignore[operator]
-        if kwargs.get("is_main_process", True):
-            _save_state(self.layers, save_directory)
+        result = save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[operator]
+        rounded = not all(
+            layer.rank is None and layer.rows.dtype == layer.weight.dtype
+            for _, layer in self.layers
+        )
+        if not rounded or not kwargs.get("is_main_process", True):
+            return result
+        if any(is_sharded(layer.weight) for _, layer in self.layers):
+            # other processes may not be here, so nothing can be gathered
+            logger.warning(
+                "%s holds the merged rows alone; to keep them in their own dtype or rank, call "
+                "loki_kernels.save_adapter in every process.",
+                save_directory,
+            )
+            return result
+        adapter_file.write(Path(save_directory) / SIDE_FILE, adapter_file.gather(self.layers))
         return result
+
+
+def merge_state_dict(
+    state_dict: dict[str, Tensor], layers: Sequence[tuple[str, LoKILinear]]
+) -> dict[str, Tensor]:
+    """``state_dict`` with the trained parameters it may hold moved into the weights."""
+    merged = dict(state_dict)
+    for name, layer in layers:
+        own = {part: merged.pop(f"{name}.{part}", None) for part in TRAINED}
+        weight = merged.get(f"{name}.weight")
+        if weight is None:
+            continue
+        index = layer.index.to(weight.device)
+        if own["rows"] is not None:
+            rows = own["rows"].to(weight)
+        elif own["delta_a"] is not None and own["delta_b"] is not None:
+            delta = own["delta_a"].float() @ own["delta_b"].float()
+            rows = (weight[index].float() + delta).to(weight)
+        else:
+            continue
+        merged[f"{name}.weight"] = weight.index_copy(0, index, rows)
+    return merged
 
 
 @contextlib.contextmanager
@@ -446,7 +461,7 @@ def suppress(
     structure = find_structure(model)
     _check_patchable(structure)
     selection = _as_selection(rows)
-    _check_fits(selection, structure)
+    check_fits(selection, structure)
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         for down_proj, layer_rows in zip(structure.down_projs, selection, strict=True):

@@ -336,17 +336,17 @@ def test_plain_llama_structure_is_kept(model, tmp_path):
 
 @pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, None)])
 def test_merge_side_file(tmp_path, rank, dtype):
-    from loki_kernels.patching import merge_side_file
+    from loki_kernels.adapters import merge_folder
 
     model = build_model(dtype=torch.bfloat16)
     loki.patch(model, [[1, 5], [], [2]], rank=rank, dtype=dtype)
     train(model, lr=0.01)
     model.save_pretrained(tmp_path)
-    merged = merge_side_file(build_model(dtype=torch.bfloat16), tmp_path)
+    merged = merge_folder(build_model(dtype=torch.bfloat16), tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(merged.state_dict()[name], tensor), name
     with pytest.raises(ValueError, match="which the model lacks"):
-        merge_side_file(build_model("gpt_neox"), tmp_path)
+        merge_folder(build_model("gpt_neox"), tmp_path)
 
 
 @pytest.fixture
@@ -427,8 +427,8 @@ def test_a_copy_saves_itself(model, tmp_path):
     train(twin)
     twin.save_pretrained(tmp_path / "twin")
     model.save_pretrained(tmp_path / "model")
-    merged = loki.patching.merge_side_file(build_model(), tmp_path / "twin").state_dict()
-    untrained = loki.patching.merge_side_file(build_model(), tmp_path / "model").state_dict()
+    merged = loki.adapters.merge_folder(build_model(), tmp_path / "twin").state_dict()
+    untrained = loki.adapters.merge_folder(build_model(), tmp_path / "model").state_dict()
     name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(merged[name], twin.state_dict()[name])
     assert not torch.equal(merged[name], untrained[name])

@@ -1,0 +1,404 @@
+"""LoKI as a PEFT method: importing this module registers ``LokiConfig``.
+
+    import loki_kernels.peft
+    model = peft.get_peft_model(model, loki_kernels.peft.LokiConfig(positions="rows.json"))
+
+The base weights are never written while an adapter is active (a preference loss turns the adapter
+off between a forward pass and its backward pass), so the layers work in the delta form:
+``base(x)`` plus ``x @ (rows - original).T`` at the rows' places. That also serves quantized bases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from packaging.version import Version
+from peft import PeftConfig, PeftType, TaskType
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils.peft_types import register_peft_method
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from .adapters import check_fingerprint
+from .cache import cached_attribution
+from .errors import UnsupportedModelError, check_choice
+from .fingerprint import rows_fingerprint
+from .linear import check_rank, initial_factors
+from .ops import row_delta_linear
+from .patching import check_fits
+from .selection import RowSelection, select
+from .sharding import is_sharded, whole
+from .structure import find_structure, is_linear_like
+
+_MERGES = ("dequantize", "requantize")
+_OLDEST = "0.18"  # which LLaMA-Factory 0.9 pins
+if Version(peft.__version__) < Version(_OLDEST):
+    raise ImportError(
+        f"loki_kernels.peft needs peft {_OLDEST} or newer; {peft.__version__} is installed."
+    )
+
+
+def _add_peft_type() -> None:
+    """PEFT knows its methods by an enum, and offers no way to add one."""
+    if "LOKI" in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, "LOKI")
+    member._name_ = member._value_ = "LOKI"
+    PeftType._member_names_.append("LOKI")
+    PeftType._member_map_["LOKI"] = member
+    PeftType._value2member_map_["LOKI"] = member
+    type.__setattr__(PeftType, "LOKI", member)
+
+
+_add_peft_type()
+
+
+@dataclass
+class LokiConfig(PeftConfig):
+    """Train some rows of every FFN down-projection.
+
+    Args:
+        positions: path of a position file; it is read at once and not needed again.
+        rows: the rows themselves, one list a layer, instead of ``positions``. Without either the
+            model is analysed on the bundled questions, as `loki_kernels.patch` does.
+        quota: percentage of rows for that analysis.
+        rank: train the rows as a rank-r update (LoKI*).
+        quantized_merge: how to merge into a quantized base: ``"dequantize"`` makes the merged
+            model an ordinary one, ``"requantize"`` rounds the merged weights as the base's were.
+        fingerprint: of the rows that are replaced; filled in by itself, and checked when the
+            adapter is loaded onto a model.
+
+    Raises:
+        ValueError: for a damaged position file, both ``positions`` and ``rows``, a rank below 1, or
+            an unknown ``quantized_merge``.
+    """
+
+    positions: str | None = None
+    rows: list[list[int]] | None = None
+    quota: float = 10.0
+    rank: int | None = None
+    quantized_merge: str | None = None
+    fingerprint: str | None = None
+    target_modules: set[str] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("LOKI")
+        self.task_type = self.task_type or TaskType.CAUSAL_LM
+        check_rank(self.rank)
+        if self.quantized_merge is not None:
+            check_choice("quantized_merge", self.quantized_merge, _MERGES)
+        if self.positions is not None:
+            if self.rows is not None:
+                raise ValueError("give positions or rows, not both.")
+            self.rows = [layer.tolist() for layer in RowSelection.load(self.positions)]
+            self.positions = None
+
+
+class LokiLayer(nn.Module, BaseTunerLayer):
+    """A down-projection with one set of trained rows an adapter."""
+
+    adapter_layer_names = ("loki_rows", "loki_delta_a", "loki_delta_b")
+    other_param_names = ("loki_index",)
+
+    def __init__(self, base_layer: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features: int = base_layer.in_features  # type: ignore[assignment]
+        self.out_features: int = base_layer.out_features  # type: ignore[assignment]
+        self.quantization_backend = _quantization(base_layer, model)
+        self.dequantized_dtype = getattr(model, "dtype", None)
+        self.loki_rows = nn.ParameterDict()
+        self.loki_delta_a = nn.ParameterDict()
+        self.loki_delta_b = nn.ParameterDict()
+        self.loki_index = BufferDict(persistent=True)
+        self.configs: dict[str, LokiConfig] = {}
+        self.merged_adapters: list[str] = []
+        # what `unmerge` puts back: rows by adapter, or a quantized layer
+        self._replaced: dict[str, Tensor] = {}
+        self._unmerged: tuple[nn.Module, Any] | None = None
+
+    def update_layer(self, adapter_name: str, rows: Tensor, config: LokiConfig) -> None:
+        """Give the layer one more adapter, whose rows are those of the base."""
+        weight, rank = self._whole_weight(), config.rank
+        self.configs[adapter_name] = config
+        index = rows.to(weight.device)
+        original = weight[index]
+        self.loki_index[adapter_name] = index
+        # of no dict of adapters: PEFT would turn it to float32
+        self.register_buffer(_original(adapter_name), original, persistent=False)
+        if rank is None:
+            self.loki_rows[adapter_name] = nn.Parameter(original.clone())
+        else:
+            a, b = initial_factors(len(index), rank, self.in_features)
+            self.loki_delta_a[adapter_name] = nn.Parameter(a.to(original))
+            self.loki_delta_b[adapter_name] = nn.Parameter(b.to(original))
+
+    def _whole_weight(self) -> Tensor:
+        """The base's, dequantized if need be."""
+        if self.quantization_backend is None:
+            return whole(self.get_base_layer().weight.detach())
+        return _dequantized(
+            self.get_base_layer(), self.quantization_backend, self.dequantized_dtype
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if hasattr(self, _original(adapter_name)):
+            delattr(self, _original(adapter_name))
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._check_disjoint(names)
+        super().set_adapter(adapter_names, inference_mode)
+
+    def _check_disjoint(self, names: list[str]) -> None:
+        seen: set[int] = set()
+        for name in self._own(names):
+            rows = set(self.loki_index[name].tolist())
+            if seen & rows:
+                raise ValueError(
+                    f"adapter {name!r} replaces row {min(seen & rows)} of a layer that another "
+                    "active adapter replaces too; activate one of them at a time."
+                )
+            seen |= rows
+
+    def _own(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.loki_index]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged else self._own(self.active_adapters)
+        base = self.base_layer
+        if len(names) == 1 and type(base) is nn.Linear and self._is_plain(base.weight):
+            a, b = self._factors(names[0])
+            return row_delta_linear(x, base.weight, a, b, self.loki_index[names[0]], base.bias)
+        y = base(x, *args, **kwargs)
+        for name in names:
+            a, b = self._factors(name)
+            u = x if b is None else functional.linear(x, b.to(x.dtype))
+            y = y.index_add(-1, self.loki_index[name], functional.linear(u, a.to(u.dtype)).to(y))
+        return y
+
+    def _is_plain(self, weight: Tensor) -> bool:
+        return self.quantization_backend is None and not weight.is_meta and not is_sharded(weight)
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The update of an adapter's rows, as a product unless it is the second's absence."""
+        if name in self.loki_delta_a:
+            return self.loki_delta_a[name], self.loki_delta_b[name]
+        rows = self.loki_rows[name]
+        return rows - getattr(self, _original(name)).to(rows), None
+
+    @torch.no_grad()
+    def _merged_rows(self, name: str) -> Tensor:
+        """In the base's dtype."""
+        original = getattr(self, _original(name))
+        if name in self.loki_rows:
+            return self.loki_rows[name].to(original)
+        delta = self.loki_delta_a[name].float() @ self.loki_delta_b[name].float()
+        return (original.float() + delta).to(original)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters' rows into the base weight.
+
+        Raises:
+            ValueError: for adapters of common rows, non-finite rows with ``safe_merge``, or a
+                quantized base where ``LokiConfig.quantized_merge`` does not say how.
+        """
+        names = self._own(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        self._check_disjoint([*self.merged_adapters, *names])
+        rows = {name: self._merged_rows(name) for name in names}
+        if safe_merge and not all(torch.isfinite(r).all() for r in rows.values()):
+            raise ValueError(f"there is NaN or infinity in the rows of {', '.join(names)}.")
+        if self.quantization_backend is None:
+            weight = self.get_base_layer().weight.data
+            for name in names:
+                index = self.loki_index[name]
+                self._replaced[name] = weight[index]
+                weight.index_copy_(0, index, rows[name])
+        else:
+            self._merge_quantized(rows)
+        self.merged_adapters.extend(names)
+
+    def _merge_quantized(self, rows: dict[str, Tensor]) -> None:
+        how = self.configs[next(iter(rows))].quantized_merge
+        if how is None:
+            raise ValueError(
+                "the base is quantized; say how to merge into it: "
+                "model.peft_config[adapter].quantized_merge = 'dequantize' (the merged model "
+                "becomes an ordinary one) or 'requantize' (the merged weights are rounded again)."
+            )
+        check_choice("quantized_merge", how, _MERGES)
+        weight = self._whole_weight().clone()
+        for name, own in rows.items():
+            weight.index_copy_(0, self.loki_index[name], own.to(weight))
+        if self._unmerged is None:
+            self._unmerged = self.base_layer, self.quantization_backend
+        if how == "dequantize":
+            self.base_layer = _plain_linear(weight, self.base_layer)
+            self.quantization_backend = None
+        else:
+            self.base_layer = copy.deepcopy(self.base_layer)
+            self.set_base_weight(weight)
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        if self._unmerged is not None:
+            self.base_layer, self.quantization_backend = self._unmerged
+            self._unmerged = None
+        else:
+            for name, rows in self._replaced.items():
+                self.get_base_layer().weight.data.index_copy_(0, self.loki_index[name], rows)
+        self._replaced.clear()
+        self.merged_adapters.clear()
+
+
+class LokiModel(BaseTuner):
+    """What ``get_peft_model`` puts around a causal language model for a `LokiConfig`."""
+
+    prefix = "loki_"
+    tuner_layer_cls = LokiLayer
+
+    def _prepare_adapter_config(self, peft_config: LokiConfig, model_config: dict) -> LokiConfig:
+        structure = find_structure(self.model)
+        if peft_config.rows is None:
+            selection = select(cached_attribution(self.model, structure, None), peft_config.quota)
+            peft_config.rows = [layer.tolist() for layer in selection]
+        selection = RowSelection(peft_config.rows)
+        check_fits(selection, structure)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self._rows: dict[str, Tensor] = {}  # of the adapter that is being added
+        replaced = []
+        for down_proj, rows in zip(structure.down_projs, selection, strict=True):
+            if len(rows):
+                self._rows[names[id(down_proj.module)]] = rows
+                replaced.append(self._layer(down_proj.module)._whole_weight()[rows])
+        found = rows_fingerprint(replaced)
+        check_fingerprint(
+            peft_config.fingerprint,
+            found,
+            peft_config.base_model_name_or_path,
+            getattr(self.model, "name_or_path", None),
+        )
+        peft_config.fingerprint = found
+        peft_config.target_modules = set(self._rows)
+        return peft_config
+
+    def _layer(self, module: nn.Module) -> LokiLayer:
+        """``module`` if it is one of ours, else one around it."""
+        if isinstance(module, LokiLayer):
+            return module
+        return LokiLayer(module, self.model)
+
+    def _create_and_replace(
+        self,
+        peft_config: LokiConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = self._layer(target)
+        layer.update_layer(adapter_name, self._rows[current_key], peft_config)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        # The same in every process; DDP would broadcast them at each step. It sees a PeftModel.
+        self.model._ddp_params_and_buffers_to_ignore = [
+            *getattr(self.model, "_ddp_params_and_buffers_to_ignore", []),
+            *(
+                f"base_model.model.{current_key}.{name}"
+                for name in (f"loki_index.{adapter_name}", _original(adapter_name))
+            ),
+        ]
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("LoKI adapters cannot be mixed within a batch (adapter_names=).")
+        yield
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge=merge, **options)
+        quantized = {config.quantized_merge for config in self.peft_config.values()}
+        if merge and "dequantize" in quantized:
+            _dequantize(model)
+        return model
+
+
+def _dequantized(layer: nn.Module, backend: Any, dtype: torch.dtype | None) -> Tensor:
+    """The weight of a quantized layer, in the model's dtype (bitsandbytes gives float32)."""
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # With AVX512-BF16 bitsandbytes repacks 4-bit weights in the first forward pass, into a
+        # layout that it can multiply but not dequantize (0.50.2).
+        identity = torch.eye(layer.in_features, dtype=dtype, device=layer.weight.device)  # type: ignore[arg-type]
+        weight = layer(identity).t()
+        return (weight if layer.bias is None else weight - layer.bias[:, None]).contiguous()
+    return backend.get_base_weight(layer).to(dtype)
+
+
+def _quantization(layer: nn.Module, model: nn.Module) -> Any:
+    """PEFT's means of reading and writing the weight of a quantized layer; None for a plain one."""
+    weight = getattr(layer, "weight", None)
+    if type(layer) is nn.Linear and type(layer.weight.data) in (Tensor, DTensor):
+        return None
+    try:
+        from peft.utils.quantization_utils import (
+            get_quantization_kwargs,
+            resolve_quantization_backend,
+        )
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"a {type(layer).__name__} with a {type(weight).__name__} is no plain linear layer; "
+            "quantized bases need peft 0.21 or newer."
+        ) from error
+    return resolve_quantization_backend(layer, **get_quantization_kwargs(model))
+
+
+def _original(adapter_name: str) -> str:
+    """Name of the buffer with the rows that an adapter replaces."""
+    return f"loki_original_{adapter_name.replace('.', '_')}"
+
+
+def _plain_linear(weight: Tensor, layer: nn.Module) -> nn.Linear:
+    """An ``nn.Linear`` of this weight and the layer's bias."""
+    linear = nn.Linear(1, 1, bias=False)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    bias = layer.bias
+    linear.bias = None if bias is None else nn.Parameter(bias.detach().to(weight), False)
+    return linear.train(layer.training)
+
+
+def _dequantize(model: Any) -> None:
+    """Turn every quantized linear layer into a plain one, and the model's config with them."""
+    linears = [(n, m) for n, m in model.named_modules() if is_linear_like(m)]
+    for name, module in linears:
+        backend = _quantization(module, model)
+        if backend is not None:
+            parent, _, attribute = name.rpartition(".")
+            plain = _plain_linear(_dequantized(module, backend, model.dtype), module)
+            setattr(model.get_submodule(parent), attribute, plain)
+    for owner, names in (
+        (model.config, ("quantization_config",)),
+        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+    ):
+        for name in names:
+            if name in owner.__dict__:
+                delattr(owner, name)
+
+
+register_peft_method(name="loki", config_cls=LokiConfig, model_cls=LokiModel)
