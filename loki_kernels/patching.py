@@ -24,7 +24,7 @@ from .mlp import FusedMLP, Gating, find_gating
 from .quota import rows_per_layer
 from .selection import RowSelection, select
 from .sharding import is_sharded, shards_its_weights
-from .structure import DownProjection, Structure, find_structure
+from .structure import DownProjection, Structure, find_structure, is_plain_linear
 
 logger = logging.getLogger(__name__)
 
@@ -329,10 +329,12 @@ def _check_patchable(structure: Structure) -> None:
             "the model is already patched; call unpatch() or merge() on its Patch handle first."
         )
     for down_proj in structure.down_projs:
-        if type(down_proj.module) is not nn.Linear:
+        if not is_plain_linear(down_proj.module):
+            weight = getattr(down_proj.module, "weight", None)
             raise UnsupportedModelError(
-                f"{down_proj.name} is a {type(down_proj.module).__name__}, not a plain nn.Linear; "
-                "patch the model before PEFT or quantization wraps it."
+                f"{down_proj.name} is a {type(down_proj.module).__name__} with a "
+                f"{type(weight).__name__}, not a plain nn.Linear; patch the model before PEFT "
+                "wraps it, and train rows over a quantized base with loki_kernels.peft.LokiConfig."
             )
         if is_sharded(down_proj.module.weight):
             raise UnsupportedModelError(

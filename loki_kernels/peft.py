@@ -24,7 +24,6 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from .adapters import check_fingerprint
@@ -36,7 +35,7 @@ from .ops import row_delta_linear
 from .patching import check_fits
 from .selection import RowSelection, select
 from .sharding import is_sharded, whole
-from .structure import find_structure, is_linear_like
+from .structure import find_structure, is_linear_like, is_plain_linear
 
 _MERGES = ("dequantize", "requantize")
 _OLDEST = "0.18"  # which LLaMA-Factory 0.9 pins
@@ -128,10 +127,10 @@ class LokiLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, rows: Tensor, config: LokiConfig) -> None:
         """Give the layer one more adapter, whose rows are those of the base."""
-        weight, rank = self._whole_weight(), config.rank
+        rank = config.rank
         self.configs[adapter_name] = config
-        index = rows.to(weight.device)
-        original = weight[index]
+        original = self.base_rows(rows)
+        index = rows.to(original.device)
         self.loki_index[adapter_name] = index
         # of no dict of adapters: PEFT would turn it to float32
         self.register_buffer(_original(adapter_name), original, persistent=False)
@@ -142,13 +141,28 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             self.loki_delta_a[adapter_name] = nn.Parameter(a.to(original))
             self.loki_delta_b[adapter_name] = nn.Parameter(b.to(original))
 
-    def _whole_weight(self) -> Tensor:
-        """The base's, dequantized if need be."""
-        if self.quantization_backend is None:
-            return whole(self.get_base_layer().weight.detach())
-        return _dequantized(
-            self.get_base_layer(), self.quantization_backend, self.dequantized_dtype
-        )
+    def base_rows(self, rows: Tensor) -> Tensor:
+        """Rows of the base's weight, dequantized if need be.
+
+        Raises:
+            UnsupportedModelError: if they are not in memory.
+        """
+        base = self.get_base_layer()
+        if self.quantization_backend is not None:
+            if _is_repacked(base):
+                raise UnsupportedModelError(
+                    "bitsandbytes repacks 4-bit weights on this CPU in the first forward pass in "
+                    "evaluation mode; add and load adapters before that."
+                )
+            weight = _dequantized(base, self.quantization_backend, self.dequantized_dtype)
+        else:
+            weight = whole(base.weight.detach())
+        if weight.is_meta:
+            raise UnsupportedModelError(
+                "a down-projection's weight is not in memory (offloaded, or on the meta device); "
+                "load the model without offloading."
+            )
+        return weight[rows.to(weight.device)]
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -241,7 +255,9 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 "becomes an ordinary one) or 'requantize' (the merged weights are rounded again)."
             )
         check_choice("quantized_merge", how, _MERGES)
-        weight = self._whole_weight().clone()
+        weight = _dequantized(
+            self.get_base_layer(), self.quantization_backend, self.dequantized_dtype
+        ).clone()
         for name, own in rows.items():
             weight.index_copy_(0, self.loki_index[name], own.to(weight))
         if self._unmerged is None:
@@ -284,7 +300,7 @@ class LokiModel(BaseTuner):
         for down_proj, rows in zip(structure.down_projs, selection, strict=True):
             if len(rows):
                 self._rows[names[id(down_proj.module)]] = rows
-                replaced.append(self._layer(down_proj.module)._whole_weight()[rows])
+                replaced.append(self._layer(down_proj.module).base_rows(rows))
         found = rows_fingerprint(replaced)
         check_fingerprint(
             peft_config.fingerprint,
@@ -339,21 +355,25 @@ class LokiModel(BaseTuner):
         return model
 
 
+def _is_repacked(layer: nn.Module) -> bool:
+    """Whether bitsandbytes has brought 4-bit weights into the layout of AVX512-BF16 kernels."""
+    return getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+
+
 def _dequantized(layer: nn.Module, backend: Any, dtype: torch.dtype | None) -> Tensor:
     """The weight of a quantized layer, in the model's dtype (bitsandbytes gives float32)."""
-    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-        # With AVX512-BF16 bitsandbytes repacks 4-bit weights in the first forward pass, into a
-        # layout that it can multiply but not dequantize (0.50.2).
-        identity = torch.eye(layer.in_features, dtype=dtype, device=layer.weight.device)  # type: ignore[arg-type]
-        weight = layer(identity).t()
-        return (weight if layer.bias is None else weight - layer.bias[:, None]).contiguous()
-    return backend.get_base_weight(layer).to(dtype)
+    if not _is_repacked(layer):
+        return backend.get_base_weight(layer).to(dtype)
+    # bitsandbytes 0.50.2 can multiply such a weight but not dequantize it.
+    identity = torch.eye(layer.in_features, dtype=dtype, device=layer.weight.device)  # type: ignore[arg-type]
+    weight = layer(identity).t()
+    return (weight if layer.bias is None else weight - layer.bias[:, None]).contiguous()
 
 
 def _quantization(layer: nn.Module, model: nn.Module) -> Any:
     """PEFT's means of reading and writing the weight of a quantized layer; None for a plain one."""
     weight = getattr(layer, "weight", None)
-    if type(layer) is nn.Linear and type(layer.weight.data) in (Tensor, DTensor):
+    if is_plain_linear(layer):
         return None
     try:
         from peft.utils.quantization_utils import (

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .errors import UnsupportedModelError
 
@@ -101,6 +102,15 @@ def is_linear_like(module: nn.Module) -> bool:
     """``nn.Linear``, or a module that stands in for one (a PEFT tuner layer, LoKILinear)."""
     return isinstance(getattr(module, "in_features", None), int) and isinstance(
         getattr(module, "out_features", None), int
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a layer is an ``nn.Linear`` of floating-point numbers, whole or sharded."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight.data) in (Tensor, DTensor)
+        and module.weight.is_floating_point()
     )
 
 

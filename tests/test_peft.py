@@ -184,7 +184,7 @@ def test_loads_a_second_adapter(base, tmp_path, low_cpu_mem_usage):
 def test_float32_rows_over_a_bfloat16_base(tmp_path):
     model = peft.get_peft_model(build_model(dtype=torch.bfloat16), LokiConfig(rows=ROWS))
     assert down_proj(model).loki_rows["default"].dtype == torch.float32
-    assert getattr(down_proj(model), "loki_original_default").dtype == torch.bfloat16
+    assert down_proj(model).loki_original_default.dtype == torch.bfloat16
     want = logits(train(model, lr=0.01))
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(build_model(dtype=torch.bfloat16), str(tmp_path))
