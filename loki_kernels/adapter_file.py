@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -27,20 +27,17 @@ _KEY = re.compile(rf"base_model\.model\.(.+)\.loki_(index|{'|'.join(TRAINED)})")
 Parts = dict[str, Tensor]
 
 
-def parts_of(layer: LoKILinear) -> Iterator[tuple[str, Tensor]]:
-    """What is kept of a layer, by name; sharded parameters as they are."""
-    yield "index", layer.index
-    for name, parameter in layer.named_parameters(recurse=False):
-        if name in TRAINED:
-            yield name, parameter
+def parts_of(layer: LoKILinear) -> Parts:
+    """What is kept of a layer; sharded parameters as they are."""
+    return {"index": layer.index, **dict(layer.trained_parameters())}
 
 
-def gather(layers: Sequence[tuple[str, LoKILinear]]) -> dict[str, Tensor]:
+def named(layers: Mapping[str, Parts]) -> dict[str, Tensor]:
     """An adapter's tensors, on the host; with sharded parameters every process has to ask."""
     return {
-        f"base_model.model.{name}.loki_{part}": whole(tensor.detach()).cpu().contiguous()
-        for name, layer in layers
-        for part, tensor in parts_of(layer)
+        f"base_model.model.{name}.loki_{part}": whole(tensor).cpu().contiguous()
+        for name, parts in layers.items()
+        for part, tensor in parts.items()
     }
 
 
@@ -75,14 +72,13 @@ def copy_into(layers: Sequence[tuple[str, LoKILinear]], saved: dict[str, Parts])
     if saved.keys() != {name for name, _ in layers}:
         return "it has rows of other layers"
     for name, layer in layers:
-        own, parts = dict(parts_of(layer)), saved[name]
+        own, parts = parts_of(layer), saved[name]
         if not torch.equal(parts["index"], layer.index.cpu()):
             return f"{name} has other rows there"
         if own.keys() != parts.keys() or any(parts[p].shape != own[p].shape for p in own):
             return f"{name} has another rank or width there"
     with torch.no_grad():
         for name, layer in layers:
-            for part, parameter in parts_of(layer):
-                if part != "index":
-                    parameter.copy_(shard_like(saved[name][part].to(parameter.dtype), parameter))
+            for part, parameter in layer.trained_parameters():
+                parameter.copy_(shard_like(saved[name][part].to(parameter.dtype), parameter))
     return None

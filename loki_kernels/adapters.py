@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapter_file
-from .adapter_file import ADAPTER_FILE, CONFIG_FILE, SIDE_FILE
+from .adapter_file import ADAPTER_FILE, CONFIG_FILE, SIDE_FILE, parts_of
 from .files import atomic_path, check_folder
 from .fingerprint import rows_fingerprint
 from .linear import LoKILinear
@@ -84,7 +84,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     structure, layers = _patched(model)
     path = check_folder(folder)
-    tensors = adapter_file.gather(layers)
+    tensors = adapter_file.named({name: parts_of(layer) for name, layer in layers})
     by_name = dict(layers)
     rows = [
         by_name[d.name].index.tolist() if d.name in by_name else [] for d in structure.down_projs
@@ -93,7 +93,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         base=getattr(structure.causal_lm, "name_or_path", None) or None,
         rows=rows,
         rank=layers[0][1].rank,
-        fingerprint=rows_fingerprint(layer.replaced_rows() for _, layer in layers),
+        fingerprint=rows_fingerprint(layer.original_rows for _, layer in layers),
     )
     if _is_main_process():
         path.mkdir(exist_ok=True)
@@ -122,7 +122,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
         layers = _patched(model)[1]
         check_fingerprint(
             config.fingerprint,
-            rows_fingerprint(layer.replaced_rows() for _, layer in layers),
+            rows_fingerprint(layer.original_rows for _, layer in layers),
             config.base,
             getattr(handle.model, "name_or_path", None),
         )
@@ -192,9 +192,9 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     for name, layer in layers:
         placed = torch.zeros(layer.out_features, len(layer.index))
         placed[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
-        parts = {n: p.detach().float().cpu() for n, p in adapter_file.parts_of(layer)}
+        parts = {n: p.detach().float().cpu() for n, p in parts_of(layer).items()}
         if layer.rank is None:
-            a, b = parts["rows"] - layer.replaced_rows().float().cpu(), placed
+            a, b = parts["rows"] - layer.original_rows.float().cpu(), placed
         else:
             a, b = parts["delta_b"], placed @ parts["delta_a"]
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()

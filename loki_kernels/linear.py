@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear, sync_rows
 from .ops.gated_product import Activation
-from .sharding import is_sharded, shard_like, whole
+from .sharding import full_shape, is_partitioned, is_sharded, shard_like, whole
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("rows", "delta_a", "delta_b")
@@ -47,8 +48,9 @@ class LoKILinear(nn.Module):
 
     weight: nn.Parameter
     index: Tensor
-    original_rows: Tensor | None
+    original_rows: Tensor
     in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
+    gathered: dict[str, Tensor] | None = None  # what a side file needs, of a sharded model
     sharded = False  # whether the decoder's last forward pass found the weight sharded
 
     def __init__(
@@ -79,9 +81,9 @@ class LoKILinear(nn.Module):
             linear.bias.requires_grad_(False)
         index = index.to(weight.device)
         self.register_buffer("index", index, persistent=False)
-        selected = weight.detach()[index]
-        # For `reset_rows` alone: on the host, and no buffer, which DDP would broadcast every step.
-        self.original_rows = selected.cpu() if rank is None else None
+        selected = whole(weight)[index]
+        # On the host, for it is seldom read, and no buffer, which DDP would broadcast every step.
+        self.original_rows = selected.cpu()
         if rank is None:
             self.rows = nn.Parameter(selected.to(dtype, copy=True))
         else:
@@ -139,11 +141,14 @@ class LoKILinear(nn.Module):
             gate, up, self.weight, self.rows, self.index, self.bias, activation=activation
         )
 
-    def replaced_rows(self) -> Tensor:
-        """The rows as they were before training, ``[k, in_features]``."""
-        if self.original_rows is None:
-            return whole(self.weight.detach())[self.index]
-        return self.original_rows
+    @property
+    def needs_side_file(self) -> bool:
+        """Whether a merged weight does not hold the trained parameters exactly."""
+        return self.rank is not None or self.rows.dtype != self.weight.dtype
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of ``rows``, or of ``delta_a`` and ``delta_b``."""
+        return [(name, p) for name, p in self.named_parameters(recurse=False) if name in TRAINED]
 
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, ``[k, in_features]`` in the weight's dtype."""
@@ -151,16 +156,15 @@ class LoKILinear(nn.Module):
             if self.rank is None:
                 return whole(self.rows).to(self.weight.dtype)
             delta = whole(self.delta_a).float() @ whole(self.delta_b).float()
-            return (self.replaced_rows().float() + delta).to(self.weight.dtype)
+            return (whole(self.weight)[self.index].float() + delta).to(self.weight.dtype)
 
     def merged_weight(self) -> Tensor:
         """The weight as trained so far, ``[out_features, in_features]``, sharded if it is."""
-        weight = self.weight.detach()
-        if self.rank is None and not is_sharded(weight):
+        if self.rank is None and not is_sharded(self.weight):
             write_rows([self])
-            return weight
-        merged = whole(weight).index_copy(0, self.index, self.merged_rows())
-        return shard_like(merged, weight)
+            return self.weight.detach()
+        merged = whole(self.weight).index_copy(0, self.index, self.merged_rows())
+        return shard_like(merged, self.weight)
 
     def _write_rows(self) -> None:
         if not self.in_step:
@@ -169,7 +173,7 @@ class LoKILinear(nn.Module):
     def reset_rows(self) -> None:
         """Put the rows back to what they were before training."""
         with torch.no_grad():
-            if self.original_rows is None:
+            if self.rank is not None:
                 self.delta_a.zero_()
                 return
             self.rows.copy_(self.original_rows)
@@ -182,7 +186,13 @@ class LoKILinear(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if is_partitioned(self.weight):  # DeepSpeed keeps every parameter's parts by itself
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         weight = self.merged_weight()
+        if isinstance(self.weight, DTensor) and self.needs_side_file:
+            # every process is here; the one that writes the side file will be alone
+            self.gathered = {name: whole(p).cpu() for name, p in self.trained_parameters()}
         merged_in_place = self.rank is None and not is_sharded(self.weight)
         destination[prefix + "weight"] = self.weight if keep_vars and merged_in_place else weight
         if self.bias is not None:
@@ -198,31 +208,46 @@ class LoKILinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if is_partitioned(self.weight):
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+            return
         missing: list[str] = []
         errors = len(error_msgs)
-        frozen = None if self.rank is None else whole(self.weight.detach())[self.index]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         trained = {prefix + name for name in TRAINED}
         missing_keys += [name for name in missing if name not in trained]
         if strict:
-            unexpected_keys += [name for name in sorted(trained) if name in state_dict]
+            # torch.distributed.checkpoint puts a model's own parameters into what it loads
+            own = {prefix + name: parameter for name, parameter in self.trained_parameters()}
+            unexpected_keys += [
+                name
+                for name in sorted(trained & state_dict.keys())
+                if state_dict[name] is not own.get(name)
+            ]
         if prefix + "weight" not in state_dict or len(error_msgs) > errors:
             return
         with torch.no_grad():
-            loaded = whole(self.weight.detach())[self.index]
-            if frozen is None:
+            weight = whole(self.weight)
+            loaded = weight[self.index]
+            if self.rank is None:
                 self.rows.copy_(shard_like(loaded.to(self.rows.dtype), self.rows))
+            if self.rank is not None or isinstance(self.weight, DTensor):
+                # The delta form rounds by what the weight holds: it must be what it was before.
+                restored = weight.index_copy(0, self.index, self.original_rows.to(loaded))
+                self.weight.data.copy_(shard_like(restored, self.weight))
+            if self.rank is None:
                 return
-            if is_sharded(self.weight):
-                error_msgs.append(
-                    f"{prefix}weight: low-rank rows cannot be read back from a sharded weight; "
-                    "load the checkpoint before sharding, or the side file."
-                )
-                return
-            self.weight.data.index_copy_(0, self.index, frozen.to(loaded))
-            error = self._load_delta(loaded.float() - frozen.float().to(loaded.device))
+            error = self._load_delta(loaded.float() - self.original_rows.to(loaded).float())
             if error is not None:
                 error_msgs.append(f"{prefix}weight: {error}")
 
@@ -230,18 +255,19 @@ class LoKILinear(nn.Module):
         """Factor a merged update; the exact factors come from the checkpoint's side file."""
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         kept = min(self.rank or 0, len(s))
-        lost, whole = float(s[kept:].norm()), float(s.norm())
-        if lost > 0.05 * whole:
+        lost, whole_norm = float(s[kept:].norm()), float(s.norm())
+        if lost > 0.05 * whole_norm:
             return (
                 f"its trained rows differ from this model's by more than rank {self.rank} can "
                 "hold; load the checkpoint into the plain model and patch that."
             )
-        self.delta_a.zero_()
-        if whole > 0:
-            root = s[:kept].sqrt()
-            self.delta_a[:, :kept] = u[:, :kept] * root
-            self.delta_b.zero_()
-            self.delta_b[:kept] = root[:, None] * vh[:kept]
+        a, b = torch.zeros(full_shape(self.delta_a)), torch.zeros(full_shape(self.delta_b))
+        if whole_norm > 0:
+            root = s[:kept].sqrt().cpu()
+            a[:, :kept] = u[:, :kept].cpu() * root
+            b[:kept] = root[:, None] * vh[:kept].cpu()
+            self.delta_b.copy_(shard_like(b.to(self.delta_b.dtype), self.delta_b))
+        self.delta_a.copy_(shard_like(a.to(self.delta_a.dtype), self.delta_a))
         return None
 
 

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from . import adapter_file
-from .adapter_file import SIDE_FILE
+from .adapter_file import SIDE_FILE, Parts
 from .cache import cached_attribution
 from .errors import UnsupportedModelError
 from .linear import TRAINED, LoKILinear, write_rows
 from .mlp import FusedMLP, Gating, find_gating
 from .quota import rows_per_layer
 from .selection import RowSelection, select
-from .sharding import is_sharded, shards_its_weights
+from .sharding import full_shape, is_sharded, shards_its_weights
 from .structure import DownProjection, Structure, find_structure, is_plain_linear
+
+if TYPE_CHECKING:
+    from .trainer import SideFileCallback
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +113,8 @@ class Patch:
         exactly: float32 rows over a bfloat16 weight, and low-rank rows.
         """
         path = Path(folder) / SIDE_FILE
-        adapter_file.write(path, adapter_file.gather(self._named_layers()))
+        layers = {name: adapter_file.parts_of(layer) for name, layer in self.named_layers()}
+        adapter_file.write(path, adapter_file.named(layers))
         return path
 
     def load_state(self, folder: str | os.PathLike[str]) -> None:
@@ -119,11 +125,23 @@ class Patch:
             ValueError: if it is damaged or belongs to another selection; nothing is changed then.
         """
         path = Path(folder) / SIDE_FILE
-        reason = adapter_file.copy_into(self._named_layers(), adapter_file.read(path))
+        reason = adapter_file.copy_into(self.named_layers(), adapter_file.read(path))
         if reason is not None:
             raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
 
-    def _named_layers(self) -> list[tuple[str, LoKILinear]]:
+    def trainer_callback(self) -> SideFileCallback:
+        """For HF Trainer: what a Trainer's own saving and loading cannot know.
+
+        At the start it raises OSError if ``output_dir`` cannot be written; on a resumed run and for
+        ``load_best_model_at_end`` it reads the checkpoint's side file, so that float32 rows over a
+        bfloat16 weight and low-rank rows go on bit for bit.
+        """
+        from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
+
+        return SideFileCallback(self)
+
+    def named_layers(self) -> list[tuple[str, LoKILinear]]:
+        """(name in the model, layer) of every patched layer."""
         return [(down_proj.name, layer) for down_proj, layer in self._layers]
 
     def __enter__(self) -> Patch:
@@ -229,7 +247,7 @@ def patch(
     layers: list[tuple[DownProjection, LoKILinear]] = []
     skipped: dict[str, str] = {}
     required = [(parameter, parameter.requires_grad) for parameter in causal_lm.parameters()]
-    total = sum(parameter.numel() for parameter, _ in required)
+    total = sum(math.prod(full_shape(parameter)) for parameter, _ in required)
     try:
         for down_proj, index in zip(structure.down_projs, selection, strict=True):
             if len(index) == 0:
@@ -271,7 +289,7 @@ def patch(
     writer = _RowWriter(causal_lm, [layer for _, layer in layers if layer.rank is None])
     hooks = writer.attach(structure.decoder)
     handle = Patch(causal_lm, selection, report, layers, required, mlps, hooks)
-    handle._saver = _SavePretrained.attach(causal_lm, handle._named_layers())
+    handle._saver = _SavePretrained.attach(causal_lm, handle.named_layers())
     # The same in every process; else DDP would write it anew at each step, under pending backwards.
     causal_lm._ddp_params_and_buffers_to_ignore = [
         *getattr(causal_lm, "_ddp_params_and_buffers_to_ignore", []),
@@ -336,10 +354,9 @@ def _check_patchable(structure: Structure) -> None:
                 f"{type(weight).__name__}, not a plain nn.Linear; patch the model before PEFT "
                 "wraps it, and train rows over a quantized base with loki_kernels.peft.LokiConfig."
             )
-        if is_sharded(down_proj.module.weight):
+        if isinstance(down_proj.module.weight, DTensor):
             raise UnsupportedModelError(
-                f"the weight of {down_proj.name} is sharded; patch the model before FSDP or "
-                "DeepSpeed shards it."
+                f"the weight of {down_proj.name} is sharded; patch the model before fully_shard."
             )
         if down_proj.module.weight.is_meta:
             raise UnsupportedModelError(
@@ -403,47 +420,35 @@ class _SavePretrained:
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
+        parts = {name: adapter_file.parts_of(layer) for name, layer in self.layers}
         if state_dict is not None:
-            state_dict = merge_state_dict(state_dict, self.layers)
+            state_dict = _merge_trained(state_dict, parts)
         save = type(self.model).save_pretrained
         result = save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[operator]
-        rounded = not all(
-            layer.rank is None and layer.rows.dtype == layer.weight.dtype
-            for _, layer in self.layers
-        )
-        if not rounded or not kwargs.get("is_main_process", True):
-            return result
-        if any(is_sharded(layer.weight) for _, layer in self.layers):
-            # other processes may not be here, so nothing can be gathered
-            logger.warning(
-                "%s holds the merged rows alone; to keep them in their own dtype or rank, call "
-                "loki_kernels.save_adapter in every process.",
-                save_directory,
-            )
-            return result
-        adapter_file.write(Path(save_directory) / SIDE_FILE, adapter_file.gather(self.layers))
+        if any(layer.needs_side_file for _, layer in self.layers) and kwargs.get(
+            "is_main_process", True
+        ):
+            for name, layer in self.layers:
+                parts[name] |= layer.gathered or {}
+            adapter_file.write(Path(save_directory) / SIDE_FILE, adapter_file.named(parts))
         return result
 
 
-def merge_state_dict(
-    state_dict: dict[str, Tensor], layers: Sequence[tuple[str, LoKILinear]]
-) -> dict[str, Tensor]:
-    """``state_dict`` with the trained parameters it may hold moved into the weights."""
+def _merge_trained(state_dict: dict[str, Tensor], parts: dict[str, Parts]) -> dict[str, Tensor]:
+    """Move trained parameters that a state dict may hold into its weights, and into ``parts``."""
     merged = dict(state_dict)
-    for name, layer in layers:
-        own = {part: merged.pop(f"{name}.{part}", None) for part in TRAINED}
-        weight = merged.get(f"{name}.weight")
-        if weight is None:
+    for name, own in parts.items():
+        found = {p: merged.pop(f"{name}.{p}") for p in TRAINED if f"{name}.{p}" in merged}
+        if not found:
             continue
-        index = layer.index.to(weight.device)
-        if own["rows"] is not None:
-            rows = own["rows"].to(weight)
-        elif own["delta_a"] is not None and own["delta_b"] is not None:
-            delta = own["delta_a"].float() @ own["delta_b"].float()
-            rows = (weight[index].float() + delta).to(weight)
+        own |= found
+        weight = merged[f"{name}.weight"]
+        index = own["index"].to(weight.device)
+        if "rows" in found:
+            rows = found["rows"]
         else:
-            continue
-        merged[f"{name}.weight"] = weight.index_copy(0, index, rows)
+            rows = weight[index].float() + found["delta_a"].float() @ found["delta_b"].float()
+        merged[f"{name}.weight"] = weight.index_copy(0, index, rows.to(weight))
     return merged
 
 

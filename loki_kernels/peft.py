@@ -156,7 +156,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 )
             weight = _dequantized(base, self.quantization_backend, self.dequantized_dtype)
         else:
-            weight = whole(base.weight.detach())
+            weight = whole(base.weight)
         if weight.is_meta:
             raise UnsupportedModelError(
                 "a down-projection's weight is not in memory (offloaded, or on the meta device); "

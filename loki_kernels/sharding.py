@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 looks after a parameter: outside its layer's forward pass it is empty."""
+    return hasattr(tensor, "ds_id")
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a parameter's values are not all in this process."""
-    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+    return isinstance(tensor, DTensor) or is_partitioned(tensor)
 
 
 def shards_its_weights(module: nn.Module) -> bool:
@@ -21,19 +25,24 @@ def shards_its_weights(module: nn.Module) -> bool:
 
     return any(
         isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in module.modules()
-    ) or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+    ) or any(map(is_partitioned, module.parameters()))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All values of a parameter; with a sharded one every process has to ask."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    if hasattr(tensor, "ds_id"):
+def full_shape(tensor: Tensor) -> tuple[int, ...]:
+    """A parameter's shape before it was split."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All values of a parameter, detached; of a sharded one every process has to ask."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().full_tensor()
+    if is_partitioned(parameter):
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
-    return tensor
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
 
 
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
@@ -42,4 +51,4 @@ def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
         return distribute_tensor(
             tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None
         )
-    return tensor.to(model.device) if model.device != torch.device("meta") else tensor
+    return tensor.to(model.device)

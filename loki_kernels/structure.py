@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .errors import UnsupportedModelError
+from .sharding import full_shape
 
 # An attribute only attention modules carry; one of these marks the branch of a layer to leave out.
 _ATTENTION_MARKS = ("head_dim", "num_heads", "head_size", "num_key_value_groups")
@@ -168,7 +169,7 @@ def find_structure(model: nn.Module) -> Structure:
         if isinstance(module, nn.ModuleList)
         and len(module) == config.num_hidden_layers
         # a list of norms can have the same length; a decoder layer has matrices
-        and any(parameter.ndim == 2 for parameter in module[0].parameters())
+        and any(len(full_shape(parameter)) == 2 for parameter in module[0].parameters())
     ]
     if not stacks:
         raise UnsupportedModelError(
@@ -188,7 +189,7 @@ def find_structure(model: nn.Module) -> Structure:
         down_projs=down_projs,
         hidden_size=config.hidden_size,
         intermediate_size=max(widths),
-        vocab_size=int(embeddings.weight.shape[0]),
+        vocab_size=full_shape(embeddings.weight)[0],
     )
 
 

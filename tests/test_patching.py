@@ -125,27 +125,36 @@ def test_checkpoint_is_ordinary(model, tmp_path):
     torch.testing.assert_close(logits(again), want)
 
 
-@pytest.mark.parametrize("use_reentrant", [None, False, True])
-def test_trainer_resumes_bit_exactly(tmp_path, use_reentrant):
+def trainer(model, folder, steps, callbacks=(), **options):
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, save_steps=3, learning_rate=0.02,
+        lr_scheduler_type="constant", per_device_train_batch_size=2, report_to="none",
+        disable_tqdm=True, use_cpu=True, **options,
+    )  # fmt: skip
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data(),
+        eval_dataset=data(4),
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+    ],
+)
+def test_trainer_resumes_bit_exactly(tmp_path, options):
     def run(folder, steps, resume=False):
-        model = build_model()
+        model = build_model("llama_mlp_bias")
         loki.patch(model, ROWS)
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            save_steps=3,
-            learning_rate=0.02,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=2,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            gradient_checkpointing=use_reentrant is not None,
-            gradient_checkpointing_kwargs={"use_reentrant": bool(use_reentrant)},
-        )
-        Trainer(model=model, args=arguments, train_dataset=data()).train(
-            resume_from_checkpoint=resume
-        )
+        trainer(model, folder, steps, **options).train(resume_from_checkpoint=resume)
         return model.state_dict()
 
     straight = run(tmp_path / "a", 6)
@@ -153,8 +162,59 @@ def test_trainer_resumes_bit_exactly(tmp_path, use_reentrant):
     resumed = run(tmp_path / "b", 6, resume=True)
     for name, tensor in straight.items():
         assert torch.equal(tensor, resumed[name]), name
-    start = build_model().state_dict()["model.layers.0.mlp.down_proj.weight"]
+    start = build_model("llama_mlp_bias").state_dict()["model.layers.0.mlp.down_proj.weight"]
     assert not torch.equal(straight["model.layers.0.mlp.down_proj.weight"][1], start[1])
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, torch.float32)])
+def test_trainer_callback_resumes_what_a_checkpoint_rounds(tmp_path, rank, dtype):
+    def run(folder, steps, resume=False):
+        torch.manual_seed(3)
+        model = build_model(dtype=torch.bfloat16)
+        handle = loki.patch(model, ROWS, rank=rank, dtype=dtype)
+        callbacks = [handle.trainer_callback()]
+        trainer(model, folder, steps, callbacks).train(resume_from_checkpoint=resume)
+        return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    straight = run(tmp_path / "a", 6)
+    run(tmp_path / "b", 3)
+    resumed = run(tmp_path / "b", 6, resume=True)
+    assert straight
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_load_best_model_at_end(tmp_path, dtype):
+    model = build_model(dtype=torch.bfloat16)
+    handle = loki.patch(model, ROWS, dtype=dtype)
+    run = trainer(
+        model, tmp_path, 6, [handle.trainer_callback()], load_best_model_at_end=True,
+        eval_strategy="steps", eval_steps=3,
+    )  # fmt: skip
+    # the first checkpoint is the best
+    losses = iter([1.0, 2.0])
+    evaluate = run.evaluate
+    run.evaluate = lambda *a, **k: (evaluate(*a, **k), {"eval_loss": next(losses)})[1]
+    run.train()
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3", dtype=torch.bfloat16)
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    again = loki.patch(best, ROWS, dtype=dtype)
+    if dtype is not None:
+        again.load_state(tmp_path / "checkpoint-3")
+    for (_, a), (_, b) in zip(handle.named_layers(), again.named_layers(), strict=True):
+        assert torch.equal(a.rows, b.rows)
+
+
+def test_trainer_callback_finds_an_unwritable_output_before_training(tmp_path, monkeypatch):
+    model = build_model()
+    handle = loki.patch(model, ROWS)
+    run = trainer(model, tmp_path / "out", 3, [handle.trainer_callback()])
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(PermissionError, match="not writable"):
+        run.train()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, None), (2, torch.float32)])
@@ -189,12 +249,12 @@ def test_float32_rows_keep_updates_bfloat16_would_lose():
     for dtype in (None, torch.float32):
         model = build_model(dtype=torch.bfloat16)
         handle = loki.patch(model, ROWS, dtype=dtype)
-        start = handle._layers[0][1].rows.detach().clone()
+        start = handle.named_layers()[0][1].rows.detach().clone()
         batch = data(1)[0]["input_ids"][None]
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
-        moved[dtype] = not torch.equal(handle._layers[0][1].rows, start)
+        moved[dtype] = not torch.equal(handle.named_layers()[0][1].rows, start)
     assert moved == {None: False, torch.float32: True}
 
 
