@@ -1,0 +1,190 @@
+"""Every block of README's "Use it with…" runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from models import GQA, _config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
+
+import loki_kernels as loki
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SECTION = re.search(r"^## Use it with…\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+BLOCKS = dict(
+    re.findall(r"^\*\*(.*?)\*\*.*?```python\n(.*?)```", SECTION, re.DOTALL | re.MULTILINE)
+)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    words = {f"w{i}": i for i in range(90)} | {"[UNK]": 90, "</s>": 91}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = GQA | {"hidden_size": 64, "intermediate_size": 128}
+    AutoModelForCausalLM.from_config(_config(transformers.LlamaConfig, **sizes)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture
+def names(base_folder, tmp_path, monkeypatch):
+    """What the blocks take for granted."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text(json.dumps([[1, 5, 40], [0], [7, 3]]))
+    ids = torch.arange(32).reshape(4, 8)
+    return {
+        "loki": loki,
+        "peft": peft,
+        "torch": torch,
+        "Trainer": Trainer,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "model": AutoModelForCausalLM.from_pretrained(base_folder),
+        "base": AutoModelForCausalLM.from_pretrained(base_folder),
+        "base_folder": base_folder,
+        "ids": ids,
+        "dataset": [{"input_ids": row, "labels": row} for row in ids],
+        "loader": torch.utils.data.DataLoader(list(ids), batch_size=2),
+        "out": str(tmp_path / "out"),
+        "adapter": str(tmp_path / "adapter"),
+        "args": TrainingArguments(
+            output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=2,
+            learning_rate=0.01, report_to="none", use_cpu=True, disable_tqdm=True,
+        ),
+    }  # fmt: skip
+
+
+def run(block, names, **more):
+    from loki_kernels.peft import LokiConfig
+
+    names |= {"LokiConfig": LokiConfig} | more
+    exec(compile(BLOCKS[block], f"README: {block}", "exec"), names)
+    return names
+
+
+def changed_rows(folder, base_folder):
+    """Of the first down-projection, in a checkpoint that must be an ordinary one."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    (weight, before) = (m.model.layers[0].mlp.down_proj.weight for m in (model, base))
+    return (weight != before).any(1).nonzero().flatten().tolist()
+
+
+def test_every_block_has_a_test():
+    assert set(BLOCKS) == {
+        "HF Trainer.", "TRL", "PEFT.", "accelerate", "Lightning.", "torch.compile.",
+        "A quantized base", "Several GPUs.", "Only the rows", "A server that takes LoRA",
+    }  # fmt: skip
+
+
+def test_trainer(names, base_folder):
+    run("HF Trainer.", names)
+    assert changed_rows(names["out"], base_folder) == [1, 5, 40]
+
+
+def test_trl(names, base_folder):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    texts = [" ".join(f"w{i + j}" for j in range(8)) for i in range(4)]
+    args = trl.SFTConfig(**{k: v for k, v in names["args"].to_dict().items() if k in (
+        "output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "report_to",
+        "use_cpu", "disable_tqdm")}, bf16=False)  # fmt: skip
+    run(
+        "TRL",
+        names,
+        SFTTrainer=trl.SFTTrainer,
+        dataset=Dataset.from_dict({"text": texts}),
+        args=args,
+    )
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in Path(names["out"]).iterdir()
+    }
+    handle = loki.load_adapter(names["base"], names["out"])
+    handle.merge().save_pretrained("merged")
+    assert changed_rows("merged", base_folder) == [1, 5, 40]
+
+
+def test_peft(names):
+    run("PEFT.", names)
+    assert isinstance(names["model"], transformers.LlamaForCausalLM)
+
+
+def test_accelerate(names):
+    accelerate = pytest.importorskip("accelerate")
+    run("accelerate", names, accelerator=accelerate.Accelerator(cpu=True))
+    assert len(names["optimizer"].param_groups[0]["params"]) == 3
+
+
+def test_lightning(names, base_folder):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def training_step(self, ids, _):
+            return self.model(input_ids=ids, labels=ids).loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    run("Lightning.", names, lightning=lightning, module=Module())
+    names["model"].save_pretrained(names["out"])
+    assert changed_rows(names["out"], base_folder) == [1, 5, 40]
+
+
+def test_compile(names, monkeypatch):
+    torch._dynamo.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m: compile_(m, backend="aot_eager"))
+    run("torch.compile.", names)
+    assert names["model"].model.layers[0].mlp.down_proj.rows.grad.any()
+
+
+def test_quantized(names, base_folder):
+    quantization = pytest.importorskip("torchao.quantization")
+    pytest.importorskip("peft.utils.quantization_utils", reason="needs peft 0.21")
+    run("A quantized base", names, int8=TorchAoConfig(quantization.Int8WeightOnlyConfig()))
+    changed_rows(names["out"], base_folder)
+
+
+def test_several_gpus(names):
+    from torch.distributed.fsdp import fully_shard
+
+    # what two processes do with it is in test_distributed
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        run("Several GPUs.", names, fully_shard=lambda module: fully_shard(module, mesh=mesh))
+        names["model"](input_ids=names["ids"], labels=names["ids"]).loss.backward()
+        assert names["model"].model.layers[0].mlp.down_proj.rows.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_adapter_and_lora(names, base_folder):
+    loki.patch(names["model"], "rows.json")
+    with torch.no_grad():
+        names["model"].model.layers[0].mlp.down_proj.rows += 0.1
+    run("Only the rows", names)
+    assert changed_rows(names["out"], base_folder) == [1, 5, 40]
+    want = names["model"](names["ids"]).logits
+    fresh = AutoModelForCausalLM.from_pretrained(base_folder)
+    run("A server that takes LoRA", names, base=fresh, out="lora")
+    lora = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), "lora")
+    torch.testing.assert_close(lora(names["ids"]).logits, want, atol=1e-5, rtol=1e-5)
