@@ -70,6 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", default="float32", help="of the merged model")
     merge.set_defaults(run=_merge)
 
+    adapter = commands.add_parser(
+        "adapter", help="write an untrained adapter, for programs that continue one"
+    )
+    adapter.add_argument("model", help="folder or hub name of the base model")
+    adapter.add_argument("rows", help="position file")
+    adapter.add_argument("out", help="folder to write the adapter to")
+    adapter.add_argument("--rank", type=int, help="of LoKI*")
+    adapter.set_defaults(run=_adapter)
+
     demo = commands.add_parser("demo", help="the main job on SmolLM2-135M, end to end")
     demo.add_argument("--out", default="demo-output", help="folder to write")
     demo.add_argument("--quick", action="store_true", help="a smaller run, under 3 minutes")
@@ -186,6 +195,18 @@ def _merge(arguments: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         logging.getLogger(__name__).warning("no tokenizer was copied: %s", error)
     print(f"merged model -> {out}")
+
+
+def _adapter(arguments: argparse.Namespace) -> None:
+    from .adapters import save_adapter
+    from .files import check_folder
+    from .patching import patch
+    from .selection import RowSelection
+
+    check_folder(arguments.out)
+    rows = RowSelection.load(arguments.rows)
+    handle = patch(_load_model(arguments.model, "auto"), rows, rank=arguments.rank)
+    print(f"{handle.report}\n{rows} -> {save_adapter(handle.model, arguments.out)}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

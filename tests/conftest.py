@@ -9,7 +9,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 import transformers
-from models import build_model
+from models import build_model, save_base
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -30,3 +30,9 @@ def shared_data() -> Path:
 def prompts() -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [{"input_ids": torch.randint(0, 97, (n,), generator=generator)} for n in (1, 7, 13, 4)]
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer, as a checkpoint."""
+    return save_base(tmp_path_factory.mktemp("base"))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 TINY = {
     "vocab_size": 97,
@@ -107,3 +111,34 @@ def assert_unchanged(model: torch.nn.Module, before: dict[str, object]) -> None:
         assert torch.equal(tensor, weights[name]), name
     for key in set(before) - {"weights"}:
         assert after[key] == before[key], key
+
+
+def save_base(folder: Path) -> Path:
+    """Write a tiny Llama and a tokenizer of the words w0 to w89."""
+    words = {f"w{i}": i for i in range(90)} | {"[UNK]": 90, "</s>": 91, "<s>": 92}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = GQA | {"hidden_size": 64, "intermediate_size": 128}
+    model = transformers.AutoModelForCausalLM.from_config(
+        _config(transformers.LlamaConfig, **sizes)
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def changed_rows(folder: Path | str, base_folder: Path) -> list[int]:
+    """Of the first down-projection, in a checkpoint that must be an ordinary one."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = load(folder, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    weight, before = (m.model.layers[0].mlp.down_proj.weight for m in (model, load(base_folder)))
+    return (weight != before.to(weight.dtype)).any(1).nonzero().flatten().tolist()

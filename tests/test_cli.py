@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
 from models import build_model
 from test_patching import train
 
 import loki_kernels as loki
 from loki_kernels.cli import main
+
+PIPES = {"capture_output": True, "text": True}
 
 
 @pytest.fixture
@@ -100,3 +105,30 @@ def test_env(capsys):
     out = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in out
     assert "backend triton" in out
+
+
+def test_adapter_to_start_from(base_folder, tmp_path, capsys):
+    import loki_kernels as loki
+
+    rows = tmp_path / "rows.json"
+    rows.write_text("[[1, 5, 40], [0], [7, 3]]")
+    assert main(["adapter", str(base_folder), str(rows), str(tmp_path / "adapter")]) == 0
+    assert "3 down-projections patched" in capsys.readouterr().out
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    merged = loki.load_adapter(base, tmp_path / "adapter").merge().state_dict()
+    assert all(torch.equal(merged[k], v) for k, v in before.items())
+    assert main(["adapter", str(base_folder), str(rows), str(tmp_path / "no" / "folder")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_launch_registers_before_the_program_runs(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import peft, sys\n"
+        "assert 'LOKI' in list(peft.PeftType) and __name__ == '__main__'\n"
+        "print(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-m", "loki_kernels.launch"]
+    ran = subprocess.run([*command, "program", "-x", "1"], cwd=tmp_path, **PIPES)
+    assert ran.stdout.strip() == "['-x', '1']", ran.stderr
+    assert "usage:" in subprocess.run(command, **PIPES).stderr

@@ -10,8 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import GQA, _config
-from tokenizers import Tokenizer, models, pre_tokenizers
+from models import changed_rows
 from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
 
 import loki_kernels as loki
@@ -21,23 +20,6 @@ SECTION = re.search(r"^## Use it with…\n(.*?)^## ", README, re.DOTALL | re.MUL
 BLOCKS = dict(
     re.findall(r"^\*\*(.*?)\*\*.*?```python\n(.*?)```", SECTION, re.DOTALL | re.MULTILINE)
 )
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    words = {f"w{i}": i for i in range(90)} | {"[UNK]": 90, "</s>": 91}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = GQA | {"hidden_size": 64, "intermediate_size": 128}
-    AutoModelForCausalLM.from_config(_config(transformers.LlamaConfig, **sizes)).save_pretrained(
-        folder
-    )
-    return folder
 
 
 @pytest.fixture
@@ -73,16 +55,6 @@ def run(block, names, **more):
     names |= {"LokiConfig": LokiConfig} | more
     exec(compile(BLOCKS[block], f"README: {block}", "exec"), names)
     return names
-
-
-def changed_rows(folder, base_folder):
-    """Of the first down-projection, in a checkpoint that must be an ordinary one."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not info["unexpected_keys"]
-    assert not info["missing_keys"]
-    base = AutoModelForCausalLM.from_pretrained(base_folder)
-    (weight, before) = (m.model.layers[0].mlp.down_proj.weight for m in (model, base))
-    return (weight != before).any(1).nonzero().flatten().tolist()
 
 
 def test_every_block_has_a_test():

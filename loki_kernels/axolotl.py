@@ -1,0 +1,55 @@
+"""LoKI as an Axolotl adapter.
+
+    plugins: [loki_kernels.axolotl.LokiPlugin]
+    adapter: loki
+    loki_positions: rows.json  # leave it out, and the model is analysed first
+    loki_rank: 8               # for LoKI*
+
+``lora_model_dir`` continues an adapter, as for Axolotl's own. An unknown ``adapter`` is an error
+there, so a run cannot train everything because this plugin was missing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from pydantic import BaseModel
+
+from .peft import LokiConfig
+
+
+class LokiArguments(BaseModel):
+    """What the plugin adds to Axolotl's configuration."""
+
+    loki_positions: str | None = None
+    loki_quota: float = 10.0
+    loki_rank: int | None = None
+
+
+class LokiPlugin(BasePlugin):
+    """Registers ``adapter: loki``."""
+
+    def get_input_args(self) -> str:
+        return "loki_kernels.axolotl.LokiArguments"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name="loki")]
+
+    def load_adapter(
+        self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[Any, LokiConfig] | None:
+        if cfg.adapter != "loki":
+            return None
+        config = LokiConfig(
+            positions=cfg.loki_positions, quota=cfg.loki_quota or 10.0, rank=cfg.loki_rank
+        )
+        if config_only:
+            return None, config
+        if cfg.lora_model_dir:
+            model = peft.PeftModel.from_pretrained(
+                model, cfg.lora_model_dir, is_trainable=not inference
+            )
+            return model, model.peft_config["default"]
+        return peft.get_peft_model(model, config), config

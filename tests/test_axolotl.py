@@ -1,0 +1,57 @@
+"""The Axolotl plugin. In an environment that has Axolotl (it pins its own packages).
+
+pip install axolotl && pip install --no-deps . && pytest tests/test_axolotl.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from models import changed_rows
+
+pytest.importorskip("axolotl")
+
+
+def run(command, config):
+    environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, "-m", "axolotl.cli.main", command, str(config), "--launcher", "python"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+
+
+@pytest.fixture
+def config(base_folder, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([[1, 5, 40], [0], [7, 3]]))
+    lines = [json.dumps({"text": f"w1 w2 w3 w4 w{i} " * 4}) for i in range(16)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return {
+        "base_model": str(base_folder), "plugins": ["loki_kernels.axolotl.LokiPlugin"],
+        "adapter": "loki", "loki_positions": str(tmp_path / "rows.json"),
+        "datasets": [{"path": str(tmp_path / "data.jsonl"), "ds_type": "json",
+                      "type": "completion"}],
+        "dataset_prepared_path": str(tmp_path / "prepared"), "output_dir": str(tmp_path / "out"),
+        "sequence_len": 32, "micro_batch_size": 2, "gradient_accumulation_steps": 1,
+        "max_steps": 3, "learning_rate": 0.01, "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "bf16": False, "fp16": False, "tf32": False, "val_set_size": 0, "save_steps": 3,
+        "special_tokens": {"pad_token": "</s>"}, "use_tensorboard": False,
+    }  # fmt: skip
+
+
+def test_trains_an_adapter(config, base_folder, tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text(json.dumps(config))
+    run("train", path)
+    from transformers import AutoModelForCausalLM
+
+    import loki_kernels as loki
+
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    loki.load_adapter(base, tmp_path / "out").merge().save_pretrained(tmp_path / "merged")
+    assert changed_rows(tmp_path / "merged", base_folder) == [1, 5, 40]
