@@ -105,8 +105,8 @@ class LokiConfig(PeftConfig):
 class LokiLayer(nn.Module, BaseTunerLayer):
     """A down-projection with one set of trained rows an adapter."""
 
+    # without `loki_index`, which PEFT before 0.20 would turn into the base's dtype
     adapter_layer_names = ("loki_rows", "loki_delta_a", "loki_delta_b")
-    other_param_names = ("loki_index",)
 
     def __init__(self, base_layer: nn.Module, model: nn.Module) -> None:
         super().__init__()
@@ -165,9 +165,18 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         return weight[rows.to(weight.device)]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        if hasattr(self, _original(adapter_name)):
+        if adapter_name in self.loki_index:
+            del self.loki_index[adapter_name]
             delattr(self, _original(adapter_name))
+        super().delete_adapter(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if adapter_name in self.loki_index:
+            original = getattr(self, _original(adapter_name))
+            self.loki_index[adapter_name] = self.loki_index[adapter_name].to(original.device)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
