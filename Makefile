@@ -4,6 +4,9 @@ PY := .venv/bin/python
 # On a machine without an NVIDIA GPU, a plain `torch` would pull several GB of CUDA packages.
 TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
 
+# The oldest PEFT that loki_kernels.peft is tested with, beside the newest.
+OLD_PEFT := 0.18.1
+
 .PHONY: demo test package lint bench clean
 
 .venv/.ready: pyproject.toml
@@ -26,6 +29,8 @@ demo: .venv/.ready
 test: .venv/.dev
 	$(PY) -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops tests/test_backends.py $(ARGS)
+	$(PY) -m pip install -q --no-deps --upgrade --target .venv/old-peft 'peft==$(OLD_PEFT)'
+	PYTHONPATH=.venv/old-peft $(PY) -m pytest tests/test_peft.py $(ARGS)
 
 # What a user gets from the sdist, in a clean environment without nvcc: pure Python at first, then
 # with the C++ implementations.

@@ -16,10 +16,10 @@ from models import changed_rows
 pytest.importorskip("axolotl")
 
 
-def run(command, config):
+def run(*command):
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, "-m", "axolotl.cli.main", command, str(config), "--launcher", "python"],
+        [sys.executable, "-m", "axolotl.cli.main", *map(str, command)],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
@@ -44,14 +44,23 @@ def config(base_folder, tmp_path):
     }  # fmt: skip
 
 
-def test_trains_an_adapter(config, base_folder, tmp_path):
+def test_trains_and_merges(config, base_folder, tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text(json.dumps(config))
-    run("train", path)
-    from transformers import AutoModelForCausalLM
+    run("train", path, "--launcher", "python")
+    merge = config | {"lora_model_dir": str(tmp_path / "out"), "merge_method": "legacy"}
+    path.write_text(json.dumps(merge))
+    run("merge-lora", path)
+    assert changed_rows(tmp_path / "out" / "merged", base_folder) == [1, 5, 40]
 
-    import loki_kernels as loki
 
-    base = AutoModelForCausalLM.from_pretrained(base_folder)
-    loki.load_adapter(base, tmp_path / "out").merge().save_pretrained(tmp_path / "merged")
-    assert changed_rows(tmp_path / "merged", base_folder) == [1, 5, 40]
+def test_another_adapter_is_left_alone():
+    from axolotl.utils.dict import DictDefault
+
+    from loki_kernels.axolotl import LokiPlugin
+
+    assert LokiPlugin().load_adapter(None, DictDefault({"adapter": "lora"})) is None
+    config = DictDefault({"adapter": "loki", "loki_rank": 2})
+    model, made = LokiPlugin().load_adapter(None, config, config_only=True)
+    assert model is None
+    assert made.rank == 2

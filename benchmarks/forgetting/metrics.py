@@ -55,12 +55,13 @@ def ndcg(scores: Sequence[float], relevance: Sequence[float], k: int) -> float:
 
 
 def average_degradation(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """Mean relative loss over the benchmarks in per cent, negative where a model got worse.
+    """Mean relative change over the benchmarks in per cent, negative where a model got worse.
 
-    ``100 / n * sum((after - before) / before)``, the paper's summary of what was forgotten.
+    ``100 / n * sum((after - before) / before)``, the paper's summary of what was forgotten; over
+    the benchmarks of which the model could do anything before.
     """
-    changes = [(after[name] - before[name]) / before[name] for name in before]
-    return 100 * sum(changes) / len(changes)
+    changes = [(after[name] - value) / value for name, value in before.items() if value > 0]
+    return 100 * sum(changes) / len(changes) if changes else 0.0
 
 
 def standard_error(values: Sequence[float]) -> float:

