@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,8 @@ from .patching import check_fits
 from .selection import RowSelection, select
 from .sharding import is_sharded, whole
 from .structure import find_structure, is_linear_like, is_plain_linear
+
+logger = logging.getLogger(__name__)
 
 _MERGES = ("dequantize", "requantize")
 _OLDEST = "0.18"  # which LLaMA-Factory 0.9 pins
@@ -361,6 +364,9 @@ class LokiModel(BaseTuner):
         quantized = {config.quantized_merge for config in self.peft_config.values()}
         if merge and "dequantize" in quantized:
             _dequantize(model)
+            logger.info("the merged model is no longer quantized")
+        elif merge and getattr(model, "is_quantized", False):
+            logger.info("the merged model is quantized as its base was")
         return model
 
 

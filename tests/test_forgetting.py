@@ -50,7 +50,9 @@ def test_ndcg():
 def test_average_degradation():
     before, after = {"a": 0.5, "b": 0.4}, {"a": 0.45, "b": 0.42}
     assert metrics.average_degradation(before, after) == pytest.approx(-2.5)
-    assert metrics.average_degradation({"a": 0.5, "c": 0.0}, {"a": 0.4, "c": 0.1}) == -20.0
+    assert metrics.average_degradation({"a": 0.5, "c": 0.0}, {"a": 0.4, "c": 0.1}) == pytest.approx(
+        -20
+    )
 
 
 def test_standard_error():
