@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .files import atomic_path, read_safetensors
 from .linear import TRAINED, LoKILinear
-from .sharding import shard_like, whole
+from .sharding import full_shape, shard_like, whole
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -75,7 +75,9 @@ def copy_into(layers: Sequence[tuple[str, LoKILinear]], saved: dict[str, Parts])
         own, parts = parts_of(layer), saved[name]
         if not torch.equal(parts["index"], layer.index.cpu()):
             return f"{name} has other rows there"
-        if own.keys() != parts.keys() or any(parts[p].shape != own[p].shape for p in own):
+        if own.keys() != parts.keys() or any(
+            tuple(parts[p].shape) != full_shape(own[p]) for p in own
+        ):
             return f"{name} has another rank or width there"
     with torch.no_grad():
         for name, layer in layers:

@@ -144,7 +144,7 @@ def check_fingerprint(
     raise ValueError(
         f"the adapter was trained on another base ({trained_on or 'a model without a name'}): the "
         f"rows it replaces have other values in this one ({loading or 'without a name'}). Load the "
-        "base it was trained on, with its revision and quantization."
+        "base it was trained on, with its revision, dtype and quantization."
     )
 
 

@@ -156,15 +156,23 @@ class LoKILinear(nn.Module):
             if self.rank is None:
                 return whole(self.rows).to(self.weight.dtype)
             delta = whole(self.delta_a).float() @ whole(self.delta_b).float()
-            return (whole(self.weight)[self.index].float() + delta).to(self.weight.dtype)
+            return (self._rows_of(whole(self.weight)).float() + delta.to(self.weight.device)).to(
+                self.weight.dtype
+            )
 
     def merged_weight(self) -> Tensor:
         """The weight as trained so far, ``[out_features, in_features]``, sharded if it is."""
         if self.rank is None and not is_sharded(self.weight):
             write_rows([self])
             return self.weight.detach()
-        merged = whole(self.weight).index_copy(0, self.index, self.merged_rows())
+        weight = whole(self.weight)
+        index = self.index.to(weight.device)
+        merged = weight.index_copy(0, index, self.merged_rows().to(weight.device))
         return shard_like(merged, self.weight)
+
+    def _rows_of(self, weight: Tensor) -> Tensor:
+        # FSDP with weights offloaded to the host leaves the index where the layer computes
+        return weight[self.index.to(weight.device)]
 
     def _write_rows(self) -> None:
         if not self.in_step:
@@ -238,12 +246,16 @@ class LoKILinear(nn.Module):
             return
         with torch.no_grad():
             weight = whole(self.weight)
-            loaded = weight[self.index]
+            loaded = self._rows_of(weight)
             if self.rank is None:
                 self.rows.copy_(shard_like(loaded.to(self.rows.dtype), self.rows))
             if self.rank is not None or isinstance(self.weight, DTensor):
                 # The delta form rounds by what the weight holds: it must be what it was before.
-                restored = weight.index_copy(0, self.index, self.original_rows.to(loaded))
+                index, original = self.index.to(weight.device), self.original_rows.to(loaded)
+                restored = weight.index_copy(0, index, original)
+                if local_metadata.get("assign_to_params_buffers") and self.rank is not None:
+                    # else the caller's state dict would change
+                    self.weight = nn.Parameter(self.weight.detach().clone(), False)
                 self.weight.data.copy_(shard_like(restored, self.weight))
             if self.rank is None:
                 return
@@ -256,7 +268,8 @@ class LoKILinear(nn.Module):
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         kept = min(self.rank or 0, len(s))
         lost, whole_norm = float(s[kept:].norm()), float(s.norm())
-        if lost > 0.05 * whole_norm:
+        rounding = torch.finfo(self.weight.dtype).eps * float(self.original_rows.float().norm())
+        if lost > 0.05 * whole_norm + rounding:
             return (
                 f"its trained rows differ from this model's by more than rank {self.rank} can "
                 "hold; load the checkpoint into the plain model and patch that."

@@ -25,7 +25,7 @@ from .linear import TRAINED, LoKILinear, write_rows
 from .mlp import FusedMLP, Gating, find_gating
 from .quota import rows_per_layer
 from .selection import RowSelection, select
-from .sharding import full_shape, is_sharded, shards_its_weights
+from .sharding import full_shape, is_partitioned, is_sharded, shards_its_weights
 from .structure import DownProjection, Structure, find_structure, is_plain_linear
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ class Patch:
         """Write the trained parameters in their own dtype beside a checkpoint.
 
         ``model.save_pretrained`` does this by itself where the merged checkpoint does not hold them
-        exactly: float32 rows over a bfloat16 weight, and low-rank rows.
+        exactly: float32 rows over a bfloat16 weight, and low-rank rows. With sharded parameters
+        every process has to call it.
         """
         path = Path(folder) / SIDE_FILE
         layers = {name: adapter_file.parts_of(layer) for name, layer in self.named_layers()}
@@ -123,7 +124,10 @@ class Patch:
         Raises:
             FileNotFoundError: if the folder has no side file.
             ValueError: if it is damaged or belongs to another selection; nothing is changed then.
+            RuntimeError: under ZeRO-3, whose own checkpoints hold the rows.
         """
+        if any(is_partitioned(layer.weight) for _, layer in self.named_layers()):
+            raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
         path = Path(folder) / SIDE_FILE
         reason = adapter_file.copy_into(self.named_layers(), adapter_file.read(path))
         if reason is not None:
@@ -423,15 +427,23 @@ class _SavePretrained:
         parts = {name: adapter_file.parts_of(layer) for name, layer in self.layers}
         if state_dict is not None:
             state_dict = _merge_trained(state_dict, parts)
+        needed = any(layer.needs_side_file for _, layer in self.layers)
+        needed = needed and kwargs.get("is_main_process", True)
+        # what FSDP shards is gathered when every process makes the state dict
+        gathered = state_dict is not None or not any(is_sharded(x.weight) for _, x in self.layers)
+        if needed and gathered:  # before the class's own, which may upload the folder
+            self._write_side_file(save_directory, parts)
         save = type(self.model).save_pretrained
         result = save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[operator]
-        if any(layer.needs_side_file for _, layer in self.layers) and kwargs.get(
-            "is_main_process", True
-        ):
-            for name, layer in self.layers:
-                parts[name] |= layer.gathered or {}
-            adapter_file.write(Path(save_directory) / SIDE_FILE, adapter_file.named(parts))
+        if needed and not gathered:
+            self._write_side_file(save_directory, parts)
         return result
+
+    def _write_side_file(self, folder: str | os.PathLike[str], parts: dict[str, Parts]) -> None:
+        for name, layer in self.layers:
+            parts[name] |= layer.gathered or {}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        adapter_file.write(Path(folder) / SIDE_FILE, adapter_file.named(parts))
 
 
 def _merge_trained(state_dict: dict[str, Tensor], parts: dict[str, Parts]) -> dict[str, Tensor]:

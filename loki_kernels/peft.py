@@ -31,7 +31,7 @@ from .adapters import check_fingerprint
 from .cache import cached_attribution
 from .errors import UnsupportedModelError, check_choice
 from .fingerprint import rows_fingerprint
-from .linear import check_rank, initial_factors
+from .linear import LoKILinear, check_rank, initial_factors
 from .ops import row_delta_linear
 from .patching import check_fits
 from .selection import RowSelection, select
@@ -108,7 +108,6 @@ class LokiConfig(PeftConfig):
 class LokiLayer(nn.Module, BaseTunerLayer):
     """A down-projection with one set of trained rows an adapter."""
 
-    # without `loki_index`, which PEFT before 0.20 would turn into the base's dtype
     adapter_layer_names = ("loki_rows", "loki_delta_a", "loki_delta_b")
 
     def __init__(self, base_layer: nn.Module, model: nn.Module) -> None:
@@ -133,6 +132,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         rank = config.rank
         self.configs[adapter_name] = config
         original = self.base_rows(rows)
+        if self.quantization_backend is not None:
+            original = original.to(self.dequantized_dtype)
         index = rows.to(original.device)
         self.loki_index[adapter_name] = index
         # of no dict of adapters: PEFT would turn it to float32
@@ -145,7 +146,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             self.loki_delta_b[adapter_name] = nn.Parameter(b.to(original))
 
     def base_rows(self, rows: Tensor) -> Tensor:
-        """Rows of the base's weight, dequantized if need be.
+        """Rows of the base's weight; of a quantized one as precise as it gives them.
 
         Raises:
             UnsupportedModelError: if they are not in memory.
@@ -157,7 +158,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                     "bitsandbytes repacks 4-bit weights on this CPU in the first forward pass in "
                     "evaluation mode; add and load adapters before that."
                 )
-            weight = _dequantized(base, self.quantization_backend, self.dequantized_dtype)
+            weight = self.quantization_backend.get_base_weight(base)
         else:
             weight = whole(base.weight)
         if weight.is_meta:
@@ -176,17 +177,25 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        if adapter_name in self.loki_index:
-            original = getattr(self, _original(adapter_name))
-            self.loki_index[adapter_name] = self.loki_index[adapter_name].to(original.device)
+        # not PEFT's own, which casts to the base's dtype too: float32 rows would lose their updates
+        if adapter_name not in self.loki_index:
+            return
+        device = device or getattr(self, _original(adapter_name)).device
+        self.loki_index[adapter_name] = self.loki_index[adapter_name].to(device)
+        for parameters in self.parameters_by_adapter():
+            if adapter_name in parameters and not parameters[adapter_name].is_meta:
+                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+
+    def parameters_by_adapter(self) -> list[nn.ParameterDict]:
+        return [getattr(self, name) for name in self.adapter_layer_names]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self._check_disjoint(names)
+        self.check_disjoint(names)
         super().set_adapter(adapter_names, inference_mode)
 
-    def _check_disjoint(self, names: list[str]) -> None:
+    def check_disjoint(self, names: list[str]) -> None:
+        """Raise ValueError if two of these adapters replace one row."""
         seen: set[int] = set()
         for name in self._own(names):
             rows = set(self.loki_index[name].tolist())
@@ -234,6 +243,28 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         delta = self.loki_delta_a[name].float() @ self.loki_delta_b[name].float()
         return (original.float() + delta).to(original)
 
+    def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
+        """The adapters that `merge` would merge; raises what it would raise."""
+        names = self._own(check_adapters_to_merge(self, adapter_names))
+        self.check_disjoint([*self.merged_adapters, *names])
+        if safe_merge and not all(torch.isfinite(self._merged_rows(n)).all() for n in names):
+            raise ValueError(f"there is NaN or infinity in the rows of {', '.join(names)}.")
+        if names and self.quantization_backend is not None:
+            self._how_to_merge(names)
+        return names
+
+    def _how_to_merge(self, names: list[str]) -> str:
+        choices = {self.configs[name].quantized_merge for name in names}
+        if len(choices) > 1 or None in choices:
+            raise ValueError(
+                "the base is quantized; say how to merge into it, the same for all adapters: "
+                "model.peft_config[adapter].quantized_merge = 'dequantize' (the merged model "
+                "becomes an ordinary one) or 'requantize' (the merged weights are rounded again)."
+            )
+        (how,) = choices
+        check_choice("quantized_merge", how, _MERGES)
+        return str(how)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters' rows into the base weight.
 
@@ -241,32 +272,20 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             ValueError: for adapters of common rows, non-finite rows with ``safe_merge``, or a
                 quantized base where ``LokiConfig.quantized_merge`` does not say how.
         """
-        names = self._own(check_adapters_to_merge(self, adapter_names))
-        if not names:
-            return
-        self._check_disjoint([*self.merged_adapters, *names])
+        names = self.check_merge(safe_merge, adapter_names)
         rows = {name: self._merged_rows(name) for name in names}
-        if safe_merge and not all(torch.isfinite(r).all() for r in rows.values()):
-            raise ValueError(f"there is NaN or infinity in the rows of {', '.join(names)}.")
         if self.quantization_backend is None:
             weight = self.get_base_layer().weight.data
             for name in names:
                 index = self.loki_index[name]
                 self._replaced[name] = weight[index]
                 weight.index_copy_(0, index, rows[name])
-        else:
+        elif names:
             self._merge_quantized(rows)
         self.merged_adapters.extend(names)
 
     def _merge_quantized(self, rows: dict[str, Tensor]) -> None:
-        how = self.configs[next(iter(rows))].quantized_merge
-        if how is None:
-            raise ValueError(
-                "the base is quantized; say how to merge into it: "
-                "model.peft_config[adapter].quantized_merge = 'dequantize' (the merged model "
-                "becomes an ordinary one) or 'requantize' (the merged weights are rounded again)."
-            )
-        check_choice("quantized_merge", how, _MERGES)
+        how = self._how_to_merge(list(rows))
         weight = _dequantized(
             self.get_base_layer(), self.quantization_backend, self.dequantized_dtype
         ).clone()
@@ -284,11 +303,14 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
         if self._unmerged is not None:
+            device = self.get_base_layer().weight.device
             self.base_layer, self.quantization_backend = self._unmerged
+            self.base_layer.to(device)
             self._unmerged = None
         else:
             for name, rows in self._replaced.items():
-                self.get_base_layer().weight.data.index_copy_(0, self.loki_index[name], rows)
+                weight = self.get_base_layer().weight.data
+                weight.index_copy_(0, self.loki_index[name], rows.to(weight))
         self._replaced.clear()
         self.merged_adapters.clear()
 
@@ -299,7 +321,13 @@ class LokiModel(BaseTuner):
     prefix = "loki_"
     tuner_layer_cls = LokiLayer
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_check_rows)
+
     def _prepare_adapter_config(self, peft_config: LokiConfig, model_config: dict) -> LokiConfig:
+        if any(layer.merged for layer in self._layers()):
+            raise ValueError("an adapter is merged; call unmerge_adapter() before adding another.")
         structure = find_structure(self.model)
         if peft_config.rows is None:
             selection = select(cached_attribution(self.model, structure, None), peft_config.quota)
@@ -324,10 +352,15 @@ class LokiModel(BaseTuner):
         peft_config.target_modules = set(self._rows)
         return peft_config
 
+    def _layers(self) -> list[LokiLayer]:
+        return [module for module in self.model.modules() if isinstance(module, LokiLayer)]
+
     def _layer(self, module: nn.Module) -> LokiLayer:
         """``module`` if it is one of ours, else one around it."""
         if isinstance(module, LokiLayer):
             return module
+        if isinstance(module, LoKILinear):
+            raise ValueError("the model is patched; call merge() or unpatch() on its handle first.")
         return LokiLayer(module, self.model)
 
     def _create_and_replace(
@@ -359,15 +392,61 @@ class LokiModel(BaseTuner):
             raise ValueError("LoKI adapters cannot be mixed within a batch (adapter_names=).")
         yield
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(merge=merge, **options)
-        quantized = {config.quantized_merge for config in self.peft_config.values()}
-        if merge and "dequantize" in quantized:
+    # All layers are checked before any is changed.
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        for layer in self._layers():
+            layer.check_disjoint([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        for layer in self._layers():
+            layer.check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        merged: set[str] = set()
+        for layer in self._layers() if merge else ():
+            merged |= {*layer.merged_adapters, *layer.check_merge(safe_merge, adapter_names)}
+        dequantize = any(self.peft_config[n].quantized_merge == "dequantize" for n in merged)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if dequantize:
             _dequantize(model)
             logger.info("the merged model is no longer quantized")
-        elif merge and getattr(model, "is_quantized", False):
+        elif merged and getattr(model, "is_quantized", False):
             logger.info("the merged model is quantized as its base was")
         return model
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's makes new parameters, which would be trained in an adapter that is not."""
+        parameters = [d for layer in self._layers() for d in layer.parameters_by_adapter()]
+        parameters = [d for d in parameters if adapter_name in d]
+        flags = [d[adapter_name].requires_grad for d in parameters]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for d, flag in zip(parameters, flags, strict=True):
+            d[adapter_name].requires_grad_(flag)
+
+
+def _check_rows(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict of other rows: PEFT loads one into an adapter without its config."""
+    for name, module in model.named_modules():
+        if isinstance(module, LokiLayer):
+            for adapter, index in module.loki_index.items():
+                key = f"{prefix}{name}.loki_index.{adapter}"
+                other = state_dict.get(key)
+                if other is not None and not torch.equal(other.cpu(), index.cpu()):
+                    raise ValueError(
+                        f"{name} trains other rows in adapter {adapter!r} than those that were "
+                        "saved; load them as an adapter of their own."
+                    )
 
 
 def _is_repacked(layer: nn.Module) -> bool:
@@ -405,7 +484,7 @@ def _quantization(layer: nn.Module, model: nn.Module) -> Any:
 
 def _original(adapter_name: str) -> str:
     """Name of the buffer with the rows that an adapter replaces."""
-    return f"loki_original_{adapter_name.replace('.', '_')}"
+    return f"loki_original_{adapter_name}"
 
 
 def _plain_linear(weight: Tensor, layer: nn.Module) -> nn.Linear:

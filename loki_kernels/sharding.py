@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .errors import UnsupportedModelError
+
 
 def is_partitioned(tensor: Tensor) -> bool:
     """Whether ZeRO-3 looks after a parameter: outside its layer's forward pass it is empty."""
@@ -20,12 +22,21 @@ def shards_its_weights(module: nn.Module) -> bool:
     """Whether an engine keeps a model's weights sharded between forward passes.
 
     Inside a forward pass the weights may look whole; writing to them would be lost.
+
+    Raises:
+        UnsupportedModelError: for FSDP1, which cannot make a state dict without trained rows.
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    return any(
-        isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in module.modules()
-    ) or any(map(is_partitioned, module.parameters()))
+    modules = list(module.modules())
+    if any(isinstance(part, FullyShardedDataParallel) for part in modules):
+        raise UnsupportedModelError(
+            "a patched model cannot be trained with FSDP1; use FSDP2 (fully_shard, or "
+            "fsdp_version: 2 for accelerate)."
+        )
+    return any(isinstance(part, FSDPModule) for part in modules) or any(
+        map(is_partitioned, module.parameters())
+    )
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:

@@ -6,11 +6,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .adapter_file import SIDE_FILE
+from . import adapter_file
+from .adapter_file import SIDE_FILE, Parts
 from .files import check_folder
+from .linear import LoKILinear
 from .patching import Patch
+from .sharding import is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -24,22 +28,52 @@ class SideFileCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        check_folder(args.output_dir)
+        if args.should_save:
+            check_folder(args.output_dir)
         if state.global_step:
-            self._load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+            if isinstance(args.resume_from_checkpoint, str):
+                folders.insert(0, Path(args.resume_from_checkpoint))
+            self._load(folders)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load(Path(state.best_model_checkpoint))
+            self._load([Path(state.best_model_checkpoint)])
 
-    def _load(self, checkpoint: Path) -> None:
-        if not any(layer.needs_side_file for _, layer in self.handle.named_layers()):
+    def _load(self, folders: list[Path]) -> None:
+        layers = self.handle.named_layers()
+        if not any(layer.needs_side_file for _, layer in layers) or any(
+            is_partitioned(layer.weight)
+            for _, layer in layers  # DeepSpeed has its own files
+        ):
             return
-        if (checkpoint / SIDE_FILE).is_file():
-            self.handle.load_state(checkpoint)
+        for folder in folders:
+            path = folder / SIDE_FILE
+            if path.is_file() and _rounds_to(adapter_file.read(path), layers):
+                self.handle.load_state(folder)
+                return
+        logger.warning(
+            "no %s of the checkpoint was found in %s: the rows go on as its weights hold them",
+            SIDE_FILE,
+            " or ".join(map(str, folders)),
+        )
+
+
+def _rounds_to(saved: dict[str, Parts], layers: list[tuple[str, LoKILinear]]) -> bool:
+    """Whether the layers hold what was saved, but for rounding: the Trainer has just read that."""
+    for name, layer in layers:
+        parts, held = saved.get(name, {}), layer.merged_rows().float().cpu()
+        if "rows" in parts:
+            rows, tolerance = parts["rows"].to(layer.weight.dtype).float(), 0.0
+        elif "delta_a" in parts:  # what was read back has been factored anew
+            original = layer.original_rows.float()
+            delta = parts["delta_a"].float() @ parts["delta_b"].float()
+            rounding = torch.finfo(layer.weight.dtype).eps * float(original.norm())
+            rows, tolerance = original + delta, 0.06 * float(delta.norm()) + rounding
         else:
-            logger.warning(
-                "%s has no %s: the rows go on as its weights hold them", checkpoint, SIDE_FILE
-            )
+            return False
+        if rows.shape != held.shape or float((rows - held).norm()) > tolerance:
+            return False
+    return True

@@ -23,7 +23,7 @@ TORCH = ["ddp", "ddp-peft", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-peft"]
 TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
            "trainer-fsdp2-peft"]  # fmt: skip
 ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft"]
-ZERO_TRAINER = ["trainer-zero3", "trainer-zero3-peft"]
+ZERO_TRAINER = ["trainer-zero3", "trainer-zero3-rank", "trainer-zero3-peft"]
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
@@ -124,6 +124,25 @@ def test_side_file_of_a_sharded_model(torch_engines, case, rank):
     handle.load_state(torch_engines / case)
     name = "model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(base.state_dict()[name], trained[name], rtol=1e-6, atol=1e-7)
+
+
+def test_fsdp1_is_refused_before_training():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = build_model()
+    loki.patch(model, [[1], [2], [3]])
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        layers = model.model.layers
+        layers[0] = FullyShardedDataParallel(
+            layers[0], use_orig_params=True, device_id=torch.device("cpu")
+        )
+        with pytest.raises(loki.UnsupportedModelError, match="FSDP2"):
+            model(input_ids=torch.ones(1, 4, dtype=torch.int64))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("case", TRAINER)

@@ -184,6 +184,52 @@ def test_trainer_callback_resumes_what_a_checkpoint_rounds(tmp_path, rank, dtype
         assert torch.equal(tensor, resumed[name]), name
 
 
+def test_trainer_callback_reads_no_side_file_of_another_run(tmp_path, caplog):
+    def patched():
+        model = build_model(dtype=torch.bfloat16)
+        return model, loki.patch(model, ROWS, dtype=torch.float32)
+
+    model, _ = patched()
+    trainer(model, tmp_path / "mine", 3).train()
+    other, _ = patched()
+    train(other)
+    other.save_pretrained(tmp_path / "out" / "checkpoint-3")  # lies where the Trainer would look
+    model, handle = patched()
+    run = trainer(model, tmp_path / "out", 6, [handle.trainer_callback()])
+    run.train(resume_from_checkpoint=str(tmp_path / "mine" / "checkpoint-3"))
+    assert "go on as its weights hold them" in caplog.text
+    straight, _ = patched()
+    trainer(straight, tmp_path / "straight", 6).train()
+    layer, want = (m.model.layers[0].mlp.down_proj for m in (model, straight))
+    assert (layer.rows - want.rows).abs().max() < 0.01  # not the other run's, 0.15 away
+
+
+@pytest.mark.parametrize("std", [1e-5, 1e-4, 1e-3])
+def test_low_rank_rows_over_bfloat16_are_read_back_at_any_size(std):
+    """Rounding the merged rows is not taken for a lost rank."""
+    linear_layer = torch.nn.Linear(256, 64, bias=False).to(torch.bfloat16)
+    twin = copy.deepcopy(linear_layer)
+    rows = torch.arange(51)
+    layer = loki.LoKILinear.from_linear(linear_layer, rows, rank=4, dtype=torch.float32)
+    with torch.no_grad():
+        layer.delta_a.normal_(std=std)
+    again = loki.LoKILinear.from_linear(twin, rows, rank=4, dtype=torch.float32)
+    again.load_state_dict(layer.state_dict())
+    want, got = (x.merged_weight().float() for x in (layer, again))
+    assert (got - want).norm() < 0.02 * want.norm()
+
+
+def test_assigned_state_dicts_stay_as_they_are(model):
+    loki.patch(model, ROWS, rank=2)
+    state = {k: v.clone() for k, v in train(model).state_dict().items()}
+    before = {k: v.clone() for k, v in state.items()}
+    again = build_model()
+    loki.patch(again, ROWS, rank=2)
+    again.load_state_dict(state, assign=True)
+    assert all(torch.equal(state[k], v) for k, v in before.items())
+    torch.testing.assert_close(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_load_best_model_at_end(tmp_path, dtype):
     model = build_model(dtype=torch.bfloat16)

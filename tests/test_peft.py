@@ -217,6 +217,87 @@ def test_bad_configs(options, message):
     assert not any(isinstance(m, LokiLayer) for m in model.modules())
 
 
+def test_rows_of_another_selection_are_not_loaded_into_an_adapter(tmp_path):
+    """As a Trainer does that resumes after the position file was made anew."""
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    train(model)
+    model.save_pretrained(tmp_path)
+    other = peft.get_peft_model(build_model(), LokiConfig(rows=[[1, 5, 41], [0], [7, 3]]))
+    before = {n: p.clone() for n, p in other.named_parameters()}
+    with pytest.raises(ValueError, match="trains other rows in adapter 'default'"):
+        other.load_adapter(str(tmp_path), "default")
+    assert all(torch.equal(p, before[n]) for n, p in other.named_parameters())
+    assert torch.equal(logits(other), logits(build_model()))
+
+
+def test_a_patched_model_is_refused():
+    model = build_model()
+    loki.patch(model, ROWS)
+    with pytest.raises(ValueError, match=r"call merge\(\) or unpatch\(\)"):
+        peft.get_peft_model(model, LokiConfig(rows=ROWS))
+
+
+def test_no_adapter_is_added_to_a_merged_model():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    learned = logits(train(model))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.add_adapter("other", LokiConfig(rows=[[1], [1], [1]]))
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), learned)
+
+
+def test_errors_of_one_layer_change_no_other():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    model.add_adapter("other", LokiConfig(rows=[[2], [9], [3]]))  # in common in the last layer
+    learned = logits(train(model))
+    with pytest.raises(ValueError, match="replaces row 3"):
+        model.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(model), learned)
+    with pytest.raises(ValueError, match="replaces row 3"):
+        model.merge_and_unload(adapter_names=["default", "other"])
+    with torch.no_grad():
+        down_proj(model, 2).loki_rows["default"][0, 0] = float("inf")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(layer.merged for layer in model.base_model._layers())
+    assert len(model.base_model._layers()) == 3
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_small_updates_of_a_bfloat16_base_are_loaded(tmp_path, low_cpu_mem_usage):
+    model = peft.get_peft_model(build_model(dtype=torch.bfloat16), LokiConfig(rows=ROWS))
+    with torch.no_grad():
+        rows = down_proj(model).loki_rows["default"]
+        rows += 1e-5 * torch.randn_like(rows)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(
+        build_model(dtype=torch.bfloat16), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(down_proj(again).loki_rows["default"], rows)
+
+
+def test_only_what_is_trained_requires_gradients(tmp_path):
+    model = peft.get_peft_model(build_model(dtype=torch.bfloat16), LokiConfig(rows=ROWS))
+    model.save_pretrained(tmp_path)
+    model.add_adapter("reference", LokiConfig(rows=ROWS))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(name.endswith(".default") for name in trained)
+    loaded = peft.PeftModel.from_pretrained(build_model(dtype=torch.bfloat16), str(tmp_path))
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_unmerges_in_another_dtype():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    train(model)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    want = build_model(dtype=torch.bfloat16).model.layers[0].mlp.down_proj.weight
+    assert torch.equal(down_proj(model).base_layer.weight, want)
+
+
 def test_adapters_within_a_batch_are_refused():
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)).eval()
     with pytest.raises(ValueError, match="mixed within a batch"):
