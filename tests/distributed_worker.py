@@ -224,7 +224,10 @@ def main(out: Path, cases: list[str]) -> None:
                 save_file(state, out / f"{case}.safetensors")
         print(case, losses, flush=True)
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # under DeepSpeed the end of the interpreter aborts now and then
 
 
 if __name__ == "__main__":
