@@ -184,8 +184,9 @@ def _merge(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from .adapters import merge_folder
+    from .files import check_folder
 
-    out = Path(arguments.out)
+    out = check_folder(arguments.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name a new folder.")
     model = merge_folder(_load_model(arguments.base, arguments.dtype), arguments.checkpoint)

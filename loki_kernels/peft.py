@@ -34,9 +34,16 @@ from .fingerprint import rows_fingerprint
 from .linear import LoKILinear, check_rank, initial_factors
 from .ops import row_delta_linear
 from .patching import check_fits
+from .quantized import (
+    dequantize_model,
+    dequantized_weight,
+    is_repacked,
+    plain_linear,
+    quantization_of,
+)
 from .selection import RowSelection, select
 from .sharding import is_sharded, whole
-from .structure import find_structure, is_linear_like, is_plain_linear
+from .structure import find_structure
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +122,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features: int = base_layer.in_features  # type: ignore[assignment]
         self.out_features: int = base_layer.out_features  # type: ignore[assignment]
-        self.quantization_backend = _quantization(base_layer, model)
+        self.quantization_backend = quantization_of(base_layer, model)
         self.dequantized_dtype = getattr(model, "dtype", None)
         self.loki_rows = nn.ParameterDict()
         self.loki_delta_a = nn.ParameterDict()
@@ -153,7 +160,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         """
         base = self.get_base_layer()
         if self.quantization_backend is not None:
-            if _is_repacked(base):
+            if is_repacked(base):
                 raise UnsupportedModelError(
                     "bitsandbytes repacks 4-bit weights on this CPU in the first forward pass in "
                     "evaluation mode; add and load adapters before that."
@@ -286,7 +293,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
 
     def _merge_quantized(self, rows: dict[str, Tensor]) -> None:
         how = self._how_to_merge(list(rows))
-        weight = _dequantized(
+        weight = dequantized_weight(
             self.get_base_layer(), self.quantization_backend, self.dequantized_dtype
         ).clone()
         for name, own in rows.items():
@@ -294,7 +301,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         if self._unmerged is None:
             self._unmerged = self.base_layer, self.quantization_backend
         if how == "dequantize":
-            self.base_layer = _plain_linear(weight, self.base_layer)
+            self.base_layer = plain_linear(weight, self.base_layer)
             self.quantization_backend = None
         else:
             self.base_layer = copy.deepcopy(self.base_layer)
@@ -419,7 +426,7 @@ class LokiModel(BaseTuner):
         dequantize = any(self.peft_config[n].quantized_merge == "dequantize" for n in merged)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if dequantize:
-            _dequantize(model)
+            dequantize_model(model)
             logger.info("the merged model is no longer quantized")
         elif merged and getattr(model, "is_quantized", False):
             logger.info("the merged model is quantized as its base was")
@@ -449,70 +456,9 @@ def _check_rows(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
                     )
 
 
-def _is_repacked(layer: nn.Module) -> bool:
-    """Whether bitsandbytes has brought 4-bit weights into the layout of AVX512-BF16 kernels."""
-    return getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
-
-
-def _dequantized(layer: nn.Module, backend: Any, dtype: torch.dtype | None) -> Tensor:
-    """The weight of a quantized layer, in the model's dtype (bitsandbytes gives float32)."""
-    if not _is_repacked(layer):
-        return backend.get_base_weight(layer).to(dtype)
-    # bitsandbytes 0.50.2 can multiply such a weight but not dequantize it.
-    identity = torch.eye(layer.in_features, dtype=dtype, device=layer.weight.device)  # type: ignore[arg-type]
-    weight = layer(identity).t()
-    return (weight if layer.bias is None else weight - layer.bias[:, None]).contiguous()
-
-
-def _quantization(layer: nn.Module, model: nn.Module) -> Any:
-    """PEFT's means of reading and writing the weight of a quantized layer; None for a plain one."""
-    weight = getattr(layer, "weight", None)
-    if is_plain_linear(layer):
-        return None
-    try:
-        from peft.utils.quantization_utils import (
-            get_quantization_kwargs,
-            resolve_quantization_backend,
-        )
-    except ImportError as error:
-        raise UnsupportedModelError(
-            f"a {type(layer).__name__} with a {type(weight).__name__} is no plain linear layer; "
-            "quantized bases need peft 0.21 or newer."
-        ) from error
-    return resolve_quantization_backend(layer, **get_quantization_kwargs(model))
-
-
 def _original(adapter_name: str) -> str:
     """Name of the buffer with the rows that an adapter replaces."""
     return f"loki_original_{adapter_name}"
-
-
-def _plain_linear(weight: Tensor, layer: nn.Module) -> nn.Linear:
-    """An ``nn.Linear`` of this weight and the layer's bias."""
-    linear = nn.Linear(1, 1, bias=False)
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    bias = layer.bias
-    linear.bias = None if bias is None else nn.Parameter(bias.detach().to(weight), False)
-    return linear.train(layer.training)
-
-
-def _dequantize(model: Any) -> None:
-    """Turn every quantized linear layer into a plain one, and the model's config with them."""
-    linears = [(n, m) for n, m in model.named_modules() if is_linear_like(m)]
-    for name, module in linears:
-        backend = _quantization(module, model)
-        if backend is not None:
-            parent, _, attribute = name.rpartition(".")
-            plain = _plain_linear(_dequantized(module, backend, model.dtype), module)
-            setattr(model.get_submodule(parent), attribute, plain)
-    for owner, names in (
-        (model.config, ("quantization_config",)),
-        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
-    ):
-        for name in names:
-            if name in owner.__dict__:
-                delattr(owner, name)
 
 
 register_peft_method(name="loki", config_cls=LokiConfig, model_cls=LokiModel)
