@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from loki_kernels import LoKILinear
 
 
 class SplitLinear(nn.Module):
@@ -49,6 +52,13 @@ class FullLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight)
+
+
+def delta_form(linear: nn.Linear, rows: Tensor) -> nn.Module:
+    """Our own layer as it computes where the weight is not written: sharded, and with PEFT."""
+    layer = LoKILinear.from_linear(copy.deepcopy(linear), rows)
+    layer.sharded = True
+    return layer
 
 
 def trainable_tokens(linear: nn.Linear, rows: Tensor) -> nn.Module:

@@ -19,6 +19,7 @@ PEERS = {
     "split_cat_gather": peers.SplitLinear,
     "masked_gradient": peers.MaskedLinear,
     "trainable_tokens": peers.trainable_tokens,
+    "delta_form": peers.delta_form,
 }
 # tokens, in_features, out_features
 SMALL, LARGE = (1024, 1536, 576), (256, 14336, 4096)
