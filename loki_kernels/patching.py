@@ -190,7 +190,10 @@ class Patch:
             self._saver.detach()
         ours = {f"{down_proj.name}.index" for down_proj, _ in self._layers}
         ignored = [n for n in self.model._ddp_params_and_buffers_to_ignore if n not in ours]
-        self.model._ddp_params_and_buffers_to_ignore = ignored
+        if ignored:
+            self.model._ddp_params_and_buffers_to_ignore = ignored
+        else:
+            del self.model._ddp_params_and_buffers_to_ignore
         self._active = False
         return self.model
 

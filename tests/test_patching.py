@@ -520,7 +520,9 @@ def test_hooks_go_with_the_patch(model):
     handle = loki.patch(model, ROWS)
     assert decoder._forward_pre_hooks
     assert decoder._forward_hooks
+    assert model._ddp_params_and_buffers_to_ignore
     handle.unpatch()
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
     assert not decoder._forward_pre_hooks
     assert not decoder._forward_hooks
     with loki.patch(model, ROWS, rank=2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from loki_kernels.demo.evaluation import labelled_logits
 from loki_kernels.demo.model import load_smollm2
 from loki_kernels.demo.training import Encoded
 from loki_kernels.errors import check_choice
+from loki_kernels.questions import Question
 
 from . import methods as methods_module
+from . import stability
 from .methods import Method, choose_rows
 from .retention import Retention
 from .tasks import Task, group_by_length, load_task
@@ -53,6 +55,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Stability:
+    """How many questions each comparison takes; ``blocks`` of 10 MMLU questions a subject."""
+
+    blocks: int
+    steps: int
+    definitions: int
+    dtype: int
+
+
+@dataclass(frozen=True)
 class Stage:
     """Some methods on one task: a sweep of learning rates, then every seed."""
 
@@ -76,6 +88,7 @@ class Study:
     stages: tuple[Stage, ...]
     quotas: tuple[float, ...]
     definitions: tuple[str, ...]
+    stability: Stability
 
     @classmethod
     def load(cls, path: Path) -> Study:
@@ -99,13 +112,14 @@ class Study:
             evaluation = Evaluation(**{k: _frozen(v) for k, v in content["evaluation"].items()})
             questions = content["analysis"]["questions"]
             suppression = content["suppression"]
+            counts = Stability(**content["stability"])
             quotas, definitions = tuple(suppression["quotas"]), tuple(suppression["definitions"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
         for stage in stages:
             for name in stage.methods:
                 check_choice("method", name, methods)
-        return cls(questions, evaluation, methods, tuple(stages), quotas, definitions)
+        return cls(questions, evaluation, methods, tuple(stages), quotas, definitions, counts)
 
 
 def _frozen(value: Any) -> Any:
@@ -144,6 +158,42 @@ def pieces(study: Study, results: Results) -> Iterator[Piece]:
                     {"quotas": study.quotas, "definition": definition, "evaluation": evaluation},
                     lambda shop, definition=definition: _suppress(shop, definition, study.quotas),
                 )
+            yield from _stability_pieces(study)
+
+
+def _stability_pieces(study: Study) -> Iterator[Piece]:
+    wanted, spec = study.stability, {"quota": stability.QUOTA}
+    for block in range(wanted.blocks):
+        yield Piece(
+            f"stability/block-{block}",
+            spec | {"questions a subject": stability.BLOCK},
+            lambda shop, block=block: {"questions": len(shop.block(block).scores)},
+        )
+    if wanted.blocks:
+        yield Piece(
+            "stability/questions",
+            spec | {"blocks": wanted.blocks},
+            lambda shop: stability.by_questions([shop.block(b) for b in range(wanted.blocks)]),
+        )
+    for name, count, run in (
+        ("steps", wanted.steps, lambda shop, count: stability.by_steps(shop.attribute(count))),
+        (
+            "definitions",
+            wanted.definitions,
+            lambda shop, count: stability.by_definition(shop.attribute(count)),
+        ),
+        (
+            "dtype",
+            wanted.dtype,
+            lambda shop, count: stability.by_dtype(shop.attribute(count), shop.model()),
+        ),
+    ):
+        if count:
+            yield Piece(
+                f"stability/{name}",
+                spec | {"questions": count},
+                lambda shop, run=run, count=count: run(shop, count),
+            )
 
 
 def _stage_pieces(study: Study, stage: Stage, results: Results) -> Iterator[Piece]:
@@ -253,16 +303,31 @@ class Workshop:
         """Of the study's questions, evenly taken from those `loki.patch` takes by itself."""
         path = self.work / f"{definition}-{self.questions}.safetensors"
         if not path.is_file():
-            every = loki.load_questions(CALIBRATION_PER_SUBJECT)
-            chosen = every[:: max(1, len(every) // self.questions)][: self.questions]
-            scores = loki.attribute(
-                self.model(),
-                [question.prompt(self.tokenizer) for question in chosen],
-                tokenizer=self.tokenizer,
-                definition=definition,
-            )
-            scores.save(path)
+            self.attribute(self.questions)(definition=definition).save(path)
         return Attribution.load(path)
+
+    def block(self, number: int) -> Attribution:
+        """On 10 questions of each of MMLU's subjects, kept."""
+        path = self.work / f"mmlu-{number}.safetensors"
+        if not path.is_file():
+            first = number * stability.BLOCK
+            questions = stability.mmlu(self.data, first, stability.BLOCK)
+            self._attribute(questions)().save(path)
+        return Attribution.load(path)
+
+    def attribute(self, count: int) -> Callable[..., Attribution]:
+        """`loki.attribute` on so many of the questions `loki.patch` takes, evenly taken."""
+        every = loki.load_questions(CALIBRATION_PER_SUBJECT)
+        return self._attribute(every[:: max(1, len(every) // count)][:count])
+
+    def _attribute(self, questions: Sequence[Question]) -> Callable[..., Attribution]:
+        prompts = [question.prompt(self.tokenizer) for question in questions]
+
+        def attribute(model: Any = None, **options: Any) -> Attribution:
+            model = self.model() if model is None else model
+            return loki.attribute(model, prompts, tokenizer=self.tokenizer, **options)
+
+        return attribute
 
 
 def run(piece: Piece, shop: Workshop) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
             _plot(stage, rows, before["figures"], folder / f"{stage.name}.png")
             yield from ("", f"![{stage.name}]({stage.name}.png)")
     yield from _suppression(study, results)
+    yield from _stability(results)
 
 
 def _seeds(study: Study, stage: Stage, name: str, results: Results) -> Iterator[dict[str, Any]]:
@@ -161,3 +162,19 @@ def _suppression(study: Study, results: Results) -> Iterator[str]:
             cells = " | ".join(f"{values[quota]:,.1f}" for quota in quotas)
             kind = kind.replace("layer_balanced_highest", "highest")
             yield f"| {label} | {kind.replace('layer_balanced', 'lowest')} | {cells} |"
+
+
+def _stability(results: Results) -> Iterator[str]:
+    found = {
+        name: row["figures"]
+        for name in ("questions", "steps", "definitions", "dtype")
+        if (row := results.find(f"stability/{name}")) is not None
+    }
+    if found:
+        yield from ("", "## Stability", "", "Share of the 10 % of rows that two selections share.")
+    for name, figures in found.items():
+        columns = list(next(iter(figures.values())))
+        yield from ("", f"| {name} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|")
+        for case, values in figures.items():
+            cells = [f"{values[c]:.3f}" if c in values else "" for c in columns]
+            yield f"| {case} | {' | '.join(cells)} |"
