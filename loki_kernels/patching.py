@@ -246,8 +246,7 @@ def patch(
     check_fits(selection, structure)
     gatings: dict[str, Gating | str] = {}
     if fuse_mlp:
-        low_rank = "low-rank rows need the product itself" if rank is not None else None
-        gatings = {d.name: low_rank or find_gating(d) for d in structure.down_projs}
+        gatings = {d.name: _gating(d, rank) for d in structure.down_projs}
 
     causal_lm = structure.causal_lm
     names = {id(module): name for name, module in causal_lm.named_modules()}
@@ -269,21 +268,7 @@ def patch(
         parameter.requires_grad_(False)
     for down_proj, layer in layers:
         setattr(down_proj.parent, down_proj.attribute, layer)
-    mlps: list[tuple[nn.Module, str, nn.Module]] = []
-    fused: dict[str, str] = {}
-    not_fused: dict[str, str] = {}
-    for down_proj, _ in layers:
-        gating = gatings.get(down_proj.name)
-        name = names[id(down_proj.parent)]
-        if isinstance(gating, str):
-            not_fused[name] = gating
-        if not isinstance(gating, Gating):
-            continue
-        owner = causal_lm.get_submodule(name.rpartition(".")[0])
-        attribute = name.rpartition(".")[2]
-        setattr(owner, attribute, FusedMLP(down_proj.parent, down_proj.attribute, gating))
-        mlps.append((owner, attribute, down_proj.parent))
-        fused[name] = gating.activation
+    fused, not_fused, mlps = _fuse(causal_lm, layers, gatings, names)
     trainable = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
     report = Report(
         patched={names[id(d.module)]: len(layer.index) for d, layer in layers},
@@ -304,6 +289,39 @@ def patch(
     ]
     logger.info("%s", report)
     return handle
+
+
+def _gating(down_proj: DownProjection, rank: int | None) -> Gating | str:
+    if rank is not None:
+        return "low-rank rows need the product itself"
+    if is_sharded(down_proj.module.weight):  # type: ignore[arg-type]
+        return "its weights are sharded"
+    return find_gating(down_proj)
+
+
+def _fuse(
+    causal_lm: nn.Module,
+    layers: Sequence[tuple[DownProjection, LoKILinear]],
+    gatings: dict[str, Gating | str],
+    names: dict[int, str],
+) -> tuple[dict[str, str], dict[str, str], list[tuple[nn.Module, str, nn.Module]]]:
+    """Put a `FusedMLP` where the gating is known; (fused, not fused, what was replaced)."""
+    fused: dict[str, str] = {}
+    not_fused: dict[str, str] = {}
+    mlps: list[tuple[nn.Module, str, nn.Module]] = []
+    for down_proj, _ in layers:
+        gating = gatings.get(down_proj.name)
+        name = names[id(down_proj.parent)]
+        if isinstance(gating, str):
+            not_fused[name] = gating
+        if not isinstance(gating, Gating):
+            continue
+        owner_name, _, attribute = name.rpartition(".")
+        owner = causal_lm.get_submodule(owner_name)
+        setattr(owner, attribute, FusedMLP(down_proj.parent, down_proj.attribute, gating))
+        mlps.append((owner, attribute, down_proj.parent))
+        fused[name] = gating.activation
+    return fused, not_fused, mlps
 
 
 @dataclass
