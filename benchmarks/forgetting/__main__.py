@@ -36,11 +36,13 @@ def main() -> None:
     if arguments.what == "report":
         from .report import write
 
+        for piece in pieces(study, results):
+            results.claim(piece)
         write(study, results)
         return
     if arguments.what == "list":
         for piece in pieces(study, results):
-            print("done" if results.has(piece) else "    ", piece.name)
+            print("done" if results.claim(piece) else "    ", piece.name)
         return
     if not arguments.data.is_dir():
         raise SystemExit(f"the evaluation data is not in {arguments.data}; name it with --data.")
@@ -49,7 +51,7 @@ def main() -> None:
     start, machine = time.monotonic(), describe_machine()
     shop = Workshop(arguments.work, arguments.data, study)
     for piece in pieces(study, results):
-        if results.has(piece) or not piece.name.startswith(arguments.only):
+        if results.claim(piece) or not piece.name.startswith(arguments.only):
             continue
         if arguments.minutes and time.monotonic() - start > 60 * arguments.minutes:
             return

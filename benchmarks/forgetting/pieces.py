@@ -252,22 +252,30 @@ def best_rate(stage: Stage, name: str, method: Method, results: Results) -> floa
 
 
 class Results:
-    """A JSON-lines file, one line a piece; of several lines for one piece the last counts."""
+    """A JSON-lines file, one line a piece; of several lines for one piece the last counts.
+
+    A row is known once its piece claims it: what an older study file asked for is not.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
+        self._stored: dict[str, dict[str, Any]] = {}
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                self.rows[row["piece"]] = row
+                self._stored[row["piece"]] = row
 
     def find(self, name: str) -> dict[str, Any] | None:
         return self.rows.get(name)
 
-    def has(self, piece: Piece) -> bool:
-        row = self.find(piece.name)
-        return row is not None and row["spec"] == json.loads(json.dumps(piece.spec))
+    def claim(self, piece: Piece) -> bool:
+        """Whether the piece has been run as it is asked for now."""
+        row = self._stored.get(piece.name)
+        if row is None or row["spec"] != json.loads(json.dumps(piece.spec)):
+            return False
+        self.rows[piece.name] = row
+        return True
 
     def add(self, row: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
