@@ -18,6 +18,7 @@ from .fingerprint import rows_fingerprint
 from .linear import LoKILinear
 from .patching import Patch, patch
 from .selection import RowSelection
+from .sharding import is_distributed
 from .structure import Structure, find_structure
 
 
@@ -36,19 +37,6 @@ class AdapterConfig:
     rows: list[list[int]]
     rank: int | None
     fingerprint: str | None
-
-    def save(self, folder: Path) -> None:
-        content = {
-            "peft_type": "LOKI",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base,
-            "inference_mode": True,
-            "rank": self.rank,
-            "fingerprint": self.fingerprint,
-            "rows": self.rows,
-        }
-        with atomic_path(folder / CONFIG_FILE) as temporary:
-            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> AdapterConfig:
@@ -89,16 +77,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     rows = [
         by_name[d.name].index.tolist() if d.name in by_name else [] for d in structure.down_projs
     ]
-    config = AdapterConfig(
-        base=getattr(structure.causal_lm, "name_or_path", None) or None,
-        rows=rows,
-        rank=layers[0][1].rank,
-        fingerprint=rows_fingerprint(layer.original_rows for _, layer in layers),
-    )
-    if _is_main_process():
-        path.mkdir(exist_ok=True)
-        adapter_file.write(path / ADAPTER_FILE, tensors)
-        config.save(path)
+    config = {
+        "rank": layers[0][1].rank,
+        "fingerprint": rows_fingerprint(layer.original_rows for _, layer in layers),
+        "rows": rows,
+    }
+    if not is_distributed() or torch.distributed.get_rank() == 0:
+        _write(path, structure, tensors, {"peft_type": "LOKI", **config})
     return path
 
 
@@ -202,11 +187,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         ranks[name] = len(a)
     rank = max(ranks.values())
     uneven = {name: r for name, r in ranks.items() if r != rank}
-    content: dict[str, Any] = {
+    config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(structure.causal_lm, "name_or_path", None) or None,
-        "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": uneven,
@@ -215,11 +197,23 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "lora_dropout": 0.0,
         "bias": "none",
     }
-    path.mkdir(exist_ok=True)
-    adapter_file.write(path / ADAPTER_FILE, tensors)
-    with atomic_path(path / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _write(path, structure, tensors, config)
     return path
+
+
+def _write(
+    folder: Path, structure: Structure, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    """An adapter's two files; ``config`` is what depends on its kind."""
+    content = config | {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(structure.causal_lm, "name_or_path", None) or None,
+        "inference_mode": True,
+    }
+    folder.mkdir(exist_ok=True)
+    adapter_file.write(folder / ADAPTER_FILE, tensors)
+    with atomic_path(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _patched(model: nn.Module) -> tuple[Structure, list[tuple[str, LoKILinear]]]:
@@ -228,8 +222,3 @@ def _patched(model: nn.Module) -> tuple[Structure, list[tuple[str, LoKILinear]]]
     if not layers:
         raise ValueError("the model is not patched; call loki_kernels.patch(model) first.")
     return structure, layers
-
-
-def _is_main_process() -> bool:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0

@@ -124,15 +124,16 @@ class LoKILinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.writes:
-            delta = self.delta_a if self.rank is not None else self._difference()
-            delta_b = self.delta_b if self.rank is not None else None
-            return row_delta_linear(x, self.weight, delta, delta_b, self.index, self.bias)
+            return row_delta_linear(x, self.weight, *self._factors(), self.index, self.bias)
         self._write_rows()
         return row_masked_linear(x, self.weight, self.rows, self.index, self.bias)
 
-    def _difference(self) -> Tensor:
-        """To what the weight holds now, trained or not: zero exactly before the first step."""
-        return self.rows - self.weight.detach()[self.index].to(self.rows.dtype)
+    def _factors(self) -> tuple[Tensor, Tensor | None]:
+        """The update of the rows: a product, or the difference itself and None."""
+        if self.rank is not None:
+            return self.delta_a, self.delta_b
+        # to what the weight holds now, trained or not: zero exactly before the first step
+        return self.rows - self.weight.detach()[self.index].to(self.rows.dtype), None
 
     def forward_gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """``self(act(gate) * up)`` without keeping the product, where the layer ``writes``."""
@@ -155,10 +156,9 @@ class LoKILinear(nn.Module):
         with torch.no_grad():
             if self.rank is None:
                 return whole(self.rows).to(self.weight.dtype)
-            delta = whole(self.delta_a).float() @ whole(self.delta_b).float()
-            return (self._rows_of(whole(self.weight)).float() + delta.to(self.weight.device)).to(
-                self.weight.dtype
-            )
+            frozen = self._rows_of(whole(self.weight))
+            rows = low_rank_rows(frozen, whole(self.delta_a), whole(self.delta_b))
+            return rows.to(self.weight.dtype)
 
     def merged_weight(self) -> Tensor:
         """The weight as trained so far, ``[out_features, in_features]``, sharded if it is."""
@@ -296,6 +296,11 @@ def initial_factors(rows: int, rank: int, in_features: int) -> tuple[Tensor, Ten
         torch.zeros(rows, rank),
         torch.randn(rank, in_features) / math.sqrt(in_features),
     )
+
+
+def low_rank_rows(frozen: Tensor, delta_a: Tensor, delta_b: Tensor) -> Tensor:
+    """LoKI*'s rows, ``frozen + delta_a @ delta_b`` in float32, where ``frozen`` lies."""
+    return frozen.float() + (delta_a.float() @ delta_b.float()).to(frozen.device)
 
 
 def write_rows(layers: Sequence[LoKILinear]) -> None:

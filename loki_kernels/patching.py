@@ -21,7 +21,7 @@ from . import adapter_file
 from .adapter_file import SIDE_FILE, Parts
 from .cache import cached_attribution
 from .errors import UnsupportedModelError
-from .linear import TRAINED, LoKILinear, write_rows
+from .linear import TRAINED, LoKILinear, low_rank_rows, write_rows
 from .mlp import FusedMLP, Gating, find_gating
 from .quota import rows_per_layer
 from .selection import RowSelection, select
@@ -480,7 +480,7 @@ def _merge_trained(state_dict: dict[str, Tensor], parts: dict[str, Parts]) -> di
         if "rows" in found:
             rows = found["rows"]
         else:
-            rows = weight[index].float() + found["delta_a"].float() @ found["delta_b"].float()
+            rows = low_rank_rows(weight[index], found["delta_a"], found["delta_b"])
         merged[f"{name}.weight"] = weight.index_copy(0, index, rows.to(weight))
     return merged
 

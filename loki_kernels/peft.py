@@ -31,7 +31,7 @@ from .adapters import check_fingerprint
 from .cache import cached_attribution
 from .errors import UnsupportedModelError, check_choice
 from .fingerprint import rows_fingerprint
-from .linear import LoKILinear, check_rank, initial_factors
+from .linear import LoKILinear, check_rank, initial_factors, low_rank_rows
 from .ops import row_delta_linear
 from .patching import check_fits
 from .quantized import (
@@ -203,8 +203,11 @@ class LokiLayer(nn.Module, BaseTunerLayer):
 
     def check_disjoint(self, names: list[str]) -> None:
         """Raise ValueError if two of these adapters replace one row."""
+        names = self._own(names)
+        if len(names) < 2:  # without reading an index: enabling an adapter comes here too
+            return
         seen: set[int] = set()
-        for name in self._own(names):
+        for name in names:
             rows = set(self.loki_index[name].tolist())
             if seen & rows:
                 raise ValueError(
@@ -247,8 +250,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         original = getattr(self, _original(name))
         if name in self.loki_rows:
             return self.loki_rows[name].to(original)
-        delta = self.loki_delta_a[name].float() @ self.loki_delta_b[name].float()
-        return (original.float() + delta).to(original)
+        rows = low_rank_rows(original, self.loki_delta_a[name], self.loki_delta_b[name])
+        return rows.to(original)
 
     def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
         """The adapters that `merge` would merge; raises what it would raise."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UnsupportedModelError
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -26,6 +32,8 @@ def shards_its_weights(module: nn.Module) -> bool:
     Raises:
         UnsupportedModelError: for FSDP1, which cannot make a state dict without trained rows.
     """
+    if not is_distributed():  # asked before every forward pass
+        return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     modules = list(module.modules())

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from . import adapter_file
 from .adapter_file import SIDE_FILE, Parts
 from .files import check_folder
-from .linear import LoKILinear
+from .linear import LoKILinear, low_rank_rows
 from .patching import Patch
 from .sharding import is_partitioned
 
@@ -69,9 +69,9 @@ def _rounds_to(saved: dict[str, Parts], layers: list[tuple[str, LoKILinear]]) ->
             rows, tolerance = parts["rows"].to(layer.weight.dtype).float(), 0.0
         elif "delta_a" in parts:  # what was read back has been factored anew
             original = layer.original_rows.float()
-            delta = parts["delta_a"].float() @ parts["delta_b"].float()
+            rows = low_rank_rows(original, parts["delta_a"], parts["delta_b"])
             rounding = torch.finfo(layer.weight.dtype).eps * float(original.norm())
-            rows, tolerance = original + delta, 0.06 * float(delta.norm()) + rounding
+            tolerance = 0.06 * float((rows - original).norm()) + rounding
         else:
             return False
         if rows.shape != held.shape or float((rows - held).norm()) > tolerance:

@@ -11,8 +11,7 @@ import peft
 import pytest
 import torch
 from models import ARCHITECTURES, build_model
-from test_patching import ROWS, _Tokenizer, data, logits, train
-from transformers import Trainer, TrainingArguments
+from test_patching import ROWS, _Tokenizer, data, logits, train, trainer
 
 import loki_kernels as loki
 import loki_kernels.peft
@@ -307,14 +306,7 @@ def test_adapters_within_a_batch_are_refused():
 def test_trainer_resumes_bit_exactly(tmp_path):
     def run(folder, steps, resume=False):
         model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
-        arguments = TrainingArguments(
-            output_dir=str(folder), max_steps=steps, save_steps=3, learning_rate=0.02,
-            lr_scheduler_type="constant", per_device_train_batch_size=2, report_to="none",
-            disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
-        Trainer(model=model, args=arguments, train_dataset=data()).train(
-            resume_from_checkpoint=resume
-        )
+        trainer(model, folder, steps).train(resume_from_checkpoint=resume)
         return {n: p.detach().clone() for n, p in model.named_parameters() if "loki_" in n}
 
     straight = run(tmp_path / "a", 6)

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 import loki_kernels as loki
-from loki_kernels import Attribution, RowSelection
-from loki_kernels.quota import rows_per_layer
-from loki_kernels.selection import random_rows
+from loki_kernels import Attribution
 
 
 @dataclass(frozen=True)
@@ -37,16 +35,6 @@ class Method:
     rank: int | None = None
 
 
-def choose_rows(
-    attribution: Attribution, strategy: str, criterion: str, quota: float, seed: int = 0
-) -> RowSelection:
-    """`select`, with the strategy ``layer_balanced_highest`` for the rows it would train last."""
-    _, layers, width = attribution.scores.shape
-    if strategy == "random":
-        return RowSelection(random_rows(layers, width, rows_per_layer(quota, width), seed))
-    return loki.select(attribution, quota, strategy, criterion)  # type: ignore[arg-type]
-
-
 def prepare(
     model: Any, method: Method, attribution: Attribution | None, seed: int
 ) -> tuple[Any, list[nn.Parameter]]:
@@ -65,7 +53,7 @@ def prepare(
         model = peft.get_peft_model(model, config)
     elif method.kind == "rows":
         assert attribution is not None
-        rows = choose_rows(attribution, method.strategy, method.criterion, method.quota, seed)
+        rows = loki.select(attribution, method.quota, method.strategy, method.criterion, seed)  # type: ignore[arg-type]
         loki.patch(model, rows, rank=method.rank)
     elif method.kind == "down_proj":
         for name, parameter in model.named_parameters():

@@ -25,7 +25,7 @@ from loki_kernels.questions import Question
 
 from . import methods as methods_module
 from . import stability
-from .methods import Method, choose_rows
+from .methods import Method
 from .retention import Retention
 from .tasks import Task, group_by_length, load_task
 
@@ -365,7 +365,7 @@ def _suppress(
     for strategy, criterion in kinds:
         kind = "random" if strategy == "random" else f"{criterion} {strategy}"
         for quota in quotas:
-            with loki.suppress(model, choose_rows(attribution, strategy, criterion, quota)):
+            with loki.suppress(model, loki.select(attribution, quota, strategy, criterion)):  # type: ignore[arg-type]
                 perplexity = shop.retention.perplexity(model)
             result.setdefault(kind, {})[f"{quota:g}"] = perplexity
     return result
