@@ -8,11 +8,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.forgetting import metrics, tasks
 from benchmarks.forgetting.__main__ import HERE
 from benchmarks.forgetting.pieces import Results, Study, Workshop, best_rate, pieces, run
 from benchmarks.forgetting.report import write
+from benchmarks.forgetting.retention import Choices, choice_log_probabilities
+from loki_kernels.demo.evaluation import token_log_probabilities
 
 
 def test_token_loss_and_perplexity():
@@ -28,10 +31,31 @@ def test_exact_match():
 
 def test_choice_accuracy_is_by_mean_log_probability():
     # the first question's right choice is longer, and better by token
-    log_p = [torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-2.0]), torch.tensor([-1.0]),
-             torch.tensor([-3.0]), torch.tensor([-0.5])]  # fmt: skip
-    assert metrics.choice_accuracy(log_p, [2, 3], [0, 2]) == 1.0
-    assert metrics.choice_accuracy(log_p, [2, 3], [1, 2]) == 0.5
+    log_p = [
+        [torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-2.0])],
+        [torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([-0.5])],
+    ]
+    assert metrics.choice_accuracy(log_p, [0, 2]) == 1.0
+    assert metrics.choice_accuracy(log_p, [1, 2]) == 0.5
+
+
+def test_choices_in_one_row_are_read_apart():
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).double().eval()
+    questions = [
+        Choices([1, 2, 3], [[4], [5, 6, 7]]),
+        Choices([8, 9, 10, 11, 12, 13], [[14, 15], [16], [17, 18, 19, 20]]),
+    ]
+    for question, found in zip(questions, choice_log_probabilities(model, questions), strict=True):
+        for choice, log_p in zip(question.choices, found, strict=True):
+            prompt = question.context
+            row = {"input_ids": prompt + choice, "labels": [-100] * len(prompt) + choice}
+            ((want, _),) = token_log_probabilities(model, [row], 1)
+            torch.testing.assert_close(log_p, want, atol=1e-5, rtol=0)
 
 
 def test_ndcg():
@@ -96,14 +120,14 @@ def test_held_out_functions_never_occur_in_training(shared_data, seed):
         def __call__(self, text, add_special_tokens=False):
             return {"input_ids": [text]}
 
-    task = tasks.load_task("function_calling", shared_data, Words(), seed)
+    task = tasks.load_task("function_calling", shared_data, Words(), seed, 100)
     assert len(task.test) == len(task.validation) == 100
     called = [json.loads(row["input_ids"][-1])["name"] for row in task.test + task.validation]
     for row in task.train:
         offered = [json.loads(line)["name"] for line in row["input_ids"][0].split("\n")[1:]]
         assert not set(offered) & set(called)
         assert json.loads(row["input_ids"][-1])["name"] in offered
-    others = [tasks.load_task("function_calling", shared_data, Words(), s) for s in range(3)]
+    others = [tasks.load_task("function_calling", shared_data, Words(), s, 100) for s in range(3)]
     tests = [{row["input_ids"][1] for row in other.test} for other in others]
     assert not tests[0] & tests[1]
     assert not tests[1] & tests[2]
@@ -156,19 +180,19 @@ def test_the_lowest_validation_loss_is_chosen(tmp_path):
 
     for piece in pieces(study, results):
         if piece.name in swept:
-            assert best_rate(stage, "full", method, results) is None
+            assert best_rate(study, stage, "full", results) is None
             assert not results.claim(piece)
             results.add(row(piece, swept[piece.name]))
         last = piece
         if piece.name == "calls/full/seed-0":
             break
-    assert last.spec["learning_rate"] == best_rate(stage, "full", method, results)
-    assert last.spec["learning_rate"] == method.learning_rates[1]
+    assert last.spec["lessons"][0]["learning_rate"] == best_rate(study, stage, "full", results)
+    assert last.spec["lessons"][0]["learning_rate"] == method.learning_rates[1]
 
     # read again, the last row of a piece counts, and one of another study does not
     first, *_, third = (p for p in pieces(study, results) if p.name in swept)
     results.add(row(third, 0.05))
-    results.add(row(first, 0.01) | {"spec": first.spec | {"training": {"steps": 1}}})
+    results.add(row(first, 0.01) | {"spec": first.spec | {"seed": 1}})
     again = Results(results.path)
     claimed = {p.name for p in pieces(study, again) if again.claim(p)}
     assert claimed == set(swept) - {first.name}

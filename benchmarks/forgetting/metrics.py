@@ -24,17 +24,12 @@ def perplexity(log_p: Sequence[Tensor]) -> float:
     return math.exp(token_loss(log_p))
 
 
-def choice_accuracy(log_p: Sequence[Tensor], counts: Sequence[int], gold: Sequence[int]) -> float:
-    """Share of questions whose right choice has the highest mean log-probability a token.
-
-    ``log_p`` holds the choices of all questions in turn, ``counts`` how many each has.
-    """
-    means = [float(choice.mean()) for choice in log_p]
-    right, start = 0, 0
-    for count, answer in zip(counts, gold, strict=True):
-        scores = means[start : start + count]
-        right += scores.index(max(scores)) == answer
-        start += count
+def choice_accuracy(log_p: Sequence[Sequence[Tensor]], gold: Sequence[int]) -> float:
+    """Share of questions whose right choice has the highest mean log-probability a token."""
+    right = 0
+    for choices, answer in zip(log_p, gold, strict=True):
+        means = [float(choice.mean()) for choice in choices]
+        right += means.index(max(means)) == answer
     return right / len(gold)
 
 

@@ -26,6 +26,7 @@ from loki_kernels.questions import Question
 from . import methods as methods_module
 from . import stability
 from .methods import Method
+from .precision import AUTOCAST, DEVICE, autocast
 from .retention import Retention
 from .tasks import Task, group_by_length, load_task
 
@@ -44,13 +45,18 @@ class Training:
     batch_size: int
     checkpoints: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if self.checkpoints[-1] != self.steps:
+            raise ValueError(f"the last of checkpoints={self.checkpoints} must be {self.steps=}")
+
 
 @dataclass(frozen=True)
 class Evaluation:
+    """``rows`` of each set of questions, ``windows`` of text, ``task_rows`` of a task's fold."""
+
     rows: int
     windows: int
-    task_rows: int
-    curve_rows: int
+    task_rows: dict[str, int]
     seeds: tuple[int, ...]
 
 
@@ -66,28 +72,33 @@ class Stability:
 
 @dataclass(frozen=True)
 class Stage:
-    """Some methods on one task: a sweep of learning rates, then every seed."""
+    """Some methods on one task: a sweep of learning rates, then every seed.
+
+    With ``after``, on top of what each method learned in that stage; ``rates_of`` names the stage
+    whose learning rates are taken instead of a sweep.
+    """
 
     name: str
     task: str
     methods: tuple[str, ...]
     training: Training
+    after: str | None = None
+    rates_of: str | None = None
 
 
 @dataclass(frozen=True)
 class Study:
     """A study's file.
 
-    ``questions`` of those that `loki.patch` takes by itself are analysed; ``quotas`` are zeroed in
-    the rows that each of ``definitions`` gives.
+    ``questions`` says for each definition how many of the questions that `loki.patch` takes by
+    itself are analysed; ``quotas`` are zeroed in the rows that come out.
     """
 
-    questions: int
+    questions: dict[str, int]
     evaluation: Evaluation
     methods: dict[str, Method]
     stages: tuple[Stage, ...]
     quotas: tuple[float, ...]
-    definitions: tuple[str, ...]
     stability: Stability
 
     @classmethod
@@ -111,15 +122,22 @@ class Study:
                 stages.append(Stage(**fields, training=replace(training, **own)))
             evaluation = Evaluation(**{k: _frozen(v) for k, v in content["evaluation"].items()})
             questions = content["analysis"]["questions"]
-            suppression = content["suppression"]
+            quotas = tuple(content["suppression"]["quotas"])
             counts = Stability(**content["stability"])
-            quotas, definitions = tuple(suppression["quotas"]), tuple(suppression["definitions"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
+        known: dict[str, Stage] = {}
         for stage in stages:
             for name in stage.methods:
                 check_choice("method", name, methods)
-        return cls(questions, evaluation, methods, tuple(stages), quotas, definitions, counts)
+            for other in (stage.after, stage.rates_of):
+                if other is not None:
+                    check_choice("stage", other, known)
+            known[stage.name] = stage
+        return cls(questions, evaluation, methods, tuple(stages), quotas, counts)
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
 
 
 def _frozen(value: Any) -> Any:
@@ -137,9 +155,10 @@ class Piece:
 
 def pieces(study: Study, results: Results) -> Iterator[Piece]:
     """All pieces in order, so far as the learning rates they need have been chosen."""
-    evaluation = asdict(study.evaluation)
-    spec: dict[str, Any] = {"evaluation": evaluation}
-    yield Piece("before", spec, lambda shop: shop.retention.evaluate(shop.model()))
+    evaluation = _evaluation(study)
+    yield Piece(
+        "before", {"evaluation": evaluation}, lambda shop: shop.retention.evaluate(shop.model())
+    )
     seen = set()
     for i, stage in enumerate(study.stages):
         if stage.task not in seen:
@@ -147,15 +166,20 @@ def pieces(study: Study, results: Results) -> Iterator[Piece]:
             for seed in study.evaluation.seeds:
                 yield Piece(
                     f"before/{stage.task}/{seed}",
-                    {"task": stage.task, "seed": seed, "rows": study.evaluation.task_rows},
+                    {"task": stage.task, "seed": seed, "evaluation": evaluation},
                     lambda shop, stage=stage, seed=seed: _score_untouched(shop, stage.task, seed),
                 )
         yield from _stage_pieces(study, stage, results)
         if i == 0:
-            for definition in study.definitions:
+            for definition, count in study.questions.items():
                 yield Piece(
                     f"suppress/{definition}",
-                    {"quotas": study.quotas, "definition": definition, "evaluation": evaluation},
+                    {
+                        "quotas": study.quotas,
+                        "definition": definition,
+                        "questions": count,
+                        "evaluation": evaluation,
+                    },
                     lambda shop, definition=definition: _suppress(shop, definition, study.quotas),
                 )
             yield from _stability_pieces(study)
@@ -196,34 +220,48 @@ def _stability_pieces(study: Study) -> Iterator[Piece]:
             )
 
 
-def _stage_pieces(study: Study, stage: Stage, results: Results) -> Iterator[Piece]:
-    evaluation = asdict(study.evaluation)
+def _evaluation(study: Study) -> dict[str, Any]:
+    """What the figures of a piece depend on, but for the seeds, which are pieces of their own."""
+    fields = asdict(study.evaluation) | {"autocast": AUTOCAST}
+    return {name: value for name, value in fields.items() if name != "seeds"}
 
-    def piece(name: str, rate: float, seed: int, sweep: bool) -> Piece:
+
+def _stage_pieces(study: Study, stage: Stage, results: Results) -> Iterator[Piece]:
+    def piece(name: str, rates: dict[str, float], seed: int, sweep: bool) -> Piece:
         method = study.methods[name]
+        lessons = [(study.stage(n), rate) for n, rate in rates.items()]
         spec = {
-            "task": stage.task,
+            "lessons": [
+                {"task": s.task, "training": asdict(s.training), "learning_rate": rate}
+                for s, rate in lessons
+            ],
             "method": _described(method),
-            "training": asdict(stage.training),
-            "learning_rate": rate,
             "seed": seed,
             "sweep": sweep,
+            "evaluation": _evaluation(study),
         }
-        spec["evaluation"] = evaluation if not sweep else {"task_rows": evaluation["task_rows"]}
+        if method.kind == "rows":
+            spec["questions"] = study.questions[method.definition]
         return Piece(
-            sweep_name(stage, name, rate) if sweep else f"{stage.name}/{name}/seed-{seed}",
+            sweep_name(stage, name, rates[stage.name])
+            if sweep
+            else f"{stage.name}/{name}/seed-{seed}",
             spec,
-            lambda shop: _train(shop, stage, method, rate, seed, sweep),
+            lambda shop: _train(shop, lessons, method, seed, sweep),
         )
 
-    for name in stage.methods:
-        for rate in study.methods[name].learning_rates:
-            yield piece(name, rate, 0, True)
+    if stage.rates_of is None:
+        for name in stage.methods:
+            for rate in study.methods[name].learning_rates:
+                yield piece(name, {stage.name: rate}, 0, True)
     for seed in study.evaluation.seeds:
         for name in stage.methods:
-            rate = best_rate(stage, name, study.methods[name], results)
-            if rate is not None:
-                yield piece(name, rate, seed, False)
+            rates = {}
+            for lesson in (stage.after, stage.name):
+                if lesson is not None:
+                    rates[lesson] = best_rate(study, study.stage(lesson), name, results)
+            if None not in rates.values():
+                yield piece(name, rates, seed, False)
 
 
 def _described(method: Method) -> dict[str, Any]:
@@ -240,10 +278,12 @@ def sweep_name(stage: Stage, method: str, rate: float) -> str:
     return f"{stage.name}/{method}/lr-{rate:g}"
 
 
-def best_rate(stage: Stage, name: str, method: Method, results: Results) -> float | None:
+def best_rate(study: Study, stage: Stage, name: str, results: Results) -> float | None:
     """The learning rate of the lowest validation loss; None until all of them have been tried."""
     losses = {}
-    for rate in method.learning_rates:
+    if stage.rates_of is not None:
+        stage = study.stage(stage.rates_of)
+    for rate in study.methods[name].learning_rates:
         row = results.find(sweep_name(stage, name, rate))
         if row is None:
             return None
@@ -302,16 +342,19 @@ class Workshop:
 
     def model(self) -> Any:
         """A fresh copy."""
-        return AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32)
+        return model.to(DEVICE).eval()
 
     def task(self, name: str, seed: int) -> Task:
-        return load_task(name, self.data, self.tokenizer, seed)
+        rows = self.evaluation.task_rows[name]
+        return load_task(name, self.data, self.tokenizer, seed, rows)
 
     def attribution(self, definition: str) -> Attribution:
         """Of the study's questions, evenly taken from those `loki.patch` takes by itself."""
-        path = self.work / f"{definition}-{self.questions}.safetensors"
+        count = self.questions[definition]
+        path = self.work / f"{definition}-{count}.safetensors"
         if not path.is_file():
-            self.attribute(self.questions)(definition=definition).save(path)
+            self.attribute(count)(definition=definition).save(path)
         return Attribution.load(path)
 
     def block(self, number: int) -> Attribution:
@@ -352,7 +395,7 @@ def run(piece: Piece, shop: Workshop) -> dict[str, Any]:
 
 def _score_untouched(shop: Workshop, name: str, seed: int) -> dict[str, Any]:
     task = shop.task(name, seed)
-    return {"test": task.score(shop.model(), task.test[: shop.evaluation.task_rows])}
+    return {"test": task.score(shop.model(), task.test)}
 
 
 def _suppress(
@@ -372,29 +415,42 @@ def _suppress(
 
 
 def _train(
-    shop: Workshop, stage: Stage, method: Method, rate: float, seed: int, sweep: bool
+    shop: Workshop,
+    lessons: Sequence[tuple[Stage, float]],
+    method: Method,
+    seed: int,
+    sweep: bool,
 ) -> dict[str, Any]:
-    """Learn a task; for a sweep score validation, else the test fold and what was forgotten."""
-    task = shop.task(stage.task, seed)
+    """Learn one task after the other, each with its learning rate.
+
+    For a sweep score the last one's validation fold, else its test fold at every checkpoint, and
+    at the end the earlier tasks' and what was forgotten.
+    """
     attribution = shop.attribution(method.definition) if method.kind == "rows" else None
     model, parameters = methods_module.prepare(shop.model(), method, attribution, seed)
     curve = []
-    rows = group_by_length(task.train, stage.training.batch_size, seed)
-    for step, loss in _steps(model, parameters, rows, stage.training, rate):
-        point = {"step": step, "train_loss": loss}
-        if not sweep:
-            point |= task.score(model, task.test[: shop.evaluation.curve_rows])
-            point["perplexity"] = shop.retention.perplexity(model)
-        curve.append(point)
+    for number, (stage, rate) in enumerate(lessons, 1):
+        task = shop.task(stage.task, seed)
+        rows = group_by_length(task.train, stage.training.batch_size, seed)
+        for step, loss in _steps(model, parameters, rows, stage.training, rate):
+            if number < len(lessons):
+                continue
+            point: dict[str, Any] = {"step": step, "train_loss": loss}
+            if not sweep:
+                point |= task.score(model, task.test)
+                if step < stage.training.steps:
+                    point["perplexity"] = shop.retention.perplexity(model)
+            curve.append(point)
     figures: dict[str, Any] = {"trained": sum(p.numel() for p in parameters), "curve": curve}
     if sweep:
-        return figures | {
-            "validation": task.score(model, task.validation[: shop.evaluation.task_rows])
-        }
-    return figures | {
-        "test": task.score(model, task.test[: shop.evaluation.task_rows]),
-        "retention": shop.retention.evaluate(model),
-    }
+        return figures | {"validation": task.score(model, task.validation)}
+    retention = shop.retention.evaluate(model)
+    curve[-1]["perplexity"] = retention["perplexity"]
+    earlier = {}
+    for stage, _ in lessons[:-1]:
+        task = shop.task(stage.task, seed)
+        earlier[stage.task] = task.score(model, task.test)
+    return figures | {"earlier": earlier, "retention": retention}
 
 
 def _steps(
@@ -418,7 +474,8 @@ def _steps(
         first = step * training.batch_size
         batch = [rows[i % len(rows)] for i in range(first, first + training.batch_size)]
         model.train()
-        logits, labels = labelled_logits(model, batch)
+        with autocast():
+            logits, labels = labelled_logits(model, batch)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

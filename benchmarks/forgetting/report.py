@@ -68,7 +68,7 @@ def _sweep(study: Study, stage: Stage, results: Results) -> Iterator[str]:
             row = results.find(sweep_name(stage, name, rate))
             loss = f"{row['figures']['validation']['loss']:.4f}" if row else "not run"
             cells.append(f"{rate:g}: {loss}")
-        best = best_rate(stage, name, study.methods[name], results)
+        best = best_rate(study, stage, name, results)
         note = "" if best is None else f"{best:g}"
         if best in (min(rates), max(rates)):
             note += ", at the edge"
@@ -101,7 +101,7 @@ def _outcome(
         if not seeds:
             yield f"| {name} | not run {'|' * (4 + len(ACCURACIES))} |"
             continue
-        cells = [_mean([s["test"][key] for s in seeds]) for key in (score, "loss")]
+        cells = [_mean([s["curve"][-1][key] for s in seeds]) for key in (score, "loss")]
         cells += [
             _mean([s["retention"][key] for s in seeds]) for key in ("perplexity", *ACCURACIES)
         ]
@@ -149,7 +149,7 @@ def _plot(
 
 
 def _suppression(study: Study, results: Results) -> Iterator[str]:
-    found = [(d, results.find(f"suppress/{d}")) for d in study.definitions]
+    found = [(d, results.find(f"suppress/{d}")) for d in study.questions]
     if not any(row for _, row in found):
         return
     quotas = [f"{quota:g}" for quota in study.quotas]

@@ -9,7 +9,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from loki_kernels.demo.evaluation import labelled_logits, token_log_probabilitie
 from loki_kernels.demo.training import Encoded
 
 from . import metrics
+from .precision import autocast
 
 # One fold chooses the learning rates, each of the others tests one seed.
 FOLDS = 4
@@ -34,14 +35,21 @@ class Task:
     train: list[Encoded]
     validation: list[Any]
     test: list[Any]
-    score: Callable[[nn.Module, list[Any]], dict[str, float]]
+    metrics: Callable[[nn.Module, list[Any]], dict[str, float]]
+
+    def score(self, model: nn.Module, fold: list[Any]) -> dict[str, float]:
+        with autocast():
+            return self.metrics(model, fold)
 
 
-def load_task(name: str, data: Path, tokenizer: Any, seed: int) -> Task:
-    """The split of ``seed`` (0 to 2), which decides the test fold and the order of training."""
-    return {"function_calling": _function_calling, "reranking": _reranking}[name](
-        data, tokenizer, seed
-    )
+def load_task(name: str, data: Path, tokenizer: Any, seed: int, rows: int) -> Task:
+    """The split of ``seed`` (0 to 2), which decides the test fold and the order of training.
+
+    At most ``rows`` of the validation and of the test fold, calls or queries.
+    """
+    load = {"function_calling": _function_calling, "reranking": _reranking}[name]
+    task = load(data, tokenizer, seed)
+    return replace(task, validation=task.validation[:rows], test=task.test[:rows])
 
 
 def _encode(tokenizer: Any, system: str, user: str, answer: str) -> Encoded:
@@ -264,6 +272,6 @@ def _score_rankings(model: nn.Module, rankings: list[Ranking]) -> dict[str, floa
         kept = labels != -100
         log_p = logits[kept].log_softmax(-1)
         losses.append(-log_p.gather(1, labels[kept][:, None]).squeeze(1))
-        means = log_p[:, ranking.digits].softmax(-1) @ torch.arange(1.0, 8.0)
+        means = log_p[:, ranking.digits].softmax(-1) @ torch.arange(1.0, 8.0, device=log_p.device)
         gains.append(metrics.ndcg(means.tolist(), ranking.relevance, 10))
     return {"loss": float(torch.cat(losses).mean()), "ndcg@10": sum(gains) / len(gains)}
