@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.forgetting import metrics, tasks
+from benchmarks.forgetting import compare, metrics, tasks
 from benchmarks.forgetting.__main__ import HERE
 from benchmarks.forgetting.pieces import Results, Study, Workshop, best_rate, pieces, run
 from benchmarks.forgetting.report import write
@@ -81,6 +81,33 @@ def test_average_degradation():
 
 def test_standard_error():
     assert metrics.standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
+
+
+def test_differences_are_paired_and_noise_is_called_noise():
+    ours, other = {0: 1.0, 1: 2.0, 2: 3.0}, {2: 2.0, 1: 1.0, 0: 0.0, 3: 9.0}
+    found = compare.difference(ours, other)
+    assert (found.mean, found.half, found.is_noise) == (1.0, 0.0, False)
+    # scipy.stats.t.interval(.95, 2, loc=1, scale=3 ** -.5): 1 -/+ 2.484
+    found = compare.estimate([0.0, 1.0, 2.0])
+    assert (found.mean, found.half) == pytest.approx((1.0, 4.3027 / math.sqrt(3)), rel=1e-4)
+    assert found.is_noise
+    assert str(found) == "+1.000 ± 2.484 (noise)"
+    assert compare.difference(ours, {2: 1.0}) is None
+
+
+def test_perplexity_at_equal_loss():
+    curve = [(3.0, 10.0), (1.0, 40.0), (0.5, 80.0)]
+    assert compare.perplexity_at(curve, 3.0) == pytest.approx(10.0)
+    assert compare.perplexity_at(curve, 2.0) == pytest.approx(20.0)
+    assert compare.perplexity_at(curve, 0.5) == pytest.approx(80.0)
+    assert math.isnan(compare.perplexity_at(curve, 0.4))
+
+    def run(*points):
+        return {"curve": [{"loss": loss, "perplexity": p} for loss, p in points]}
+
+    runs = {"a": {0: run((1.0, 40.0), (0.5, 80.0))}, "b": {0: run((2.0, 11.0), (1.0, 12.0))}}
+    found = compare.at_equal_loss(runs, {0: 3.0, 1: 3.0}, 10.0)
+    assert found == {"a": {0: pytest.approx(40.0)}, "b": {0: pytest.approx(12.0)}}
 
 
 def test_folds_keep_groups_together():

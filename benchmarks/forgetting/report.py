@@ -10,6 +10,7 @@ from typing import Any
 from loki_kernels.files import atomic_path
 
 from . import metrics
+from .compare import at_equal_loss, difference
 from .pieces import Results, Stage, Study, best_rate, sweep_name
 from .retention import ACCURACIES
 
@@ -31,36 +32,46 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
     yield "# What was learned and what was forgotten"
     yield ""
     yield "Made by `python -m benchmarks.forgetting report`; do not edit. SmolLM2-135M-Instruct,"
-    yield f"float32, on {'; '.join(devices) or 'no device yet'}."
-    yield f"{len(results.rows)} pieces have run."
+    yield f"float32 weights and bfloat16 products, on {'; '.join(devices) or 'no device yet'}."
+    yield f"{len(results.rows)} pieces have run. A figure with ± is a mean over seeds and its"
+    yield "standard error; a difference is paired by seed and its ± is a 95 % interval (Student's"
+    yield "t), `noise` where that contains zero."
     before = results.find("before")
-    for stage in study.stages:
-        rows = {name: list(_seeds(study, stage, name, results)) for name in stage.methods}
-        if not any(results.find(sweep_name(stage, n, r)) for n in stage.methods
-                   for r in study.methods[n].learning_rates):  # fmt: skip
+    for i, stage in enumerate(study.stages):
+        # beside the methods of an earlier stage that learned the same
+        alike = [s for s in study.stages[: i + 1] if _lesson(s) == _lesson(stage)]
+        runs = {name: _seeds(study, s, name, results) for s in alike for name in s.methods}
+        swept = [
+            results.find(sweep_name(stage, name, rate))
+            for name in stage.methods
+            for rate in study.methods[name].learning_rates
+        ]
+        if not any(swept) and not any(runs[name] for name in stage.methods):
             continue
         yield from ("", f"## {stage.name}: {stage.task}, {stage.training.steps} steps", "")
-        yield from _sweep(study, stage, results)
-        if before is not None and any(rows.values()):
-            yield from ("", *_outcome(study, stage, rows, before["figures"], results))
-            _plot(stage, rows, before["figures"], folder / f"{stage.name}.png")
+        if stage.rates_of is None:
+            yield from _sweep(study, stage, results)
+        if before is not None and any(runs.values()):
+            yield from ("", *_outcome(study, stage, runs, before["figures"], results))
+            _plot(stage, runs, before["figures"], folder / f"{stage.name}.png")
             yield from ("", f"![{stage.name}]({stage.name}.png)")
     yield from _suppression(study, results)
     yield from _stability(results)
 
 
-def _seeds(study: Study, stage: Stage, name: str, results: Results) -> Iterator[dict[str, Any]]:
-    for seed in study.evaluation.seeds:
-        row = results.find(f"{stage.name}/{name}/seed-{seed}")
-        if row is not None:
-            yield row["figures"]
+def _lesson(stage: Stage) -> tuple[Any, ...]:
+    return stage.task, stage.training, stage.after
+
+
+def _seeds(study: Study, stage: Stage, name: str, results: Results) -> dict[int, dict[str, Any]]:
+    rows = {s: results.find(f"{stage.name}/{name}/seed-{s}") for s in study.evaluation.seeds}
+    return {seed: row["figures"] for seed, row in rows.items() if row is not None}
 
 
 def _sweep(study: Study, stage: Stage, results: Results) -> Iterator[str]:
     yield "Validation loss, nats a token, by learning rate (seed 0; the lowest is chosen):"
     yield ""
-    yield "| method | | | | chosen |"
-    yield "|---|---|---|---|---|"
+    yield from _header("method", "", "", "", "chosen")
     for name in stage.methods:
         rates = study.methods[name].learning_rates
         cells = []
@@ -78,44 +89,67 @@ def _sweep(study: Study, stage: Stage, results: Results) -> Iterator[str]:
 def _outcome(
     study: Study,
     stage: Stage,
-    rows: dict[str, list[dict[str, Any]]],
+    runs: dict[str, dict[int, dict[str, Any]]],
     before: dict[str, float],
     results: Results,
 ) -> Iterator[str]:
-    """Means over seeds, ± their standard error where there are several."""
+    """Every method's figures, then what sets it apart from full fine-tuning and random rows."""
     score = _SCORES[stage.task]
-    columns = ("method", "seeds", score, "loss", "perplexity", *ACCURACIES, "degradation, %")
-    yield f"| {' | '.join(columns)} |"
-    yield "|---" * (6 + len(ACCURACIES)) + "|"
-    untouched = [
-        row["figures"]["test"]
+    untouched = {
+        seed: row["figures"]["test"]
         for seed in study.evaluation.seeds
         if (row := results.find(f"before/{stage.task}/{seed}")) is not None
-    ]
-    if untouched:
-        cells = [_mean([test[key] for test in untouched]) for key in (score, "loss")]
-        kept = [_mean([before[key]]) for key in ("perplexity", *ACCURACIES)]
-        yield f"| before | {len(untouched)} | {' | '.join(cells + kept)} | |"
-    accuracy_before = {name: before[name] for name in ACCURACIES}
-    for name, seeds in rows.items():
+    }
+    start = {seed: test["loss"] for seed, test in untouched.items()}
+    equal = at_equal_loss(runs, start, before["perplexity"]) if stage.after is None else {}
+    table = {
+        name: {seed: _figures(run, score, before) for seed, run in seeds.items()}
+        for name, seeds in runs.items()
+    }
+    for name, seeds in equal.items():
+        for seed, perplexity in seeds.items():
+            table[name][seed]["perplexity at equal loss"] = perplexity
+    columns = list(dict.fromkeys(c for seeds in table.values() for f in seeds.values() for c in f))
+    yield from _header("method", "seeds", *columns)
+    start_figures = {seed: test | before for seed, test in untouched.items()}
+    for name, seeds in {"before": start_figures, **table}.items():
         if not seeds:
-            yield f"| {name} | not run {'|' * (4 + len(ACCURACIES))} |"
+            yield f"| {name} | not run {'|' * (1 + len(columns))}"
             continue
-        cells = [_mean([s["curve"][-1][key] for s in seeds]) for key in (score, "loss")]
-        cells += [
-            _mean([s["retention"][key] for s in seeds]) for key in ("perplexity", *ACCURACIES)
-        ]
-        cells.append(
-            _mean(
-                [
-                    metrics.average_degradation(
-                        accuracy_before, {k: s["retention"][k] for k in ACCURACIES}
-                    )
-                    for s in seeds
-                ]
-            )
-        )
+        known = next(iter(seeds.values()))
+        cells = [_mean([f[c] for f in seeds.values()]) if c in known else "" for c in columns]
         yield f"| {name} | {len(seeds)} | {' | '.join(cells)} |"
+    for reference in ("full", "random", "random_30"):
+        rows = []
+        for name in runs:
+            differences = [
+                difference(*({s: f[c] for s, f in table[n].items()} for n in (name, reference)))
+                for c in columns
+            ] if name != reference and reference in table else []  # fmt: skip
+            if differences and None not in differences:
+                rows.append(f"| {name} | {' | '.join(map(str, differences))} |")
+        if rows:
+            yield from ("", *_header(f"minus {reference}", *columns), *rows)
+
+
+def _figures(run: dict[str, Any], score: str, before: dict[str, float]) -> dict[str, float]:
+    last, after = run["curve"][-1], run["retention"]
+    earlier = {
+        f"{task}: {key}": value
+        for task, scores in run["earlier"].items()
+        for key, value in scores.items()
+    }
+    kept = {key: after[key] for key in ("perplexity", *ACCURACIES)}
+    degradation = metrics.average_degradation(
+        *({name: of[name] for name in ACCURACIES} for of in (before, after))
+    )
+    learned = {score: last[score], "loss": last["loss"]}
+    return learned | earlier | kept | {"degradation, %": degradation}
+
+
+def _header(*columns: str) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -124,7 +158,10 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _plot(
-    stage: Stage, rows: dict[str, list[dict[str, Any]]], before: dict[str, float], path: Path
+    stage: Stage,
+    runs: dict[str, dict[int, dict[str, Any]]],
+    before: dict[str, float],
+    path: Path,
 ) -> None:
     """Every checkpoint a point, one curve a method: perplexity against task loss."""
     from matplotlib.figure import Figure
@@ -132,12 +169,12 @@ def _plot(
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(before["perplexity"], color="grey", linewidth=0.8, label="before")
-    for name, seeds in rows.items():
+    for name, seeds in runs.items():
         if not seeds:
             continue
-        steps = range(len(seeds[0]["curve"]))
-        loss = [statistics.mean(s["curve"][i]["loss"] for s in seeds) for i in steps]
-        forgotten = [statistics.mean(s["curve"][i]["perplexity"] for s in seeds) for i in steps]
+        points = list(zip(*(run["curve"] for run in seeds.values()), strict=True))
+        loss = [statistics.mean(p["loss"] for p in point) for point in points]
+        forgotten = [statistics.mean(p["perplexity"] for p in point) for point in points]
         axes.plot(loss, forgotten, marker="o", label=f"{name} ({len(seeds)} seeds)")
     axes.set_xlabel("task loss on held-out rows, nats a token")
     axes.set_ylabel("wikitext-2 perplexity")
@@ -154,8 +191,7 @@ def _suppression(study: Study, results: Results) -> Iterator[str]:
         return
     quotas = [f"{quota:g}" for quota in study.quotas]
     yield from ("", "## Suppression", "", "wikitext-2 perplexity with rows zeroed, by quota:", "")
-    yield f"| definition | rows | {' | '.join(f'{quota} %' for quota in quotas)} |"
-    yield "|---" * (2 + len(quotas)) + "|"
+    yield from _header("definition", "rows", *(f"{quota} %" for quota in quotas))
     for definition, row in found:
         for kind, values in (row["figures"] if row else {}).items():
             label = "" if kind == "random" else definition
@@ -174,7 +210,7 @@ def _stability(results: Results) -> Iterator[str]:
         yield from ("", "## Stability", "", "Share of the 10 % of rows that two selections share.")
     for name, figures in found.items():
         columns = list(next(iter(figures.values())))
-        yield from ("", f"| {name} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|")
+        yield from ("", *_header(name, *columns))
         for case, values in figures.items():
             cells = [f"{values[c]:.3f}" if c in values else "" for c in columns]
             yield f"| {case} | {' | '.join(cells)} |"
