@@ -23,7 +23,7 @@ class Estimate:
 
     @property
     def is_noise(self) -> bool:
-        return abs(self.mean) <= self.half
+        return not abs(self.mean) > self.half
 
     def __str__(self) -> str:
         text = f"{self.mean:+.3f} ± {self.half:.3f}"
@@ -78,7 +78,7 @@ def at_equal_loss(
         }
         if not curves:
             continue
-        common = max(min(loss for loss, _ in curve) for curve in curves.values())
+        common = max(min(point[0] for point in curve) for curve in curves.values())
         for name, curve in curves.items():
             result[name][seed] = perplexity_at(curve, common)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -61,6 +62,4 @@ def average_degradation(before: Mapping[str, float], after: Mapping[str, float])
 
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean of independent values."""
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return math.sqrt(variance / len(values))
+    return statistics.stdev(values) / math.sqrt(len(values))

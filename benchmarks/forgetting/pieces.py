@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +28,9 @@ from loki_kernels.questions import Question
 from . import methods as methods_module
 from . import stability
 from .methods import Method
-from .precision import AUTOCAST, DEVICE, autocast
+from .precision import AUTOCAST, DEVICE, autocast, keep_head
 from .retention import Retention
-from .tasks import Task, group_by_length, load_task
+from .tasks import VERSIONS, Task, group_by_length, load_task
 
 # (strategy, criterion) of the rows that suppression zeroes
 _SUPPRESSED = (
@@ -126,14 +128,19 @@ class Study:
             counts = Stability(**content["stability"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
-        known: dict[str, Stage] = {}
+        swept: dict[str, Stage] = {}
         for stage in stages:
             for name in stage.methods:
                 check_choice("method", name, methods)
             for other in (stage.after, stage.rates_of):
                 if other is not None:
-                    check_choice("stage", other, known)
-            known[stage.name] = stage
+                    check_choice("stage", other, swept)
+                    for name in stage.methods:
+                        check_choice(f"method of {other}", name, swept[other].methods)
+            if stage.rates_of is None:
+                if stage.after is not None:
+                    raise ValueError(f"{path}: {stage.name} has after, so it needs rates_of")
+                swept[stage.name] = stage
         return cls(questions, evaluation, methods, tuple(stages), quotas, counts)
 
     def stage(self, name: str) -> Stage:
@@ -166,7 +173,7 @@ def pieces(study: Study, results: Results) -> Iterator[Piece]:
             for seed in study.evaluation.seeds:
                 yield Piece(
                     f"before/{stage.task}/{seed}",
-                    {"task": stage.task, "seed": seed, "evaluation": evaluation},
+                    {"task": _task(stage), "seed": seed, "evaluation": evaluation},
                     lambda shop, stage=stage, seed=seed: _score_untouched(shop, stage.task, seed),
                 )
         yield from _stage_pieces(study, stage, results)
@@ -226,16 +233,20 @@ def _evaluation(study: Study) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "seeds"}
 
 
+def _task(stage: Stage) -> dict[str, Any]:
+    return {"name": stage.task, "version": VERSIONS[stage.task]}
+
+
 def _stage_pieces(study: Study, stage: Stage, results: Results) -> Iterator[Piece]:
     def piece(name: str, rates: dict[str, float], seed: int, sweep: bool) -> Piece:
         method = study.methods[name]
         lessons = [(study.stage(n), rate) for n, rate in rates.items()]
         spec = {
             "lessons": [
-                {"task": s.task, "training": asdict(s.training), "learning_rate": rate}
+                {"task": _task(s), "training": asdict(s.training), "learning_rate": rate}
                 for s, rate in lessons
             ],
-            "method": _described(method),
+            "method": {k: v for k, v in asdict(method).items() if k != "learning_rates"},
             "seed": seed,
             "sweep": sweep,
             "evaluation": _evaluation(study),
@@ -264,16 +275,6 @@ def _stage_pieces(study: Study, stage: Stage, results: Results) -> Iterator[Piec
                 yield piece(name, rates, seed, False)
 
 
-def _described(method: Method) -> dict[str, Any]:
-    """What sets a method apart, without the learning rates it is tried with."""
-    plain = asdict(Method(method.kind, ()))
-    return {
-        name: value
-        for name, value in asdict(method).items()
-        if name == "kind" or (name != "learning_rates" and value != plain[name])
-    }
-
-
 def sweep_name(stage: Stage, method: str, rate: float) -> str:
     return f"{stage.name}/{method}/lr-{rate:g}"
 
@@ -287,12 +288,13 @@ def best_rate(study: Study, stage: Stage, name: str, results: Results) -> float 
         row = results.find(sweep_name(stage, name, rate))
         if row is None:
             return None
-        losses[rate] = row["figures"]["validation"]["loss"]
+        loss = row["figures"]["validation"]["loss"]
+        losses[rate] = math.inf if math.isnan(loss) else loss
     return min(losses, key=losses.__getitem__)
 
 
 class Results:
-    """A JSON-lines file, one line a piece; of several lines for one piece the last counts.
+    """A JSON-lines file, one line a piece; of several lines for one spec the last counts.
 
     A row is known once its piece claims it: what an older study file asked for is not.
     """
@@ -300,19 +302,19 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
-        self._stored: dict[str, dict[str, Any]] = {}
+        self._stored: dict[tuple[str, str], dict[str, Any]] = {}
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                self._stored[row["piece"]] = row
+                self._stored[_key(row["piece"], row["spec"])] = row
 
     def find(self, name: str) -> dict[str, Any] | None:
         return self.rows.get(name)
 
     def claim(self, piece: Piece) -> bool:
         """Whether the piece has been run as it is asked for now."""
-        row = self._stored.get(piece.name)
-        if row is None or row["spec"] != json.loads(json.dumps(piece.spec)):
+        row = self._stored.get(_key(piece.name, piece.spec))
+        if row is None:
             return False
         self.rows[piece.name] = row
         return True
@@ -324,16 +326,22 @@ class Results:
         self.rows[row["piece"]] = row
 
 
+def _key(name: str, spec: dict[str, Any]) -> tuple[str, str]:
+    return name, json.dumps(spec, sort_keys=True)
+
+
 class Workshop:
     """What pieces share: the model and the analyses, kept in a folder, and the data."""
 
     def __init__(self, work: Path, data: Path, study: Study) -> None:
         self.work, self.data = work, data
         self._model = work / "model"
-        if not (self._model / "config.json").is_file():
+        if not self._model.is_dir():
             model, tokenizer = load_smollm2()
-            tokenizer.save_pretrained(self._model)
-            model.save_pretrained(self._model)
+            partial = work / "model.partial"
+            tokenizer.save_pretrained(partial)
+            model.save_pretrained(partial)
+            partial.rename(self._model)
         self.tokenizer = AutoTokenizer.from_pretrained(self._model)
         self.questions, self.evaluation = study.questions, study.evaluation
         self.retention = Retention(
@@ -343,6 +351,7 @@ class Workshop:
     def model(self) -> Any:
         """A fresh copy."""
         model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32)
+        keep_head(model)
         return model.to(DEVICE).eval()
 
     def task(self, name: str, seed: int) -> Task:
@@ -351,32 +360,34 @@ class Workshop:
 
     def attribution(self, definition: str) -> Attribution:
         """Of the study's questions, evenly taken from those `loki.patch` takes by itself."""
-        count = self.questions[definition]
-        path = self.work / f"{definition}-{count}.safetensors"
-        if not path.is_file():
-            self.attribute(count)(definition=definition).save(path)
-        return Attribution.load(path)
+        return self.attribute(self.questions[definition], keep=True)(definition=definition)
 
     def block(self, number: int) -> Attribution:
         """On 10 questions of each of MMLU's subjects, kept."""
-        path = self.work / f"mmlu-{number}.safetensors"
-        if not path.is_file():
-            first = number * stability.BLOCK
-            questions = stability.mmlu(self.data, first, stability.BLOCK)
-            self._attribute(questions)().save(path)
-        return Attribution.load(path)
+        first = number * stability.BLOCK
+        questions = stability.mmlu(self.data, first, stability.BLOCK)
+        return self._attribute(questions, keep=True)(definition="published")
 
-    def attribute(self, count: int) -> Callable[..., Attribution]:
+    def attribute(self, count: int, keep: bool = False) -> Callable[..., Attribution]:
         """`loki.attribute` on so many of the questions `loki.patch` takes, evenly taken."""
         every = loki.load_questions(CALIBRATION_PER_SUBJECT)
-        return self._attribute(every[:: max(1, len(every) // count)][:count])
+        return self._attribute(every[:: max(1, len(every) // count)][:count], keep)
 
-    def _attribute(self, questions: Sequence[Question]) -> Callable[..., Attribution]:
+    def _attribute(self, questions: Sequence[Question], keep: bool) -> Callable[..., Attribution]:
+        """With ``keep``, what was computed once is read from the folder."""
         prompts = [question.prompt(self.tokenizer) for question in questions]
 
         def attribute(model: Any = None, **options: Any) -> Attribution:
+            wanted = json.dumps([loki.__version__, options, prompts]) if keep else ""
+            digest = hashlib.sha256(wanted.encode()).hexdigest()[:16]
+            path = self.work / f"attribution-{digest}.safetensors"
+            if keep and path.is_file():
+                return Attribution.load(path)
             model = self.model() if model is None else model
-            return loki.attribute(model, prompts, tokenizer=self.tokenizer, **options)
+            result = loki.attribute(model, prompts, tokenizer=self.tokenizer, **options)
+            if keep:
+                result.save(path)
+            return result
 
         return attribute
 

@@ -22,6 +22,8 @@ from loki_kernels.demo.training import Encoded
 from . import metrics
 from .precision import autocast
 
+# Part of every piece's spec: to be raised with whatever changes a task's examples or figures.
+VERSIONS = {"function_calling": 1, "reranking": 1}
 # One fold chooses the learning rates, each of the others tests one seed.
 FOLDS = 4
 _LONGEST = 256  # tokens; longer examples are left out
@@ -134,6 +136,8 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _first_values(arguments: dict[str, list[Any]]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
         return _first_values(value) if isinstance(value, dict) else value
 
     return {
@@ -143,19 +147,26 @@ def _first_values(arguments: dict[str, list[Any]]) -> dict[str, Any]:
     }
 
 
+def _plain_name(function: str) -> str:
+    """``calculate_BMI`` and ``calculate.bmi`` are one function."""
+    return re.sub(r"[^a-z0-9]", "", function.lower())
+
+
 def _function_calling(data: Path, tokenizer: Any, seed: int) -> Task:
     simple = read_calls(data, "simple_python")
     by_function: dict[str, list[int]] = {}
     for i, call in enumerate(simple):
-        by_function.setdefault(call.functions[0], []).append(i)
+        by_function.setdefault(_plain_name(call.functions[0]), []).append(i)
     groups = list(by_function.values())
     random.Random(0).shuffle(groups)
     folds = make_folds(groups, FOLDS)
-    held_out = {simple[i].functions[0] for fold in (folds[0], folds[1 + seed]) for i in fold}
+    held_out = {
+        _plain_name(simple[i].functions[0]) for fold in (folds[0], folds[1 + seed]) for i in fold
+    }
     pool = [
         call
         for call in simple + read_calls(data, "multiple") + read_calls(data, "live_simple")
-        if not held_out & set(call.functions)
+        if not held_out & set(map(_plain_name, call.functions))
     ]
     random.Random(seed).shuffle(pool)
 
@@ -215,26 +226,30 @@ def read_cranfield(data: Path) -> tuple[dict[int, str], list[str], list[dict[int
     return documents, queries, judged
 
 
-def _candidates(
-    query: str, judged: dict[int, int], documents: dict[int, str], generator: random.Random
-) -> list[int]:
-    """Up to a quarter of them relevant, the others those with the rarest words in common."""
-    relevant = sorted(number for number, grade in judged.items() if grade)
-    chosen = generator.sample(relevant, min(len(relevant), _CANDIDATES // 4))
-    frequency = Counter(word for text in documents.values() for word in set(text.split()))
-    words = set(query.split())
+def choose_candidates(queries: Sequence[str], documents: dict[int, str]) -> list[list[int]]:
+    """For each query the 20 documents with the rarest words in common, the most alike first.
 
-    def likeness(number: int) -> float:
-        shared = words & set(documents[number].split())
-        return sum(math.log(len(documents) / frequency[word]) for word in shared)
+    They are chosen without regard to relevance: were relevant ones added, having few words in
+    common would give them away.
+    """
+    words = {number: set(text.split()) for number, text in documents.items()}
+    frequency = Counter(word for text in words.values() for word in text)
 
-    others = sorted((n for n in documents if not judged.get(n)), key=likeness, reverse=True)
-    return chosen + others[: _CANDIDATES - len(chosen)]
+    def candidates(query: set[str]) -> list[int]:
+        def likeness(number: int) -> float:
+            shared = sorted(query & words[number])
+            return sum(math.log(len(words) / frequency[word]) for word in shared)
+
+        return sorted(words, key=lambda number: (-likeness(number), number))[:_CANDIDATES]
+
+    return [candidates(set(query.split())) for query in queries]
 
 
 def _reranking(data: Path, tokenizer: Any, seed: int) -> Task:
+    """Learned from as many candidates that are not relevant as are, told apart among all."""
     documents, queries, judged = read_cranfield(data)
-    order = list(range(len(queries)))
+    candidates = choose_candidates(queries, documents)
+    order = [i for i in range(len(queries)) if any(judged[i].get(n) for n in candidates[i])]
     random.Random(0).shuffle(order)
     folds = make_folds([[i] for i in order], FOLDS)
     digits = [tokenizer(str(d), add_special_tokens=False)["input_ids"][0] for d in range(1, 8)]
@@ -243,7 +258,7 @@ def _reranking(data: Path, tokenizer: Any, seed: int) -> Task:
     )
 
     def ranking(i: int) -> Ranking:
-        numbers = _candidates(queries[i], judged[i], documents, random.Random(i))
+        numbers = candidates[i]
         relevance = [judged[i].get(number, 0) for number in numbers]
         rows = [
             _encode(
@@ -257,8 +272,15 @@ def _reranking(data: Path, tokenizer: Any, seed: int) -> Task:
         return Ranking(rows, relevance, digits)
 
     held_out = {*folds[0], *folds[1 + seed]}
-    train = [row for i in order if i not in held_out for row in ranking(i).rows]
-    random.Random(seed).shuffle(train)
+    generator, train = random.Random(seed), []
+    for i in (i for i in order if i not in held_out):
+        learned = ranking(i)
+        by_grade: tuple[list[Encoded], list[Encoded]] = [], []
+        for row, grade in zip(learned.rows, learned.relevance, strict=True):
+            by_grade[grade].append(row)
+        others, relevant = by_grade
+        train += relevant + generator.sample(others, min(len(others), len(relevant)))
+    generator.shuffle(train)
     validation, test = ([ranking(i) for i in folds[n]] for n in (0, 1 + seed))
     return Task(train, validation, test, _score_rankings)
 
