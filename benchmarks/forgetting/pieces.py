@@ -331,10 +331,13 @@ def _key(name: str, spec: dict[str, Any]) -> tuple[str, str]:
 
 
 class Workshop:
-    """What pieces share: the model and the analyses, kept in a folder, and the data."""
+    """What pieces share: the data, and the model and the analyses, kept in ``work``.
 
-    def __init__(self, work: Path, data: Path, study: Study) -> None:
-        self.work, self.data = work, data
+    ``drawings`` is where the heatmaps go.
+    """
+
+    def __init__(self, work: Path, data: Path, drawings: Path, study: Study) -> None:
+        self.work, self.data, self.drawings = work, data, drawings
         self._model = work / "model"
         if not self._model.is_dir():
             model, tokenizer = load_smollm2()
@@ -412,8 +415,9 @@ def _score_untouched(shop: Workshop, name: str, seed: int) -> dict[str, Any]:
 def _suppress(
     shop: Workshop, definition: str, quotas: tuple[float, ...]
 ) -> dict[str, dict[str, float]]:
-    """Perplexity with rows zeroed, by kind of rows and quota."""
+    """Perplexity with rows zeroed, by kind of rows and quota. Draws the scores' heatmap."""
     attribution, model = shop.attribution(definition), shop.model()
+    attribution.heatmap(shop.drawings / f"heatmap-{definition}.png", stability.QUOTA)
     kinds = [*_SUPPRESSED, *([("random", "signed")] if definition == "published" else [])]
     result: dict[str, dict[str, float]] = {}
     for strategy, criterion in kinds:

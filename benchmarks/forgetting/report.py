@@ -10,9 +10,21 @@ from typing import Any
 from loki_kernels.files import atomic_path
 
 from . import metrics
-from .compare import at_equal_loss, difference
+from .compare import at_equal_loss, common_loss, difference
 from .pieces import Results, Stage, Study, best_rate, sweep_name
 from .retention import ACCURACIES
+
+_READING = """\
+Trained and evaluated with float32 weights and bfloat16 products (analyses in float32). `exact` is
+teacher-forced: every token of the call is the most likely one, given the right ones before it. A
+figure with ± is a mean over seeds and its standard error; a difference is paired by seed and its ±
+is a 95 % interval (Student's t), called noise where it contains zero. Of so many intervals about
+one in twenty leaves out zero by chance. Seeds differ in the order of training and in the test fold;
+text and general questions are the same for all, so the intervals do not cover the choice of those,
+and the training sets overlap."""
+
+# Methods that the others of a stage are compared with.
+_REFERENCES = ("full", "random", "random_30")
 
 # The task's own figure, beside its loss.
 _SCORES = {"function_calling": "exact", "reranking": "ndcg@10"}
@@ -32,10 +44,9 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
     yield "# What was learned and what was forgotten"
     yield ""
     yield "Made by `python -m benchmarks.forgetting report`; do not edit. SmolLM2-135M-Instruct,"
-    yield f"float32 weights and bfloat16 products, on {'; '.join(devices) or 'no device yet'}."
-    yield f"{len(results.rows)} pieces have run. A figure with ± is a mean over seeds and its"
-    yield "standard error; a difference is paired by seed and its ± is a 95 % interval (Student's"
-    yield "t), `noise` where that contains zero."
+    yield f"on {'; '.join(devices) or 'no device yet'}. {len(results.rows)} pieces have run."
+    yield ""
+    yield _READING
     before = results.find("before")
     for i, stage in enumerate(study.stages):
         # beside the methods of an earlier stage that learned the same
@@ -56,6 +67,9 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
             _plot(stage, runs, before["figures"], folder / f"{stage.name}.png")
             yield from ("", f"![{stage.name}]({stage.name}.png)")
     yield from _suppression(study, results)
+    for definition in study.questions:
+        if results.find(f"suppress/{definition}") is not None:
+            yield from ("", f"![heatmap, {definition}](heatmap-{definition}.png)")
     yield from _stability(results)
 
 
@@ -71,7 +85,8 @@ def _seeds(study: Study, stage: Stage, name: str, results: Results) -> dict[int,
 def _sweep(study: Study, stage: Stage, results: Results) -> Iterator[str]:
     yield "Validation loss, nats a token, by learning rate (seed 0; the lowest is chosen):"
     yield ""
-    yield from _header("method", "", "", "", "chosen")
+    most = max(len(study.methods[name].learning_rates) for name in stage.methods)
+    yield from _header("method", *[""] * most, "chosen")
     for name in stage.methods:
         rates = study.methods[name].learning_rates
         cells = []
@@ -79,9 +94,10 @@ def _sweep(study: Study, stage: Stage, results: Results) -> Iterator[str]:
             row = results.find(sweep_name(stage, name, rate))
             loss = f"{row['figures']['validation']['loss']:.4f}" if row else "not run"
             cells.append(f"{rate:g}: {loss}")
+        cells += [""] * (most - len(rates))
         best = best_rate(study, stage, name, results)
         note = "" if best is None else f"{best:g}"
-        if best in (min(rates), max(rates)):
+        if len(rates) > 1 and best in (min(rates), max(rates)):
             note += ", at the edge"
         yield f"| {name} | {' | '.join(cells)} | {note} |"
 
@@ -94,57 +110,69 @@ def _outcome(
     results: Results,
 ) -> Iterator[str]:
     """Every method's figures, then what sets it apart from full fine-tuning and random rows."""
-    score = _SCORES[stage.task]
     untouched = {
         seed: row["figures"]["test"]
         for seed in study.evaluation.seeds
         if (row := results.find(f"before/{stage.task}/{seed}")) is not None
     }
-    start = {seed: test["loss"] for seed, test in untouched.items()}
-    equal = at_equal_loss(runs, start, before["perplexity"]) if stage.after is None else {}
-    table = {
-        name: {seed: _figures(run, score, before) for seed, run in seeds.items()}
+    table: dict[str, dict[int, dict[str, float]]] = {
+        name: {seed: _figures(stage, run, before) for seed, run in seeds.items()}
         for name, seeds in runs.items()
     }
-    for name, seeds in equal.items():
-        for seed, perplexity in seeds.items():
-            table[name][seed]["perplexity at equal loss"] = perplexity
+    common: dict[int, float] = {}
+    if stage.after is None:
+        loss = {seed: test["loss"] for seed, test in untouched.items()}
+        compared = {n: r for n, r in runs.items() if n in (*stage.methods, *_REFERENCES)}
+        common = common_loss(compared, loss)
+        for name, by_seed in at_equal_loss(compared, loss, before["perplexity"], common).items():
+            for seed, perplexity in by_seed.items():
+                table[name][seed]["perplexity at equal loss"] = perplexity
+    else:
+        for name, seeds in table.items():
+            for seed, figures in seeds.items():
+                learned = results.find(f"{stage.after}/{name}/seed-{seed}")
+                if learned is not None:
+                    last = learned["figures"]["curve"][-1]
+                    for task, scores in runs[name][seed]["earlier"].items():
+                        for key, value in scores.items():
+                            figures[f"{task} {key}, change"] = value - last[key]
     columns = list(dict.fromkeys(c for seeds in table.values() for f in seeds.values() for c in f))
     yield from _header("method", "seeds", *columns)
-    start_figures = {seed: test | before for seed, test in untouched.items()}
-    for name, seeds in {"before": start_figures, **table}.items():
+    start = {seed: test | before for seed, test in untouched.items()}
+    for name, seeds in {"before": start, **table}.items():
         if not seeds:
             yield f"| {name} | not run {'|' * (1 + len(columns))}"
             continue
-        known = next(iter(seeds.values()))
-        cells = [_mean([f[c] for f in seeds.values()]) if c in known else "" for c in columns]
+        cells = [_mean([f[c] for f in seeds.values() if c in f]) for c in columns]
         yield f"| {name} | {len(seeds)} | {' | '.join(cells)} |"
-    for reference in ("full", "random", "random_30"):
+    if common:
+        yield ""
+        yield f"The equal loss: {_mean(list(common.values()))}, the best that all of them reach."
+    for reference in (name for name in _REFERENCES if name in table):
         rows = []
-        for name in runs:
+        for name in (name for name in runs if name != reference):
             differences = [
-                difference(*({s: f[c] for s, f in table[n].items()} for n in (name, reference)))
-                for c in columns
-            ] if name != reference and reference in table else []  # fmt: skip
-            if differences and None not in differences:
-                rows.append(f"| {name} | {' | '.join(map(str, differences))} |")
+                difference(_column(table[name], c), _column(table[reference], c)) for c in columns
+            ]
+            if any(differences):
+                cells = ["" if d is None else str(d) for d in differences]
+                rows.append(f"| {name} | {' | '.join(cells)} |")
         if rows:
             yield from ("", *_header(f"minus {reference}", *columns), *rows)
 
 
-def _figures(run: dict[str, Any], score: str, before: dict[str, float]) -> dict[str, float]:
+def _column(seeds: dict[int, dict[str, float]], column: str) -> dict[int, float]:
+    return {seed: figures[column] for seed, figures in seeds.items() if column in figures}
+
+
+def _figures(stage: Stage, run: dict[str, Any], before: dict[str, float]) -> dict[str, float]:
     last, after = run["curve"][-1], run["retention"]
-    earlier = {
-        f"{task}: {key}": value
-        for task, scores in run["earlier"].items()
-        for key, value in scores.items()
-    }
+    learned = {key: last[key] for key in (_SCORES[stage.task], "loss")}
     kept = {key: after[key] for key in ("perplexity", *ACCURACIES)}
     degradation = metrics.average_degradation(
         *({name: of[name] for name in ACCURACIES} for of in (before, after))
     )
-    learned = {score: last[score], "loss": last["loss"]}
-    return learned | earlier | kept | {"degradation, %": degradation}
+    return learned | kept | {"degradation, %": degradation}
 
 
 def _header(*columns: str) -> Iterator[str]:
@@ -153,8 +181,12 @@ def _header(*columns: str) -> Iterator[str]:
 
 
 def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {metrics.standard_error(values):.3f}"
+    if len(set(values)) == 1:
+        return mean
+    return f"{mean} ± {metrics.standard_error(values):.3f}"
 
 
 def _plot(
@@ -193,8 +225,9 @@ def _suppression(study: Study, results: Results) -> Iterator[str]:
     yield from ("", "## Suppression", "", "wikitext-2 perplexity with rows zeroed, by quota:", "")
     yield from _header("definition", "rows", *(f"{quota} %" for quota in quotas))
     for definition, row in found:
+        questions = study.questions[definition]
         for kind, values in (row["figures"] if row else {}).items():
-            label = "" if kind == "random" else definition
+            label = "" if kind == "random" else f"{definition}, {questions} questions"
             cells = " | ".join(f"{values[quota]:,.1f}" for quota in quotas)
             kind = kind.replace("layer_balanced_highest", "highest")
             yield f"| {label} | {kind.replace('layer_balanced', 'lowest')} | {cells} |"
