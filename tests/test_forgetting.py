@@ -61,13 +61,16 @@ def test_choices_in_one_row_are_read_apart():
     questions = [
         Choices([1, 2, 3], [[4], [5, 6, 7]]),
         Choices([8, 9, 10, 11, 12, 13], [[14, 15], [16], [17, 18, 19, 20]]),
+        Choices([21, 22], [[23], [24]]),
     ]
-    for question, found in zip(questions, choice_log_probabilities(model, questions), strict=True):
-        for choice, log_p in zip(question.choices, found, strict=True):
-            prompt = question.context
-            row = {"input_ids": prompt + choice, "labels": [-100] * len(prompt) + choice}
-            ((want, _),) = token_log_probabilities(model, [row], 1)
-            torch.testing.assert_close(log_p, want, atol=1e-5, rtol=0)
+    for length in (1, 20, 512):  # a question a row, some, all in one
+        found = choice_log_probabilities(model, questions, length)
+        for question, log_p in zip(questions, found, strict=True):
+            for choice, ours in zip(question.choices, log_p, strict=True):
+                prompt = question.context
+                row = {"input_ids": prompt + choice, "labels": [-100] * len(prompt) + choice}
+                ((want, _),) = token_log_probabilities(model, [row], 1)
+                torch.testing.assert_close(ours, want, atol=1e-5, rtol=0)
 
 
 def test_ndcg():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from loki_kernels.demo.evaluation import token_log_probabilities
 from loki_kernels.demo.training import Encoded
@@ -80,62 +80,76 @@ def _first(path: Path, count: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def choice_log_probabilities(
-    model: nn.Module, questions: Sequence[Choices], batch_size: int = 8
+    model: nn.Module, questions: Sequence[Choices], length: int = 512
 ) -> list[list[Tensor]]:
     """Log-probabilities of every choice's tokens after its context.
 
-    All choices of a question share one row, in which none sees another: a question's tokens are
-    read once, not once a choice (114,000 tokens instead of 205,000 for the study's sets).
+    Rows of up to ``length`` tokens hold several questions, each with all its choices, and none
+    sees another. So a context is read once, not once a choice, and nothing is padded: 57,000
+    tokens instead of 113,000 for the study's three sets.
     """
-    results: dict[int, list[Tensor]] = {}
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].context))
     device = next(model.parameters()).device
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
-        packed = [_pack(questions[i]) for i in members]
-        ids, positions = (
-            pad_sequence([row[n] for row in packed], batch_first=True) for n in (0, 1)
-        )
-        width = ids.shape[1]
-        # padding sees itself alone, so that no row of the softmax is empty
-        sees = torch.eye(width, dtype=torch.bool).repeat(len(packed), 1, 1)
-        for row, (_, _, seen) in zip(sees, packed, strict=True):
-            row[: len(seen), : len(seen)] = seen
-        first = min(len(questions[i].context) for i in members) - 1
+    results: list[list[Tensor]] = []
+    for members in _rows(questions, length):
+        packed = [_pack(question) for question in members]
+        starts = itertools.accumulate((len(p.ids) for p in packed), initial=0)
+        predicting = [p.predicting + start for p, start in zip(packed, starts, strict=False)]
         logits = model(
-            input_ids=ids.to(device),
-            position_ids=positions.to(device),
-            attention_mask=sees[:, None].to(device),
+            input_ids=torch.cat([p.ids for p in packed])[None].to(device),
+            position_ids=torch.cat([p.positions for p in packed])[None].to(device),
+            attention_mask=torch.block_diag(*(p.sees for p in packed))[None, None].to(device),
             use_cache=False,
-            logits_to_keep=torch.arange(first, width, device=device),
-        ).logits
-        for i, row in zip(members, logits, strict=True):
-            results[i] = _unpack(questions[i], row[len(questions[i].context) - 1 - first :])
-    return [results[i] for i in range(len(questions))]
+            logits_to_keep=torch.cat(predicting).to(device),
+        ).logits[0]
+        choices = [choice for question in members for choice in question.choices]
+        wanted = torch.tensor(list(itertools.chain(*choices)), device=device)
+        log_p = -functional.cross_entropy(logits.float(), wanted, reduction="none").cpu()
+        parts = iter(log_p.split([len(choice) for choice in choices]))
+        results += [[next(parts) for _ in question.choices] for question in members]
+    return results
 
 
-def _pack(question: Choices) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, positions, and [query, key] whether the one sees the other."""
+def _rows(questions: Sequence[Choices], length: int) -> Iterator[list[Choices]]:
+    row: list[Choices] = []
+    free = length
+    for question in questions:
+        size = len(question.context) + sum(map(len, question.choices))
+        if row and size > free:
+            yield row
+            row, free = [], length
+        row.append(question)
+        free -= size
+    yield row
+
+
+class _Packed(NamedTuple):
+    """A question and its choices, one after the other.
+
+    ``sees`` is [query, key]; ``predicting`` the places whose logits predict the choices' tokens.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    sees: Tensor
+    predicting: Tensor
+
+
+def _pack(question: Choices) -> _Packed:
     context = len(question.context)
     parts = [question.context, *question.choices]
     part = torch.cat([torch.full((len(ids),), n) for n, ids in enumerate(parts)])
     positions = torch.cat(
         [torch.arange(len(ids)) + (context if n else 0) for n, ids in enumerate(parts)]
     )
-    sees = ((part[:, None] == part) | (part == 0)).tril()
-    return torch.tensor([t for ids in parts for t in ids]), positions, sees
-
-
-def _unpack(question: Choices, logits: Tensor) -> list[Tensor]:
-    """``logits`` from the context's last token on."""
-    result, start = [], 1
-    for ids in question.choices:
-        # a choice's first token is predicted from the context, the others from the one before
-        predicting = torch.cat([logits[:1], logits[start : start + len(ids) - 1]]).float()
-        wanted = torch.tensor(ids, device=logits.device)
-        result.append(-functional.cross_entropy(predicting, wanted, reduction="none").cpu())
-        start += len(ids)
-    return result
+    # a choice's first token is predicted from the context, the others from the one before
+    predicting = torch.arange(context, len(part)) - 1
+    predicting[positions[context:] == context] = context - 1
+    return _Packed(
+        torch.tensor(list(itertools.chain(*parts))),
+        positions,
+        ((part[:, None] == part) | (part == 0)).tril(),
+        predicting,
+    )
 
 
 def _encode(tokenizer: Any, context: str, continuation: str) -> Encoded:
