@@ -77,7 +77,7 @@ class Stage:
     """Some methods on one task: a sweep of learning rates, then every seed.
 
     With ``after``, on top of what each method learned in that stage; ``rates_of`` names the stage
-    whose learning rates are taken instead of a sweep.
+    whose best learning rates, times ``rate_factor``, are taken instead of a sweep.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Stage:
     training: Training
     after: str | None = None
     rates_of: str | None = None
+    rate_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class Study:
                     for name in stage.methods:
                         check_choice(f"method of {other}", name, swept[other].methods)
             if stage.rates_of is None:
-                if stage.after is not None:
-                    raise ValueError(f"{path}: {stage.name} has after, so it needs rates_of")
+                if stage.after is not None or stage.rate_factor != 1.0:
+                    raise ValueError(f"{path}: {stage.name} needs rates_of")
                 swept[stage.name] = stage
         return cls(questions, evaluation, methods, tuple(stages), quotas, counts)
 
@@ -270,9 +271,14 @@ def _stage_pieces(study: Study, stage: Stage, results: Results) -> Iterator[Piec
             rates = {}
             for lesson in (stage.after, stage.name):
                 if lesson is not None:
-                    rates[lesson] = best_rate(study, study.stage(lesson), name, results)
+                    rates[lesson] = _rate(study, study.stage(lesson), name, results)
             if None not in rates.values():
                 yield piece(name, rates, seed, False)
+
+
+def _rate(study: Study, stage: Stage, name: str, results: Results) -> float | None:
+    best = best_rate(study, stage, name, results)
+    return None if best is None else best * stage.rate_factor
 
 
 def sweep_name(stage: Stage, method: str, rate: float) -> str:

@@ -62,6 +62,8 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
         yield from ("", f"## {stage.name}: {stage.task}, {stage.training.steps} steps", "")
         if stage.rates_of is None:
             yield from _sweep(study, stage, results)
+        else:
+            yield f"With {stage.rate_factor:g} times the best learning rates of {stage.rates_of}."
         if before is not None and any(runs.values()):
             yield from ("", *_outcome(study, stage, runs, before["figures"], results))
             _plot(stage, runs, before["figures"], folder / f"{stage.name}.png")
@@ -74,7 +76,7 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
 
 
 def _lesson(stage: Stage) -> tuple[Any, ...]:
-    return stage.task, stage.training, stage.after
+    return stage.task, stage.training, stage.after, stage.rate_factor
 
 
 def _seeds(study: Study, stage: Stage, name: str, results: Results) -> dict[int, dict[str, Any]]:
