@@ -174,7 +174,7 @@ def _figures(stage: Stage, run: dict[str, Any], before: dict[str, float]) -> dic
     degradation = metrics.average_degradation(
         *({name: of[name] for name in ACCURACIES} for of in (before, after))
     )
-    return learned | kept | {"degradation, %": degradation}
+    return learned | kept | {"mean change, %": degradation}
 
 
 def _header(*columns: str) -> Iterator[str]:
