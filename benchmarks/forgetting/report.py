@@ -23,8 +23,8 @@ one in twenty leaves out zero by chance. Seeds differ in the order of training a
 text and general questions are the same for all, so the intervals do not cover the choice of those,
 and the training sets overlap."""
 
-# Methods that the others of a stage are compared with.
-_REFERENCES = ("full", "random", "random_30")
+# Methods that the others of a stage are compared with, each pair once.
+_REFERENCES = ("full", "random", "magnitude", "random_30")
 
 # The task's own figure, beside its loss.
 _SCORES = {"function_calling": "exact", "reranking": "ndcg@10"}
@@ -111,7 +111,7 @@ def _outcome(
     before: dict[str, float],
     results: Results,
 ) -> Iterator[str]:
-    """Every method's figures, then what sets it apart from full fine-tuning and random rows."""
+    """Every method's figures, then what sets it apart from the methods of reference."""
     untouched = {
         seed: row["figures"]["test"]
         for seed in study.evaluation.seeds
@@ -150,9 +150,10 @@ def _outcome(
     if common:
         yield ""
         yield f"The equal loss: {_mean(list(common.values()))}, the best that all of them reach."
-    for reference in (name for name in _REFERENCES if name in table):
+    references = [name for name in _REFERENCES if name in table]
+    for i, reference in enumerate(references):
         rows = []
-        for name in (name for name in runs if name != reference):
+        for name in (name for name in runs if name not in references[: i + 1]):
             differences = [
                 difference(_column(table[name], c), _column(table[reference], c)) for c in columns
             ]
