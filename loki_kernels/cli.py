@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quota", type=float, help="percentage of rows (default: 10)")
-    parser.add_argument("--criterion", choices=get_args(Criterion), help="(default: signed)")
+    parser.add_argument("--criterion", choices=get_args(Criterion), help="(default: magnitude)")
 
 
 def _add_question_options(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, AttributionCounts
+from .attribution.result import DEFAULT_CRITERION
 from .errors import check_choice
 from .files import atomic_path
 from .ops import count_lowest
@@ -175,8 +176,8 @@ def select(
             what ``layer_balanced`` needs for one quota and criterion.
         quota: percentage of rows, in (0, 100]; 10 by default, or that of the counts.
         strategy: see above.
-        criterion: ``"signed"`` (the default) ranks the scores themselves (the paper's),
-            ``"magnitude"`` their absolute values; by default that of the counts.
+        criterion: ``"magnitude"`` (the default) ranks the scores' absolute values, ``"signed"`` the
+            scores themselves, as the paper does; by default that of the counts.
         seed: for ``random``.
 
     Raises:
@@ -187,7 +188,7 @@ def select(
     if isinstance(attribution, AttributionCounts):
         return _select_counted(attribution, quota, strategy, criterion)
     quota = 10.0 if quota is None else quota
-    criterion = "signed" if criterion is None else criterion
+    criterion = DEFAULT_CRITERION if criterion is None else criterion
     check_choice("criterion", criterion, get_args(Criterion))
     run = attribution.run if isinstance(attribution, Attribution) else {}
     scores = attribution.scores if isinstance(attribution, Attribution) else attribution

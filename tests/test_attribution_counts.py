@@ -30,22 +30,22 @@ def test_counts_give_the_selection_that_scores_give(definition, site, criterion,
         torch.testing.assert_close(counted.change, kept.change)
 
 
-def test_counts_are_of_ten_percent_and_signed_by_default(model, prompts):
+def test_counts_are_of_ten_percent_and_by_magnitude_by_default(model, prompts):
     counted = attribute(model, prompts, keep="counts")
-    assert (counted.quota, counted.criterion) == (10.0, "signed")
+    assert (counted.quota, counted.criterion) == (10.0, "magnitude")
     assert counted.counts.sum(-1).tolist() == [4 * len(prompts)] * 3
     assert repr(counted) == (
-        "AttributionCounts(4 samples, 3 layers, 48 nodes, quota=10.0, criterion='signed')"
+        "AttributionCounts(4 samples, 3 layers, 48 nodes, quota=10.0, criterion='magnitude')"
     )
 
 
 def test_counts_file_round_trip(model, prompts, tmp_path):
-    counted = attribute(model, prompts, keep="counts", quota=20, criterion="magnitude")
+    counted = attribute(model, prompts, keep="counts", quota=20, criterion="signed")
     path = tmp_path / "counts.safetensors"
     counted.save(path)
     loaded = AttributionCounts.load(path)
     assert loaded.run == counted.run
-    assert (loaded.quota, loaded.criterion) == (20.0, "magnitude")
+    assert (loaded.quota, loaded.criterion) == (20.0, "signed")
     for name in ("counts", "targets", "value", "completeness", "change"):
         assert torch.equal(getattr(loaded, name), getattr(counted, name))
     assert select(loaded) == select(counted)
@@ -59,7 +59,7 @@ def test_counts_file_round_trip(model, prompts, tmp_path):
     ("options", "message"),
     [
         ({"quota": 5}, "quota=10.0, not 5"),
-        ({"criterion": "magnitude"}, "criterion='signed', not 'magnitude'"),
+        ({"criterion": "signed"}, "criterion='magnitude', not 'signed'"),
         ({"strategy": "global_lowest"}, "strategy='layer_balanced', not 'global_lowest'"),
     ],
 )

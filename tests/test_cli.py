@@ -57,10 +57,10 @@ def test_counts_are_a_selection_in_the_making(folder, capsys):
     questions, counts, rows = folder / "mine.jsonl", folder / "c.safetensors", folder / "rows.json"
     questions.write_text('{"question": "Is it?", "choices": ["a", "b", "c", "d"], "answer": 1}\n')
     command = ["attribute", str(folder / "model"), str(counts), "--questions", str(questions)]
-    command += ["--keep", "counts", "--quota", "25", "--criterion", "magnitude"]
+    command += ["--keep", "counts", "--quota", "25", "--criterion", "signed"]
     assert main(command) == 0
     assert main(["select", str(counts), str(rows)]) == 0
-    assert loki.RowSelection.load(rows).info["criterion"] == "magnitude"
+    assert loki.RowSelection.load(rows).info["criterion"] == "signed"
     assert "3 layers, 12 rows each" in capsys.readouterr().out
     assert main([*command, "--heatmap", str(folder / "map.png")]) == 1
     assert main(["select", str(counts), str(rows), "--quota", "5"]) == 1

@@ -107,15 +107,15 @@ def test_ties_go_to_the_lower_index(strategy, criterion):
 def test_counts_rank_before_scores():
     """Node 1 is lowest twice, node 0 once by far: the vote decides, not the sum."""
     scores = torch.tensor([[[-100.0, 0, 1]], [[0, -1, 1]], [[0, -1, 1]]])
-    assert as_lists(select(scores, 34)) == [[1]]
+    assert as_lists(select(scores, 34, criterion="signed")) == [[1]]
 
 
-def test_magnitude_ignores_the_sign():
+def test_magnitude_ignores_the_sign_and_is_the_default():
     scores = torch.tensor([[[-9.0, 0.5, 3.0, -0.1]]])
-    assert as_lists(select(scores, 25)) == [[0]]
-    assert as_lists(select(scores, 25, criterion="magnitude")) == [[3]]
-    assert as_lists(select(scores, 25, "layer_balanced_highest")) == [[2]]
-    assert as_lists(select(scores, 25, "layer_balanced_highest", "magnitude")) == [[0]]
+    assert as_lists(select(scores, 25)) == [[3]]
+    assert as_lists(select(scores, 25, criterion="signed")) == [[0]]
+    assert as_lists(select(scores, 25, "layer_balanced_highest")) == [[0]]
+    assert as_lists(select(scores, 25, "layer_balanced_highest", "signed")) == [[2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -123,7 +123,8 @@ def test_magnitude_ignores_the_sign():
 def test_other_dtypes_and_strides(strategy, dtype):
     scores = make_scores(2, (3, 17, 5), tied=True).to(dtype).permute(2, 0, 1)
     assert not scores.is_contiguous()
-    assert as_lists(select(scores, 29, strategy)) == slow_select(scores, 29, strategy, "signed")
+    want = slow_select(scores, 29, strategy, "magnitude")
+    assert as_lists(select(scores, 29, strategy)) == want
 
 
 @pytest.mark.parametrize("criterion", ["signed", "magnitude"])

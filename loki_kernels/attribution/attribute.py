@@ -18,7 +18,7 @@ from ..quota import rows_per_layer
 from ..structure import Structure, find_structure
 from .definitions import Definition, path_rule, resolve_definition
 from .prompts import Tokens, tokenize_prompts
-from .result import Attribution, AttributionCounts, ScoreFile, describe_run
+from .result import DEFAULT_CRITERION, Attribution, AttributionCounts, ScoreFile, describe_run
 from .sequence import scaled_prefixes
 from .staircase import Batch, Counter, Prefill, RowPass, Scores, prepared, run_prefill
 
@@ -77,7 +77,7 @@ def attribute(
             each node is among the lowest of its layer: L * D numbers however many prompts there
             are, and on a GPU no score leaves the kernel that makes it.
         quota: with ``keep="counts"``, the percentage of rows (10 by default) ...
-        criterion: ... and ``"signed"`` (the default) or ``"magnitude"``, as in `select`.
+        criterion: ... and ``"magnitude"`` (the default) or ``"signed"``, as in `select`.
         out: a ``.safetensors`` file that receives the scores as they come, memory-mapped, so
             that memory does not grow with N.
         progress: True or False for the bar; by default it shows on a terminal.
@@ -162,7 +162,7 @@ def _make_counter(
         return None
     if out is not None:
         raise ValueError("out= receives scores, and keep='counts' keeps none; save the result.")
-    criterion = "signed" if criterion is None else criterion
+    criterion = DEFAULT_CRITERION if criterion is None else criterion
     check_choice("criterion", criterion, get_args(Criterion))
     quota = 10.0 if quota is None else float(quota)
     return Counter(quota, rows_per_layer(quota, width), criterion)
