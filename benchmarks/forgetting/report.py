@@ -63,7 +63,8 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
         if stage.rates_of is None:
             yield from _sweep(study, stage, results)
         else:
-            yield f"With {stage.rate_factor:g} times the best learning rates of {stage.rates_of}."
+            times = "" if stage.rate_factor == 1.0 else f"{stage.rate_factor:g} times "
+            yield f"With {times}the best learning rates of {stage.rates_of}."
         if before is not None and any(runs.values()):
             yield from ("", *_outcome(study, stage, runs, before["figures"], results))
             _plot(stage, runs, before["figures"], folder / f"{stage.name}.png")
