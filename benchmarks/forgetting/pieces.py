@@ -212,7 +212,8 @@ def _stability_pieces(study: Study) -> Iterator[Piece]:
         (
             "definitions",
             wanted.definitions,
-            lambda shop, count: stability.by_definition(shop.attribute(count)),
+            # the same questions as captum's suppression: its analysis, ten minutes, is there
+            lambda shop, count: stability.by_definition(shop.attribute(count, keep=True)),
         ),
         (
             "dtype",
