@@ -256,7 +256,8 @@ def test_study_files_and_their_report(name, tmp_path):
             point = {"step": 40, "loss": loss, "exact": 0.5, "ndcg@10": 0.6, "perplexity": 21.0}
             retention = accuracies | {"perplexity": 21.0}
             earlier = {"function_calling": {"loss": 0.2, "exact": 0.1}}
-            figures = {"validation": {"loss": loss}, "curve": [point], "retention": retention}
+            validation = {"loss": loss, "ndcg@10": loss}
+            figures = {"validation": validation, "curve": [point], "retention": retention}
             figures["earlier"] = earlier if len(piece.spec["lessons"]) > 1 else {}
         elif piece.name.startswith("suppress"):
             figures = {"random": {f"{quota:g}": 30.0 for quota in study.quotas}}
@@ -293,15 +294,20 @@ def test_unknown_methods_are_refused(tmp_path):
         Study.load(path)
 
 
-def test_the_lowest_validation_loss_is_chosen(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [("calls", 1), ("ranks", 0)],  # the lowest loss, the highest nDCG
+)
+def test_the_best_on_validation_is_chosen(name, chosen, tmp_path):
     study = Study.load(HERE / "study.toml")
-    stage, method = study.stages[0], study.methods["full"]
+    stage, method = study.stage(name), study.methods["full"]
     results = Results(tmp_path / "results.jsonl")
-    losses = dict(zip(method.learning_rates, (0.3, 0.1, 0.2), strict=True))
-    swept = {f"calls/full/lr-{rate:g}": loss for rate, loss in losses.items()}
+    figures = dict(zip(method.learning_rates, (0.3, 0.1, 0.2), strict=True))
+    swept = {f"{name}/full/lr-{rate:g}": figure for rate, figure in figures.items()}
 
-    def row(piece, loss):
-        return {"piece": piece.name, "spec": piece.spec, "figures": {"validation": {"loss": loss}}}
+    def row(piece, figure):
+        validation = {"loss": figure, "ndcg@10": figure}
+        return {"piece": piece.name, "spec": piece.spec, "figures": {"validation": validation}}
 
     for piece in pieces(study, results):
         if piece.name in swept:
@@ -309,20 +315,28 @@ def test_the_lowest_validation_loss_is_chosen(tmp_path):
             assert not results.claim(piece)
             results.add(row(piece, swept[piece.name]))
         last = piece
-        if piece.name == "calls/full/seed-0":
+        if piece.name == f"{name}/full/seed-0":
             break
     assert last.spec["lessons"][0]["learning_rate"] == best_rate(study, stage, "full", results)
-    assert last.spec["lessons"][0]["learning_rate"] == method.learning_rates[1]
+    assert last.spec["lessons"][0]["learning_rate"] == method.learning_rates[chosen]
 
-    # read again, the last row of a spec counts, whatever another study added
-    first, *_, third = (p for p in pieces(study, results) if p.name in swept)
-    results.add(row(third, 0.05))
-    results.add(row(first, 0.01) | {"spec": first.spec | {"seed": 1}})
+
+def test_of_a_piece_run_twice_the_last_row_counts(tmp_path):
+    study = Study.load(HERE / "study.toml")
+    results = Results(tmp_path / "results.jsonl")
+    first, second, *_ = pieces(study, results)
+
+    def row(piece, figure):
+        return {"piece": piece.name, "spec": piece.spec, "figures": figure}
+
+    for piece, figure in ((first, 1), (second, 2), (second, 3)):
+        results.add(row(piece, figure))
+    results.add(row(first, 4) | {"spec": first.spec | {"seed": 1}})  # another study's
     again = Results(results.path)
-    claimed = {p.name for p in pieces(study, again) if again.claim(p)}
-    assert claimed == set(swept)
-    assert again.find(first.name)["figures"]["validation"]["loss"] == losses[2e-5]
-    assert again.find(third.name)["figures"]["validation"]["loss"] == 0.05
+    claimed = {piece.name for piece in pieces(study, again) if again.claim(piece)}
+    assert claimed == {first.name, second.name}
+    assert again.find(first.name)["figures"] == 1
+    assert again.find(second.name)["figures"] == 3
 
 
 _STUDY = Study.load(HERE / "study.toml")

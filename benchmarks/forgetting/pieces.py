@@ -30,7 +30,7 @@ from . import stability
 from .methods import Method
 from .precision import AUTOCAST, DEVICE, autocast, keep_head
 from .retention import Retention
-from .tasks import VERSIONS, Task, group_by_length, load_task
+from .tasks import JUDGED_BY, VERSIONS, Task, group_by_length, load_task
 
 # (strategy, criterion) of the rows that suppression zeroes
 _SUPPRESSED = (
@@ -64,7 +64,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Stability:
-    """How many questions each comparison takes; ``blocks`` of 10 MMLU questions a subject."""
+    """How many questions each comparison takes; ``blocks`` of 5 MMLU questions a subject."""
 
     blocks: int
     steps: int
@@ -212,7 +212,7 @@ def _stability_pieces(study: Study) -> Iterator[Piece]:
         (
             "definitions",
             wanted.definitions,
-            # the same questions as captum's suppression: its analysis, ten minutes, is there
+            # the same questions as captum's suppression: its analysis is there
             lambda shop, count: stability.by_definition(shop.attribute(count, keep=True)),
         ),
         (
@@ -287,15 +287,17 @@ def sweep_name(stage: Stage, method: str, rate: float) -> str:
 
 
 def best_rate(study: Study, stage: Stage, name: str, results: Results) -> float | None:
-    """The learning rate of the lowest validation loss; None until all of them have been tried."""
-    losses = {}
+    """The learning rate that is best on validation; None until all of them have been tried."""
     if stage.rates_of is not None:
         stage = study.stage(stage.rates_of)
+    judge = JUDGED_BY[stage.task]
+    sign = 1.0 if judge == "loss" else -1.0
+    losses = {}
     for rate in study.methods[name].learning_rates:
         row = results.find(sweep_name(stage, name, rate))
         if row is None:
             return None
-        loss = row["figures"]["validation"]["loss"]
+        loss = sign * row["figures"]["validation"][judge]
         losses[rate] = math.inf if math.isnan(loss) else loss
     return min(losses, key=losses.__getitem__)
 
@@ -373,7 +375,7 @@ class Workshop:
         return self.attribute(self.questions[definition], keep=True)(definition=definition)
 
     def block(self, number: int) -> Attribution:
-        """On 10 questions of each of MMLU's subjects, kept."""
+        """On 5 questions of each of MMLU's subjects, kept."""
         first = number * stability.BLOCK
         questions = stability.mmlu(self.data, first, stability.BLOCK)
         return self._attribute(questions, keep=True)(definition="published")

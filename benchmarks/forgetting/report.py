@@ -13,6 +13,7 @@ from . import metrics
 from .compare import at_equal_loss, common_loss, difference
 from .pieces import Results, Stage, Study, best_rate, sweep_name
 from .retention import ACCURACIES
+from .tasks import JUDGED_BY
 
 _READING = """\
 Trained and evaluated with float32 weights and bfloat16 products (analyses in float32). `exact` is
@@ -86,7 +87,8 @@ def _seeds(study: Study, stage: Stage, name: str, results: Results) -> dict[int,
 
 
 def _sweep(study: Study, stage: Stage, results: Results) -> Iterator[str]:
-    yield "Validation loss, nats a token, by learning rate (seed 0; the lowest is chosen):"
+    judge = JUDGED_BY[stage.task]
+    yield f"Validation {judge} by learning rate (seed 0; the best is chosen):"
     yield ""
     most = max(len(study.methods[name].learning_rates) for name in stage.methods)
     yield from _header("method", *[""] * most, "chosen")
@@ -95,8 +97,8 @@ def _sweep(study: Study, stage: Stage, results: Results) -> Iterator[str]:
         cells = []
         for rate in rates:
             row = results.find(sweep_name(stage, name, rate))
-            loss = f"{row['figures']['validation']['loss']:.4f}" if row else "not run"
-            cells.append(f"{rate:g}: {loss}")
+            figure = f"{row['figures']['validation'][judge]:.4f}" if row else "not run"
+            cells.append(f"{rate:g}: {figure}")
         cells += [""] * (most - len(rates))
         best = best_rate(study, stage, name, results)
         note = "" if best is None else f"{best:g}"

@@ -24,6 +24,9 @@ from .precision import autocast
 
 # Part of every piece's spec: to be raised with whatever changes a task's examples or figures.
 VERSIONS = {"function_calling": 1, "reranking": 1}
+# What chooses a learning rate on the validation fold. A call's loss, since exact matches come in
+# hundredths; not a ranking's, which is lowest for a model that answers with the answers' shares.
+JUDGED_BY = {"function_calling": "loss", "reranking": "ndcg@10"}
 # One fold chooses the learning rates, each of the others tests one seed.
 FOLDS = 4
 _LONGEST = 256  # tokens; longer examples are left out
