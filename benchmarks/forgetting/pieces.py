@@ -64,7 +64,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Stability:
-    """How many questions each comparison takes; ``blocks`` of 5 MMLU questions a subject."""
+    """How many questions each comparison takes; ``blocks`` of 10 MMLU questions a subject."""
 
     blocks: int
     steps: int
@@ -375,7 +375,7 @@ class Workshop:
         return self.attribute(self.questions[definition], keep=True)(definition=definition)
 
     def block(self, number: int) -> Attribution:
-        """On 5 questions of each of MMLU's subjects, kept."""
+        """On 10 questions of each of MMLU's subjects, kept."""
         first = number * stability.BLOCK
         questions = stability.mmlu(self.data, first, stability.BLOCK)
         return self._attribute(questions, keep=True)(definition="published")
