@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from .attribution.attribute import Keep
 from .attribution.definitions import DEFINITIONS, Site
+from .attribution.result import DEFAULT_CRITERION
 from .ops.count_lowest import Criterion
 from .selection import Strategy
 
@@ -92,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quota", type=float, help="percentage of rows (default: 10)")
-    parser.add_argument("--criterion", choices=get_args(Criterion), help="(default: magnitude)")
+    default = f"(default: {DEFAULT_CRITERION})"
+    parser.add_argument("--criterion", choices=get_args(Criterion), help=default)
 
 
 def _add_question_options(parser: argparse.ArgumentParser) -> None:

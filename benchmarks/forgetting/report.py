@@ -157,6 +157,8 @@ def _outcome(
     for i, reference in enumerate(references):
         rows = []
         for name in (name for name in runs if name not in references[: i + 1]):
+            if not {name, reference} & set(stage.methods):
+                continue  # both are another stage's, which compares them
             differences = [
                 difference(_column(table[name], c), _column(table[reference], c)) for c in columns
             ]
