@@ -18,13 +18,14 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from pydantic import BaseModel
 
 from .peft import LokiConfig
+from .quota import DEFAULT_QUOTA
 
 
 class LokiArguments(BaseModel):
     """What the plugin adds to Axolotl's configuration."""
 
     loki_positions: str | None = None
-    loki_quota: float = 10.0
+    loki_quota: float = DEFAULT_QUOTA
     loki_rank: int | None = None
 
 
@@ -43,7 +44,7 @@ class LokiPlugin(BasePlugin):
         if cfg.adapter != "loki":
             return None
         config = LokiConfig(
-            positions=cfg.loki_positions, quota=cfg.loki_quota or 10.0, rank=cfg.loki_rank
+            positions=cfg.loki_positions, quota=cfg.loki_quota or DEFAULT_QUOTA, rank=cfg.loki_rank
         )
         if config_only:
             return None, config

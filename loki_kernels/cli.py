@@ -13,6 +13,7 @@ from .attribution.attribute import Keep
 from .attribution.definitions import DEFINITIONS, Site
 from .attribution.result import DEFAULT_CRITERION
 from .ops.count_lowest import Criterion
+from .quota import DEFAULT_QUOTA
 from .selection import Strategy
 
 
@@ -92,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_selection_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quota", type=float, help="percentage of rows (default: 10)")
+    rows = f"percentage of rows (default: {DEFAULT_QUOTA:g})"
+    parser.add_argument("--quota", type=float, help=rows)
     default = f"(default: {DEFAULT_CRITERION})"
     parser.add_argument("--criterion", choices=get_args(Criterion), help=default)
 

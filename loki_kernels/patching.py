@@ -23,7 +23,7 @@ from .cache import cached_attribution
 from .errors import UnsupportedModelError
 from .linear import TRAINED, LoKILinear, low_rank_rows, write_rows
 from .mlp import FusedMLP, Gating, find_gating
-from .quota import rows_per_layer
+from .quota import DEFAULT_QUOTA, rows_per_layer
 from .selection import RowSelection, select
 from .sharding import full_shape, is_partitioned, is_sharded, shards_its_weights
 from .structure import DownProjection, Structure, find_structure, is_plain_linear
@@ -203,7 +203,7 @@ def patch(
     rows: Rows | None = None,
     *,
     tokenizer: Any = None,
-    quota: float = 10.0,
+    quota: float = DEFAULT_QUOTA,
     rank: int | None = None,
     dtype: torch.dtype | None = None,
     fuse_mlp: bool = False,

@@ -41,6 +41,7 @@ from .quantized import (
     plain_linear,
     quantization_of,
 )
+from .quota import DEFAULT_QUOTA
 from .selection import RowSelection, select
 from .sharding import is_sharded, whole
 from .structure import find_structure
@@ -92,7 +93,7 @@ class LokiConfig(PeftConfig):
 
     positions: str | None = None
     rows: list[list[int]] | None = None
-    quota: float = 10.0
+    quota: float = DEFAULT_QUOTA
     rank: int | None = None
     quantized_merge: str | None = None
     fingerprint: str | None = None

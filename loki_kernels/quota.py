@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+DEFAULT_QUOTA = 10.0  # percent
+
 
 def rows_per_layer(quota: float | Fraction, width: int) -> int:
     """``max(1, floor(quota * width / 100))`` in exact arithmetic: 29 % of 100 is 29.

@@ -21,7 +21,7 @@ from .errors import check_choice
 from .files import atomic_path
 from .ops import count_lowest
 from .ops.count_lowest import Criterion
-from .quota import rows_per_layer
+from .quota import DEFAULT_QUOTA, rows_per_layer
 
 Strategy = Literal[
     "layer_balanced", "layer_balanced_highest", "global_lowest", "global_highest", "random"
@@ -187,7 +187,7 @@ def select(
     check_choice("strategy", strategy, get_args(Strategy))
     if isinstance(attribution, AttributionCounts):
         return _select_counted(attribution, quota, strategy, criterion)
-    quota = 10.0 if quota is None else quota
+    quota = DEFAULT_QUOTA if quota is None else quota
     criterion = DEFAULT_CRITERION if criterion is None else criterion
     check_choice("criterion", criterion, get_args(Criterion))
     run = attribution.run if isinstance(attribution, Attribution) else {}

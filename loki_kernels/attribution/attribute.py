@@ -14,7 +14,7 @@ from ..errors import check_choice
 from ..files import check_writable
 from ..ops.count_lowest import Criterion
 from ..progress import progress_bar
-from ..quota import rows_per_layer
+from ..quota import DEFAULT_QUOTA, rows_per_layer
 from ..structure import Structure, find_structure
 from .definitions import Definition, path_rule, resolve_definition
 from .prompts import Tokens, tokenize_prompts
@@ -164,7 +164,7 @@ def _make_counter(
         raise ValueError("out= receives scores, and keep='counts' keeps none; save the result.")
     criterion = DEFAULT_CRITERION if criterion is None else criterion
     check_choice("criterion", criterion, get_args(Criterion))
-    quota = 10.0 if quota is None else float(quota)
+    quota = DEFAULT_QUOTA if quota is None else float(quota)
     return Counter(quota, rows_per_layer(quota, width), criterion)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..files import atomic_path, read_safetensors
 from ..ops.count_lowest import Criterion
+from ..quota import DEFAULT_QUOTA
 from .definitions import Definition
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Attribution:
             run=run,
         )
 
-    def heatmap(self, path: str | os.PathLike[str], quota: float = 10.0) -> None:
+    def heatmap(self, path: str | os.PathLike[str], quota: float = DEFAULT_QUOTA) -> None:
         """Write a PNG of how often each node (layers x nodes) is among the highest and lowest
         ``quota`` % of its layer, as in the paper's Figure 2."""
         from ..plots import plot_heatmap

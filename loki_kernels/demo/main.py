@@ -22,14 +22,13 @@ from ..cache import CALIBRATION_PER_SUBJECT
 from ..files import atomic_path
 from ..patching import patch
 from ..questions import Question, load_questions
+from ..quota import DEFAULT_QUOTA
 from ..selection import RowSelection, select
 from . import verify
 from .evaluation import Evaluation, evaluate, general_text, question_rows
 from .function_calls import generate_examples
 from .model import NAME, load_smollm2
 from .training import encode, fine_tune
-
-QUOTA = 10.0
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,9 @@ def run_demo(
             tokenizer=tokenizer,
             progress=True,
         )
-        attribution.heatmap(out / "heatmap.png", QUOTA)
-    with stage(f"select {QUOTA:g} % of the rows"):
-        rows = select(attribution, QUOTA)
+        attribution.heatmap(out / "heatmap.png", DEFAULT_QUOTA)
+    with stage(f"select {DEFAULT_QUOTA:g} % of the rows"):
+        rows = select(attribution, DEFAULT_QUOTA)
         rows.save(out / "rows.json")
 
     examples = [encode(example, tokenizer) for example in train]
