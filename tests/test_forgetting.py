@@ -339,6 +339,33 @@ def test_of_a_piece_run_twice_the_last_row_counts(tmp_path):
     assert again.find(second.name)["figures"] == 3
 
 
+def test_a_training_that_two_stages_ask_for_runs_once(tmp_path):
+    text = (HERE / "smoke.toml").read_text()
+    path = tmp_path / "study.toml"
+    same = """
+[[stage]]
+name = "calls-then-ranks-same"
+after = "calls"
+task = "reranking"
+learning_rate = 1e-3
+methods = ["lora", "magnitude"]
+"""
+    path.write_text(text + same)
+    study, results = Study.load(path), Results(tmp_path / "study.jsonl")
+    rerun = []
+    for piece in pieces(study, results):
+        if results.claim(piece):
+            rerun.append(piece.name)
+            continue
+        figures = {"validation": {"loss": 0.1}}
+        results.add({"piece": piece.name, "spec": piece.spec, "figures": figures})
+    assert rerun == ["calls-then-ranks-same/magnitude/seed-0"]
+    assert results.find(rerun[0]) == results.find("calls-then-ranks/magnitude/seed-0")
+    path.write_text(text + same + 'rates_of = "calls"\n')
+    with pytest.raises(ValueError, match="has both rates_of and learning_rate"):
+        Study.load(path)
+
+
 _STUDY = Study.load(HERE / "study.toml")
 
 

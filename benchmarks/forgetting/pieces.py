@@ -64,7 +64,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Stability:
-    """How many questions each comparison takes; ``blocks`` of 10 MMLU questions a subject."""
+    """How many questions each comparison takes; ``blocks`` of 5 MMLU questions a subject."""
 
     blocks: int
     steps: int
@@ -76,8 +76,9 @@ class Stability:
 class Stage:
     """Some methods on one task: a sweep of learning rates, then every seed.
 
-    With ``after``, on top of what each method learned in that stage; ``rates_of`` names the stage
-    whose best learning rates, times ``rate_factor``, are taken instead of a sweep.
+    With ``after``, on top of what each method learned in that stage. Instead of a sweep,
+    ``rates_of`` names the stage whose best learning rates, times ``rate_factor``, are taken, or
+    ``learning_rate`` is every method's.
     """
 
     name: str
@@ -87,6 +88,11 @@ class Stage:
     after: str | None = None
     rates_of: str | None = None
     rate_factor: float = 1.0
+    learning_rate: float | None = None
+
+    @property
+    def sweeps(self) -> bool:
+        return self.rates_of is None and self.learning_rate is None
 
 
 @dataclass(frozen=True)
@@ -138,10 +144,12 @@ class Study:
                     check_choice("stage", other, swept)
                     for name in stage.methods:
                         check_choice(f"method of {other}", name, swept[other].methods)
-            if stage.rates_of is None:
+            if stage.sweeps:
                 if stage.after is not None or stage.rate_factor != 1.0:
-                    raise ValueError(f"{path}: {stage.name} needs rates_of")
+                    raise ValueError(f"{path}: {stage.name} needs rates_of or learning_rate")
                 swept[stage.name] = stage
+            elif stage.learning_rate is not None and stage.rates_of is not None:
+                raise ValueError(f"{path}: {stage.name} has both rates_of and learning_rate")
         return cls(questions, evaluation, methods, tuple(stages), quotas, counts)
 
     def stage(self, name: str) -> Stage:
@@ -263,7 +271,7 @@ def _stage_pieces(study: Study, stage: Stage, results: Results) -> Iterator[Piec
             lambda shop: _train(shop, lessons, method, seed, sweep),
         )
 
-    if stage.rates_of is None:
+    if stage.sweeps:
         for name in stage.methods:
             for rate in study.methods[name].learning_rates:
                 yield piece(name, {stage.name: rate}, 0, True)
@@ -278,6 +286,8 @@ def _stage_pieces(study: Study, stage: Stage, results: Results) -> Iterator[Piec
 
 
 def _rate(study: Study, stage: Stage, name: str, results: Results) -> float | None:
+    if stage.learning_rate is not None:
+        return stage.learning_rate
     best = best_rate(study, stage, name, results)
     return None if best is None else best * stage.rate_factor
 
@@ -305,7 +315,8 @@ def best_rate(study: Study, stage: Stage, name: str, results: Results) -> float 
 class Results:
     """A JSON-lines file, one line a piece; of several lines for one spec the last counts.
 
-    A row is known once its piece claims it: what an older study file asked for is not.
+    A row is known once its piece claims it: what an older study file asked for is not. A training
+    that two stages ask for runs once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -332,11 +343,12 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        self.rows[row["piece"]] = row
+        self.rows[row["piece"]] = self._stored[_key(row["piece"], row["spec"])] = row
 
 
 def _key(name: str, spec: dict[str, Any]) -> tuple[str, str]:
-    return name, json.dumps(spec, sort_keys=True)
+    """A training's figures depend on its spec alone, whatever the stage's name."""
+    return "" if "lessons" in spec else name, json.dumps(spec, sort_keys=True)
 
 
 class Workshop:
@@ -375,7 +387,7 @@ class Workshop:
         return self.attribute(self.questions[definition], keep=True)(definition=definition)
 
     def block(self, number: int) -> Attribution:
-        """On 10 questions of each of MMLU's subjects, kept."""
+        """On 5 questions of each of MMLU's subjects, kept."""
         first = number * stability.BLOCK
         questions = stability.mmlu(self.data, first, stability.BLOCK)
         return self._attribute(questions, keep=True)(definition="published")

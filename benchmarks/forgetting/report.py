@@ -61,8 +61,10 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
         if not any(swept) and not any(runs[name] for name in stage.methods):
             continue
         yield from ("", f"## {stage.name}: {stage.task}, {stage.training.steps} steps", "")
-        if stage.rates_of is None:
+        if stage.sweeps:
             yield from _sweep(study, stage, results)
+        elif stage.learning_rate is not None:
+            yield f"Every method at a learning rate of {stage.learning_rate:g}."
         else:
             times = "" if stage.rate_factor == 1.0 else f"{stage.rate_factor:g} times "
             yield f"With {times}the best learning rates of {stage.rates_of}."
@@ -78,7 +80,7 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
 
 
 def _lesson(stage: Stage) -> tuple[Any, ...]:
-    return stage.task, stage.training, stage.after, stage.rate_factor
+    return stage.task, stage.training, stage.after, stage.rate_factor, stage.learning_rate
 
 
 def _seeds(study: Study, stage: Stage, name: str, results: Results) -> dict[int, dict[str, Any]]:

@@ -14,7 +14,7 @@ from loki_kernels.questions import Question, read_questions
 
 QUOTA = 10.0
 CRITERIA = ("signed", "magnitude")
-BLOCK = 10  # MMLU questions a subject in one piece
+BLOCK = 5  # MMLU questions a subject in one piece
 _PER_SUBJECT = (1, 3, 10, 50)
 
 
