@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .files import atomic_path
-from .ops import count_lowest
 from .quota import rows_per_layer
+from .selection import count_extreme
 
 
 def plot_heatmap(scores: Tensor, path: str | os.PathLike[str], quota: float) -> None:
@@ -32,8 +32,8 @@ def plot_heatmap(scores: Tensor, path: str | os.PathLike[str], quota: float) -> 
     samples, _, width = scores.shape
     k = rows_per_layer(quota, width)
     panels = {
-        f"among the {quota:g} % highest": count_lowest(-scores, k),
-        f"among the {quota:g} % lowest": count_lowest(scores, k),
+        f"among the {quota:g} % {kind}": count_extreme(scores, k, kind == "highest", "signed")
+        for kind in ("highest", "lowest")
     }
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)

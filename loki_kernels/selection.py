@@ -210,10 +210,10 @@ def select(
         info["seed"] = seed
         return RowSelection(random_rows(layers, width, k, seed), info)
     if strategy.startswith("layer_balanced"):
-        counts = _count(scores, k, highest=strategy.endswith("highest"), criterion=criterion)
+        counts = count_extreme(scores, k, strategy.endswith("highest"), criterion)
         return RowSelection([_most_frequent(layer, k) for layer in counts], info)
     flat = scores.reshape(len(scores), 1, layers * width)
-    counts = _count(flat, layers * k, highest=strategy.endswith("highest"), criterion=criterion)
+    counts = count_extreme(flat, layers * k, strategy.endswith("highest"), criterion)
     chosen = _most_frequent(counts[0], layers * k)
     return RowSelection([chosen[chosen // width == layer] % width for layer in range(layers)], info)
 
@@ -250,7 +250,11 @@ def random_rows(layers: int, width: int, k: int, seed: int) -> list[list[int]]:
     return [sorted(generator.sample(range(width), k)) for _ in range(layers)]
 
 
-def _count(scores: Tensor, k: int, *, highest: bool, criterion: Criterion) -> Tensor:
+def count_extreme(scores: Tensor, k: int, highest: bool, criterion: Criterion) -> Tensor:
+    """In how many samples each node is among the k highest or lowest of its layer, ``[L, D]``.
+
+    A chunk of samples at a time: the scores may be larger than memory.
+    """
     samples, layers, width = scores.shape
     counts = torch.zeros(layers, width, dtype=torch.int64, device=scores.device)
     chunk = max(1, _CHUNK_ELEMENTS // (layers * width))
