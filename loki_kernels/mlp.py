@@ -66,7 +66,8 @@ class FusedMLP(nn.Module):
         # The fused op works on a written weight (the compiler fuses and recomputes by itself), and
         # hooks expect an ordinary call. Below the first trained row nothing is differentiated, and
         # keeping gate and up would cost memory.
-        hooked = layer._forward_hooks or layer._forward_pre_hooks
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooked = any(getattr(layer, kind) for kind in hooks)
         if not layer.writes or hooked or not (gate.requires_grad or up.requires_grad):
             return layer(gated_product_reference(gate, up, self.gating.activation))
         return layer.forward_gated(gate, up, self.gating.activation)
@@ -98,17 +99,21 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
     activation = _known(activations[0]) if len(activations) == 1 else None
     if activation is None:
         return "its activation is not one SiLU or tanh-approximated GELU"
+    candidates = list(_candidates(linears, down.in_features, activation))
+    unknown = "it does not compute down(act(gate(x)) * up(x))"
+    if not candidates:  # its forward pass may not even take one argument
+        return unknown
     generator = torch.Generator().manual_seed(0)
-    weight = next(iter(linears.values())).weight if linears else down.weight
+    weight = next(iter(linears.values())).weight
     x = torch.randn(4, weight.shape[1], generator=generator, device="cpu")
     x = x.to(weight.device, weight.dtype)
     with torch.no_grad():
         want = mlp(x).double()
-        for gating in _candidates(linears, down.in_features, activation):
+        for gating in candidates:
             got = down(gated_product_reference(*gating.split(mlp, x), activation)).double()
             if float((got - want).norm()) <= _TOLERANCE[weight.dtype] * float(want.norm()):
                 return gating
-    return "it does not compute down(act(gate(x)) * up(x))"
+    return unknown
 
 
 def _known(activation: nn.Module) -> Activation | None:

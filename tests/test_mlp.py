@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import ARCHITECTURES, assert_unchanged, build_model, snapshot
 from torch import nn
+from transformers import BloomConfig, BloomForCausalLM
 
 import loki_kernels as loki
 from loki_kernels.mlp import FusedMLP
@@ -107,7 +108,7 @@ def test_compiles_whole():
     model = build_model()
     handle = loki.patch(model, ROWS, fuse_mlp=True)
     mlp = model.get_submodule(next(iter(handle.report.fused)))
-    x = torch.randn(2, 5, 48)
+    x = torch.randn(2, 5, 48, requires_grad=True)  # else the fused op does not run
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
     grads = []
     for run in (mlp, compiled):
@@ -115,6 +116,17 @@ def test_compiles_whole():
         grads.append(mlp.down_proj.rows.grad.clone())
         mlp.zero_grad()
     torch.testing.assert_close(*grads)
+
+
+def test_hooks_of_the_down_projection_run():
+    model = build_model()
+    loki.patch(model, ROWS, fuse_mlp=True)
+    layer = model.model.layers[1].mlp.down_proj
+    seen = []
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer.register_full_backward_pre_hook(lambda *_: seen.append("before"))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert sorted(seen) == ["backward", "before"]
 
 
 def change(model, index, **attributes):
@@ -166,6 +178,9 @@ def test_ungated_and_low_rank_are_reported():
     neox = loki.patch(build_model("gpt_neox"), ROWS, fuse_mlp=True).report
     assert not neox.fused
     assert len(neox.not_fused) == 3
+    config = BloomConfig(vocab_size=97, hidden_size=48, n_layer=3, n_head=4)
+    bloom = loki.patch(BloomForCausalLM(config), ROWS, fuse_mlp=True).report
+    assert len(bloom.not_fused) == 3  # its MLP takes the residual as a second argument
     low_rank = loki.patch(build_model(), ROWS, rank=2, fuse_mlp=True).report
     assert all("low-rank" in why for why in low_rank.not_fused.values())
     assert not loki.patch(build_model(), ROWS).report.not_fused
