@@ -339,6 +339,9 @@ class LokiModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: LokiConfig, model_config: dict) -> LokiConfig:
         if any(layer.merged for layer in self._layers()):
             raise ValueError("an adapter is merged; call unmerge_adapter() before adding another.")
+        # what is filled in belongs to this model; the caller may want the config for another
+        (name,) = (name for name, config in self.peft_config.items() if config is peft_config)
+        self.peft_config[name] = peft_config = copy.copy(peft_config)
         structure = find_structure(self.model)
         if peft_config.rows is None:
             selection = select(cached_attribution(self.model, structure, None), peft_config.quota)

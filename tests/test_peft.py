@@ -216,6 +216,15 @@ def test_bad_configs(options, message):
     assert not any(isinstance(m, LokiLayer) for m in model.modules())
 
 
+def test_a_config_serves_for_a_second_model():
+    config = LokiConfig(rows=ROWS)
+    before = copy.deepcopy(config)
+    merged = train(peft.get_peft_model(build_model(), config)).merge_and_unload()
+    second = peft.get_peft_model(merged, config)
+    assert config == before
+    assert second.peft_config["default"].fingerprint is not None
+
+
 def test_rows_of_another_selection_are_not_loaded_into_an_adapter(tmp_path):
     """As a Trainer does that resumes after the position file was made anew."""
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
