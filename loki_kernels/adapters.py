@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from . import adapter_file
 from .adapter_file import ADAPTER_FILE, CONFIG_FILE, SIDE_FILE, parts_of
 from .files import atomic_path, check_folder
-from .fingerprint import rows_fingerprint
 from .linear import LoKILinear
 from .patching import Patch, patch
 from .selection import RowSelection
@@ -79,7 +78,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     ]
     config = {
         "rank": layers[0][1].rank,
-        "fingerprint": rows_fingerprint(layer.original_rows for _, layer in layers),
+        "fingerprint": adapter_file.base_fingerprint(layers),
         "rows": rows,
     }
     if not is_distributed() or torch.distributed.get_rank() == 0:
@@ -100,14 +99,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
     folder = Path(folder)
     config = AdapterConfig.load(folder)
     saved = adapter_file.read(folder / ADAPTER_FILE)
-    trained = [t for parts in saved.values() for part, t in parts.items() if part != "index"]
+    trained = [t for parts in saved.layers.values() for part, t in parts.items() if part != "index"]
     dtype = trained[0].dtype if trained else None
     handle = patch(model, RowSelection(config.rows), rank=config.rank, dtype=dtype)
     try:
         layers = _patched(model)[1]
         check_fingerprint(
             config.fingerprint,
-            rows_fingerprint(layer.original_rows for _, layer in layers),
+            adapter_file.base_fingerprint(layers),
             config.base,
             getattr(handle.model, "name_or_path", None),
         )
@@ -144,12 +143,13 @@ def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if (folder / CONFIG_FILE).is_file():
         return load_adapter(model, folder).merge()
     saved = adapter_file.read(folder / SIDE_FILE)
+    layers = saved.layers
     names = [down_proj.name for down_proj in find_structure(model).down_projs]
-    strangers = saved.keys() - set(names)
+    strangers = layers.keys() - set(names)
     if strangers:
         raise ValueError(f"the side file has rows of {min(strangers)}, which the model lacks.")
-    rows = [saved[name]["index"].tolist() if name in saved else [] for name in names]
-    ranks = {parts["delta_a"].shape[1] for parts in saved.values() if "delta_a" in parts}
+    rows = [layers[name]["index"].tolist() if name in layers else [] for name in names]
+    ranks = {parts["delta_a"].shape[1] for parts in layers.values() if "delta_a" in parts}
     handle = patch(model, rows, rank=min(ranks, default=None), dtype=torch.float32)
     reason = adapter_file.copy_into(_patched(model)[1], saved)
     if reason is not None:

@@ -132,12 +132,15 @@ def _attribute(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from .attribution import attribute
+    from .attribution.result import import_h5py
     from .files import check_writable
     from .questions import load_questions
 
     suffix = check_writable(arguments.out).suffix
     if suffix not in (".safetensors", ".h5", ".hdf5"):
         raise ValueError(f"{arguments.out} must end in .safetensors, .h5 or .hdf5.")
+    if suffix != ".safetensors":
+        import_h5py()
     if arguments.heatmap and check_writable(arguments.heatmap).suffix != ".png":
         raise ValueError(f"{arguments.heatmap} must end in .png.")
     if arguments.keep == "counts" and (arguments.heatmap or suffix != ".safetensors"):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors
+import safetensors.torch
 from torch import Tensor
 
 
@@ -58,6 +58,25 @@ def read_safetensors(
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     return tensors, metadata
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file atomically.
+
+    Raises:
+        OSError: if it cannot be written; safetensors' own error for a full disk is none.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            safetensors.torch.save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                temporary,
+                metadata=metadata,
+            )
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 @contextmanager

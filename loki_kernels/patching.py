@@ -110,20 +110,23 @@ class Patch:
         """Write the trained parameters in their own dtype beside a checkpoint.
 
         ``model.save_pretrained`` does this by itself where the merged checkpoint does not hold them
-        exactly: float32 rows over a bfloat16 weight, and low-rank rows. With sharded parameters
-        every process has to call it.
+        exactly: float32 rows over a bfloat16 weight, and low-rank rows. Elsewhere it removes a side
+        file, which would be an earlier run's. With sharded parameters every process has to call it.
         """
-        path = Path(folder) / SIDE_FILE
-        layers = {name: adapter_file.parts_of(layer) for name, layer in self.named_layers()}
-        adapter_file.write(path, adapter_file.named(layers))
-        return path
+        layers = self.named_layers()
+        parts = {name: adapter_file.parts_of(layer) for name, layer in layers}
+        return adapter_file.write_side_file(folder, layers, parts)
 
     def load_state(self, folder: str | os.PathLike[str]) -> None:
         """Read back what `save_state` wrote.
 
+        Low-rank rows are an update of the model that was patched first: load that one, not the
+        checkpoint beside the file, which already holds the update.
+
         Raises:
             FileNotFoundError: if the folder has no side file.
-            ValueError: if it is damaged or belongs to another selection; nothing is changed then.
+            ValueError: if it is damaged, belongs to another selection, or has low-rank rows of
+                other weights; nothing is changed then.
             RuntimeError: under ZeRO-3, whose own checkpoints hold the rows.
         """
         if any(is_partitioned(layer.weight) for _, layer in self.named_layers()):
@@ -138,7 +141,9 @@ class Patch:
 
         At the start it raises OSError if ``output_dir`` cannot be written; on a resumed run and for
         ``load_best_model_at_end`` it reads the checkpoint's side file, so that float32 rows over a
-        bfloat16 weight and low-rank rows go on bit for bit.
+        bfloat16 weight and low-rank rows go on bit for bit. A checkpoint outside ``output_dir`` it
+        finds only if ``TrainingArguments`` names it too (``resume_from_checkpoint``), and warns
+        where it finds none.
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 
@@ -448,12 +453,15 @@ class _SavePretrained:
         parts = {name: adapter_file.parts_of(layer) for name, layer in self.layers}
         if state_dict is not None:
             state_dict = _merge_trained(state_dict, parts)
-        needed = any(layer.needs_side_file for _, layer in self.layers)
-        needed = needed and kwargs.get("is_main_process", True)
+        needs_side_file = any(layer.needs_side_file for _, layer in self.layers)
+        is_main_process = kwargs.get("is_main_process", True)
+        needed = needs_side_file and is_main_process
         # what FSDP shards is gathered when every process makes the state dict
         gathered = state_dict is not None or not any(is_sharded(x.weight) for _, x in self.layers)
         if needed and gathered:  # before the class's own, which may upload the folder
             self._write_side_file(save_directory, parts)
+        elif not needs_side_file and is_main_process:  # an earlier run's would be read for ours
+            (Path(save_directory) / SIDE_FILE).unlink(missing_ok=True)
         save = type(self.model).save_pretrained
         result = save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[operator]
         if needed and not gathered:
@@ -464,7 +472,7 @@ class _SavePretrained:
         for name, layer in self.layers:
             parts[name] |= layer.gathered or {}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        adapter_file.write(Path(folder) / SIDE_FILE, adapter_file.named(parts))
+        adapter_file.write_side_file(folder, self.layers, parts)
 
 
 def _merge_trained(state_dict: dict[str, Tensor], parts: dict[str, Parts]) -> dict[str, Tensor]:

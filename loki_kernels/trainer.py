@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import adapter_file
-from .adapter_file import SIDE_FILE, Parts
+from .adapter_file import SIDE_FILE, Saved
 from .files import check_folder
 from .linear import LoKILinear, low_rank_rows
 from .patching import Patch
@@ -55,20 +55,23 @@ class SideFileCallback(TrainerCallback):
                 self.handle.load_state(folder)
                 return
         logger.warning(
-            "no %s of the checkpoint was found in %s: the rows go on as its weights hold them",
+            "no %s of the checkpoint was found in %s: the rows go on as its weights hold them "
+            "(a checkpoint elsewhere is found by TrainingArguments(resume_from_checkpoint=...))",
             SIDE_FILE,
             " or ".join(map(str, folders)),
         )
 
 
-def _rounds_to(saved: dict[str, Parts], layers: list[tuple[str, LoKILinear]]) -> bool:
+def _rounds_to(saved: Saved, layers: list[tuple[str, LoKILinear]]) -> bool:
     """Whether the layers hold what was saved, but for rounding: the Trainer has just read that."""
     for name, layer in layers:
-        parts, held = saved.get(name, {}), layer.merged_rows().float().cpu()
+        parts, held = saved.layers.get(name, {}), layer.merged_rows().float().cpu()
         if "rows" in parts:
             rows, tolerance = parts["rows"].to(layer.weight.dtype).float(), 0.0
         elif "delta_a" in parts:  # what was read back has been factored anew
             original = layer.original_rows.float()
+            if (len(parts["delta_a"]), parts["delta_b"].shape[1]) != original.shape:
+                return False
             rows = low_rank_rows(original, parts["delta_a"], parts["delta_b"])
             rounding = torch.finfo(layer.weight.dtype).eps * float(original.norm())
             tolerance = 0.06 * float((rows - original).norm()) + rounding

@@ -54,7 +54,7 @@ def test_adapter_holds_the_rows_alone(trained):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    layers = adapter_file.read(folder / "adapter_model.safetensors")
+    layers = adapter_file.read(folder / "adapter_model.safetensors").layers
     assert list(layers) == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
     assert torch.equal(layers[NAME]["index"], torch.tensor([1, 5, 40]))
     assert torch.equal(layers[NAME]["rows"], model.model.layers[0].mlp.down_proj.rows)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import transformers
 from models import ARCHITECTURES, assert_unchanged, build_model, snapshot
@@ -253,6 +256,31 @@ def test_out_leaves_no_file_after_an_exception(model, prompts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_an_os_error(model, prompts, tmp_path, monkeypatch):
+    def full(*_a, **_k):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    result = attribute(model, prompts)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"a\.safetensors could not be written: .*No space left"):
+        result.save(tmp_path / "a.safetensors")
+    with pytest.raises(OSError, match="No space left"):
+        loki.patch(model, [[1], [2], [3]], rank=1).save_state(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space")
+def test_out_finds_a_full_disk_before_any_work(model, prompts, tmp_path, monkeypatch):
+    def full(*_a):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(OSError, match="No space left"):
+        attribute(model, prompts, out=tmp_path / "scores.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
 def test_save_load_round_trip(model, prompts, tmp_path, suffix):
     result = attribute(model, prompts)
@@ -402,6 +430,14 @@ def test_unknown_head_scale_is_refused(model, prompts):
     model.lm_head.register_forward_hook(lambda _m, _a, output: 2 * output)
     with pytest.raises(loki.UnsupportedModelError, match="output head"):
         attribute(model, prompts)
+
+
+def test_models_without_a_head_are_refused(prompts):
+    decoder = build_model().model
+    before = snapshot(decoder)
+    with pytest.raises(loki.UnsupportedModelError, match="no linear output head"):
+        attribute(decoder, prompts)
+    assert_unchanged(decoder, before)
 
 
 def test_models_without_down_projection(prompts):

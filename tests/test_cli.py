@@ -100,6 +100,13 @@ def test_errors_are_one_line(command, message, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_hdf5_without_h5py_fails_before_the_analysis(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    monkeypatch.setattr("loki_kernels.cli._load_model", lambda *_: pytest.fail("it loaded"))
+    assert main(["attribute", str(folder / "model"), str(folder / "scores.h5")]) == 1
+    assert "need h5py" in capsys.readouterr().err
+
+
 def test_env(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out

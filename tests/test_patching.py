@@ -455,6 +455,50 @@ def test_merge_side_file(tmp_path, rank, dtype):
         merge_folder(build_model("gpt_neox"), tmp_path)
 
 
+def test_a_low_rank_update_is_not_added_twice(tmp_path):
+    """A saved folder holds the merged rows and the update: the update goes onto the base."""
+    from loki_kernels.adapters import merge_folder
+
+    model = build_model()
+    loki.patch(model, ROWS, rank=2)
+    train(model).save_pretrained(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
+    with pytest.raises(ValueError, match="load the model that was patched"):
+        merge_folder(merged, tmp_path)
+    handle = loki.patch(merged, ROWS, rank=2)
+    with pytest.raises(ValueError, match="load the model that was patched"):
+        handle.load_state(tmp_path)
+    for name, tensor in handle.unpatch().state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_saving_removes_the_side_file_of_an_earlier_run(tmp_path):
+    model = build_model(dtype=torch.bfloat16)
+    with loki.patch(model, ROWS, dtype=torch.float32):
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "loki_rows.safetensors").exists()
+    with loki.patch(model, ROWS):
+        model.save_pretrained(tmp_path)
+        assert not (tmp_path / "loki_rows.safetensors").exists()
+
+
+def test_trainer_callback_passes_over_a_side_file_of_other_shapes(tmp_path, caplog):
+    def run(rows, steps, resume=False):
+        model = build_model(dtype=torch.bfloat16)
+        handle = loki.patch(model, rows, rank=2)
+        callbacks = [handle.trainer_callback()]
+        trainer(model, tmp_path, steps, callbacks).train(resume_from_checkpoint=resume)
+        return handle
+
+    run(ROWS, 3)
+    other = build_model(dtype=torch.bfloat16)
+    handle = loki.patch(other, [[1, 5], [0], [7, 3]], rank=2)
+    handle.save_state(tmp_path / "checkpoint-3")
+    run(ROWS, 6, resume=True)
+    assert "go on as its weights hold them" in caplog.text
+
+
 @pytest.fixture
 def writes(monkeypatch):
     """How many layers each launch of sync_rows wrote."""

@@ -97,6 +97,7 @@ def attribute(
     resolved = resolve_definition(definition, overrides)
     alphas, weights = path_rule(resolved.rule, steps)
     structure = find_structure(model)
+    structure.head()  # raises where there is none
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive integer; it is {batch_size!r}.")
     n_layers = len(structure.layers)

@@ -14,13 +14,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..files import atomic_path, read_safetensors
+from ..files import atomic_path, read_safetensors, write_safetensors
 from ..ops.count_lowest import Criterion
 from ..quota import DEFAULT_QUOTA
 from .definitions import Definition
@@ -79,22 +78,17 @@ class Attribution:
         """
         tensors = {"scores": self.scores} | _present(self)
         suffix = Path(path).suffix
-        with atomic_path(path) as temporary:
-            if suffix == ".safetensors":
-                safetensors.torch.save_file(
-                    {name: tensor.contiguous() for name, tensor in tensors.items()},
-                    temporary,
-                    metadata=_metadata(_FORMAT, self.run),
-                )
-            elif suffix in (".h5", ".hdf5"):
-                with _h5py().File(temporary, "w") as file:
-                    for name, tensor in tensors.items():
-                        file.create_dataset(
-                            "dataset" if name == "scores" else name, data=tensor.numpy()
-                        )
-                    file.attrs["run"] = json.dumps(self.run)
-            else:
-                raise ValueError(f"{path}: save to .safetensors, .h5 or .hdf5, not {suffix!r}.")
+        if suffix == ".safetensors":
+            write_safetensors(path, tensors, _metadata(_FORMAT, self.run))
+        elif suffix in (".h5", ".hdf5"):
+            with atomic_path(path) as temporary, import_h5py().File(temporary, "w") as file:
+                for name, tensor in tensors.items():
+                    file.create_dataset(
+                        "dataset" if name == "scores" else name, data=tensor.numpy()
+                    )
+                file.attrs["run"] = json.dumps(self.run)
+        else:
+            raise ValueError(f"{path}: save to .safetensors, .h5 or .hdf5, not {suffix!r}.")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
@@ -115,7 +109,7 @@ class Attribution:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist.")
         try:
-            with _h5py().File(path, "r") as file:
+            with import_h5py().File(path, "r") as file:
                 arrays = {name: torch.from_numpy(file[name][...]) for name in file}
                 run = json.loads(file.attrs.get("run", "{}"))
         except OSError as error:
@@ -179,12 +173,8 @@ class AttributionCounts:
             raise ValueError(f"{path}: save to .safetensors, not {Path(path).suffix!r}.")
         tensors = {"counts": self.counts} | _present(self)
         counted = {"quota": self.quota, "criterion": self.criterion}
-        with atomic_path(path) as temporary:
-            safetensors.torch.save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                temporary,
-                metadata=_metadata(_COUNTS_FORMAT, self.run) | {"counted": json.dumps(counted)},
-            )
+        metadata = _metadata(_COUNTS_FORMAT, self.run) | {"counted": json.dumps(counted)}
+        write_safetensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttributionCounts:
@@ -239,7 +229,8 @@ def _metadata(format: str, run: dict[str, Any]) -> dict[str, str]:
     return {"format": format, "run": json.dumps(run)}
 
 
-def _h5py() -> Any:
+def import_h5py() -> Any:
+    """h5py, or an ImportError that says where to get it."""
     try:
         import h5py
     except ImportError as error:
@@ -301,7 +292,12 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
         temporary = self._stack.enter_context(atomic_path(self._path))
         with open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + offset)
+            total = 8 + len(text) + offset
+            if hasattr(os, "posix_fallocate"):
+                # a full disk is an OSError now, and would be a bus error in the mapped file
+                os.posix_fallocate(file.fileno(), 0, total)
+            else:
+                file.truncate(total)
         for name, (dtype, shape) in self._shapes.items():
             start = 8 + len(text) + header[name]["data_offsets"][0]
             self._arrays[name] = np.memmap(temporary, dtype, "r+", start, shape)
