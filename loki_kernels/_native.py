@@ -48,7 +48,10 @@ def why_not(library: Library) -> str | None:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            return f"{path.name} does not load with torch {torch.__version__}: {error}"
+            return (
+                f"{path.name} does not load with torch {torch.__version__}: "
+                f"{error.__cause__ or error} To compile it anew, from a clone: {COMMAND}"
+            )
         return None
     reason = _reasons().get(library, "the package runs from a folder that was never installed.")
     return f"not compiled: {reason} To compile it, from a clone: {COMMAND}"

@@ -69,7 +69,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: questions are read from .csv or .jsonl, not {path.suffix!r}.")
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark
         reader = csv.reader(file)
         try:
             if path.suffix == ".jsonl":

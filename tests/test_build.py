@@ -113,6 +113,8 @@ def test_a_library_that_does_not_load_says_why(tmp_path, monkeypatch):
     (tmp_path / "_cpp.abi3.so").write_bytes(b"not a library")
     message = _native.why_not.__wrapped__("cpp")
     assert message.startswith(f"_cpp.abi3.so does not load with torch {torch.__version__}: ")
+    assert "too short" in message or "invalid ELF" in message  # what the loader said
+    assert "pip install --no-build-isolation" in message
 
 
 def test_environment_tells_how_it_was_built(monkeypatch):

@@ -118,7 +118,8 @@ def test_prompt_with_chat_template_is_a_chat():
 @given(questions)
 def test_csv_round_trip(tmp_path, questions):
     path = tmp_path / "q.csv"
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    # with a mark, as Excel writes it: else a first question that begins with one would lose it
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows([q.question, *q.choices, "ABCD"[q.answer]] for q in questions)
     assert read_questions(path) == questions
 
@@ -136,6 +137,19 @@ def test_jsonl_round_trip(tmp_path, questions, letters, ascii_only):
             }
             file.write(json.dumps(row, ensure_ascii=ascii_only) + "\n\n")
     assert read_questions(str(path)) == questions
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("q.csv", '"Which, then?",a,b,c,d,B\n'),
+        ("q.jsonl", '{"question": "Which, then?", "choices": ["a", "b", "c", "d"], "answer": 1}\n'),
+    ],
+)
+def test_a_byte_order_mark_is_not_read(tmp_path, name, row):
+    path = tmp_path / name
+    path.write_text(row, encoding="utf-8-sig")
+    assert read_questions(path) == [Question("Which, then?", ("a", "b", "c", "d"), 1)]
 
 
 def test_jsonl_keeps_the_subject(tmp_path):

@@ -179,6 +179,7 @@ def _save_and_check(
 ) -> dict[str, Any]:
     """Save, reload in a process that does not import loki_kernels, and compare."""
     checkpoint = out / "checkpoint"
+    model.cpu()  # where the other process computes; a Trainer leaves a model on the GPU
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
     with torch.no_grad():
