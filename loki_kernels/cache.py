@@ -1,8 +1,9 @@
-"""The analysis `patch(model)` runs by itself, kept by a fingerprint of the weights."""
+"""The analysis `patch(model)` runs by itself, kept by a fingerprint of the model."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from ._version import __version__
 from .attribution import Attribution, attribute
 from .fingerprint import model_fingerprint
 from .questions import load_questions
-from .structure import Structure
+from .structure import Structure, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def cached_attribution(model: nn.Module, structure: Structure, tokenizer: Any) -
     prompts = [question.prompt(tokenizer) for question in questions]
     key = hashlib.sha256(model_fingerprint(structure.causal_lm).encode())
     key.update(__version__.encode())
+    key.update(_settings(structure.causal_lm).encode())
     for prompt in prompts:
         if isinstance(prompt, list):
             prompt = tokenizer.apply_chat_template(
@@ -61,6 +63,14 @@ def cached_attribution(model: nn.Module, structure: Structure, tokenizer: Any) -
     except OSError as error:
         logger.warning("the analysis could not be cached: %s", error)
     return result
+
+
+def _settings(model: nn.Module) -> str:
+    """What the config says of the function that the weights are a part of (RoPE, norms, ...)."""
+    fields = text_config(model).to_dict()
+    other = {"architectures", "dtype", "transformers_version", "use_cache"}
+    kept = {k: v for k, v in fields.items() if k not in other and not k.startswith("_")}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _find_tokenizer(model: nn.Module) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # The least normal number of float16: bfloat16 values from here on survive a stay in float16.
 _FLOAT16_TINY = 2.0**-14
@@ -15,15 +17,24 @@ _FLOAT16_TINY = 2.0**-14
 def model_fingerprint(model: nn.Module) -> str:
     """A hash of every weight, its name, shape and dtype.
 
-    Each tensor enters as two wrap-around integer sums over its bits, plain and weighted by
-    position, which any change alters and which run where the tensor lies, at memory speed.
+    Each tensor enters as two integer sums over its bits, plain and weighted by position, which run
+    where the tensor lies, at memory speed: not for security, but no training leaves both alike.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.numel():
-            digest.update(" ".join(map(str, _bit_sums(tensor.detach()))).encode())
+        for part in _plain_parts(tensor.detach()):
+            digest.update(" ".join(map(str, _bit_sums(part))).encode())
     return digest.hexdigest()
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a tensor's numbers: of a quantized one its integers and scales."""
+    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_parts(getattr(tensor, name))
+    elif tensor.numel():
+        yield tensor
 
 
 def rows_fingerprint(layers: Iterable[Tensor]) -> str:

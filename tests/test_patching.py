@@ -418,11 +418,16 @@ def test_three_lines(model, tmp_path, monkeypatch):
     assert again.rows == want
     assert calls == []
     again.unpatch()
+    model.config.rms_norm_eps *= 10  # the same weights, another function
+    with pytest.raises(AttributeError):
+        loki.patch(model, tokenizer=tokenizer)
+    model.config.rms_norm_eps /= 10
+    assert loki.patch(model, tokenizer=tokenizer, quota=25).unpatch() is model
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
     with pytest.raises(AttributeError):  # the fingerprint changed: it would analyse again
         loki.patch(model, tokenizer=tokenizer)
-    assert calls == [1]
+    assert calls == [1, 1]
 
 
 def test_generation_of_a_patched_model(model):

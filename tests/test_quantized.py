@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from models import GQA, _config
-from test_patching import ROWS, logits, train
+from test_patching import ROWS, _Tokenizer, logits, train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import loki_kernels as loki
@@ -70,6 +70,21 @@ def test_starts_as_the_base_and_learns(base, tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base(), str(tmp_path))
     assert torch.equal(logits(again), learned)
+
+
+def test_analyses_by_itself(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr("loki_kernels.cache._find_tokenizer", lambda model: _Tokenizer())
+    try:
+        model = peft.get_peft_model(base(), LokiConfig(quota=5))
+    except loki.UnsupportedModelError as error:  # the analysis is a forward pass
+        if "bitsandbytes repacks 4-bit weights on this CPU" not in str(error):
+            raise
+        return
+    assert len(list(tmp_path.iterdir())) == 1
+    again = peft.get_peft_model(base(), LokiConfig(quota=5))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert again.peft_config["default"].rows == model.peft_config["default"].rows
 
 
 def test_low_rank_rows(base):
