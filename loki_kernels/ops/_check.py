@@ -78,3 +78,12 @@ def unsupported_dtype(*tensors: Tensor | None) -> str | None:
 def rows_last(tensor: Tensor) -> Tensor:
     """``tensor`` with elements of its last dimension side by side, copied only if need be."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def check_first_derivative() -> None:
+    """Raise in a backward pass that is to be differentiated itself: its graph would be wrong."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "loki_kernels' ops have first derivatives only; differentiate without create_graph, or "
+            "train the model unpatched for a second derivative."
+        )

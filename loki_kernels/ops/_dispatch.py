@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import _native
 from ..errors import check_choice
+from ._check import check_first_derivative
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +83,14 @@ def register(
 def register_autograd(
     op: str, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
-    """Make ``torch.ops.loki_kernels.<op>`` differentiable."""
+    """Make ``torch.ops.loki_kernels.<op>`` differentiable, once."""
+
+    def first(ctx: Any, *grads: Any) -> Any:
+        check_first_derivative()
+        return backward(ctx, *grads)
+
     torch.library.register_autograd(
-        f"loki_kernels::{op}", backward, setup_context=setup_context, lib=_library
+        f"loki_kernels::{op}", first, setup_context=setup_context, lib=_library
     )
 
 

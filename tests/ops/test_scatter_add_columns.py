@@ -51,6 +51,12 @@ def test_non_contiguous():
     assert_two_references(inputs)
 
 
+def test_no_gradient():
+    y = torch.zeros(3, 4)
+    u, v = torch.ones(3, 2, requires_grad=True), torch.ones(2, 2)
+    assert not scatter_add_columns(y, torch.tensor([0, 2]), u, v).requires_grad
+
+
 def test_operands_are_left_alone():
     inputs = make(9, 63, 20, 4)
     before = {n: x.clone() for n, x in inputs.items()}

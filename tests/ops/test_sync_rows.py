@@ -98,6 +98,13 @@ def test_what_is_not_finite_stays(seed):
     assert (weight[0, 6:].abs() < 2e-40).all()
 
 
+def test_no_gradient():
+    weight, rows = torch.zeros(4, 3), torch.ones(1, 3, requires_grad=True)
+    sync_rows([weight], [rows], [torch.tensor([2])])
+    assert not weight.requires_grad
+    assert weight[2].tolist() == [1, 1, 1]
+
+
 def test_no_layers():
     assert sync_rows([], [], []) == []
 

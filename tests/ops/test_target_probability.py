@@ -147,6 +147,8 @@ def test_differentiable_in_hidden_alone():
     assert inputs["hidden"].grad is not None
     assert inputs["weight"].grad is None
     assert inputs["bias"].grad is None
+    inputs["hidden"].requires_grad_(False)
+    assert not any(y.requires_grad for y in target_probability(**inputs))
 
 
 @pytest.mark.parametrize("options", OPTIONS)

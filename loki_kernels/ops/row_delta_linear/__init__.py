@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._check import autocast, check_index, check_linear, check_shape
+from .._check import (
+    autocast,
+    check_first_derivative,
+    check_index,
+    check_linear,
+    check_shape,
+)
 from .._dispatch import Backend, check_backend
 from .._products import as_matrix, selected_columns, weight_gradient
 from ..scatter_add_columns import scatter_add_columns
@@ -85,6 +91,7 @@ class _RowDeltaLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         x, weight, delta_a, delta_b, index = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, _, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_bias = None

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._check import autocast, check_index, check_linear, check_shape
+from .._check import (
+    autocast,
+    check_first_derivative,
+    check_index,
+    check_linear,
+    check_shape,
+)
 from .._dispatch import Backend, check_backend
 from .._products import as_matrix, selected_columns, weight_gradient
 
@@ -75,6 +81,7 @@ class _RowMaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         x, weight, _, index = ctx.saved_tensors
         grad_x = grad_rows = grad_bias = None
         if ctx.needs_input_grad[0]:

@@ -37,7 +37,8 @@ def scatter_add_columns(
         raise ValueError(
             f"y, u and v must share a dtype; they are {y.dtype}, {u.dtype}, {v.dtype}."
         )
-    torch.ops.loki_kernels.scatter_add_columns(y, index, u, v, backend)
+    with torch.no_grad():
+        torch.ops.loki_kernels.scatter_add_columns(y, index, u, v, backend)
     return y
 
 

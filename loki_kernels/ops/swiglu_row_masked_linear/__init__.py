@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._check import autocast, check_index, check_linear, check_shape
+from .._check import (
+    autocast,
+    check_first_derivative,
+    check_index,
+    check_linear,
+    check_shape,
+)
 from .._dispatch import Backend, check_backend
 from .._products import as_matrix, selected_columns, weight_gradient
 from ..gated_product import Activation, check_gated
@@ -83,6 +89,7 @@ class _SwigluRowMaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         gate, up, weight, rows, index = ctx.saved_tensors
         grad_gate = grad_up = product = grad_rows = grad_bias = None
         needs_gate, needs_up, _, needs_rows, _, needs_bias, *_ = ctx.needs_input_grad

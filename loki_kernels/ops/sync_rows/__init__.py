@@ -61,7 +61,8 @@ def sync_rows(
         if kinds - {(torch.bfloat16, torch.float32)}:
             raise ValueError("only float32 rows to bfloat16 weights are rounded at random.")
     if weights:
-        torch.ops.loki_kernels.sync_rows(list(weights), list(rows), list(indices), seed, backend)
+        rows = [layer_rows.detach() for layer_rows in rows]
+        torch.ops.loki_kernels.sync_rows(list(weights), rows, list(indices), seed, backend)
     return list(weights)
 
 

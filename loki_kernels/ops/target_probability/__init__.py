@@ -55,7 +55,14 @@ def target_probability(
     check_shape("target", target, hidden.shape[0])
     gradient = torch.is_grad_enabled() and hidden.requires_grad
     outputs = torch.ops.loki_kernels.target_probability(
-        hidden, weight, target, bias, softcap, logit_scale, gradient, backend
+        hidden,
+        weight.detach(),
+        target,
+        None if bias is None else bias.detach(),
+        softcap,
+        logit_scale,
+        gradient,
+        backend,
     )
     return TargetProbability(*outputs[:3])
 
