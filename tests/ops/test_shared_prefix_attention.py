@@ -180,6 +180,18 @@ def test_expanded_prefix():
     assert_equals_naive(inputs, {})
 
 
+def test_strided_lengths_and_sinks():
+    inputs = make(dtype=torch.float32)
+    options = resolve(OPTIONS["all"], 4, torch.float32)
+    for name, x in options.items():
+        if isinstance(x, torch.Tensor):
+            table = torch.full((len(x), 2), 1, dtype=x.dtype)
+            table[:, 0] = x
+            options[name] = table[:, 0]
+            assert not options[name].is_contiguous()
+    assert_equals_naive(inputs, options)
+
+
 def test_rows_do_not_see_each_other():
     inputs = make()
     want = shared_prefix_attention(**inputs)

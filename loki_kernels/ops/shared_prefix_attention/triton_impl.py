@@ -249,6 +249,7 @@ def _launch(step, kernel, tensors, lengths, others, scale, softcap, window, **fl
     constants = _constants(groups, dim, softcap, window)
     if lengths is None:
         lengths = torch.full((batch,), prefix, dtype=torch.int32, device=q.device)
+    lengths = lengths.to(q.device).contiguous()  # the kernels know no stride of it
     packed = rows * constants["GROUPS_PADDED"]
 
     def grid(meta):
@@ -291,7 +292,13 @@ def forward(
             forward_kernel,
             tensors,
             prefix_lengths,
-            lambda lengths: (*tensors, lengths, q if sinks is None else sinks, out, lse),
+            lambda lengths: (
+                *tensors,
+                lengths,
+                q if sinks is None else sinks.contiguous(),
+                out,
+                lse,
+            ),
             scale,
             softcap,
             window,

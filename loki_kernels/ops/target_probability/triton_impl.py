@@ -36,6 +36,10 @@ def forward_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
+    # read before the gradient takes the logits' place: nothing orders a later read in one warp and
+    # another warp's store
+    wanted = tl.load(target + row)
+    logit_wanted = _final(tl.load(logits + wanted), scale, softcap, SOFTCAP)
     # a running maximum and sum for each lane; they meet once, at the end
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -49,9 +53,8 @@ def forward_kernel(
         highest = peak
     top = tl.max(highest, 0)
     normaliser = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
-    wanted = tl.load(target + row)
     tl.store(log_normaliser + row, normaliser)
-    tl.store(logit + row, _final(tl.load(logits + wanted), scale, softcap, SOFTCAP))
+    tl.store(logit + row, logit_wanted)
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
             token = start + tl.arange(0, BLOCK)
