@@ -361,6 +361,7 @@ methods = ["lora", "magnitude"]
         results.add({"piece": piece.name, "spec": piece.spec, "figures": figures})
     assert rerun == ["calls-then-ranks-same/magnitude/seed-0"]
     assert results.find(rerun[0]) == results.find("calls-then-ranks/magnitude/seed-0")
+    assert results.count() == len(results.rows) - 1
     path.write_text(text + same + 'rates_of = "calls"\n')
     with pytest.raises(ValueError, match="has both rates_of and learning_rate"):
         Study.load(path)

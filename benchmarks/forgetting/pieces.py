@@ -331,6 +331,10 @@ class Results:
     def find(self, name: str) -> dict[str, Any] | None:
         return self.rows.get(name)
 
+    def count(self) -> int:
+        """How many pieces have run; a training of two stages is one."""
+        return len({id(row) for row in self.rows.values()})
+
     def claim(self, piece: Piece) -> bool:
         """Whether the piece has been run as it is asked for now."""
         row = self._stored.get(_key(piece.name, piece.spec))

@@ -37,7 +37,7 @@ def write(study: Study, results: Results) -> None:
     text = "\n".join(_lines(study, results, path.parent)) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"{len(results.rows)} pieces -> {path}")
+    print(f"{results.count()} pieces -> {path}")
 
 
 def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
@@ -45,7 +45,7 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
     yield "# What was learned and what was forgotten"
     yield ""
     yield "Made by `python -m benchmarks.forgetting report`; do not edit. SmolLM2-135M-Instruct,"
-    yield f"on {'; '.join(devices) or 'no device yet'}. {len(results.rows)} pieces have run."
+    yield f"on {'; '.join(devices) or 'no device yet'}. {results.count()} pieces have run."
     yield ""
     yield _READING
     before = results.find("before")
