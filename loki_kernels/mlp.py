@@ -66,9 +66,7 @@ class FusedMLP(nn.Module):
         # The fused op works on a written weight (the compiler fuses and recomputes by itself), and
         # hooks expect an ordinary call. Below the first trained row nothing is differentiated, and
         # keeping gate and up would cost memory.
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooked = any(getattr(layer, kind) for kind in hooks)
-        if not layer.writes or hooked or not (gate.requires_grad or up.requires_grad):
+        if not layer.writes or _has_hooks(layer) or not (gate.requires_grad or up.requires_grad):
             return layer(gated_product_reference(gate, up, self.gating.activation))
         return layer.forward_gated(gate, up, self.gating.activation)
 
@@ -88,7 +86,7 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
     own_state = [*mlp.parameters(recurse=False), *mlp.buffers(recurse=False)]
     if own_state or any(True for m in others for _ in m.parameters()):
         return "it has parameters besides its linears"
-    if mlp._forward_hooks or mlp._forward_pre_hooks:
+    if _has_hooks(mlp):
         return "it has hooks"
     if down.weight.is_meta:
         return "its weights are not loaded"
@@ -114,6 +112,15 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
             if float((got - want).norm()) <= _TOLERANCE[weight.dtype] * float(want.norm()):
                 return gating
     return unknown
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _known(activation: nn.Module) -> Activation | None:

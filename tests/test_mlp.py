@@ -129,6 +129,16 @@ def test_hooks_of_the_down_projection_run():
     assert sorted(seen) == ["backward", "before"]
 
 
+def test_an_mlp_with_backward_hooks_is_left():
+    model = build_model()
+    seen = []
+    model.model.layers[1].mlp.register_full_backward_hook(lambda *_: seen.append(1))
+    report = loki.patch(model, ROWS, fuse_mlp=True).report
+    assert report.not_fused == {"model.layers.1.mlp": "it has hooks"}
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert seen == [1]
+
+
 def change(model, index, **attributes):
     for name, value in attributes.items():
         setattr(model.model.layers[index].mlp, name, value)
