@@ -56,9 +56,9 @@ def named(layers: Mapping[str, Parts]) -> dict[str, Tensor]:
     }
 
 
-def write(path: Path, tensors: dict[str, Tensor]) -> None:
+def write(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write an adapter's tensors."""
-    write_safetensors(path, tensors, {"format": "pt"})
+    write_safetensors(path, tensors, {"format": "pt", **metadata})
 
 
 def write_side_file(
@@ -68,8 +68,7 @@ def write_side_file(
 ) -> Path:
     """Write `SIDE_FILE`: ``parts`` of the layers, and what they are an update of."""
     path = Path(folder) / SIDE_FILE
-    metadata = {"format": "pt", "fingerprint": base_fingerprint(layers)}
-    write_safetensors(path, named(parts), metadata)
+    write(path, named(parts), fingerprint=base_fingerprint(layers))
     return path
 
 
@@ -111,8 +110,8 @@ def copy_into(layers: Sequence[tuple[str, LoKILinear]], saved: Saved) -> str | N
         ):
             return f"{name} has another rank or width there"
     # rows are the same on any base; an update would be added to a checkpoint that has it already
-    low_rank = any(layer.rank is not None for _, layer in layers)
-    if low_rank and saved.fingerprint not in (None, base_fingerprint(layers)):
+    low_rank = saved.fingerprint is not None and any(layer.rank is not None for _, layer in layers)
+    if low_rank and saved.fingerprint != base_fingerprint(layers):
         return (
             "its low-rank update is of other weights; load the model that was patched, not the "
             "checkpoint beside the file, which holds the update"

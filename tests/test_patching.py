@@ -489,18 +489,16 @@ def test_saving_removes_the_side_file_of_an_earlier_run(tmp_path):
 
 
 def test_trainer_callback_passes_over_a_side_file_of_other_shapes(tmp_path, caplog):
-    def run(rows, steps, resume=False):
+    def run(steps, resume=False):
         model = build_model(dtype=torch.bfloat16)
-        handle = loki.patch(model, rows, rank=2)
-        callbacks = [handle.trainer_callback()]
+        callbacks = [loki.patch(model, ROWS, rank=2).trainer_callback()]
         trainer(model, tmp_path, steps, callbacks).train(resume_from_checkpoint=resume)
-        return handle
 
-    run(ROWS, 3)
+    run(3)
     other = build_model(dtype=torch.bfloat16)
     handle = loki.patch(other, [[1, 5], [0], [7, 3]], rank=2)
     handle.save_state(tmp_path / "checkpoint-3")
-    run(ROWS, 6, resume=True)
+    run(6, resume=True)
     assert "go on as its weights hold them" in caplog.text
 
 

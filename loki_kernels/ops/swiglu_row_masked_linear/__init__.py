@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._check import (
-    autocast,
-    check_first_derivative,
-    check_index,
-    check_linear,
-    check_shape,
-)
+from .._check import autocast, check_first_derivative, check_index, check_linear, check_shape
 from .._dispatch import Backend, check_backend
 from .._products import as_matrix, selected_columns, weight_gradient
 from ..gated_product import Activation, check_gated
