@@ -14,18 +14,13 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from benchmarks.forgetting import compare, methods, metrics, tasks
 from benchmarks.forgetting.__main__ import HERE
-from benchmarks.forgetting.pieces import (
-    Results,
-    Study,
-    Training,
-    Workshop,
-    _steps,
-    best_rate,
-    pieces,
-    run,
-)
+from benchmarks.forgetting.pieces import best_rate, pieces, run
 from benchmarks.forgetting.report import write
+from benchmarks.forgetting.results import Results
 from benchmarks.forgetting.retention import ACCURACIES, Choices, choice_log_probabilities
+from benchmarks.forgetting.study import Study, Training
+from benchmarks.forgetting.training import train_steps
+from benchmarks.forgetting.workshop import Workshop
 from loki_kernels import Attribution
 from loki_kernels.demo.evaluation import token_log_probabilities
 
@@ -283,7 +278,7 @@ def test_study_files_and_their_report(name, tmp_path):
         assert "nan" not in text
 
 
-def test_unknown_methods_are_refused(tmp_path):
+def test_study_files_with_a_mistake_are_refused(tmp_path):
     text = (HERE / "smoke.toml").read_text()
     path = tmp_path / "study.toml"
     path.write_text(text.replace('"full", "lora"', '"fulll", "lora"'))
@@ -291,6 +286,14 @@ def test_unknown_methods_are_refused(tmp_path):
         Study.load(path)
     path.write_text(text.replace("batch_size", "batch"))
     with pytest.raises(ValueError, match="batch"):
+        Study.load(path)
+    path.write_text(text.replace('learning_rate = "calls"\n', ""))
+    with pytest.raises(ValueError, match="calls-then-ranks: a stage after another needs a"):
+        Study.load(path)
+    path.write_text(
+        text.replace('learning_rate = "calls"', "learning_rate = 1e-3\nrate_factor = 2.0")
+    )
+    with pytest.raises(ValueError, match="rate_factor is for another stage's learning_rate"):
         Study.load(path)
 
 
@@ -362,9 +365,6 @@ methods = ["lora", "magnitude"]
     assert rerun == ["calls-then-ranks-same/magnitude/seed-0"]
     assert results.find(rerun[0]) == results.find("calls-then-ranks/magnitude/seed-0")
     assert results.count() == len(results.rows) - 1
-    path.write_text(text + same + 'rates_of = "calls"\n')
-    with pytest.raises(ValueError, match="has both rates_of and learning_rate"):
-        Study.load(path)
 
 
 _STUDY = Study.load(HERE / "study.toml")
@@ -384,7 +384,7 @@ def test_every_method_trains_what_it_says(name):
     torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
 
     rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
-    list(_steps(model, parameters, rows, Training(2, 1, (2,)), 0.1))
+    list(train_steps(model, parameters, rows, Training(2, 1, (2,)), 0.1))
     with torch.no_grad():
         after = model(ids).logits
     assert not torch.allclose(after, before, atol=1e-3)
@@ -421,7 +421,9 @@ def test_learning_rates_rise_and_fall(monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
     model = LlamaForCausalLM(TINY)
     rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
-    points = list(_steps(model, list(model.parameters()), rows, Training(20, 1, (5, 20)), 0.19))
+    points = list(
+        train_steps(model, list(model.parameters()), rows, Training(20, 1, (5, 20)), 0.19)
+    )
     assert [step for step, _ in points] == [5, 20]
     assert rates == pytest.approx([0.095, 0.19] + [0.01 * n for n in range(18, 0, -1)])
 

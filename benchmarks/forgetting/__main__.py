@@ -14,7 +14,10 @@ import transformers
 from loki_kernels.cache import cache_folder
 
 from ..results import RESULTS, describe_machine
-from .pieces import Results, Study, Workshop, pieces, run
+from .pieces import pieces, run
+from .results import Results
+from .study import Study
+from .workshop import Workshop
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[2] / "shared" / "data"

@@ -11,8 +11,10 @@ from loki_kernels.files import atomic_path
 
 from . import metrics
 from .compare import at_equal_loss, common_loss, difference
-from .pieces import Results, Stage, Study, best_rate, sweep_name
+from .pieces import best_rate, sweep_name
+from .results import Results
 from .retention import ACCURACIES
+from .study import Stage, Study
 from .tasks import JUDGED_BY
 
 _READING = """\
@@ -61,13 +63,13 @@ def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
         if not any(swept) and not any(runs[name] for name in stage.methods):
             continue
         yield from ("", f"## {stage.name}: {stage.task}, {stage.training.steps} steps", "")
-        if stage.sweeps:
+        if stage.learning_rate is None:
             yield from _sweep(study, stage, results)
-        elif stage.learning_rate is not None:
+        elif isinstance(stage.learning_rate, float):
             yield f"Every method at a learning rate of {stage.learning_rate:g}."
         else:
             times = "" if stage.rate_factor == 1.0 else f"{stage.rate_factor:g} times "
-            yield f"With {times}the best learning rates of {stage.rates_of}."
+            yield f"With {times}the best learning rates of {stage.learning_rate}."
         if before is not None and any(runs.values()):
             yield from ("", *_outcome(study, stage, runs, before["figures"], results))
             _plot(stage, runs, before["figures"], folder / f"{stage.name}.png")

@@ -1,0 +1,63 @@
+"""A piece of the study, and the file of JSON lines that says which have run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .workshop import Workshop
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One run: its name, everything it depends on, and how to get its figures."""
+
+    name: str
+    spec: dict[str, Any]
+    run: Callable[[Workshop], dict[str, Any]]
+
+
+class Results:
+    """A JSON-lines file, one line a piece; of several lines for one spec the last counts.
+
+    A row is known once its piece claims it: what an older study file asked for is not. A training
+    that two stages ask for runs once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._stored: dict[tuple[str, str], dict[str, Any]] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self._stored[_key(row["piece"], row["spec"])] = row
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        return self.rows.get(name)
+
+    def count(self) -> int:
+        """How many pieces have run; a training of two stages is one."""
+        return len({id(row) for row in self.rows.values()})
+
+    def claim(self, piece: Piece) -> bool:
+        """Whether the piece has been run as it is asked for now."""
+        row = self._stored.get(_key(piece.name, piece.spec))
+        if row is None:
+            return False
+        self.rows[piece.name] = row
+        return True
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows[row["piece"]] = self._stored[_key(row["piece"], row["spec"])] = row
+
+
+def _key(name: str, spec: dict[str, Any]) -> tuple[str, str]:
+    """A training's figures depend on its spec alone, whatever the stage's name."""
+    return "" if "lessons" in spec else name, json.dumps(spec, sort_keys=True)
