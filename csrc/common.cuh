@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 
 #include "dtype.h"
 
@@ -63,7 +64,11 @@ cudaError_t with_type(Dtype dtype, F&& f) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
                    cudaStream_t stream, Arguments... arguments) {
+  // The limit belongs to the kernel, not to a launch: another thread must not change it in between.
+  static std::mutex mutex;
+  std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
   if (shared > 0) {  // a kernel has to ask for more than 48 KiB, its static arrays included
+    lock.lock();
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));

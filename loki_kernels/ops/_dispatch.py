@@ -61,7 +61,8 @@ def register(
     """Make ``torch.ops.loki_kernels.<op>`` (``<op>_backward``) run the chosen backend's ``step``.
 
     ``schema`` is that of the step without its last argument, the backend. A backward step takes
-    the gradient and then the forward's inputs, by which both steps choose alike.
+    the gradient and then the forward's inputs, by which both steps choose alike. Autocast is off
+    inside: an op computes in what its schema promises for the dtypes it was given, on any backend.
     """
     inputs_from = 0 if step == "forward" else 1
     arguments, result = schema.split(" -> ")
@@ -70,7 +71,9 @@ def register(
 
     def run(*args: Any) -> Any:
         *inputs, backend = args
-        return getattr(choose(op, backend, inputs[inputs_from:]), step)(*inputs)
+        chosen = choose(op, backend, inputs[inputs_from:])
+        with torch.autocast(_first_tensor(inputs).device.type, enabled=False):
+            return getattr(chosen, step)(*inputs)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(

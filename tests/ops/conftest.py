@@ -56,7 +56,7 @@ def pytest_report_header() -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
-    if metafunc.module.__name__ == "test_self_check":
+    if metafunc.module.__name__ == "test_every_op":
         pairs = [(op, b) for op in _dispatch._ops for b in _backends() if b in _implemented(op)]
         metafunc.parametrize(("op", "backend"), pairs, indirect=["backend"])
         return

@@ -36,7 +36,7 @@ def row_delta_linear(
         delta_a: ``[k, r]``; ``[k, in_features]`` if ``delta_b`` is None. Of any floating dtype; its
             gradient has its dtype.
         delta_b: ``[r, in_features]``, or None.
-        index: ``[k]`` int64, distinct.
+        index: ``[k]`` int64 in [0, out_features), distinct.
         bias: ``[out_features]`` or None.
         backend: of `scatter_add_columns` and `gather_columns`.
 

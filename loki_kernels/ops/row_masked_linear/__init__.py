@@ -33,7 +33,7 @@ def row_masked_linear(
         x: ``[..., in_features]``.
         weight: ``[out_features, in_features]``, merged; it gets no gradient.
         rows: ``[k, in_features]``, of any floating dtype; its gradient has its dtype.
-        index: ``[k]`` int64, distinct, in any order.
+        index: ``[k]`` int64 in [0, out_features), distinct, in any order.
         bias: ``[out_features]`` or None.
         backend: of `gather_columns`, which takes ``dY[:, index]``.
 

@@ -35,7 +35,7 @@ def swiglu_row_masked_linear(
         up: of gate's shape and dtype.
         weight: ``[out_features, in_features]``, merged; it gets no gradient.
         rows: ``[k, in_features]``, of any floating dtype; its gradient has its dtype.
-        index: ``[k]`` int64, distinct, in any order.
+        index: ``[k]`` int64 in [0, out_features), distinct, in any order.
         bias: ``[out_features]`` or None.
         activation: ``"silu"`` or ``"gelu_tanh"``.
         backend: of `gated_product` and `gather_columns`.

@@ -25,7 +25,8 @@ def sync_rows(
         weights: ``[out_features, in_features]`` each, on one device, of one dtype; changed. Pass
             ``.data``: autograd takes no notice.
         rows: ``[k, in_features]`` each, of one dtype; rounded to the weights'.
-        indices: ``[k]`` int64 each, distinct.
+        indices: ``[k]`` int64 each, in [0, out_features), distinct; also over layers, where several
+            are one weight.
         seed: None rounds to the nearest. A number in [0, 2**32) rounds float32 rows to bfloat16
             weights up or down at random, the nearer value the likelier, so that the expected value
             is exact; equal on every device for equal seed, layer and position.

@@ -1,12 +1,14 @@
-"""The check that lets ``auto`` use a kernel: it passes for ours and fails for a wrong one."""
+"""What holds for every op; and the check that lets ``auto`` use a kernel passes for ours alone."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import pytest
 import torch
 
+from loki_kernels import ops
 from loki_kernels.ops import _dispatch
 
 
@@ -15,11 +17,11 @@ def compare(op, backend, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_passes(op, dtype, backend):
+def test_self_check_passes(op, dtype, backend):
     assert compare(op, backend, dtype) is None
 
 
-def test_fails_for_a_wrong_kernel(op, backend, monkeypatch):
+def test_self_check_fails_for_a_wrong_kernel(op, backend, monkeypatch):
     module = importlib.import_module(f"loki_kernels.ops.{op}.{backend}_impl")
     right = module.forward
 
@@ -37,7 +39,7 @@ def test_fails_for_a_wrong_kernel(op, backend, monkeypatch):
     )
 
 
-def test_reports_a_kernel_that_does_not_run(op, backend, monkeypatch):
+def test_self_check_reports_a_kernel_that_does_not_run(op, backend, monkeypatch):
     module = importlib.import_module(f"loki_kernels.ops.{op}.{backend}_impl")
 
     def broken(*args):
@@ -46,3 +48,13 @@ def test_reports_a_kernel_that_does_not_run(op, backend, monkeypatch):
     monkeypatch.setattr(module, "forward", broken)
     message = "RuntimeError: out of resource: shared memory"
     assert compare(op, backend) == message
+
+
+def test_computes_the_same_under_autocast(op, backend):
+    device = torch.get_default_device()
+    inputs, differentiable = _dispatch.example(op, device, torch.float32)
+    evaluate = functools.partial(_dispatch._evaluate, getattr(ops, op), inputs, differentiable)
+    want = evaluate()
+    with torch.autocast(device.type, torch.bfloat16):
+        got = evaluate()
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
