@@ -187,6 +187,24 @@ def test_self_check_has_none_of_the_callers_state(accelerator):
     assert seen == [True]
 
 
+def test_self_check_needs_no_other_thread(monkeypatch):
+    """Its gradients are computed where it runs: the device's thread may be waiting for it."""
+    seen = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(torch._C._is_multithreading_enabled())
+            return 2 * grad
+
+    _dispatch._evaluate(lambda x: Double.apply(x), {"x": torch.ones(3)}, ("x",))
+    assert seen == [False]
+
+
 def test_importing_the_package_imports_no_triton(tmp_path):
     import subprocess
     import sys

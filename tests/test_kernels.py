@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,24 @@ def test_what_counts_as_a_failure(change, message):
     found = kernels.failures(SOUND | change)
     assert len(found) == (message is not None)
     assert message is None or message in found[0]
+
+
+def test_a_tuned_kernel_is_launched_by_one_thread_at_a_time():
+    from loki_kernels.ops._triton import _Locked
+
+    busy, launched = threading.Lock(), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                assert busy.acquire(blocking=False)
+                time.sleep(0.01)
+                launched.append((grid, arguments, constants))
+                busy.release()
+
+            return launch
+
+    kernel = _Locked(Kernel())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: kernel[i](i, BLOCK=16), range(8)))
+    assert sorted(launched) == [(i, (i,), {"BLOCK": 16}) for i in range(8)]

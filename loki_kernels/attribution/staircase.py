@@ -201,7 +201,7 @@ def capturing_attention(prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:
 
 @dataclass
 class Batch:
-    """Right-padded prompts: causal attention keeps the padding out of every real position."""
+    """Prompts, right-padded to the longest: causal attention keeps the padding out of the rest."""
 
     input_ids: Tensor  # [B, T]
     lengths: Tensor  # [B]
@@ -376,7 +376,7 @@ class RowPass:
         per_row: bool = False,
     ) -> Scores:
         """Scores of ``layers`` (the others stay unperturbed)."""
-        longest = int(self.batch.last.max())
+        longest = self.batch.input_ids.shape[1] - 1
         prefix = {i: (k[:, :, :longest], v[:, :, :longest]) for i, (k, v) in prefix.items()}
         rows = _Rows({}, {}, [])
         attend, handles = self._steer(layers, prefix, per_row, rows)
@@ -487,7 +487,9 @@ class RowPass:
         samples, m = values.shape[0], len(self.alphas)
         factor = values if self.definition.objective == "probability" else torch.ones_like(values)
         by_layer = values[:, 1:].view(samples, len(layers), m)
-        factor = factor[:, 1:].view(samples, len(layers), m) * self.weights.to(factor)
+        factor = factor[:, 1:].view(samples, len(layers), m) * self.weights.to(
+            factor, non_blocking=True
+        )
         scores: list[Tensor] = []
         sums: list[Tensor] = []
         for i, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
@@ -497,8 +499,7 @@ class RowPass:
                 else (None, None)
             )
             if self.counter is None:
-                scores.append(integrate_path(gradient, factor[:, i], z, start).to("cpu"))
-                sums.append(scores[-1].sum(-1, dtype=torch.float64))
+                scores.append(integrate_path(gradient, factor[:, i], z, start))
                 continue
             counter = self.counter
             counter.layers[layer], total = count_lowest_integrated(
@@ -511,6 +512,9 @@ class RowPass:
                 criterion=counter.criterion,
             )
             sums.append(total)
+        # Copied now that everything is queued: a copy waits for the device.
+        scores = [of_layer.cpu() for of_layer in scores]
+        sums = [total.cpu() for total in sums] or [s.sum(-1, dtype=torch.float64) for s in scores]
         start_row = (self.alphas == 0).nonzero().flatten()
         change = (
             values[:, :1] - by_layer[:, :, int(start_row[0])]
@@ -519,7 +523,7 @@ class RowPass:
         )
         return Scores(
             torch.stack(scores, dim=1) if scores else None,
-            torch.stack([total.cpu() for total in sums], dim=1),
+            torch.stack(sums, dim=1),
             change.cpu(),
             values[:, 0].cpu(),
         )

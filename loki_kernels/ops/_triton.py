@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -92,16 +93,36 @@ def tuned(
     30 ms a config (unmeasured) and is kept on disk by triton.
     """
     if not interpreted:
-        return triton.autotune(
+        tuner = triton.autotune(
             list(configs),
             key=list(key),
             restore_value=list(restored) or None,
             do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=20),
             cache_results=True,
-        )(kernel)
+        )
+        return _Locked(tuner(kernel))
     first = configs[0].all_kwargs()
     constants = {n: first[n] for n in first if n in kernel.arg_names}
     return _Fixed(kernel, constants)
+
+
+@dataclass(frozen=True)
+class _Locked:
+    """A tuned kernel that threads launch one after the other.
+
+    Triton's tuner keeps the arguments of the launch it is busy with, and what it will restore of
+    them, on itself.
+    """
+
+    kernel: Any
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            with self.lock:
+                self.kernel[grid](*arguments, **constants)
+
+        return launch
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,17 @@ def test_non_contiguous(activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [63, 1500])
+def test_halves_of_one_tensor(width, activation):
+    gate, up = make((3, 7, 2 * width))[0].chunk(2, dim=-1)
+    assert_two_references(gate, up, make((3, 7, width))[0], activation)
+    # ... beside one without even rows, and one row for all
+    gate = make((3, 9, width))[0][:, :7]
+    up = make((width,))[0].expand(3, 7, width)
+    assert_two_references(gate, up, make((3, 7, width))[0], activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation):
     gate, up, _ = make((3, 5), torch.float64)
     assert torch.autograd.gradcheck(

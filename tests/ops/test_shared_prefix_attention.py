@@ -259,6 +259,16 @@ def test_what_no_tile_holds_runs_on_torch(heads, dim, backend):
             shared_prefix_attention(**inputs, backend="triton")
 
 
+def test_more_samples_than_a_grid_holds_run_on_torch(backend):
+    if backend != "triton":
+        pytest.skip("the limit is Triton's")
+    q = torch.zeros(1, 2, 1, 16).expand(65536, -1, -1, -1)
+    prefix = torch.zeros(1, 2, 3, 16).expand(65536, -1, -1, -1)
+    assert shared_prefix_attention(q, q, q, prefix, prefix).shape == q.shape
+    with pytest.raises(RuntimeError, match="takes up to 65535 samples, not 65536"):
+        shared_prefix_attention(q, q, q, prefix, prefix, backend="triton")
+
+
 @pytest.mark.parametrize(("rows", "prefix"), [(1, 129), (63, 1), (129, 63), (2, 500), (1, 8192)])
 def test_sizes(rows, prefix):
     inputs = make(batch=1, rows=rows, prefix=prefix, dim=16, dtype=torch.float32)

@@ -226,3 +226,14 @@ def test_shapes_that_do_not_fit_raise(name, shape):
     inputs[name] = torch.zeros(shape, dtype=inputs[name].dtype)
     with pytest.raises(ValueError, match=r"fit|must be"):
         target_probability(**inputs)
+
+
+@pytest.mark.parametrize("token", [7, 4500])
+def test_a_nan_logit_makes_the_probability_nan(token):
+    """Wherever it is; Triton's kernel takes 4,096 logits at a time."""
+    inputs = make(3, 5, 5000, bias=False) | {"target": torch.tensor([1, 4200, 4999])}
+    inputs["weight"][token] = float("nan")
+    outputs = target_probability(**inputs)
+    assert outputs.probability.isnan().all()
+    assert outputs.log_probability.isnan().all()
+    assert outputs.logit.isfinite().all()

@@ -38,6 +38,12 @@ def _keys(scores, node, width, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
+def _is_nan(key):
+    """Whether `_keys` made it of a NaN: beyond either infinity's."""
+    return (key > 0xFF800000) | (key < 0x007FFFFF)
+
+
+@triton.jit
 def forward_kernel(
     scores, counts, scores_sample, scores_layer, counts_layer, counts_node, width, k,
     MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -45,7 +51,10 @@ def forward_kernel(
     sample, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     scores += sample * scores_sample + layer * scores_layer
     counts += layer * counts_layer
-    keys = _keys(scores, tl.arange(0, BLOCK), width, MAGNITUDE)
+    every = tl.arange(0, BLOCK)
+    keys = _keys(scores, every, width, MAGNITUDE)
+    # with a NaN nothing is taken; `count_lowest` refuses it before, `count_lowest_integrated` can't
+    k = tl.where(tl.sum((_is_nan(keys) & (every < width)).to(tl.int32), 0) > 0, 0, k)
 
     # The k-th smallest key from its highest bit down: the largest that fewer than k are below.
     threshold = tl.cast(0, tl.uint32)
@@ -65,7 +74,8 @@ def forward_kernel(
         taken = (key < threshold) | ((equal == 1) & (tl.cumsum(equal, 0) <= wanted))
         wanted -= tl.sum(equal, 0)
         target = counts + node.to(tl.int64) * counts_node
-        tl.atomic_add(target, tl.full((TILE,), 1, tl.int64), mask=taken & (node < width))
+        one = tl.full((TILE,), 1, tl.int64)
+        tl.atomic_add(target, one, mask=taken & (node < width), sem="relaxed")
 
 
 def _config(block: int) -> triton.Config:

@@ -1,13 +1,13 @@
-"""Triton's `integrate_path`, then its `count_lowest`."""
+"""Triton's `integrate_path`, then its `count_lowest`, which passes over a sample with a NaN."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._check import unsupported_dtype
 from ..count_lowest import triton_impl as count_lowest
 from ..integrate_path import triton_impl as integrate_path
-from .torch_impl import in_two_steps
 
 
 def unsupported(
@@ -16,4 +16,16 @@ def unsupported(
     return unsupported_dtype(gradients, z, baseline) or count_lowest.unsupported(gradients)
 
 
-forward = in_two_steps(integrate_path, count_lowest)
+def forward(
+    gradients: Tensor,
+    weights: Tensor,
+    z: Tensor | None,
+    baseline: Tensor | None,
+    k: int,
+    counts: Tensor,
+    magnitude: bool,
+) -> Tensor:
+    scores = integrate_path.forward(gradients, weights, z, baseline)
+    if k > 0:
+        count_lowest.forward(scores.unsqueeze(1), k, counts.unsqueeze(0), magnitude)
+    return scores.sum(-1, dtype=torch.float64)

@@ -50,7 +50,8 @@ def forward(z: Tensor, alphas: Tensor, baseline: Tensor | None) -> Tensor:
     with torch.cuda.device_of(z):
         forward_kernel[grid](
             z,
-            alphas.to(device=z.device, dtype=torch.float32).contiguous(),
+            # waiting for so few numbers would be waiting for the device, at every layer
+            alphas.to(device=z.device, dtype=torch.float32, non_blocking=True).contiguous(),
             start,
             out,
             z.stride(0),

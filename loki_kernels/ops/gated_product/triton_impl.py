@@ -31,24 +31,37 @@ def _switch(gate, SILU: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(gate, up, out, elements, SILU: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < elements
-    g = tl.load(gate + i, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + i, mask=mask, other=0.0).to(tl.float32)
+def _place(width, BLOCK: tl.constexpr):
+    """(row, column) of this program's elements."""
+    blocks = tl.cdiv(width, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    return program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def forward_kernel(
+    gate, up, out, gate_row, up_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, column = _place(width, BLOCK)
+    mask = column < width
+    g = tl.load(gate + row * gate_row + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + column, mask=mask, other=0.0).to(tl.float32)
     s, _ = _switch(g, SILU)
+    i = row * width + column
     tl.store(out + i, narrow(g * s * u, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def backward_kernel(
-    grad, gate, up, grad_gate, grad_up, product, elements, SILU: tl.constexpr, BLOCK: tl.constexpr
+    grad, gate, up, grad_gate, grad_up, product, grad_row, gate_row, up_row, width,
+    SILU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < elements
-    dh = tl.load(grad + i, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gate + i, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + i, mask=mask, other=0.0).to(tl.float32)
+    row, column = _place(width, BLOCK)
+    mask = column < width
+    dh = tl.load(grad + row * grad_row + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_row + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + column, mask=mask, other=0.0).to(tl.float32)
+    i = row * width + column
     s, c = _switch(g, SILU)
     dtype = product.dtype.element_ty
     tl.store(grad_gate + i, narrow(dh * u * s * (1 + g * (1 - s) * c), dtype), mask=mask)
@@ -56,17 +69,37 @@ def backward_kernel(
     tl.store(product + i, narrow(g * s * u, dtype), mask=mask)
 
 
-def _launch(kernel, tensors: tuple[Tensor, ...], activation: str) -> None:
-    elements = tensors[0].numel()
-    if elements:
-        grid = (triton.cdiv(elements, _CONFIG.kwargs["BLOCK"]),)
-        with torch.cuda.device_of(tensors[0]):
-            kernel[grid](*tensors, elements, SILU=activation == "silu", **_CONFIG.all_kwargs())
+def _as_rows(x: Tensor) -> Tensor:
+    """``[rows, width]`` of ``[..., width]``; halves of one tensor are not copied for it."""
+    if x.stride(-1) == 1:
+        try:
+            return x.view(-1, x.shape[-1])
+        except RuntimeError:  # the rows are not evenly apart
+            pass
+    return x.contiguous().view(-1, x.shape[-1])
+
+
+def _launch(
+    kernel, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], activation: str
+) -> None:
+    if not outputs[0].numel():
+        return
+    if all(x.is_contiguous() for x in inputs):
+        inputs = tuple(x.view(1, -1) for x in inputs)  # no block with an end of a row in it
+    else:
+        inputs = tuple(map(_as_rows, inputs))
+    rows, width = inputs[0].shape
+    grid = (rows * triton.cdiv(width, _CONFIG.kwargs["BLOCK"]),)
+    strides = (x.stride(0) for x in inputs)
+    with torch.cuda.device_of(outputs[0]):
+        kernel[grid](
+            *inputs, *outputs, *strides, width, SILU=activation == "silu", **_CONFIG.all_kwargs()
+        )
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     out = empty(gate)
-    _launch(forward_kernel, (gate.contiguous(), up.contiguous(), out), activation)
+    _launch(forward_kernel, (gate, up), (out,), activation)
     return out
 
 
@@ -74,8 +107,7 @@ def backward(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     results = empty(gate), empty(gate), empty(gate)
-    inputs = (x.contiguous() for x in (grad, gate, up))
-    _launch(backward_kernel, (*inputs, *results), activation)
+    _launch(backward_kernel, (grad, gate, up), results, activation)
     return results
 
 
@@ -83,6 +115,6 @@ def compilations() -> Iterator[Compilation]:
     for name in DTYPES.values():
         for kernel in (forward_kernel, backward_kernel):
             for silu in (True, False):
-                types = {n: f"*{name}" for n in kernel.arg_names if n.islower()}
-                types["elements"] = "i32"
+                names = [n for n in kernel.arg_names if n.islower()]
+                types = {n: "i32" if n.endswith(("_row", "width")) else f"*{name}" for n in names}
                 yield Compilation(kernel, types, {"SILU": silu}, (_CONFIG,), name)

@@ -18,7 +18,7 @@ def unsupported(y: Tensor, *_: object) -> str | None:
     return unsupported_dtype(y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size_class"])
 def forward_kernel(
     y, index, u, v, y_row, y_column, u_row, v_row, rows, k, rank, size_class,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,

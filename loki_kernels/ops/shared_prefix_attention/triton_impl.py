@@ -21,10 +21,16 @@ from .._triton import DTYPES, Compilation, dot, empty, narrow, tanh, tuned
 # A launch is tuned again when the packed rows or the prefix change class; R grows by m a layer.
 _TUNED_BY = ("row_class", "prefix_class", "GROUPS", "HEAD_DIM", "SOFTCAP", "WINDOW")
 
+MAX_BATCH = 65535  # the third axis of a grid
+# Compiled once for all values: nothing is addressed by them, and R takes many.
+_UNSPECIALISED = ["rows", "window", "row_class", "prefix_class"]
+
 
 def unsupported(q: Tensor, k: Tensor, *_: object) -> str | None:
     dim, groups = q.shape[-1], q.shape[1] // k.shape[1]
     reason = unsupported_dtype(q)
+    if q.shape[0] > MAX_BATCH:
+        return f"its kernel takes up to {MAX_BATCH} samples, not {q.shape[0]}."
     if reason is None and not configs("backward", q.element_size(), dim, groups):
         reason = (
             f"no tile of its kernel holds {groups} query heads a key/value head of dimension {dim} "
@@ -64,7 +70,7 @@ def _visible_from(length, window, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     return length * 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def forward_kernel(
     q, k, v, prefix_k, prefix_v, lengths, sinks, out, lse,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -128,7 +134,7 @@ def forward_kernel(
     tl.store(lse + place, highest + tl.log(total), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def backward_kernel(
     grad, q, k, v, prefix_k, prefix_v, lengths, out, lse, grad_q, grad_k, grad_v,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -338,10 +344,15 @@ def backward(
     return grads
 
 
+# (head dimension, query heads a key/value head)
+_COMPILED = ((64, 4), (64, 7), (80, 4), (128, 1), (128, 4), (128, 16), (256, 4))
+
+
 def compilations() -> Iterator[Compilation]:
     """Each step for every dtype and head dimension it takes, plain and with every option.
 
-    4 query heads a key/value head (Llama-3.1-8B) and, at dimension 64, 7 (Qwen2.5-0.5B).
+    4 query heads a key/value head (Llama-3.1-8B); at dimension 64 also 7 (Qwen2.5-0.5B), at 128
+    also 1 (Llama-2) and 16.
     """
     strides = [f"{x}_{axis}" for x in ("q", "k", "v") for axis in ("batch", "head", "row")]
     strides += [f"{x}_{axis}" for x in ("pk", "pv") for axis in ("batch", "head", "position")]
@@ -350,7 +361,7 @@ def compilations() -> Iterator[Compilation]:
     for dtype, name in DTYPES.items():
         data = f"*{name}"
         for step, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
-            for dim, groups in ((64, 4), (64, 7), (80, 4), (128, 4), (256, 4)):
+            for dim, groups in _COMPILED:
                 choices = configs(step, dtype.itemsize, dim, groups)
                 for options in (False, True) if choices else ():
                     types = {n: data for n in kernel.arg_names if n not in scalars and n.islower()}

@@ -48,7 +48,7 @@ def forward_kernel(
         value = _final(tl.load(logits + token, mask=token < vocabulary), scale, softcap, SOFTCAP)
         value = tl.where(token < vocabulary, value, float("-inf"))
         peak = tl.maximum(highest, value)
-        met = peak > float("-inf")
+        met = (peak > float("-inf")) | (value != value)  # a maximum passes over NaN
         total = tl.where(met, total * tl.exp(highest - peak) + tl.exp(value - peak), total)
         highest = peak
     top = tl.max(highest, 0)
