@@ -208,10 +208,12 @@ def _plot(
     path: Path,
 ) -> None:
     """Every checkpoint a point, one curve a method: perplexity against task loss."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     axes.axhline(before["perplexity"], color="grey", linewidth=0.8, label="before")
     for name, seeds in runs.items():
         if not seeds:
@@ -224,7 +226,7 @@ def _plot(
     axes.set_ylabel("wikitext-2 perplexity")
     axes.invert_xaxis()
     axes.set_title(f"{stage.name}: lower right is better")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
