@@ -187,7 +187,7 @@ def test_self_check_has_none_of_the_callers_state(accelerator):
     assert seen == [True]
 
 
-def test_self_check_needs_no_other_thread(monkeypatch):
+def test_self_check_needs_no_other_thread():
     """Its gradients are computed where it runs: the device's thread may be waiting for it."""
     seen = []
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._check import unsupported_dtype
 from ..count_lowest import triton_impl as count_lowest
 from ..integrate_path import triton_impl as integrate_path
+from .torch_impl import in_two_steps
 
 
 def unsupported(
@@ -16,16 +16,4 @@ def unsupported(
     return unsupported_dtype(gradients, z, baseline) or count_lowest.unsupported(gradients)
 
 
-def forward(
-    gradients: Tensor,
-    weights: Tensor,
-    z: Tensor | None,
-    baseline: Tensor | None,
-    k: int,
-    counts: Tensor,
-    magnitude: bool,
-) -> Tensor:
-    scores = integrate_path.forward(gradients, weights, z, baseline)
-    if k > 0:
-        count_lowest.forward(scores.unsqueeze(1), k, counts.unsqueeze(0), magnitude)
-    return scores.sum(-1, dtype=torch.float64)
+forward = in_two_steps(integrate_path.forward, count_lowest.forward)

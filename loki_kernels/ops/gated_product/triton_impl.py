@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._check import unsupported_dtype
+from .._check import rows_last, unsupported_dtype
+from .._products import as_matrix
 from .._triton import DTYPES, Compilation, empty, narrow
 
 _CONFIG = triton.Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
@@ -69,16 +70,6 @@ def backward_kernel(
     tl.store(product + i, narrow(g * s * u, dtype), mask=mask)
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """``[rows, width]`` of ``[..., width]``; halves of one tensor are not copied for it."""
-    if x.stride(-1) == 1:
-        try:
-            return x.view(-1, x.shape[-1])
-        except RuntimeError:  # the rows are not evenly apart
-            pass
-    return x.contiguous().view(-1, x.shape[-1])
-
-
 def _launch(
     kernel, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], activation: str
 ) -> None:
@@ -87,7 +78,7 @@ def _launch(
     if all(x.is_contiguous() for x in inputs):
         inputs = tuple(x.view(1, -1) for x in inputs)  # no block with an end of a row in it
     else:
-        inputs = tuple(map(_as_rows, inputs))
+        inputs = tuple(as_matrix(rows_last(x)) for x in inputs)  # no copy of a tensor's halves
     rows, width = inputs[0].shape
     grid = (rows * triton.cdiv(width, _CONFIG.kwargs["BLOCK"]),)
     strides = (x.stride(0) for x in inputs)

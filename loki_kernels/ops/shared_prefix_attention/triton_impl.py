@@ -27,10 +27,10 @@ _UNSPECIALISED = ["rows", "window", "row_class", "prefix_class"]
 
 
 def unsupported(q: Tensor, k: Tensor, *_: object) -> str | None:
-    dim, groups = q.shape[-1], q.shape[1] // k.shape[1]
-    reason = unsupported_dtype(q)
     if q.shape[0] > MAX_BATCH:
         return f"its kernel takes up to {MAX_BATCH} samples, not {q.shape[0]}."
+    dim, groups = q.shape[-1], q.shape[1] // k.shape[1]
+    reason = unsupported_dtype(q)
     if reason is None and not configs("backward", q.element_size(), dim, groups):
         reason = (
             f"no tile of its kernel holds {groups} query heads a key/value head of dimension {dim} "
