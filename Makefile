@@ -28,9 +28,9 @@ demo: .venv/.ready
 # Triton's kernels run on a GPU, or in an interpreter that needs a process of its own.
 test: .venv/.dev
 	$(PY) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops tests/test_backends.py $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops $(ARGS)
 	$(PY) -m pip install -q --no-deps --upgrade --target .venv/old-peft 'peft==$(OLD_PEFT)'
-	PYTHONPATH=.venv/old-peft $(PY) -m pytest tests/test_peft.py $(ARGS)
+	PYTHONPATH=.venv/old-peft $(PY) -m pytest tests/peft/test_peft.py $(ARGS)
 
 # What a user gets from the sdist, in a clean environment without nvcc: pure Python at first, then
 # with the C++ implementations.

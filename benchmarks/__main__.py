@@ -9,9 +9,16 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from .results import append, describe_machine
+from .records import append, describe_machine
 
-SUITES = ("attribution", "row_masked_linear", "training_step", "selection", "memory")
+# Suite -> its module here.
+SUITES = {
+    "attribution": "attribution",
+    "row_masked_linear": "ops.row_masked_linear",
+    "training_step": "training.step",
+    "selection": "selection",
+    "memory": "training.memory",
+}
 
 
 def main() -> None:
@@ -34,7 +41,7 @@ def main() -> None:
         )
     machine = describe_machine()
     for suite in suites:
-        module = importlib.import_module(f".{suite}", __package__)
+        module = importlib.import_module(f".{SUITES[suite]}", __package__)
         chosen = "dry" if arguments.dry_run else "quick" if arguments.quick else "full"
         for row in module.run(chosen):
             if not arguments.dry_run:

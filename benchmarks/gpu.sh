@@ -59,20 +59,20 @@ if wants tests; then
   if [ -n "$dry" ]; then
     section tests 60 "$PYTHON" -m pytest -q tests/ops/test_gather_columns.py
   else
-    section tests 150 "$PYTHON" -m pytest -q tests/ops tests/test_backends.py \
-      tests/test_attribution.py tests/test_attribution_counts.py tests/test_patching.py
+    section tests 150 "$PYTHON" -m pytest -q tests/ops tests/ops \
+      tests/attribution tests/training/test_patching.py
   fi
 fi
 
 if wants sanitizer; then
   if [ -n "$dry" ]; then
-    section sanitizer 60 "$PYTHON" -m benchmarks.self_check
+    section sanitizer 60 "$PYTHON" -m benchmarks.ops.self_check
   elif ! command -v compute-sanitizer > /dev/null; then
     note "sanitizer: not run, compute-sanitizer is not installed"
   else
     for tool in memcheck racecheck; do
       section "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$PYTHON" -m benchmarks.self_check cuda
+        "$PYTHON" -m benchmarks.ops.self_check cuda
     done
   fi
 fi

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from loki_kernels.files import atomic_path
 
-from .results import RESULTS, file_of
+from .records import RESULTS, file_of
 
 REPORT = RESULTS.parent / "RESULTS.md"
 

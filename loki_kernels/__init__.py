@@ -6,15 +6,21 @@ loki.patch(model, tokenizer=tokenizer)
 
 from . import ops
 from ._version import __version__
-from .adapters import export_lora, load_adapter, save_adapter
 from .attribution import Attribution, AttributionCounts, attribute
 from .errors import UnsupportedModelError
-from .linear import LoKILinear
 from .ops import row_masked_linear
 from .ops._dispatch import backends
-from .patching import Patch, patch, suppress
 from .questions import load_questions, read_questions
 from .selection import RowSelection, select
+from .training import (
+    LoKILinear,
+    Patch,
+    export_lora,
+    load_adapter,
+    patch,
+    save_adapter,
+    suppress,
+)
 
 __all__ = [
     "Attribution",

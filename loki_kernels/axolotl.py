@@ -18,7 +18,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from pydantic import BaseModel
 
 from .peft import LokiConfig
-from .quota import DEFAULT_QUOTA
+from .ranking import DEFAULT_QUOTA
 
 
 class LokiArguments(BaseModel):

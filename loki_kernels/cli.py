@@ -11,9 +11,8 @@ from typing import Any, get_args
 
 from .attribution.attribute import Keep
 from .attribution.definitions import DEFINITIONS, Site
-from .attribution.result import DEFAULT_CRITERION
 from .ops.count_lowest import Criterion
-from .quota import DEFAULT_QUOTA
+from .ranking import DEFAULT_CRITERION, DEFAULT_QUOTA
 from .selection import Strategy
 
 
@@ -190,8 +189,8 @@ def _select(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
-    from .adapters import merge_folder
     from .files import check_folder
+    from .training.adapters import merge_folder
 
     out = check_folder(arguments.out)
     if out.exists() and any(out.iterdir()):
@@ -206,10 +205,10 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _adapter(arguments: argparse.Namespace) -> None:
-    from .adapters import save_adapter
     from .files import check_folder
-    from .patching import patch
     from .selection import RowSelection
+    from .training.adapters import save_adapter
+    from .training.patching import patch
 
     check_folder(arguments.out)
     rows = RowSelection.load(arguments.rows)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .files import atomic_path
-from .quota import rows_per_layer
-from .selection import count_extreme
+from .ranking import count_extreme, rows_per_layer
 
 
 def plot_heatmap(scores: Tensor, path: str | os.PathLike[str], quota: float) -> None:

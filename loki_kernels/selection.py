@@ -16,20 +16,22 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, AttributionCounts
-from .attribution.result import DEFAULT_CRITERION
 from .errors import check_choice
 from .files import atomic_path
-from .ops import count_lowest
 from .ops.count_lowest import Criterion
-from .quota import DEFAULT_QUOTA, rows_per_layer
+from .ranking import (
+    DEFAULT_CRITERION,
+    DEFAULT_QUOTA,
+    count_extreme,
+    most_frequent,
+    rows_per_layer,
+)
 
 Strategy = Literal[
     "layer_balanced", "layer_balanced_highest", "global_lowest", "global_highest", "random"
 ]
 
 _FORMAT = "loki-kernels-rows"
-# Scores read at a time while counting, in elements: 64 MiB of float32.
-_CHUNK_ELEMENTS = 1 << 24
 
 
 class RowSelection(Sequence[Tensor]):
@@ -211,10 +213,10 @@ def select(
         return RowSelection(random_rows(layers, width, k, seed), info)
     if strategy.startswith("layer_balanced"):
         counts = count_extreme(scores, k, strategy.endswith("highest"), criterion)
-        return RowSelection([_most_frequent(layer, k) for layer in counts], info)
+        return RowSelection([most_frequent(layer, k) for layer in counts], info)
     flat = scores.reshape(len(scores), 1, layers * width)
     counts = count_extreme(flat, layers * k, strategy.endswith("highest"), criterion)
-    chosen = _most_frequent(counts[0], layers * k)
+    chosen = most_frequent(counts[0], layers * k)
     return RowSelection([chosen[chosen // width == layer] % width for layer in range(layers)], info)
 
 
@@ -241,32 +243,10 @@ def _select_counted(
         "site": counted.run.get("site", "down_proj"),
         "attribution": counted.run,
     }
-    return RowSelection([_most_frequent(layer, k) for layer in counted.counts], info)
+    return RowSelection([most_frequent(layer, k) for layer in counted.counts], info)
 
 
 def random_rows(layers: int, width: int, k: int, seed: int) -> list[list[int]]:
     """k of ``width`` rows for each layer; the same on every machine."""
     generator = random.Random(seed)
     return [sorted(generator.sample(range(width), k)) for _ in range(layers)]
-
-
-def count_extreme(scores: Tensor, k: int, highest: bool, criterion: Criterion) -> Tensor:
-    """In how many samples each node is among the k highest or lowest of its layer, ``[L, D]``.
-
-    A chunk of samples at a time: the scores may be larger than memory.
-    """
-    samples, layers, width = scores.shape
-    counts = torch.zeros(layers, width, dtype=torch.int64, device=scores.device)
-    chunk = max(1, _CHUNK_ELEMENTS // (layers * width))
-    for start in range(0, samples, chunk):
-        part = scores[start : start + chunk]
-        if highest:
-            part = -(part.abs() if criterion == "magnitude" else part)
-            count_lowest(part, k, counts)
-        else:
-            count_lowest(part, k, counts, criterion=criterion)
-    return counts
-
-
-def _most_frequent(counts: Tensor, k: int) -> Tensor:
-    return counts.argsort(descending=True, stable=True)[:k].cpu()

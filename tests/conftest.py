@@ -9,7 +9,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 import transformers
-from models import build_model, save_base
+
+from tests.models import build_model, save_base
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -11,7 +11,8 @@ import subprocess
 import sys
 
 import pytest
-from models import changed_rows
+
+from tests.models import changed_rows
 
 pytest.importorskip("axolotl")
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 import transformers
-from models import build_model
-from test_patching import train
 
 import loki_kernels as loki
 from loki_kernels.cli import main
+from tests.models import build_model
+from tests.tiny_training import train
 
 PIPES = {"capture_output": True, "text": True}
 

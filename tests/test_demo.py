@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from models import build_model
 
 from loki_kernels.demo.evaluation import evaluate
 from loki_kernels.demo.function_calls import SYSTEM, generate_examples
 from loki_kernels.demo.model import find_gguf, load_smollm2
 from loki_kernels.demo.training import collate
+from tests.models import build_model
 
 
 def test_examples_are_seeded_and_functions_held_out():

@@ -10,10 +10,10 @@ import peft
 import pytest
 import torch
 import transformers
-from models import changed_rows
 from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
 
 import loki_kernels as loki
+from tests.models import changed_rows
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SECTION = re.search(r"^## Use it with…\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]

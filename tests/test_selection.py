@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loki_kernels import Attribution, RowSelection, select, selection
-from loki_kernels.quota import rows_per_layer
+from loki_kernels.ranking import rows_per_layer
 from loki_kernels.selection import random_rows
 
 RANKED = ["layer_balanced", "layer_balanced_highest", "global_lowest", "global_highest"]

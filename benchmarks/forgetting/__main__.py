@@ -11,9 +11,9 @@ from pathlib import Path
 
 import transformers
 
-from loki_kernels.cache import cache_folder
+from loki_kernels.attribution.cache import cache_folder
 
-from ..results import RESULTS, describe_machine
+from ..records import RESULTS, describe_machine
 from .pieces import pieces, run
 from .results import Results
 from .study import Study

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loki_kernels as loki
 from loki_kernels import Attribution
-from loki_kernels.cache import CALIBRATION_PER_SUBJECT
+from loki_kernels.attribution.cache import CALIBRATION_PER_SUBJECT
 from loki_kernels.demo.model import load_smollm2
 from loki_kernels.questions import Question
 

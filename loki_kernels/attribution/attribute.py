@@ -14,13 +14,16 @@ from ..errors import check_choice
 from ..files import check_writable
 from ..ops.count_lowest import Criterion
 from ..progress import progress_bar
-from ..quota import DEFAULT_QUOTA, rows_per_layer
+from ..ranking import DEFAULT_CRITERION, DEFAULT_QUOTA, rows_per_layer
 from ..structure import Structure, find_structure
 from .definitions import Definition, path_rule, resolve_definition
+from .prefill import Batch, Prefill, run_prefill
 from .prompts import Tokens, tokenize_prompts
-from .result import DEFAULT_CRITERION, Attribution, AttributionCounts, ScoreFile, describe_run
+from .result import Attribution, AttributionCounts, ScoreFile, describe_run
+from .scores import Counter, Scores
 from .sequence import scaled_prefixes
-from .staircase import Batch, Counter, Prefill, RowPass, Scores, prepared, run_prefill
+from .staircase import RowPass
+from .steering import prepared
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +21,9 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..files import atomic_path, read_safetensors, write_safetensors
 from ..ops.count_lowest import Criterion
-from ..quota import DEFAULT_QUOTA
+from ..ranking import DEFAULT_QUOTA
 from .definitions import Definition
-
-if TYPE_CHECKING:
-    from .staircase import Scores
-
-# Of SmolLM2-135M's rows the 10 % magnitude-lowest are missed less than random ones, the
-# signed-lowest far more: perplexity 42, 63 and 770,314 without them, 28 before
-# (benchmarks/forgetting).
-DEFAULT_CRITERION: Criterion = "magnitude"
+from .scores import Scores
 
 _FORMAT = "loki-kernels-attribution"
 _COUNTS_FORMAT = "loki-kernels-counts"

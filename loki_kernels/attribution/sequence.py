@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..ops import expand_path
 from ..structure import Structure
-from .staircase import Batch, Prefill, capturing_attention, hook_layer, hook_site, running
+from .prefill import Batch, Prefill, capturing_attention
+from .steering import hook_layer, hook_site, running
 
 
 def scaled_prefixes(

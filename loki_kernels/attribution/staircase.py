@@ -12,17 +12,12 @@ implementation registered with transformers attends to the prefix.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
 from ..ops import (
@@ -32,11 +27,11 @@ from ..ops import (
     shared_prefix_attention,
     target_probability,
 )
-from ..ops.count_lowest import Criterion
-from ..structure import Head, Structure, first_non_finite
+from ..structure import Head, Structure
 from .definitions import Definition
-
-ATTENTION_NAME = "loki_kernels"
+from .prefill import Batch, Prefill
+from .scores import Counter, Scores
+from .steering import Attend, hook_layer, hook_site, running
 
 # Largest relative difference allowed between the unperturbed row's logits and the prefill's: the
 # same numbers through products of another shape. Measured on SmolLM2-135M: 2e-6 (float32),
@@ -47,284 +42,6 @@ _GUARD_TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 8e-2,
 }
-
-Attend = Callable[..., Tensor]
-# Where the attention in force is kept: on the model's own config, which every attention module
-# holds. A ContextVar would do, but torch.compile cannot trace one.
-_ATTEND = "_loki_kernels_attend"
-
-
-def _attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    output = getattr(module.config, _ATTEND)(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"),
-        window=kwargs.get("sliding_window"),
-        sinks=kwargs.get("s_aux"),
-    )
-    return output.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION_NAME, _attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-
-
-def _attention_configs(structure: Structure) -> list[Any]:
-    configs = {
-        id(module.config): module.config
-        for module in structure.decoder.modules()
-        if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
-    }
-    return list(configs.values())
-
-
-@contextlib.contextmanager
-def prepared(structure: Structure) -> Iterator[None]:
-    """The model in evaluation mode, frozen, with our attention; restored whatever happens."""
-    model = structure.causal_lm
-    training = [(module, module.training) for module in model.modules()]
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    implementations = [
-        (config, config._attn_implementation_internal) for config in _attention_configs(structure)
-    ]
-    device = next(model.parameters()).device.type
-    try:
-        model.eval()
-        for parameter, _ in required:
-            parameter.requires_grad_(False)
-        for config, _ in implementations:
-            config._attn_implementation_internal = ATTENTION_NAME
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(device, enabled=False),
-        ):
-            yield
-    finally:
-        for config, implementation in implementations:
-            config._attn_implementation_internal = implementation
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
-        for module, flag in training:
-            module.training = flag
-
-
-@contextlib.contextmanager
-def running(structure: Structure, attend: Attend, handles: Sequence[Any]) -> Iterator[None]:
-    """``attend`` as the decoder's attention; it and the hooks are gone afterwards."""
-    configs = _attention_configs(structure)
-    for config in configs:
-        setattr(config, _ATTEND, attend)
-    try:
-        yield
-    finally:
-        for config in configs:
-            delattr(config, _ATTEND)
-        for handle in handles:
-            handle.remove()
-
-
-def _prefill_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Ordinary causal attention, with the two features SDPA lacks written out."""
-    groups = query.shape[1] // key.shape[1]
-    length = query.shape[2]
-    if softcap is None and sinks is None:
-        # Padding is on the right, so a batch has one mask for all its samples.
-        mask = None if mask is None else mask[:1]
-        return functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None and length > 1,
-            scale=scale,
-            enable_gqa=groups > 1,
-        )
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(-1, -2)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    else:
-        mask = mask[:1]
-    scores = scores.masked_fill(~mask, float("-inf"))
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if sinks is not None:
-        sink = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, length, 1)
-        weights = torch.softmax(torch.cat([scores, sink], -1), -1, dtype=wide)[..., :-1]
-    else:
-        weights = torch.softmax(scores, -1, dtype=wide)
-    return weights.to(value.dtype) @ value
-
-
-def capturing_attention(prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:
-    """Ordinary attention that leaves each layer's keys and values in ``prefix``."""
-
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        *,
-        window: int | None,  # the mask has it
-        **options: Any,
-    ) -> Tensor:
-        prefix[module.layer_idx] = (key, value)
-        return _prefill_attention(query, key, value, mask, **options)
-
-    return attend
-
-
-@dataclass
-class Batch:
-    """Prompts, right-padded to the longest: causal attention keeps the padding out of the rest."""
-
-    input_ids: Tensor  # [B, T]
-    lengths: Tensor  # [B]
-
-    @property
-    def positions(self) -> Tensor:
-        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device)[None]
-
-    @property
-    def last(self) -> Tensor:
-        return self.lengths - 1
-
-    def at_last(self, x: Tensor) -> Tensor:
-        """``[B, T, ...]`` at each sample's last token."""
-        return x[torch.arange(x.shape[0], device=x.device), self.last.to(x.device)]
-
-
-@dataclass
-class Prefill:
-    """What the rows need from one ordinary forward pass over the prompts."""
-
-    logits: Tensor  # [B, V], at the last token
-    layer_inputs: list[Tensor]  # L of [B, hidden_size], at the last token
-    prefix: dict[int, tuple[Tensor, Tensor]]  # layer_idx -> K, V [B, Hkv, T, d]
-    site: list[Tensor]  # L of [B, T, D]; filled only when asked for
-
-
-def hook_layer(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
-    """Call ``change`` on the hidden states entering a decoder layer."""
-
-    def hook(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    return layer.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def hook_site(module: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Any:
-    """Call ``change`` on the attributed activation: the module's output, or its input."""
-    if site == "down_proj":
-        return module.register_forward_hook(lambda _module, _args, output: change(output))
-
-    return module.register_forward_pre_hook(lambda _module, args: (change(args[0]), *args[1:]))
-
-
-def run_prefill(
-    structure: Structure, batch: Batch, site: str, *, keep_site: bool = False
-) -> Prefill:
-    """One ordinary forward pass; logits only at each sample's last token."""
-    prefill = Prefill(torch.empty(0), [], {}, [])
-
-    def keep_last(hidden: Tensor) -> Tensor:
-        prefill.layer_inputs.append(batch.at_last(hidden))
-        return hidden
-
-    def keep(x: Tensor) -> Tensor:
-        prefill.site.append(x)
-        return x
-
-    head = structure.causal_lm.get_output_embeddings()
-    handles = [hook_layer(layer, keep_last) for layer in structure.layers]
-    handles.append(
-        head.register_forward_pre_hook(lambda _m, args: (batch.at_last(args[0])[:, None],))
-    )
-    if keep_site:
-        handles += [hook_site(down.module, site, keep) for down in structure.down_projs]
-    with running(structure, capturing_attention(prefill.prefix), handles):
-        output = structure.causal_lm(
-            input_ids=batch.input_ids,
-            position_ids=batch.positions,
-            use_cache=False,
-        )
-    prefill.logits = output.logits[:, 0]
-    if len(prefill.layer_inputs) != len(structure.layers) or not prefill.prefix:
-        raise UnsupportedModelError(
-            f"{type(structure.causal_lm).__name__} does not run its attention through "
-            "transformers' AttentionInterface, so its keys and values cannot be captured."
-        )
-    if torch.isnan(prefill.logits).any():
-        name = first_non_finite(structure.causal_lm)
-        raise ValueError(
-            "the model's logits are NaN"
-            + (f"; its parameter {name} is not finite." if name else " for these prompts.")
-        )
-    return prefill
-
-
-@dataclass
-class Scores:
-    """One batch's results, on the CPU."""
-
-    scores: Tensor | None  # [B, L, D]; None where they were only counted
-    sums: Tensor  # float64 [B, L], of the scores
-    change: Tensor  # [B, L], F(z) - F(baseline); NaN where the path has no such point
-    value: Tensor  # [B], F(z)
-
-    @classmethod
-    def join(cls, parts: Sequence[Scores]) -> Scores:
-        """The results of one batch from those of its layers."""
-        scores = [part.scores for part in parts if part.scores is not None]
-        return cls(
-            torch.cat(scores, dim=1) if scores else None,
-            torch.cat([part.sums for part in parts], dim=1),
-            torch.cat([part.change for part in parts], dim=1),
-            parts[0].value,
-        )
-
-
-@dataclass
-class Counter:
-    """How often each node is among the k lowest of its layer, over the batches so far."""
-
-    quota: float  # the percentage that k is
-    k: int
-    criterion: Criterion
-    layers: dict[int, Tensor] = field(default_factory=dict)  # layer -> int64 [D], where it runs
-
-    def counts(self) -> Tensor:
-        """``[L, D]`` on the CPU."""
-        return torch.stack([self.layers[layer].cpu() for layer in sorted(self.layers)])
 
 
 class _Rows(NamedTuple):

@@ -18,12 +18,12 @@ import transformers
 from torch import nn
 
 from ..attribution import attribute
-from ..cache import CALIBRATION_PER_SUBJECT
+from ..attribution.cache import CALIBRATION_PER_SUBJECT
 from ..files import atomic_path
-from ..patching import patch
 from ..questions import Question, load_questions
-from ..quota import DEFAULT_QUOTA
+from ..ranking import DEFAULT_QUOTA
 from ..selection import RowSelection, select
+from ..training.patching import patch
 from . import verify
 from .evaluation import Evaluation, evaluate, general_text, question_rows
 from .function_calls import generate_examples

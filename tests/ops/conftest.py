@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 
-import cuda_emulator
 import pytest
 import torch
 
-from loki_kernels import _native
+from loki_kernels import _native, ops
 from loki_kernels.ops import _dispatch
+from tests import cuda_emulator
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _GPU = torch.cuda.is_available()
@@ -56,11 +56,14 @@ def pytest_report_header() -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
-    if metafunc.module.__name__ == "test_every_op":
+    module = metafunc.module.__name__.rpartition(".")[2]
+    if module == "test_every_op":
         pairs = [(op, b) for op in _dispatch._ops for b in _backends() if b in _implemented(op)]
         metafunc.parametrize(("op", "backend"), pairs, indirect=["backend"])
         return
-    op = metafunc.module.__name__.removeprefix("test_")
+    op = module.removeprefix("test_")
+    if op not in ops.__all__:  # of the dispatcher, not of an op
+        return
     metafunc.parametrize(
         "backend", [b for b in _backends() if b in _implemented(op)], indirect=True
     )
@@ -69,7 +72,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def backend(request, monkeypatch):
     """Chosen for every call; new tensors are on the GPU where the backend needs one."""
-    name = request.param
+    name = getattr(request, "param", None)
+    if name is None:
+        yield None
+        return
     monkeypatch.setenv("LOKI_KERNELS_BACKEND", name)
     on_gpu = _GPU and not _INTERPRETED and name in ("triton", "cuda")
     if name == "cuda" and not _CUDA_COMPILED:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import example
 
 from loki_kernels.ops import count_lowest
 from loki_kernels.ops.count_lowest.reference import count_lowest_reference
+from tests.ops.tolerance import example
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import example
 
 from loki_kernels.ops import count_lowest_integrated, integrate_path
 from loki_kernels.ops.count_lowest_integrated.reference import count_lowest_integrated_reference
+from tests.ops.tolerance import example
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # samples, points, width

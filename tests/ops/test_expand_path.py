@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import example, relative
 
 from loki_kernels.ops import expand_path
 from loki_kernels.ops.expand_path.reference import expand_path_reference
+from tests.ops.tolerance import example, relative
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BASELINES = ["none", "shared", "each"]

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_as_close, example
 
 from loki_kernels.ops import gated_product
 from loki_kernels.ops.gated_product.reference import gated_product_reference
+from tests.ops.tolerance import assert_as_close, example
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu_tanh"]

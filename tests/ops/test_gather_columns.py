@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import example
 
 from loki_kernels.ops import gather_columns
 from loki_kernels.ops.gather_columns.reference import gather_columns_reference
+from tests.ops.tolerance import example
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

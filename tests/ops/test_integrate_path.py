@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tolerance import example, relative
 
 from loki_kernels.ops import integrate_path
 from loki_kernels.ops.integrate_path.reference import integrate_path_reference
+from tests.ops.tolerance import example, relative
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SPANS = ["sum", "z", "z_shared", "z_each"]

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_as_close, example
 
 from loki_kernels.ops import scatter_add_columns
 from loki_kernels.ops.scatter_add_columns.reference import scatter_add_columns_reference
+from tests.ops.tolerance import assert_as_close, example
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # rows, width, selected columns, rank

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import example, relative
 
 from loki_kernels.ops import shared_prefix_attention
 from loki_kernels.ops.shared_prefix_attention.reference import (
     shared_prefix_attention_reference,
 )
+from tests.ops.tolerance import example, relative
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(1, 1), (4, 4), (4, 2), (6, 1)]  # multi-head, grouped, multi-query

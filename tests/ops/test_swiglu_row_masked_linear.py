@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_as_close
 
 from loki_kernels.ops import row_masked_linear, swiglu_row_masked_linear
 from loki_kernels.ops.swiglu_row_masked_linear.reference import swiglu_row_masked_linear_reference
+from tests.ops.tolerance import assert_as_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu_tanh"]

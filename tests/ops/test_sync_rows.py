@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import example
 
 from loki_kernels.ops import sync_rows
 from loki_kernels.ops.sync_rows.reference import sync_rows_reference
+from tests.ops.tolerance import example
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # out_features, in_features, rows of each layer: odd, a multiple of the vector, no row, one element

@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from tolerance import assert_as_close, example
 
 from loki_kernels.ops import TargetProbability, target_probability
 from loki_kernels.ops.target_probability.reference import target_probability_reference
+from tests.ops.tolerance import assert_as_close, example
 
 # `import ... as` would give the function, which the package puts in its module's place
 module = importlib.import_module("loki_kernels.ops.target_probability.torch_impl")

@@ -1,0 +1,279 @@
+"""Every Triton kernel compiled ahead of time for A100, H100 and B200; no GPU is needed.
+
+Each config that a launch may pick is compiled as contiguous tensors would have it compiled. That
+fails if it spills registers, needs more shared memory than a block gets, or leaves the tensor
+cores unused. The whole matrix is kept in ``results/kernels.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loki_kernels import ops
+from loki_kernels.files import atomic_path
+
+from ..records import RESULTS
+
+OPS = Path(ops.__file__).parent
+FILE = RESULTS / "kernels.jsonl"
+
+KIB = 1024
+# Compute capability -> bytes of shared memory a block can have (CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability").
+SHARED_LIMIT = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+TENSOR_MEMORY_COLUMNS = 512
+
+# The products alone: wgmma.fence or tcgen05.ld would also be there without one.
+PRODUCTS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
+
+# Multiples of 16 in real models: strides, and how many nodes there are.
+_ALIGNED = re.compile("_(batch|head|row|position|sample|layer|point)$|^width$")
+
+Row = dict[str, Any]
+
+
+class Task(NamedTuple):
+    """What a worker compiles; kernels themselves do not pickle."""
+
+    op: str
+    compilation: int
+    config: int
+    arch: int
+
+
+def source_hash() -> str:
+    """sha256 over the files that the kernels and their configs are written in."""
+    digest = hashlib.sha256()
+    for path in [OPS / "_triton.py", *sorted(OPS.glob("*/triton_impl.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def kernel_ops() -> list[str]:
+    """The ops with Triton kernels of their own."""
+    paths = OPS.glob("*/triton_impl.py")
+    return sorted(p.parent.name for p in paths if "def compilations(" in p.read_text("utf-8"))
+
+
+def beyond_the_chip(row: Row) -> list[str]:
+    """Registers spilled and shared memory that no block gets."""
+    found = []
+    if row["spilled"]:
+        found.append(f"spills {row['spilled']} bytes")
+    if row["shared"] > SHARED_LIMIT[row["arch"]]:
+        found.append(f"{row['shared']} bytes of shared memory, of {SHARED_LIMIT[row['arch']]}")
+    return found
+
+
+def failures(row: Row) -> list[str]:
+    """What is wrong with a compiled kernel; empty if nothing is."""
+    found = beyond_the_chip(row)
+    if row["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
+        found.append(f"{row['tensor_memory']} columns of tensor memory, of {TENSOR_MEMORY_COLUMNS}")
+    if row["tf32"]:
+        found.append("multiplies float32 as tf32")
+    if row["tensor_cores"]:
+        products = row["products"]
+        # wgmma multiplies 64 rows by four warps; smaller tiles are left to mma.sync.
+        whole = row["tile"][0] >= 64 and row["warps"] >= 4
+        if not products:
+            found.append("no tensor-core instruction")
+        elif row["arch"] == 90 and whole and "wgmma" not in products:
+            found.append("no wgmma")
+    return found
+
+
+@functools.cache
+def _compilations(op: str) -> tuple[Any, ...]:
+    module = importlib.import_module(f"loki_kernels.ops.{op}.triton_impl")
+    return tuple(module.compilations())
+
+
+def _tasks(names: Sequence[str], quick: bool) -> Iterator[Task]:
+    for op in names:
+        seen = set()
+        for i, compilation in enumerate(_compilations(op)):
+            kind = compilation.kernel.__name__, compilation.dtype
+            if quick and kind in seen:
+                continue
+            seen.add(kind)
+            for j in range(1 if quick else len(compilation.configs)):
+                yield from (Task(op, i, j, arch) for arch in SHARED_LIMIT)
+
+
+def _short(constants: dict[str, Any]) -> str:
+    """The constants that are not worked out from others."""
+    parts = [
+        name.lower() if value is True else f"{name.lower()}={value}"
+        for name, value in constants.items()
+        if value is not False and not name.startswith("BLOCK_") and not name.endswith("_PADDED")
+    ]
+    return " ".join(parts) or "-"
+
+
+def _start_worker(cache: str) -> None:
+    from triton import knobs
+
+    # A cached kernel comes without ptxas's log.
+    knobs.cache.dir = cache
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
+
+
+def _describe(task: Task) -> tuple[Any, Any, Row]:
+    compilation = _compilations(task.op)[task.compilation]
+    config = compilation.configs[task.config]
+    row = {
+        "op": task.op,
+        "kernel": compilation.kernel.__name__,
+        "dtype": compilation.dtype,
+        "constants": _short(compilation.constants),
+        "arch": task.arch,
+        "tile": list(config.kwargs.values()),
+        "warps": config.num_warps,
+        "stages": config.num_stages,
+        "tensor_cores": compilation.tensor_cores,
+    }
+    return compilation, config, row
+
+
+def _source(compilation: Any, config: Any) -> Any:
+    """The kernel as a launch on contiguous, aligned tensors specialises it."""
+    from triton.compiler import ASTSource
+
+    names = compilation.kernel.arg_names
+    constants = {**compilation.constants, **config.kwargs}
+    # A launch makes an integer argument of 1 a constant, and notes which are multiples of 16.
+    constants |= {n: 1 for n in compilation.types if n.endswith("_column")}
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if name not in constants and (compilation.types[name][0] == "*" or _ALIGNED.search(name))
+    ]
+    return ASTSource(
+        fn=compilation.kernel,
+        signature={n: "constexpr" if n in constants else compilation.types[n] for n in names},
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+
+
+def compile_one(task: Task) -> Row:
+    """One row of the table."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compilation, config, row = _describe(task)
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(
+                _source(compilation, config),
+                target=GPUTarget("cuda", task.arch, 32),
+                options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        return row | {"failures": [f"does not compile: {type(error).__name__}: {reason}"]}
+    ptx = compiled.asm["ptx"]
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
+    row |= {
+        "registers": max(int(n) for n in re.findall(r"Used (\d+) registers", log.getvalue())),
+        "shared": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "spilled": sum(int(n) for n in spills),
+        "products": {n: c for n, text in PRODUCTS.items() if (c := ptx.count(text))},
+        "tf32": ptx.count(".tf32"),
+    }
+    return row | {"failures": failures(row)}
+
+
+def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Row]:
+    """Their rows, in order."""
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), _start_worker, (cache,)
+        ) as pool,
+    ):
+        for task, future in [(task, pool.submit(compile_one, task)) for task in tasks]:
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                reason = "the compiler died on this kernel or on one compiled beside it"
+                yield _describe(task)[2] | {"failures": [reason]}
+
+
+def _print(row: Row) -> None:
+    tile = "x".join(str(n) for n in row["tile"])
+    products = " ".join(f"{n}:{count}" for n, count in row.get("products", {}).items())
+    numbers = "".join(f"{row.get(n, '?'):>9}" for n in ("registers", "shared", "spilled"))
+    print(
+        f"{row['op']:<24}{row['kernel']:<16}{row['dtype']:<5} {row['constants']:<46}"
+        f"sm_{row['arch']:<4}{tile:>10} w{row['warps']} s{row['stages']}{numbers}  {products}",
+        flush=True,
+    )
+
+
+def write(file: Path, header: Row, rows: Sequence[Row]) -> None:
+    """Replace a kept table."""
+    lines = [json.dumps(line, separators=(",", ":")) for line in (header, *rows)]
+    RESULTS.mkdir(exist_ok=True)
+    with atomic_path(file) as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one config a kernel and dtype")
+    parser.add_argument("--op", action="append", choices=kernel_ops(), help="this op alone")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("TRITON_INTERPRET=1 interprets kernels; unset it to compile them.")
+    header = {
+        "triton": triton.__version__,
+        "ptxas": triton.knobs.nvidia.ptxas.version,
+        "ptxas_blackwell": triton.knobs.nvidia.ptxas_blackwell.version,
+        "command": " ".join(["python -m benchmarks.ops.compile_triton", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "sources": source_hash(),
+    }
+    tasks = list(_tasks(arguments.op or kernel_ops(), arguments.quick))
+    rows = []
+    for row in compile_all(tasks, arguments.jobs):
+        _print(row)
+        rows.append(row)
+    failed = [row for row in rows if row["failures"]]
+    print(f"\n{len(rows)} compiled, {len(failed)} failed")
+    for row in failed:
+        _print(row)
+        print("    " + "; ".join(row["failures"]))
+    if not (arguments.quick or arguments.op):
+        if source_hash() != header["sources"]:
+            raise SystemExit("The kernels changed while they were compiled; run this again.")
+        write(FILE, header, rows)
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

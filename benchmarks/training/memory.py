@@ -1,0 +1,79 @@
+"""Peak memory of a training step, each method in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..measure import DEVICE
+from ..shapes import MODELS, build
+from .step import describe, make_step, prepare
+
+METHODS = ("ours", "full", "lora")
+
+
+def cases(scope: str) -> Iterator[tuple[str, int | None, int]]:
+    if scope == "dry":
+        yield "tiny", None, 32
+    elif DEVICE.type == "cuda":
+        yield "Llama-3.1-8B", 4, 4096
+    else:
+        yield "SmolLM2-135M", None, 512
+        if scope == "full":
+            yield "SmolLM2-135M", None, 2048
+
+
+def run(scope: str) -> Iterator[dict[str, Any]]:
+    for name, layers, tokens in cases(scope):
+        peaks = {}
+        for method in METHODS:
+            command = [sys.executable, "-m", "benchmarks.memory", method, name]
+            command += [str(layers or MODELS[name]["num_hidden_layers"]), str(tokens)]
+            process = subprocess.run(command, capture_output=True, text=True)
+            if process.returncode != 0:
+                raise SystemExit(f"{' '.join(command)}:\n{process.stderr[-2000:]}")
+            peaks[method] = json.loads(process.stdout.splitlines()[-1])
+        case = describe(name, layers, tokens)
+        for peer in METHODS[1:]:
+            yield {
+                "suite": "memory",
+                "case": case,
+                "peer": peer,
+                "ours_bytes": peaks["ours"]["peak"],
+                "peer_bytes": peaks[peer]["peak"],
+                "ours_optimizer_bytes": peaks["ours"]["optimizer"],
+                "peer_optimizer_bytes": peaks[peer]["optimizer"],
+            }
+
+
+def _measure(method: str, name: str, layers: int, tokens: int) -> dict[str, int]:
+    """Peak bytes over three steps, beyond what python, torch and transformers take."""
+    before = _peak_resident()
+    model = prepare(method, build(name, layers))
+    step = make_step(model, tokens)
+    for _ in range(3):
+        step()
+    on_gpu = DEVICE.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident() - before
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return {"peak": peak, "optimizer": 2 * trained}  # AdamW's two moments
+
+
+def _peak_resident() -> int:
+    """Of this process: getrusage's maximum would be the parent's, where that was larger."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    method, name, layers, tokens = sys.argv[1:]
+    print(json.dumps(_measure(method, name, int(layers), int(tokens))))

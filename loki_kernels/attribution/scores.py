@@ -1,0 +1,46 @@
+"""What one batch gives: scores, or counts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..ops.count_lowest import Criterion
+
+
+@dataclass
+class Scores:
+    """One batch's results, on the CPU."""
+
+    scores: Tensor | None  # [B, L, D]; None where they were only counted
+    sums: Tensor  # float64 [B, L], of the scores
+    change: Tensor  # [B, L], F(z) - F(baseline); NaN where the path has no such point
+    value: Tensor  # [B], F(z)
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """The results of one batch from those of its layers."""
+        scores = [part.scores for part in parts if part.scores is not None]
+        return cls(
+            torch.cat(scores, dim=1) if scores else None,
+            torch.cat([part.sums for part in parts], dim=1),
+            torch.cat([part.change for part in parts], dim=1),
+            parts[0].value,
+        )
+
+
+@dataclass
+class Counter:
+    """How often each node is among the k lowest of its layer, over the batches so far."""
+
+    quota: float  # the percentage that k is
+    k: int
+    criterion: Criterion
+    layers: dict[int, Tensor] = field(default_factory=dict)  # layer -> int64 [D], where it runs
+
+    def counts(self) -> Tensor:
+        """``[L, D]`` on the CPU."""
+        return torch.stack([self.layers[layer].cpu() for layer in sorted(self.layers)])

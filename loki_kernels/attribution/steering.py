@@ -1,0 +1,125 @@
+"""A model borrowed for an attribution: its attention and hooks are ours, and then its own again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ..structure import Structure
+
+ATTENTION_NAME = "loki_kernels"
+
+Attend = Callable[..., Tensor]
+# Where the attention in force is kept: on the model's own config, which every attention module
+# holds. A ContextVar would do, but torch.compile cannot trace one.
+_ATTEND = "_loki_kernels_attend"
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    output = getattr(module.config, _ATTEND)(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        window=kwargs.get("sliding_window"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def _attention_configs(structure: Structure) -> list[Any]:
+    configs = {
+        id(module.config): module.config
+        for module in structure.decoder.modules()
+        if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
+    }
+    return list(configs.values())
+
+
+@contextlib.contextmanager
+def prepared(structure: Structure) -> Iterator[None]:
+    """The model in evaluation mode, frozen, with our attention; restored whatever happens."""
+    model = structure.causal_lm
+    training = [(module, module.training) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    implementations = [
+        (config, config._attn_implementation_internal) for config in _attention_configs(structure)
+    ]
+    device = next(model.parameters()).device.type
+    try:
+        model.eval()
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        for config, _ in implementations:
+            config._attn_implementation_internal = ATTENTION_NAME
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device, enabled=False),
+        ):
+            yield
+    finally:
+        for config, implementation in implementations:
+            config._attn_implementation_internal = implementation
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+        for module, flag in training:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def running(structure: Structure, attend: Attend, handles: Sequence[Any]) -> Iterator[None]:
+    """``attend`` as the decoder's attention; it and the hooks are gone afterwards."""
+    configs = _attention_configs(structure)
+    for config in configs:
+        setattr(config, _ATTEND, attend)
+    try:
+        yield
+    finally:
+        for config in configs:
+            delattr(config, _ATTEND)
+        for handle in handles:
+            handle.remove()
+
+
+def hook_layer(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+    """Call ``change`` on the hidden states entering a decoder layer."""
+
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def hook_site(module: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Any:
+    """Call ``change`` on the attributed activation: the module's output, or its input."""
+    if site == "down_proj":
+        return module.register_forward_hook(lambda _module, _args, output: change(output))
+
+    return module.register_forward_pre_hook(lambda _module, args: (change(args[0]), *args[1:]))

@@ -1,0 +1,15 @@
+"""LoKI as a PEFT method: importing this module registers ``LokiConfig``.
+
+    import loki_kernels.peft
+    model = peft.get_peft_model(model, loki_kernels.peft.LokiConfig(positions="rows.json"))
+
+The base weights are never written while an adapter is active (a preference loss turns the adapter
+off between a forward pass and its backward pass), so the layers work in the delta form:
+``base(x)`` plus ``x @ (rows - original).T`` at the rows' places. That also serves quantized bases.
+"""
+
+from .config import LokiConfig
+from .layer import LokiLayer
+from .model import LokiModel
+
+__all__ = ["LokiConfig", "LokiLayer", "LokiModel"]

@@ -1,0 +1,78 @@
+"""`LokiConfig`, and what makes PEFT know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import peft
+from packaging.version import Version
+from peft import PeftConfig, PeftType, TaskType
+
+from ..errors import check_choice
+from ..ranking import DEFAULT_QUOTA
+from ..selection import RowSelection
+from ..training.linear import check_rank
+
+MERGES = ("dequantize", "requantize")
+_OLDEST = "0.18"  # which LLaMA-Factory 0.9 pins
+if Version(peft.__version__) < Version(_OLDEST):
+    raise ImportError(
+        f"loki_kernels.peft needs peft {_OLDEST} or newer; {peft.__version__} is installed."
+    )
+
+
+def _add_peft_type() -> None:
+    """PEFT knows its methods by an enum, and offers no way to add one."""
+    if "LOKI" in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, "LOKI")
+    member._name_ = member._value_ = "LOKI"
+    PeftType._member_names_.append("LOKI")
+    PeftType._member_map_["LOKI"] = member
+    PeftType._value2member_map_["LOKI"] = member
+    type.__setattr__(PeftType, "LOKI", member)
+
+
+_add_peft_type()
+
+
+@dataclass
+class LokiConfig(PeftConfig):
+    """Train some rows of every FFN down-projection.
+
+    Args:
+        positions: path of a position file; it is read at once and not needed again.
+        rows: the rows themselves, one list a layer, instead of ``positions``. Without either the
+            model is analysed on the bundled questions, as `loki_kernels.patch` does.
+        quota: percentage of rows for that analysis.
+        rank: train the rows as a rank-r update (LoKI*).
+        quantized_merge: how to merge into a quantized base: ``"dequantize"`` makes the merged
+            model an ordinary one, ``"requantize"`` rounds the merged weights as the base's were.
+        fingerprint: of the rows that are replaced; filled in by itself, and checked when the
+            adapter is loaded onto a model.
+
+    Raises:
+        ValueError: for a damaged position file, both ``positions`` and ``rows``, a rank below 1, or
+            an unknown ``quantized_merge``.
+    """
+
+    positions: str | None = None
+    rows: list[list[int]] | None = None
+    quota: float = DEFAULT_QUOTA
+    rank: int | None = None
+    quantized_merge: str | None = None
+    fingerprint: str | None = None
+    target_modules: set[str] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("LOKI")
+        self.task_type = self.task_type or TaskType.CAUSAL_LM
+        check_rank(self.rank)
+        if self.quantized_merge is not None:
+            check_choice("quantized_merge", self.quantized_merge, MERGES)
+        if self.positions is not None:
+            if self.rows is not None:
+                raise ValueError("give positions or rows, not both.")
+            self.rows = [layer.tolist() for layer in RowSelection.load(self.positions)]
+            self.positions = None

@@ -1,0 +1,17 @@
+"""Training some rows of a model's down-projections, and keeping what was trained."""
+
+from .adapters import export_lora, load_adapter, save_adapter
+from .handle import Patch
+from .linear import LoKILinear
+from .patching import patch
+from .suppress import suppress
+
+__all__ = [
+    "LoKILinear",
+    "Patch",
+    "export_lora",
+    "load_adapter",
+    "patch",
+    "save_adapter",
+    "suppress",
+]

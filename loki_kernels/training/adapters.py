@@ -1,0 +1,225 @@
+"""Adapters: the trained rows alone, in PEFT's file format; and as a LoRA adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files import atomic_path, check_folder
+from ..selection import RowSelection
+from ..sharding import is_distributed
+from ..structure import Structure, find_structure
+from . import adapter_file
+from .adapter_file import ADAPTER_FILE, CONFIG_FILE, SIDE_FILE, parts_of
+from .handle import Patch
+from .linear import LoKILinear
+from .patching import patch
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """``adapter_config.json``, as far as it is ours.
+
+    Attributes:
+        base: name or path of the model the rows were trained on.
+        rows: the rows of each layer.
+        rank: of LoKI*, or None.
+        fingerprint: of the rows that were replaced.
+    """
+
+    base: str | None
+    rows: list[list[int]]
+    rank: int | None
+    fingerprint: str | None
+
+    @classmethod
+    def load(cls, folder: Path) -> AdapterConfig:
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not an adapter: it has no {CONFIG_FILE}.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            kind = content["peft_type"]
+            if kind != "LOKI":
+                raise ValueError(f"{path} is an adapter of type {kind}; load it with PEFT.")
+            return cls(
+                content.get("base_model_name_or_path"),
+                content["rows"],
+                content.get("rank"),
+                content.get("fingerprint"),
+            )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not an adapter's config: {error!r}.") from error
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write the trained rows of a patched model, and nothing else of it.
+
+    The folder gets ``adapter_model.safetensors`` (rows and their indices, in the dtype they were
+    trained in) and ``adapter_config.json``. `load_adapter` reads it, and so does PEFT once
+    ``loki_kernels.peft`` is imported. In distributed training call it in every process; the first
+    one writes.
+
+    Raises:
+        ValueError: if the model is not patched.
+        OSError: if the folder cannot be created or written.
+    """
+    structure, layers = _patched(model)
+    path = check_folder(folder)
+    tensors = adapter_file.named({name: parts_of(layer) for name, layer in layers})
+    by_name = dict(layers)
+    rows = [
+        by_name[d.name].index.tolist() if d.name in by_name else [] for d in structure.down_projs
+    ]
+    config = {
+        "rank": layers[0][1].rank,
+        "fingerprint": adapter_file.base_fingerprint(layers),
+        "rows": rows,
+    }
+    if not is_distributed() or torch.distributed.get_rank() == 0:
+        _write(path, structure, tensors, {"peft_type": "LOKI", **config})
+    return path
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
+    """Patch a base model with saved rows: what `save_adapter` or PEFT wrote.
+
+    ``merge()`` of the handle that is returned makes a plain model of it, ``unpatch()`` undoes it.
+
+    Raises:
+        FileNotFoundError: if the folder is not an adapter.
+        ValueError: if it is damaged, or was made for another base. The model is unchanged.
+        UnsupportedModelError: if the model cannot be patched.
+    """
+    folder = Path(folder)
+    config = AdapterConfig.load(folder)
+    saved = adapter_file.read(folder / ADAPTER_FILE)
+    trained = [t for parts in saved.layers.values() for part, t in parts.items() if part != "index"]
+    dtype = trained[0].dtype if trained else None
+    handle = patch(model, RowSelection(config.rows), rank=config.rank, dtype=dtype)
+    try:
+        layers = _patched(model)[1]
+        check_fingerprint(
+            config.fingerprint,
+            adapter_file.base_fingerprint(layers),
+            config.base,
+            getattr(handle.model, "name_or_path", None),
+        )
+        reason = adapter_file.copy_into(layers, saved)
+        if reason is not None:
+            raise ValueError(f"{folder}: {ADAPTER_FILE} and {CONFIG_FILE} do not agree: {reason}.")
+    except BaseException:
+        handle.unpatch()
+        raise
+    return handle
+
+
+def check_fingerprint(
+    wanted: str | None, found: str, trained_on: str | None, loading: str | None
+) -> None:
+    """Raise ValueError if rows would replace others than those they were trained to replace."""
+    if wanted is None or wanted == found:
+        return
+    raise ValueError(
+        f"the adapter was trained on another base ({trained_on or 'a model without a name'}): the "
+        f"rows it replaces have other values in this one ({loading or 'without a name'}). Load the "
+        "base it was trained on, with its revision, dtype and quantization."
+    )
+
+
+def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Put the rows of an adapter, or of a checkpoint's side file, into its base model.
+
+    Raises:
+        FileNotFoundError: if the folder has neither.
+        ValueError: if it is damaged or was made for another model; the model is unchanged then.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).is_file():
+        return load_adapter(model, folder).merge()
+    saved = adapter_file.read(folder / SIDE_FILE)
+    layers = saved.layers
+    names = [down_proj.name for down_proj in find_structure(model).down_projs]
+    strangers = layers.keys() - set(names)
+    if strangers:
+        raise ValueError(f"the side file has rows of {min(strangers)}, which the model lacks.")
+    rows = [layers[name]["index"].tolist() if name in layers else [] for name in names]
+    ranks = {parts["delta_a"].shape[1] for parts in layers.values() if "delta_a" in parts}
+    handle = patch(model, rows, rank=min(ranks, default=None), dtype=torch.float32)
+    reason = adapter_file.copy_into(_patched(model)[1], saved)
+    if reason is not None:
+        handle.unpatch()
+        raise ValueError(f"{folder / SIDE_FILE}: {reason}.")
+    return handle.merge()
+
+
+def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write the update of a patched model's rows as an exact LoRA adapter, for servers of those.
+
+    An update of k rows is the matrix that puts row i in place S_i times the k differences:
+    ``lora_B`` ``[out_features, k]`` of zeros and ones and ``lora_A`` ``[k, in_features]``, of rank
+    k and scale 1. With LoKI* it has the rank of LoKI*. In float32; the base must be the one that
+    was trained.
+
+    Raises:
+        ValueError: if the model is not patched.
+        OSError: if the folder cannot be created or written.
+    """
+    structure, layers = _patched(model)
+    path = check_folder(folder)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, layer in layers:
+        placed = torch.zeros(layer.out_features, len(layer.index))
+        placed[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
+        parts = {n: p.detach().float().cpu() for n, p in parts_of(layer).items()}
+        if layer.rank is None:
+            a, b = parts["rows"] - layer.original_rows.float().cpu(), placed
+        else:
+            a, b = parts["delta_b"], placed @ parts["delta_a"]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+        ranks[name] = len(a)
+    rank = max(ranks.values())
+    uneven = {name: r for name, r in ranks.items() if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": uneven,
+        "alpha_pattern": uneven,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    _write(path, structure, tensors, config)
+    return path
+
+
+def _write(
+    folder: Path, structure: Structure, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    """An adapter's two files; ``config`` is what depends on its kind."""
+    content = config | {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(structure.causal_lm, "name_or_path", None) or None,
+        "inference_mode": True,
+    }
+    folder.mkdir(exist_ok=True)
+    adapter_file.write(folder / ADAPTER_FILE, tensors)
+    with atomic_path(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def _patched(model: nn.Module) -> tuple[Structure, list[tuple[str, LoKILinear]]]:
+    structure = find_structure(model)
+    layers = [(d.name, d.module) for d in structure.down_projs if isinstance(d.module, LoKILinear)]
+    if not layers:
+        raise ValueError("the model is not patched; call loki_kernels.patch(model) first.")
+    return structure, layers

@@ -1,0 +1,106 @@
+"""What a patched model's own saving cannot know."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..sharding import is_partitioned, is_sharded
+from . import adapter_file
+from .adapter_file import SIDE_FILE, Parts
+from .linear import TRAINED, LoKILinear, low_rank_rows
+
+
+def save_state(layers: Sequence[tuple[str, LoKILinear]], folder: str | os.PathLike[str]) -> Path:
+    """What `Patch.save_state` does."""
+    parts = {name: adapter_file.parts_of(layer) for name, layer in layers}
+    return adapter_file.write_side_file(folder, layers, parts)
+
+
+def load_state(layers: Sequence[tuple[str, LoKILinear]], folder: str | os.PathLike[str]) -> None:
+    """What `Patch.load_state` does."""
+    if any(is_partitioned(layer.weight) for _, layer in layers):
+        raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
+    path = Path(folder) / SIDE_FILE
+    reason = adapter_file.copy_into(layers, adapter_file.read(path))
+    if reason is not None:
+        raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
+
+
+@dataclass(eq=False)
+class SavePretrained:
+    """An instance's ``save_pretrained``, for what the class's own cannot know.
+
+    It writes a side file where a merged checkpoint cannot hold the trained rows, and merges a state
+    dict that an engine collected parameter by parameter (ZeRO-3). It lies in the model's
+    ``__dict__`` and is copied and pickled with it.
+    """
+
+    model: nn.Module
+    layers: list[tuple[str, LoKILinear]]
+
+    @classmethod
+    def attach(
+        cls, model: nn.Module, layers: list[tuple[str, LoKILinear]]
+    ) -> SavePretrained | None:
+        if not hasattr(type(model), "save_pretrained"):
+            return None
+        model.__dict__["save_pretrained"] = saver = cls(model, layers)
+        return saver
+
+    def detach(self) -> None:
+        del self.model.__dict__["save_pretrained"]
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        parts = {name: adapter_file.parts_of(layer) for name, layer in self.layers}
+        if state_dict is not None:
+            state_dict = _merge_trained(state_dict, parts)
+        needs_side_file = any(layer.needs_side_file for _, layer in self.layers)
+        is_main_process = kwargs.get("is_main_process", True)
+        needed = needs_side_file and is_main_process
+        # what FSDP shards is gathered when every process makes the state dict
+        gathered = state_dict is not None or not any(is_sharded(x.weight) for _, x in self.layers)
+        if needed and gathered:  # before the class's own, which may upload the folder
+            self._write_side_file(save_directory, parts)
+        elif not needs_side_file and is_main_process:  # an earlier run's would be read for ours
+            (Path(save_directory) / SIDE_FILE).unlink(missing_ok=True)
+        save = type(self.model).save_pretrained
+        result = save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[operator]
+        if needed and not gathered:
+            self._write_side_file(save_directory, parts)
+        return result
+
+    def _write_side_file(self, folder: str | os.PathLike[str], parts: dict[str, Parts]) -> None:
+        for name, layer in self.layers:
+            parts[name] |= layer.gathered or {}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        adapter_file.write_side_file(folder, self.layers, parts)
+
+
+def _merge_trained(state_dict: dict[str, Tensor], parts: dict[str, Parts]) -> dict[str, Tensor]:
+    """Move trained parameters that a state dict may hold into its weights, and into ``parts``."""
+    merged = dict(state_dict)
+    for name, own in parts.items():
+        found = {p: merged.pop(f"{name}.{p}") for p in TRAINED if f"{name}.{p}" in merged}
+        if not found:
+            continue
+        own |= found
+        weight = merged[f"{name}.weight"]
+        index = own["index"].to(weight.device)
+        if "rows" in found:
+            rows = found["rows"]
+        else:
+            rows = low_rank_rows(weight[index], found["delta_a"], found["delta_b"])
+        merged[f"{name}.weight"] = weight.index_copy(0, index, rows.to(weight))
+    return merged

@@ -1,0 +1,146 @@
+"""`FusedMLP`: a gated MLP that does not keep its activation product for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.gated_product import Activation
+from ..ops.gated_product.reference import gated_product_reference
+from ..structure import DownProjection, is_linear_like
+from .linear import LoKILinear
+
+# Largest relative difference allowed between the MLP and what we take it for, on random input: the
+# same numbers, the activation's product rounded once instead of twice.
+_TOLERANCE = {
+    torch.float64: 1e-5,  # transformers' activations may work in float32
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 3e-2,
+}
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How an MLP is ``down(act(gate) * up)``: of ``gate(x)`` and ``up(x)``, or of two halves.
+
+    Attributes:
+        gate: name of the linear that gives the gate; of the one that gives both if ``up`` is None.
+        up: name of the linear that gives the factor, or None.
+        gate_first: whether the gate is the first half, where ``up`` is None.
+        activation: applied to the gate.
+    """
+
+    gate: str
+    up: str | None
+    gate_first: bool
+    activation: Activation
+
+    def split(self, mlp: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(gate, up), ``[..., intermediate_size]`` each."""
+        gate = getattr(mlp, self.gate)(x)
+        if self.up is not None:
+            return gate, getattr(mlp, self.up)(x)
+        halves = gate.chunk(2, dim=-1)
+        return halves if self.gate_first else halves[::-1]
+
+
+class FusedMLP(nn.Module):
+    """An MLP's own modules under their own names, its activation and `LoKILinear` as one op."""
+
+    def __init__(self, mlp: nn.Module, down: str, gating: Gating) -> None:
+        super().__init__()
+        self.gating = gating
+        self.down = down
+        for name, child in mlp.named_children():
+            self.add_module(name, child)
+        self.training = mlp.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gating.split(self, x)
+        layer: LoKILinear = getattr(self, self.down)
+        # The fused op works on a written weight (the compiler fuses and recomputes by itself), and
+        # hooks expect an ordinary call. Below the first trained row nothing is differentiated, and
+        # keeping gate and up would cost memory.
+        if not layer.writes or _has_hooks(layer) or not (gate.requires_grad or up.requires_grad):
+            return layer(gated_product_reference(gate, up, self.gating.activation))
+        return layer.forward_gated(gate, up, self.gating.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.gating.activation}"
+
+
+def find_gating(down_proj: DownProjection) -> Gating | str:
+    """How the MLP around a down-projection is gated, or why it cannot be fused.
+
+    The linears and the activation are found by structure and known by what they compute: the
+    activation by its values, which linear is the gate by the MLP's output on random input.
+    """
+    mlp, down = down_proj.parent, down_proj.module
+    linears = {n: m for n, m in mlp.named_children() if is_linear_like(m) and m is not down}
+    others = [m for m in mlp.children() if not is_linear_like(m)]
+    own_state = [*mlp.parameters(recurse=False), *mlp.buffers(recurse=False)]
+    if own_state or any(True for m in others for _ in m.parameters()):
+        return "it has parameters besides its linears"
+    if _has_hooks(mlp):
+        return "it has hooks"
+    if down.weight.is_meta:
+        return "its weights are not loaded"
+    dropouts = [m for m in others if isinstance(m, nn.Dropout)]
+    if any(m.p > 0 for m in dropouts):
+        return "it has dropout"
+    activations = [m for m in others if m not in dropouts]
+    activation = _known(activations[0]) if len(activations) == 1 else None
+    if activation is None:
+        return "its activation is not one SiLU or tanh-approximated GELU"
+    candidates = list(_candidates(linears, down.in_features, activation))
+    unknown = "it does not compute down(act(gate(x)) * up(x))"
+    if not candidates:  # its forward pass may not even take one argument
+        return unknown
+    generator = torch.Generator().manual_seed(0)
+    weight = next(iter(linears.values())).weight
+    x = torch.randn(4, weight.shape[1], generator=generator, device="cpu")
+    x = x.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        want = mlp(x).double()
+        for gating in candidates:
+            got = down(gated_product_reference(*gating.split(mlp, x), activation)).double()
+            if float((got - want).norm()) <= _TOLERANCE[weight.dtype] * float(want.norm()):
+                return gating
+    return unknown
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _known(activation: nn.Module) -> Activation | None:
+    x = torch.linspace(-6, 6, 97)
+    for name in ("silu", "gelu_tanh"):
+        want = gated_product_reference(x, torch.ones_like(x), name)
+        # exact GELU is up to 5e-4 away from its tanh approximation
+        if torch.allclose(activation(x), want, rtol=1e-5, atol=1e-5):
+            return name
+    return None
+
+
+def _candidates(
+    linears: dict[str, nn.Module], intermediate_size: int, activation: Activation
+) -> Iterator[Gating]:
+    widths = [linear.out_features for linear in linears.values()]
+    if widths == [2 * intermediate_size]:
+        (name,) = linears
+        yield Gating(name, None, True, activation)
+        yield Gating(name, None, False, activation)
+    elif widths == [intermediate_size] * 2:
+        for gate, up in permutations(linears):
+            yield Gating(gate, up, True, activation)

@@ -1,0 +1,43 @@
+"""`suppress`: rows set to zero, to see what they carry."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ..structure import find_structure
+from .targets import Rows, as_selection, check_fits, check_patchable
+
+
+@contextlib.contextmanager
+def suppress(
+    model: nn.Module,
+    rows: Rows,
+) -> Iterator[nn.Module]:
+    """Zero rows of every down-projection inside the block (the paper's ablation, Table 5a).
+
+    A row's bias is zeroed too, so that its node is silent. The weights come back bit for bit.
+
+    Raises:
+        ValueError: for rows that do not fit the model.
+        UnsupportedModelError: if its down-projections are not plain linears.
+    """
+    structure = find_structure(model)
+    check_patchable(structure)
+    selection = as_selection(rows)
+    check_fits(selection, structure)
+    saved: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        for down_proj, layer_rows in zip(structure.down_projs, selection, strict=True):
+            for parameter in (down_proj.module.weight, down_proj.module.bias):
+                if parameter is None:
+                    continue
+                index = layer_rows.to(parameter.device)
+                saved.append((parameter.data, index, parameter.data[index].clone()))
+                parameter.data.index_fill_(0, index, 0)
+        yield model
+    finally:
+        for data, index, values in saved:
+            data.index_copy_(0, index, values)

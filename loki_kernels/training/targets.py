@@ -1,0 +1,73 @@
+"""What a user names rows by, and whether those rows of this model can be trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..errors import UnsupportedModelError
+from ..selection import RowSelection
+from ..structure import Structure, is_plain_linear
+from .linear import LoKILinear
+
+# What names rows: a selection, one list a layer, or the path of a position file.
+Rows = RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str]
+
+
+def as_selection(rows: Rows) -> RowSelection:
+    if isinstance(rows, RowSelection):
+        return rows
+    if isinstance(rows, (str, os.PathLike)):
+        return RowSelection.load(rows)
+    return RowSelection(rows)
+
+
+def check_patchable(structure: Structure) -> None:
+    if any(isinstance(module, LoKILinear) for module in structure.causal_lm.modules()):
+        raise ValueError(
+            "the model is already patched; call unpatch() or merge() on its Patch handle first."
+        )
+    for down_proj in structure.down_projs:
+        if not is_plain_linear(down_proj.module):
+            weight = getattr(down_proj.module, "weight", None)
+            raise UnsupportedModelError(
+                f"{down_proj.name} is a {type(down_proj.module).__name__} with a "
+                f"{type(weight).__name__}, not a plain nn.Linear; patch the model before PEFT "
+                "wraps it, and train rows over a quantized base with loki_kernels.peft.LokiConfig."
+            )
+        if isinstance(down_proj.module.weight, DTensor):
+            raise UnsupportedModelError(
+                f"the weight of {down_proj.name} is sharded; patch the model before fully_shard."
+            )
+        if down_proj.module.weight.is_meta:
+            raise UnsupportedModelError(
+                f"the weight of {down_proj.name} is not in memory (offloaded, or on the meta "
+                "device); load the model without offloading."
+            )
+
+
+def check_fits(selection: RowSelection, structure: Structure) -> None:
+    """Raise ValueError if a selection was made for another model or site."""
+    if selection.info.get("site", "down_proj") != "down_proj":
+        raise ValueError(
+            "the selection names FFN neurons (site='ffn_neurons'), which are columns of "
+            "down_proj.weight; only rows (site='down_proj') can be trained so far."
+        )
+    if len(selection) != len(structure.layers):
+        raise ValueError(
+            f"the selection has {len(selection)} layers, the model {len(structure.layers)}."
+        )
+    if selection.info.get("width", structure.hidden_size) != structure.hidden_size:
+        raise ValueError(
+            f"the selection was made for hidden_size {selection.info['width']}; the model has "
+            f"{structure.hidden_size}."
+        )
+    for layer, rows in enumerate(selection):
+        if len(rows) and int(rows[-1]) >= structure.hidden_size:
+            raise ValueError(
+                f"row {int(rows[-1])} of layer {layer} is out of range: the model's hidden_size "
+                f"is {structure.hidden_size}."
+            )

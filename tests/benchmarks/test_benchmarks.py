@@ -1,0 +1,134 @@
+"""What the benchmarks' numbers are made of. The suites themselves run in `test_gpu_script`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure, records, report
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_contenders_take_turns():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = measure.interleave(contenders, rounds=4, least=0)
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 4, "b": 4, "c": 4}
+    # one call each to warm up, then rounds that start one further each time
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
+
+
+def test_short_calls_are_repeated():
+    calls = []
+    measure.interleave({"ours": lambda: calls.append(0)}, rounds=1, least=0.001)
+    assert len(calls) > 20
+
+
+def test_quantiles():
+    assert measure.quantiles([3.0]) == {"p20": 3.0, "p50": 3.0, "p80": 3.0}
+    assert measure.quantiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == {"p20": 2.0, "p50": 3.5, "p80": 5.0}
+
+
+def test_rows_pair_rounds(monkeypatch):
+    monkeypatch.setattr(measure, "ceilings", lambda: measure.Ceilings(100.0, 10.0))
+    assert measure.floor(50.0, 1.0) == 0.5
+    assert measure.floor(50.0, 20.0) == 2.0
+    times = {"ours": [1.0, 2.0, 4.0], "full": [2.0, 6.0, 8.0], "lora": [1.0, 1.0, 1.0]}
+    rows = measure.pair("s", {"k": 1}, times, floor_s=0.5, notes={"lora": "scaled"})
+    assert [row["peer"] for row in rows] == ["full", "lora"]
+    assert rows[0]["ratio"]["p50"] == 2.0  # of 2, 3, 2; the medians' ratio would be 3
+    assert rows[0]["of_floor"] == 0.25
+    assert "note" not in rows[0]
+    assert rows[1]["note"] == "scaled"
+
+
+def test_a_wrong_result_is_not_timed():
+    good = torch.ones(3)
+    measure.check("scores", good, good, 1e-6)
+    for bad in (good + 0.1, good * float("nan")):
+        with pytest.raises(SystemExit, match="scores is off"):
+            measure.check("scores", bad, good, 1e-6)
+
+
+def row(device="GPU 1", suite="selection", peer="numpy_argsort", ours=1.0, ratio=4.0, **case):
+    spread = {"p20": ratio / 2, "p50": ratio, "p80": ratio * 2}
+    return {
+        "device": device,
+        "torch": "2.13",
+        "transformers": "5.23",
+        "command": "python -m benchmarks",
+        "suite": suite,
+        "case": {"samples": 16, "layers": 32, "nodes": 4096, "quota": 10.0} | case,
+        "peer": peer,
+        "rounds": 3,
+        "ours_s": {"p50": ours},
+        "peer_s": {"p50": ours * ratio},
+        "ratio": spread,
+        "of_floor": 0.5,
+    }
+
+
+def test_reruns_append_and_the_newest_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_FOLDER", tmp_path)
+    for ours in (1.0, 2.0):
+        records.append(row(ours=ours))
+    records.append({"device": "GPU 1", "suite": "an older kind of row"})
+    path = tmp_path / "gpu-1.jsonl"
+    assert len(path.read_text().splitlines()) == 3
+    (newest,) = report.read(tmp_path)
+    assert newest == row(ours=2.0)
+
+
+def test_tables_tell_what_was_asked_and_missed():
+    memory = {
+        **row(suite="memory", peer="full", model="SmolLM2-135M", tokens=512),
+        "ours_bytes": 100 << 20,
+        "peer_bytes": 400 << 20,
+        "ours_optimizer_bytes": 10 << 20,
+        "peer_optimizer_bytes": 400 << 20,
+    }
+    text = report.tables([row(), row(nodes=512, ratio=2.0), memory])
+    assert "| 3 | 4 | met |" in text
+    assert "| 390 MiB | 300 MiB | missed |" in text
+    assert "4 (2 to 8) | 50% |" in text
+    assert text.count("numpy_argsort") == 3  # a bar and two rows
+    assert "bar" not in report.tables([row(samples=1)])
+
+
+def test_a_scaled_peer_says_so():
+    assert "published (three of the layers" in report.tables(
+        [row(peer="published") | {"note": "three of the layers, scaled to all"}]
+    )
+
+
+def test_growth_curves(tmp_path):
+    path = tmp_path / "growth.png"
+    assert not report.plot([row()], "GPU 1", path)  # one point is no curve
+    rows = [row(nodes=n, ours=n / 1000) for n in (512, 4096)]
+    assert report.plot(rows, "GPU 1", path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert not report.plot(rows, "GPU 2", path)
+
+
+def test_the_committed_report_is_of_the_committed_rows():
+    rows = report.read()
+    assert report.REPORT.read_text(encoding="utf-8").startswith(report.tables(rows))
+
+
+def test_every_committed_row_is_json():
+    for path in records.RESULTS.glob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            json.loads(line)
+
+
+def test_an_unknown_suite_is_refused():
+    command = [sys.executable, "-m", "benchmarks", "selection", "speed"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "unknown suite speed" in run.stderr

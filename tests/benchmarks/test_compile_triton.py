@@ -1,0 +1,101 @@
+"""Every Triton kernel compiles for A100, H100 and B200 without spilling.
+
+How: `benchmarks.ops.compile_triton`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ops import compile_triton
+from loki_kernels.ops import _dispatch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+
+SOUND = {
+    "arch": 90,
+    "tile": [64, 64],
+    "warps": 4,
+    "spilled": 0,
+    "shared": 1024,
+    "tensor_memory": 0,
+    "tf32": 0,
+    "tensor_cores": True,
+    "products": {"wgmma": 4},
+}
+
+
+def test_every_op_with_kernels_is_found():
+    triton = {op for op in _dispatch._ops if _dispatch._exists(op, "triton")}
+    # count_lowest_integrated is two others in turn
+    assert set(compile_triton.kernel_ops()) == triton - {"count_lowest_integrated"}
+
+
+def test_the_committed_table_is_of_these_kernels():
+    """Run ``python -m benchmarks.ops.compile_triton`` after a change to a kernel."""
+    header, *rows = map(json.loads, compile_triton.FILE.read_text(encoding="utf-8").splitlines())
+    assert header["sources"] == compile_triton.source_hash()
+    assert [row for row in rows if row["failures"]] == []
+    assert {row["op"] for row in rows} == set(compile_triton.kernel_ops())
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process")
+def test_one_config_a_kernel_compiles():
+    command = [sys.executable, "-m", "benchmarks.ops.compile_triton", "--quick"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    assert "wgmma" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"spilled": 8}, "spills 8 bytes"),
+        ({"shared": 227 * 1024 + 1}, "bytes of shared memory"),
+        ({"arch": 80, "shared": 163 * 1024 + 1, "products": {"mma.sync": 1}}, "of shared memory"),
+        ({"arch": 80, "shared": 163 * 1024, "products": {"mma.sync": 1}}, None),
+        ({"arch": 100, "products": {"tcgen05": 1}, "tensor_memory": 513}, "tensor memory"),
+        ({"tf32": 2}, "tf32"),
+        ({"products": {}}, "no tensor-core instruction"),
+        ({"products": {"mma.sync": 4}}, "no wgmma"),
+        ({"products": {"mma.sync": 4}, "tile": [16, 64]}, None),
+        ({"products": {}, "tensor_cores": False}, None),
+    ],
+)
+def test_what_counts_as_a_failure(change, message):
+    found = compile_triton.failures(SOUND | change)
+    assert len(found) == (message is not None)
+    assert message is None or message in found[0]
+
+
+def test_a_tuned_kernel_is_launched_by_one_thread_at_a_time():
+    from loki_kernels.ops._triton import _Locked
+
+    busy, launched = threading.Lock(), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                assert busy.acquire(blocking=False)
+                time.sleep(0.01)
+                launched.append((grid, arguments, constants))
+                busy.release()
+
+            return launch
+
+    kernel = _Locked(Kernel())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: kernel[i](i, BLOCK=16), range(8)))
+    assert sorted(launched) == [(i, (i,), {"BLOCK": 16}) for i in range(8)]

@@ -1,0 +1,396 @@
+"""LoKI as a PEFT method, on whichever PEFT is installed; quantized bases in test_quantized.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+
+import loki_kernels as loki
+import loki_kernels.peft
+from loki_kernels.attribution import cache
+from loki_kernels.peft import LokiConfig, LokiLayer
+from tests.models import ARCHITECTURES, build_model
+from tests.tiny_training import ROWS, WordTokenizer, data, logits, train, trainer
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A checkpoint folder, as adapters name their base."""
+    build_model().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def down_proj(model, layer=0):
+    return model.get_base_model().model.layers[layer].mlp.down_proj
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("name", ["llama", "llama_mlp_bias", "gemma2", "gpt_neox"])
+def test_trains_as_patch_does(name, rank, rows_file):
+    torch.manual_seed(1)
+    patched = build_model(name)
+    torch.manual_seed(2)
+    loki.patch(patched, rows_file, rank=rank)
+    wrapped = build_model(name)
+    torch.manual_seed(2)
+    model = peft.get_peft_model(wrapped, LokiConfig(positions=str(rows_file), rank=rank))
+    assert torch.equal(logits(model), logits(build_model(name)))
+    train(patched)
+    train(model)
+    want = patched.state_dict()
+    merged = model.merge_and_unload().state_dict()
+    assert merged.keys() == want.keys()
+    start = build_model(name).state_dict()
+    for key, tensor in merged.items():
+        torch.testing.assert_close(tensor, want[key], atol=2e-5, rtol=2e-5, msg=key)
+        changed = (tensor != start[key]).nonzero()[:, :1].unique().tolist()
+        assert changed in ([], [0], [3, 7], [1, 5, 40]), key
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_starts_as_its_base(name):
+    want = logits(build_model(name))
+    model = peft.get_peft_model(build_model(name), LokiConfig(rows=ROWS))
+    assert torch.equal(logits(model), want)
+    assert model.get_nb_trainable_parameters()[0] == 6 * down_proj_width(name)
+
+
+def down_proj_width(name):
+    return ARCHITECTURES[name]().intermediate_size
+
+
+def test_base_weights_are_never_written():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    train(model)
+    start = build_model().state_dict()
+    layer = down_proj(model).base_layer
+    assert torch.equal(layer.weight, start["model.layers.0.mlp.down_proj.weight"])
+    want = logits(build_model())
+    batch = data(2)[0]["input_ids"][None]
+    loss = model(input_ids=batch, labels=batch).loss
+    with model.disable_adapter():  # between a forward pass and its backward pass, as DPO does
+        assert torch.equal(logits(model), want)
+    loss.backward()
+    assert down_proj(model).loki_rows["default"].grad is not None
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_merging_is_undone_bit_for_bit(rank):
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, rank=rank))
+    learned = logits(train(model))
+    weight = down_proj(model).base_layer.weight.clone()
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model), learned, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(down_proj(model).base_layer.weight, weight)
+    model.unmerge_adapter()
+    assert torch.equal(down_proj(model).base_layer.weight, weight)
+    assert torch.equal(logits(model), learned)
+    with torch.no_grad():
+        part = down_proj(model).loki_rows if rank is None else down_proj(model).loki_delta_a
+        part["default"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(down_proj(model).base_layer.weight, weight)
+
+
+def test_saves_and_loads(base, tmp_path):
+    model = peft.get_peft_model(loki_base(base), LokiConfig(rows=ROWS))
+    want = logits(train(model))
+    model.save_pretrained(tmp_path / "adapter")
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    again = peft.PeftModel.from_pretrained(loki_base(base), str(tmp_path / "adapter"))
+    assert torch.equal(logits(again), want)
+    assert not any(p.requires_grad for p in again.parameters())
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
+    assert torch.equal(logits(auto), want)
+    handle = loki.load_adapter(loki_base(base), tmp_path / "adapter")
+    torch.testing.assert_close(logits(handle.model), want)
+    with pytest.raises(ValueError, match="another base"):
+        peft.PeftModel.from_pretrained(build_model(seed=1), str(tmp_path / "adapter"))
+
+
+def loki_base(folder):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_reads_what_save_adapter_wrote(base, tmp_path):
+    for rank in (None, 2):
+        model = loki_base(base)
+        loki.patch(model, [ROWS[0], [], ROWS[2]], rank=rank)
+        want = logits(train(model))
+        folder = str(loki.save_adapter(model, tmp_path / f"adapter-{rank}"))
+        again = peft.PeftModel.from_pretrained(loki_base(base), folder, is_trainable=True)
+        torch.testing.assert_close(logits(again), want)
+        assert any(p.requires_grad for p in again.parameters())
+        torch.testing.assert_close(logits(train(again)), logits(train(model)), atol=1e-4, rtol=1e-4)
+
+
+def test_several_adapters():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    first = logits(train(model))
+    model.add_adapter("other", LokiConfig(rows=[[2, 5], [9], [8]]))
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(build_model()))
+    other = logits(train(model))
+    assert not torch.allclose(other, first, atol=1e-3)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(build_model()))
+    with pytest.raises(ValueError, match="replaces row 5"):
+        model.base_model.set_adapter(["default", "other"])
+    model.add_adapter("apart", LokiConfig(rows=[[2], [9], [8]]))
+    model.base_model.set_adapter(["default", "apart"])
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("other")
+    assert not any("other" in name for name, _ in model.named_buffers())
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), first, atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(m, LokiLayer) for m in merged.modules())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loads_a_second_adapter(base, tmp_path, low_cpu_mem_usage):
+    wants = {}
+    for name, rows in (("a", ROWS), ("b", [[2], [9], [8]])):
+        model = peft.get_peft_model(loki_base(base), LokiConfig(rows=rows))
+        wants[name] = logits(train(model))
+        model.save_pretrained(tmp_path / name)
+    model = peft.PeftModel.from_pretrained(
+        loki_base(base), str(tmp_path / "a"), adapter_name="a", low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    model.load_adapter(str(tmp_path / "b"), "b", low_cpu_mem_usage=low_cpu_mem_usage)
+    for name, want in wants.items():
+        model.set_adapter(name)
+        assert torch.equal(logits(model), want)
+
+
+def test_float32_rows_over_a_bfloat16_base(tmp_path):
+    model = peft.get_peft_model(build_model(dtype=torch.bfloat16), LokiConfig(rows=ROWS))
+    assert down_proj(model).loki_rows["default"].dtype == torch.float32
+    assert down_proj(model).loki_original_default.dtype == torch.bfloat16
+    want = logits(train(model, lr=0.01))
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(build_model(dtype=torch.bfloat16), str(tmp_path))
+    assert torch.equal(logits(again), want)
+
+
+def test_analyses_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "_find_tokenizer", lambda model: WordTokenizer())
+    model = peft.get_peft_model(build_model(), LokiConfig(quota=25))
+    with loki.patch(build_model(), tokenizer=WordTokenizer(), quota=25) as handle:
+        assert model.peft_config["default"].rows == [layer.tolist() for layer in handle.rows]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": [[1], [2]]}, "2 layers, the model 3"),
+        ({"rows": [[48], [1], [1]]}, "row 48 of layer 0 is out of range"),
+        ({"rows": ROWS, "positions": "rows.json"}, "not both"),
+        ({"rows": ROWS, "quantized_merge": "somehow"}, "quantized_merge='somehow' is unknown"),
+        ({"rows": ROWS, "rank": 0}, "rank"),
+        ({"rows": ROWS, "fingerprint": "0"}, "another base"),
+    ],
+)
+def test_bad_configs(options, message):
+    model = build_model()
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(model, LokiConfig(**options))
+    assert not any(isinstance(m, LokiLayer) for m in model.modules())
+
+
+def test_a_config_serves_for_a_second_model():
+    config = LokiConfig(rows=ROWS)
+    merged = train(peft.get_peft_model(build_model(), config)).merge_and_unload()
+    second = peft.get_peft_model(merged, config)
+    assert config.fingerprint is None
+    assert config.target_modules is None
+    assert second.peft_config["default"].fingerprint is not None
+
+
+def test_rows_of_another_selection_are_not_loaded_into_an_adapter(tmp_path):
+    """As a Trainer does that resumes after the position file was made anew."""
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    train(model)
+    model.save_pretrained(tmp_path)
+    other = peft.get_peft_model(build_model(), LokiConfig(rows=[[1, 5, 41], [0], [7, 3]]))
+    before = {n: p.clone() for n, p in other.named_parameters()}
+    with pytest.raises(ValueError, match="trains other rows in adapter 'default'"):
+        other.load_adapter(str(tmp_path), "default")
+    assert all(torch.equal(p, before[n]) for n, p in other.named_parameters())
+    assert torch.equal(logits(other), logits(build_model()))
+
+
+def test_a_patched_model_is_refused():
+    model = build_model()
+    loki.patch(model, ROWS)
+    with pytest.raises(ValueError, match=r"call merge\(\) or unpatch\(\)"):
+        peft.get_peft_model(model, LokiConfig(rows=ROWS))
+
+
+def test_no_adapter_is_added_to_a_merged_model():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    learned = logits(train(model))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.add_adapter("other", LokiConfig(rows=[[1], [1], [1]]))
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), learned)
+
+
+def test_errors_of_one_layer_change_no_other():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    model.add_adapter("other", LokiConfig(rows=[[2], [9], [3]]))  # in common in the last layer
+    learned = logits(train(model))
+    with pytest.raises(ValueError, match="replaces row 3"):
+        model.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(model), learned)
+    with pytest.raises(ValueError, match="replaces row 3"):
+        model.merge_and_unload(adapter_names=["default", "other"])
+    with torch.no_grad():
+        down_proj(model, 2).loki_rows["default"][0, 0] = float("inf")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(layer.merged for layer in model.base_model._layers())
+    assert len(model.base_model._layers()) == 3
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_small_updates_of_a_bfloat16_base_are_loaded(tmp_path, low_cpu_mem_usage):
+    model = peft.get_peft_model(build_model(dtype=torch.bfloat16), LokiConfig(rows=ROWS))
+    with torch.no_grad():
+        rows = down_proj(model).loki_rows["default"]
+        rows += 1e-5 * torch.randn_like(rows)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(
+        build_model(dtype=torch.bfloat16), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(down_proj(again).loki_rows["default"], rows)
+
+
+def test_only_what_is_trained_requires_gradients(tmp_path):
+    model = peft.get_peft_model(build_model(dtype=torch.bfloat16), LokiConfig(rows=ROWS))
+    model.save_pretrained(tmp_path)
+    model.add_adapter("reference", LokiConfig(rows=ROWS))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(name.endswith(".default") for name in trained)
+    loaded = peft.PeftModel.from_pretrained(build_model(dtype=torch.bfloat16), str(tmp_path))
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_unmerges_in_another_dtype():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    train(model)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    want = build_model(dtype=torch.bfloat16).model.layers[0].mlp.down_proj.weight
+    assert torch.equal(down_proj(model).base_layer.weight, want)
+
+
+def test_adapters_within_a_batch_are_refused():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)).eval()
+    with pytest.raises(ValueError, match="mixed within a batch"):
+        model(input_ids=data(1)[0]["input_ids"][None], adapter_names=["default"])
+
+
+def test_trainer_resumes_bit_exactly(tmp_path):
+    def run(folder, steps, resume=False):
+        model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+        trainer(model, folder, steps).train(resume_from_checkpoint=resume)
+        return {n: p.detach().clone() for n, p in model.named_parameters() if "loki_" in n}
+
+    straight = run(tmp_path / "a", 6)
+    run(tmp_path / "b", 3)
+    resumed = run(tmp_path / "b", 6, resume=True)
+    assert straight
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    def gradients(checkpoint):
+        model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)).train()
+        if checkpoint:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        batch = data(2)[1]["input_ids"][None]
+        model(input_ids=batch, labels=batch).loss.backward()
+        return down_proj(model).loki_rows["default"].grad
+
+    assert torch.equal(gradients(True), gradients(False))
+
+
+def test_autocast():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    batch = data(2)[1]["input_ids"][None]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    assert down_proj(model).loki_rows["default"].grad.dtype == torch.float32
+
+
+def test_compiles_without_breaks():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    layer = down_proj(peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)))
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(layer, backend=counter, fullgraph=True)
+    optimizer = torch.optim.SGD([layer.loki_rows["default"]], lr=0.1)
+    for _ in range(3):
+        x = torch.randn(5, 112)
+        y = run(x)
+        torch.testing.assert_close(y, layer(x))
+        y.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counter.frame_count == 1
+
+
+def test_copies():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    twin = copy.deepcopy(model)
+    train(twin)
+    assert torch.equal(logits(model), logits(build_model()))
+    assert not torch.equal(logits(twin), logits(model))
+
+
+def test_registration_needs_the_import():
+    """Nothing of PEFT changes, and PEFT is not imported, until loki_kernels.peft is."""
+    script = (
+        "import sys, loki_kernels; assert 'peft' not in sys.modules\n"
+        "import peft; assert 'LOKI' not in list(peft.PeftType)\n"
+        "import loki_kernels.peft; assert 'LOKI' in list(peft.PeftType)\n"
+        "assert peft.PeftType.LOKI == peft.PeftType('LOKI') == 'LOKI'"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_old_peft_is_refused(monkeypatch):
+    import importlib
+
+    monkeypatch.setattr(peft, "__version__", "0.17.1")
+    with pytest.raises(ImportError, match=r"needs peft 0.18 or newer; 0.17.1"):
+        importlib.reload(loki_kernels.peft.config)

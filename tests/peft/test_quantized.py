@@ -1,0 +1,158 @@
+"""Rows over a quantized base, with PEFT: torchao and bitsandbytes, as far as they run here."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+import loki_kernels as loki
+import loki_kernels.peft
+from loki_kernels.attribution import cache
+from loki_kernels.peft import LokiConfig
+from tests.models import GQA, _config
+from tests.tiny_training import ROWS, WordTokenizer, logits, train
+
+pytest.importorskip("peft.utils.quantization_utils", reason="needs peft 0.21")
+torchao = pytest.importorskip("torchao.quantization")
+pytest.importorskip("bitsandbytes")
+
+
+QUANTIZATIONS = {
+    "torchao int8": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig()),
+    "torchao int8 dynamic": lambda: TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig()),
+    # of torchao's int4 kinds, the one that a CPU can compute with
+    "torchao int4": lambda: TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4)),
+    "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes nf4": lambda: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """bfloat16, of sizes that every kernel takes."""
+    folder = tmp_path_factory.mktemp("base")
+    sizes = GQA | {"hidden_size": 128, "intermediate_size": 256}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_config(transformers.LlamaConfig, **sizes))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=QUANTIZATIONS)
+def base(request, checkpoint):
+    def load():
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint, quantization_config=QUANTIZATIONS[request.param](), dtype=torch.bfloat16
+        )
+
+    return load
+
+
+def down_proj(model):
+    return model.get_base_model().model.layers[0].mlp.down_proj
+
+
+def distance(a, b):
+    return float((a - b).float().norm() / b.float().norm())
+
+
+def test_starts_as_the_base_and_learns(base, tmp_path):
+    want = logits(base())
+    model = peft.get_peft_model(base(), LokiConfig(rows=ROWS))
+    assert torch.equal(logits(model), want)
+    assert down_proj(model).loki_rows["default"].dtype == torch.float32
+    learned = logits(train(model, lr=0.02))
+    assert distance(learned, want) > 0.1
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), str(tmp_path))
+    assert torch.equal(logits(again), learned)
+
+
+def test_analyses_by_itself(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "_find_tokenizer", lambda model: WordTokenizer())
+    try:
+        model = peft.get_peft_model(base(), LokiConfig(quota=5))
+    except loki.UnsupportedModelError as error:  # the analysis is a forward pass
+        if "bitsandbytes repacks 4-bit weights on this CPU" not in str(error):
+            raise
+        return
+    assert len(list(tmp_path.iterdir())) == 1
+    again = peft.get_peft_model(base(), LokiConfig(quota=5))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert again.peft_config["default"].rows == model.peft_config["default"].rows
+
+
+def test_low_rank_rows(base):
+    want = logits(base())
+    model = peft.get_peft_model(base(), LokiConfig(rows=ROWS, rank=2))
+    assert torch.equal(logits(model), want)
+    assert distance(logits(train(model, lr=0.02)), want) > 0.01
+
+
+@pytest.mark.parametrize("how", ["dequantize", "requantize"])
+def test_merging_says_how(base, how, tmp_path):
+    model = peft.get_peft_model(base(), LokiConfig(rows=ROWS))
+    learned = logits(train(model, lr=0.02))
+    with pytest.raises(ValueError, match="say how to merge"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), learned)
+    kind = type(down_proj(model).base_layer.weight)
+    model.peft_config["default"].quantized_merge = how
+    model.merge_adapter()
+    assert distance(logits(model), learned) < 0.1
+    model.unmerge_adapter()
+    assert type(down_proj(model).base_layer.weight) is kind
+    assert torch.equal(logits(model), learned)
+
+    merged = model.merge_and_unload()
+    assert distance(logits(merged), learned) < 0.1
+    plain = how == "dequantize"
+    types = {type(layer.mlp.down_proj.weight.data) for layer in merged.model.layers}
+    assert (types == {torch.Tensor}) == (plain or "Params" in kind.__name__)
+    assert hasattr(merged.config, "quantization_config") != plain
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert distance(logits(again), logits(merged)) < 0.02
+
+
+def test_requantized_rows_are_close_to_the_trained_ones(base):
+    model = peft.get_peft_model(base(), LokiConfig(rows=ROWS, quantized_merge="requantize"))
+    train(model, lr=0.02)
+    layer = down_proj(model)
+    want = layer.loki_rows["default"].detach()
+    start = layer.loki_original_default.float()
+    model.merge_adapter()
+    got = layer.base_rows(torch.tensor([1, 5, 40])).float()
+    assert (got - want).norm() < 0.5 * (start - want).norm()
+
+
+def test_repacked_weights_are_refused_or_read_another_way(checkpoint):
+    """4-bit weights on a CPU with AVX512-BF16, after a forward pass in evaluation."""
+    config = QUANTIZATIONS["bitsandbytes nf4"]()
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint, quantization_config=config, dtype=torch.bfloat16
+        )
+
+    model = load()
+    want = logits(model)
+    layer = model.model.layers[0].mlp.down_proj
+    if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes does not repack weights on this CPU")
+    with pytest.raises(loki.UnsupportedModelError, match="before that"):
+        peft.get_peft_model(model, LokiConfig(rows=ROWS))
+    model = peft.get_peft_model(load(), LokiConfig(rows=ROWS, quantized_merge="dequantize"))
+    assert torch.equal(logits(model), want)
+    assert distance(logits(model.merge_and_unload()), want) < 0.02
+
+
+def test_patch_names_the_way(base):
+    with pytest.raises(loki.UnsupportedModelError, match="LokiConfig"):
+        loki.patch(base(), ROWS)

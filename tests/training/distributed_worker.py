@@ -1,0 +1,234 @@
+"""Run under torchrun by test_distributed: trains the same thing with one engine after another.
+
+    torchrun --nproc-per-node 2 -m tests.training.distributed_worker OUT CASE [CASE ...]
+
+Each case writes OUT/CASE.json (losses), OUT/CASE.safetensors (the whole state dict) and, where it
+has one, a checkpoint folder OUT/CASE.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+
+import loki_kernels as loki
+from tests.models import build_model
+
+ROWS = [[1, 5, 40], [0], [7, 3]]
+STEPS, BATCH = 4, 4
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 97, (BATCH, 9), generator=generator) for _ in range(STEPS)]
+
+
+def prepared(case: str, folder: Path | None = None):
+    """(patched model or PeftModel, handle or None); of a checkpoint if a folder is given."""
+    dtype = torch.bfloat16 if "bf16" in case else torch.float32
+    if folder is None:
+        model = build_model("llama_mlp_bias", dtype=dtype)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    rank = 2 if "rank" in case else None
+    torch.manual_seed(1)
+    if "peft" in case:
+        import peft
+
+        from loki_kernels.peft import LokiConfig
+
+        return peft.get_peft_model(model, LokiConfig(rows=ROWS, rank=rank)), None
+    handle = loki.patch(model, ROWS, rank=rank, dtype=torch.float32 if "bf16" in case else None)
+    return model, handle
+
+
+def optimizer_of(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=0.02, weight_decay=0.1)
+
+
+def loop(model, optimizer, share, backward=lambda loss: loss.backward(), step=None):
+    """Mean losses over all processes; ``share`` takes this process's part of a batch."""
+    losses = []
+    for batch in batches():
+        ids = share(batch)
+        loss = model(input_ids=ids, labels=ids).loss
+        backward(loss)
+        if step is None:
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            step()
+        mean = loss.detach().float().clone()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        losses.append(float(mean))
+    return losses
+
+
+def half(batch):
+    part = BATCH // dist.get_world_size()
+    return batch[dist.get_rank() * part :][:part]
+
+
+def plain(case):
+    model, _ = prepared(case)
+    return loop(model, optimizer_of(model), lambda batch: batch), model.state_dict(), None
+
+
+def ddp(case):
+    model, _ = prepared(case)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+
+    losses = loop(wrapped, optimizer_of(model), half)
+    return losses, model.state_dict(), model
+
+
+def fsdp(case):
+    from torch.distributed.fsdp import fully_shard
+
+    model, _ = prepared(case)
+    base = model.get_base_model() if "peft" in case else model
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    start = {k: v.clone() for k, v in get_model_state_dict(model, options=options).items()}
+    losses = loop(model, optimizer_of(model), half)
+    state = get_model_state_dict(model, options=options)
+    if "peft" not in case:
+        assert moved_by_reading(model, start, state) > 1e-2 or dist.get_rank()
+        assert moved_by_reading(model, state, state) < 1e-5
+    return losses, state, model
+
+
+def moved_by_reading(model, read, before):
+    """How far reading a full state dict (of rank 0) moves the model's own from ``before``."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, {k: v.clone() for k, v in read.items()}, options=options)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    after = get_model_state_dict(model, options=options)
+    return max((float((after[k] - before[k]).norm()) for k in after), default=0.0)
+
+
+def zero(case):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    stage = 3 if "3" in case else 2
+    model, _ = prepared(case)
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer_of(model),
+        config={
+            "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    losses = loop(engine, optimizer, half, backward=engine.backward, step=engine.step)
+    if stage == 3:
+        return losses, engine._zero3_consolidated_16bit_state_dict(), model
+    return losses, model.state_dict(), model
+
+
+def _let_accelerate_shard_on_a_cpu():
+    """It knows FSDP on accelerators only, and would quietly use DDP."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    init = PartialState.__init__
+
+    def pretend(self, *args, **options):
+        init(self, *args, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = pretend
+
+
+def trainer(case, out):
+    """HF Trainer: plain, or with accelerate's FSDP2 or ZeRO-3; straight on, and resumed halfway."""
+    from transformers import Trainer, TrainingArguments
+
+    engine = {}
+    if "fsdp2" in case:
+        _let_accelerate_shard_on_a_cpu()
+        engine["fsdp"] = "full_shard auto_wrap"
+        engine["fsdp_config"] = {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        }
+    if "zero3" in case:
+        engine["deepspeed"] = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    data = [{"input_ids": row, "labels": row} for batch in batches() for row in batch]
+
+    def run(folder, steps, resume=False):
+        arguments = TrainingArguments(
+            output_dir=str(folder), max_steps=steps, save_steps=STEPS // 2, logging_steps=1,
+            learning_rate=0.02, weight_decay=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
+            per_device_train_batch_size=BATCH // dist.get_world_size(), report_to="none",
+            disable_tqdm=True, use_cpu=True, train_sampling_strategy="sequential", **engine,
+        )  # fmt: skip
+        # after the arguments, as users do: under ZeRO-3 the base is sharded as it is loaded
+        model, handle = prepared(case, out / "base")
+        callbacks = [] if handle is None else [handle.trainer_callback()]
+        run = Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
+        run.train(resume_from_checkpoint=resume)
+        run.save_model(str(folder / "last"))
+        return [row["loss"] for row in run.state.log_history if "loss" in row]
+
+    run(out / f"{case}-resumed", STEPS // 2)
+    run(out / f"{case}-resumed", STEPS, resume=True)
+    return run(out / case, STEPS), None, None
+
+
+def main(out: Path, cases: list[str]) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    transformers.utils.logging.disable_progress_bar()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        build_model("llama_mlp_bias").save_pretrained(out / "base")
+    for case in cases:
+        kind = case.split("-")[0].removesuffix("2").removesuffix("3")
+        run = globals()[kind]
+        losses, state, model = run(case, out) if kind == "trainer" else run(case)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            (out / f"{case}.json").write_text(json.dumps(losses))
+            if model is not None and "peft" not in case:
+                model.save_pretrained(out / case, state_dict=state)
+            if state is not None:
+                state = {
+                    k: v.clone().contiguous() for k, v in state.items() if k != "lm_head.weight"
+                }
+                save_file(state, out / f"{case}.safetensors")
+        print(case, losses, flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # under DeepSpeed the end of the interpreter aborts now and then
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

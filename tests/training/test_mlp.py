@@ -1,0 +1,196 @@
+"""``patch(model, fuse_mlp=True)``."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import BloomConfig, BloomForCausalLM
+
+import loki_kernels as loki
+from loki_kernels.training.mlp import FusedMLP
+from tests.models import ARCHITECTURES, assert_unchanged, build_model, snapshot
+
+ROWS = [[1, 5, 40], [0], [7, 3]]
+ACTIVATIONS = dict.fromkeys(set(ARCHITECTURES) - {"gpt_neox"}, "silu") | {"gemma2": "gelu_tanh"}
+IDS = torch.arange(18).view(2, 9)
+
+
+def gradients(model):
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def saved_elements(model):
+    """What autograd keeps for one loss, parameters left out."""
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(x):
+        if x.data_ptr() not in parameters:
+            kept[x.data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    total = sum(kept.values())
+    loss.backward()
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_fused_trains_like_unfused(name, dtype):
+    plain, fused = build_model(name, dtype), build_model(name, dtype)
+    before, keys = snapshot(fused), list(fused.state_dict())
+    loki.patch(plain, ROWS)
+    handle = loki.patch(fused, ROWS, fuse_mlp=True)
+    report = handle.report
+    assert list(report.fused.values()) == [ACTIVATIONS[name]] * 3
+    assert "3 MLPs fused" in str(report)
+    assert list(fused.state_dict()) == keys
+    error = 1e-5 if dtype == torch.float32 else 0.05
+    for got, want in zip(gradients(fused), gradients(plain), strict=True):
+        assert float((got - want).norm()) <= error * float(want.norm())
+    fused.zero_grad()
+    handle.unpatch()
+    assert_unchanged(fused, before)
+
+
+def test_the_product_is_not_kept():
+    plain, fused = build_model(), build_model()
+    loki.patch(plain, ROWS)
+    loki.patch(fused, ROWS, fuse_mlp=True)
+    product = IDS.numel() * fused.config.intermediate_size
+    # Besides gate and up, an unfused MLP keeps silu(gate) and the product; in the first layer,
+    # below which nothing is trained, both keep the product alone.
+    assert saved_elements(plain) - saved_elements(fused) == 2 * 2 * product
+
+
+def test_merge_and_train_flag():
+    model = build_model()
+    handle = loki.patch(model, ROWS, fuse_mlp=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    gradients(model)
+    optimizer.step()
+    want = model(input_ids=IDS).logits.detach()
+    model.train()
+    handle.merge()
+    assert all(module.training for module in model.modules())
+    assert not any(isinstance(m, (FusedMLP, loki.LoKILinear)) for m in model.modules())
+    torch.testing.assert_close(model(input_ids=IDS).logits.detach(), want)
+
+
+def test_a_copy_has_weights_of_its_own():
+    model = build_model()
+    loki.patch(model, ROWS, fuse_mlp=True)
+    copied = copy.deepcopy(model)
+    want = copied(input_ids=IDS).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(input_ids=IDS).logits, want)
+
+
+def test_attribution_of_a_fused_model():
+    model = build_model()
+    prompts = [{"input_ids": IDS[0]}]
+    want = loki.attribute(model, prompts).scores
+    loki.patch(model, ROWS, fuse_mlp=True)
+    torch.testing.assert_close(loki.attribute(model, prompts).scores, want)
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    model = build_model()
+    handle = loki.patch(model, ROWS, fuse_mlp=True)
+    mlp = model.get_submodule(next(iter(handle.report.fused)))
+    x = torch.randn(2, 5, 48, requires_grad=True)  # else the fused op does not run
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    grads = []
+    for run in (mlp, compiled):
+        run(x).square().sum().backward()
+        grads.append(mlp.down_proj.rows.grad.clone())
+        mlp.zero_grad()
+    torch.testing.assert_close(*grads)
+
+
+def test_hooks_of_the_down_projection_run():
+    model = build_model()
+    loki.patch(model, ROWS, fuse_mlp=True)
+    layer = model.model.layers[1].mlp.down_proj
+    seen = []
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer.register_full_backward_pre_hook(lambda *_: seen.append("before"))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert sorted(seen) == ["backward", "before"]
+
+
+def test_an_mlp_with_backward_hooks_is_left():
+    model = build_model()
+    seen = []
+    model.model.layers[1].mlp.register_full_backward_hook(lambda *_: seen.append(1))
+    report = loki.patch(model, ROWS, fuse_mlp=True).report
+    assert report.not_fused == {"model.layers.1.mlp": "it has hooks"}
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert seen == [1]
+
+
+def change(model, index, **attributes):
+    for name, value in attributes.items():
+        setattr(model.model.layers[index].mlp, name, value)
+    return model
+
+
+class Scaled(nn.Module):
+    """An MLP with a multiplier of its own."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.5)
+
+
+def scaled(model):
+    model.model.layers[1].mlp = Scaled(model.model.layers[1].mlp)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda m: change(m, 1, act_fn=nn.GELU()), "activation"),
+        (lambda m: change(m, 1, act_fn=nn.ReLU()), "activation"),
+        (lambda m: change(m, 1, norm=nn.LayerNorm(48)), "parameters besides"),
+        (lambda m: change(m, 1, dropout=nn.Dropout(0.1)), "dropout"),
+        (scaled, "does not compute"),
+    ],
+)
+def test_what_cannot_be_fused_is_left_and_reported(make, reason):
+    model = make(build_model())
+    mlp, want = model.model.layers[1].mlp, model(input_ids=IDS).logits
+    report = loki.patch(model, ROWS, fuse_mlp=True).report
+    assert list(report.not_fused) == ["model.layers.1.mlp"]
+    assert reason in report.not_fused["model.layers.1.mlp"]
+    assert reason in str(report)
+    assert len(report.fused) == 2
+    assert model.model.layers[1].mlp is mlp
+    torch.testing.assert_close(model.eval()(input_ids=IDS).logits, want)
+
+
+def test_ungated_and_low_rank_are_reported():
+    neox = loki.patch(build_model("gpt_neox"), ROWS, fuse_mlp=True).report
+    assert not neox.fused
+    assert len(neox.not_fused) == 3
+    config = BloomConfig(vocab_size=97, hidden_size=48, n_layer=3, n_head=4)
+    bloom = loki.patch(BloomForCausalLM(config), ROWS, fuse_mlp=True).report
+    assert len(bloom.not_fused) == 3  # its MLP takes the residual as a second argument
+    low_rank = loki.patch(build_model(), ROWS, rank=2, fuse_mlp=True).report
+    assert all("low-rank" in why for why in low_rank.not_fused.values())
+    assert not loki.patch(build_model(), ROWS).report.not_fused

@@ -1,0 +1,543 @@
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import loki_kernels as loki
+from loki_kernels.training import linear
+from loki_kernels.training.adapters import merge_folder
+from tests.models import ARCHITECTURES, assert_unchanged, build_model, snapshot
+from tests.tiny_training import ROWS, WordTokenizer, data, logits, train, trainer
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trains_only_the_rows_and_unpatches(name, rank):
+    model = build_model(name)
+    model.lm_head.weight.requires_grad_(False) if hasattr(model, "lm_head") else None
+    before = snapshot(model)
+    want = logits(model)
+    handle = loki.patch(model, ROWS, rank=rank)
+    assert torch.equal(logits(model), want)
+    assert handle.report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert list(handle.report.patched.values()) == [3, 1, 2]
+    train(model)
+    trained = {k: v.clone() for k, v in model.state_dict().items()}
+    assert trained.keys() == before["weights"].keys()
+    names = list(handle.report.patched)
+    for key, tensor in trained.items():
+        changed = (tensor != before["weights"][key]).nonzero()[:, :1].unique().tolist()
+        layer = [i for i, n in enumerate(names) if key == f"{n}.weight"]
+        assert changed == (sorted(ROWS[layer[0]]) if layer else []), key
+    handle.unpatch()
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_merge_keeps_what_was_learned(model, rank):
+    before = snapshot(model)
+    handle = loki.patch(model, ROWS, rank=rank)
+    learned = logits(train(model))
+    merged = handle.merge()
+    assert merged is model
+    assert not any(isinstance(m, loki.LoKILinear) for m in model.modules())
+    torch.testing.assert_close(logits(model), learned)
+    after = snapshot(model)
+    for key in ("required", "identity", "types", "hooks"):
+        assert after[key] == before[key]
+    with pytest.raises(RuntimeError, match="no longer patched"):
+        handle.unpatch()
+
+
+def test_context_manager(model):
+    before = snapshot(model)
+    with contextlib.suppress(ZeroDivisionError), loki.patch(model, ROWS):
+        train(model)
+        raise ZeroDivisionError
+    assert_unchanged(model, before)
+    with loki.patch(model, ROWS) as handle:
+        train(model)
+        handle.merge()
+    assert not torch.equal(
+        model.state_dict()["model.layers.0.mlp.down_proj.weight"],
+        before["weights"]["model.layers.0.mlp.down_proj.weight"],
+    )
+
+
+def test_checkpoint_is_ordinary(model, tmp_path):
+    """A plain process that never imports loki_kernels gets the same logits."""
+    loki.patch(model, ROWS)
+    want = logits(train(model))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "loki_rows.safetensors").exists()
+    torch.save(want, tmp_path / "want.pt")
+    script = f"""
+        import sys, torch, transformers
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            {str(tmp_path)!r}, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        ids = torch.tensor([{data(1)[0]["input_ids"].tolist()}])
+        want = torch.load({str(tmp_path / "want.pt")!r}, weights_only=True)
+        assert torch.allclose(model.eval()(ids).logits, want, atol=1e-6)
+        assert "loki_kernels" not in sys.modules
+        print("same")
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "same", result.stderr
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loki.patch(again, ROWS)
+    torch.testing.assert_close(logits(again), want)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+    ],
+)
+def test_trainer_resumes_bit_exactly(tmp_path, options):
+    def run(folder, steps, resume=False):
+        model = build_model("llama_mlp_bias")
+        loki.patch(model, ROWS)
+        trainer(model, folder, steps, **options).train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    straight = run(tmp_path / "a", 6)
+    run(tmp_path / "b", 3)
+    resumed = run(tmp_path / "b", 6, resume=True)
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, resumed[name]), name
+    start = build_model("llama_mlp_bias").state_dict()["model.layers.0.mlp.down_proj.weight"]
+    assert not torch.equal(straight["model.layers.0.mlp.down_proj.weight"][1], start[1])
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, torch.float32)])
+def test_trainer_callback_resumes_what_a_checkpoint_rounds(tmp_path, rank, dtype):
+    def run(folder, steps, resume=False):
+        torch.manual_seed(3)
+        model = build_model(dtype=torch.bfloat16)
+        handle = loki.patch(model, ROWS, rank=rank, dtype=dtype)
+        callbacks = [handle.trainer_callback()]
+        trainer(model, folder, steps, callbacks).train(resume_from_checkpoint=resume)
+        return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    straight = run(tmp_path / "a", 6)
+    run(tmp_path / "b", 3)
+    resumed = run(tmp_path / "b", 6, resume=True)
+    assert straight
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_trainer_callback_reads_no_side_file_of_another_run(tmp_path, caplog):
+    def patched():
+        model = build_model(dtype=torch.bfloat16)
+        return model, loki.patch(model, ROWS, dtype=torch.float32)
+
+    model, _ = patched()
+    trainer(model, tmp_path / "mine", 3).train()
+    other, _ = patched()
+    train(other)
+    other.save_pretrained(tmp_path / "out" / "checkpoint-3")  # lies where the Trainer would look
+    model, handle = patched()
+    run = trainer(model, tmp_path / "out", 6, [handle.trainer_callback()])
+    run.train(resume_from_checkpoint=str(tmp_path / "mine" / "checkpoint-3"))
+    assert "go on as its weights hold them" in caplog.text
+    straight, _ = patched()
+    trainer(straight, tmp_path / "straight", 6).train()
+    layer, want = (m.model.layers[0].mlp.down_proj for m in (model, straight))
+    assert (layer.rows - want.rows).abs().max() < 0.01  # not the other run's, 0.15 away
+
+
+@pytest.mark.parametrize("std", [1e-5, 1e-4, 1e-3])
+def test_low_rank_rows_over_bfloat16_are_read_back_at_any_size(std):
+    """Rounding the merged rows is not taken for a lost rank."""
+    linear_layer = torch.nn.Linear(256, 64, bias=False).to(torch.bfloat16)
+    twin = copy.deepcopy(linear_layer)
+    rows = torch.arange(51)
+    layer = loki.LoKILinear.from_linear(linear_layer, rows, rank=4, dtype=torch.float32)
+    with torch.no_grad():
+        layer.delta_a.normal_(std=std)
+    again = loki.LoKILinear.from_linear(twin, rows, rank=4, dtype=torch.float32)
+    again.load_state_dict(layer.state_dict())
+    want, got = (x.merged_weight().float() for x in (layer, again))
+    assert (got - want).norm() < 0.02 * want.norm()
+
+
+def test_assigned_state_dicts_stay_as_they_are(model):
+    loki.patch(model, ROWS, rank=2)
+    state = {k: v.clone() for k, v in train(model).state_dict().items()}
+    before = {k: v.clone() for k, v in state.items()}
+    again = build_model()
+    loki.patch(again, ROWS, rank=2)
+    again.load_state_dict(state, assign=True)
+    assert all(torch.equal(state[k], v) for k, v in before.items())
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_load_best_model_at_end(tmp_path, dtype):
+    model = build_model(dtype=torch.bfloat16)
+    handle = loki.patch(model, ROWS, dtype=dtype)
+    run = trainer(
+        model, tmp_path, 6, [handle.trainer_callback()], load_best_model_at_end=True,
+        eval_strategy="steps", eval_steps=3,
+    )  # fmt: skip
+    # the first checkpoint is the best
+    losses = iter([1.0, 2.0])
+    evaluate = run.evaluate
+    run.evaluate = lambda *a, **k: (evaluate(*a, **k), {"eval_loss": next(losses)})[1]
+    run.train()
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3", dtype=torch.bfloat16)
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    again = loki.patch(best, ROWS, dtype=dtype)
+    if dtype is not None:
+        again.load_state(tmp_path / "checkpoint-3")
+    for (_, a), (_, b) in zip(handle.named_layers(), again.named_layers(), strict=True):
+        assert torch.equal(a.rows, b.rows)
+
+
+def test_trainer_callback_finds_an_unwritable_output_before_training(tmp_path, monkeypatch):
+    model = build_model()
+    handle = loki.patch(model, ROWS)
+    run = trainer(model, tmp_path / "out", 3, [handle.trainer_callback()])
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(PermissionError, match="not writable"):
+        run.train()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, None), (2, torch.float32)])
+def test_side_file_restores_what_the_checkpoint_rounds(tmp_path, rank, dtype):
+    model = build_model(dtype=torch.bfloat16)
+    handle = loki.patch(model, ROWS, rank=rank, dtype=dtype)
+    train(model, lr=0.01)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "loki_rows.safetensors").exists()
+    again = build_model(dtype=torch.bfloat16)
+    second = loki.patch(again, ROWS, rank=rank, dtype=dtype)
+    second.load_state(tmp_path)
+    for (_, a), (_, b) in zip(handle._layers, second._layers, strict=True):
+        trained = [name for name, p in a.named_parameters() if p.requires_grad]
+        assert trained
+        for name in trained:
+            assert torch.equal(getattr(a, name), getattr(b, name))
+    assert torch.equal(logits(again), logits(model))
+
+    other = build_model(dtype=torch.bfloat16)
+    third = loki.patch(other, [[1], [2], [3]], rank=rank, dtype=dtype)
+    with pytest.raises(ValueError, match="other rows"):
+        third.load_state(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        third.load_state(tmp_path / "elsewhere")
+    handle.unpatch()
+    assert "save_pretrained" not in model.__dict__
+
+
+def test_float32_rows_keep_updates_bfloat16_would_lose():
+    moved = {}
+    for dtype in (None, torch.float32):
+        model = build_model(dtype=torch.bfloat16)
+        handle = loki.patch(model, ROWS, dtype=dtype)
+        start = handle.named_layers()[0][1].rows.detach().clone()
+        batch = data(1)[0]["input_ids"][None]
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        moved[dtype] = not torch.equal(handle.named_layers()[0][1].rows, start)
+    assert moved == {None: False, torch.float32: True}
+
+
+def test_empty_layers_are_skipped(model):
+    report = loki.patch(model, [[1], [], [2]]).report
+    assert list(report.skipped) == ["model.layers.1.mlp.down_proj"]
+    assert "no row" in str(report)
+
+
+def test_position_file(model, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    handle = loki.patch(model, path)
+    assert handle.rows == loki.RowSelection(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([[1], [2]], {}, "2 layers, the model 3"),
+        ([[48], [1], [1]], {}, "row 48 of layer 0 is out of range"),
+        ([[-1], [1], [1]], {}, "-1"),
+        ([[1, 1], [1], [1]], {}, "row 1 twice"),
+        ([[], [], []], {}, "empty in every layer"),
+        (ROWS, {"rank": 0}, "rank"),
+        (ROWS, {"dtype": torch.int8}, "floating-point"),
+        (None, {"quota": 0}, "quota"),
+        (None, {"quota": 101}, "quota"),
+        (None, {}, "pass tokenizer="),
+    ],
+)
+def test_bad_input_changes_nothing(model, rows, options, message):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        loki.patch(model, rows, **options)
+    assert_unchanged(model, before)
+
+
+def test_damaged_position_file(model, tmp_path):
+    before = snapshot(model)
+    path = tmp_path / "rows.json"
+    path.write_text("[[1, 2")
+    with pytest.raises(ValueError, match="not a position file"):
+        loki.patch(model, path)
+    assert_unchanged(model, before)
+
+
+def test_patching_twice(model):
+    handle = loki.patch(model, ROWS)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="already patched"):
+        loki.patch(model, ROWS)
+    assert_unchanged(model, before)
+    handle.unpatch()
+    loki.patch(model, ROWS).unpatch()
+
+
+def test_selection_of_neurons_or_another_width(model, prompts):
+    neurons = loki.attribute(model, prompts, site="ffn_neurons")
+    with pytest.raises(ValueError, match="ffn_neurons"):
+        loki.patch(model, loki.select(neurons))
+    wide = loki.select(torch.randn(2, 3, 64), 1.0)
+    with pytest.raises(ValueError, match="hidden_size 64"):
+        loki.patch(model, wide)
+
+
+def test_peft_wrapped_down_proj_is_refused(model):
+    import peft
+
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2))
+    with pytest.raises(loki.UnsupportedModelError, match="not a plain"):
+        loki.patch(wrapped, ROWS)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_mlp_bias"])
+def test_suppress(name):
+    model = build_model(name)
+    before = snapshot(model)
+    with loki.suppress(model, ROWS):
+        down_proj = model.model.layers[0].mlp.down_proj
+        assert torch.equal(down_proj(torch.randn(2, 112))[:, ROWS[0]], torch.zeros(2, 3))
+        kept = [r for r in range(48) if r not in ROWS[0]]
+        weights = before["weights"]["model.layers.0.mlp.down_proj.weight"]
+        assert torch.equal(down_proj.weight[kept], weights[kept])
+    assert_unchanged(model, before)
+
+
+def test_three_lines(model, tmp_path, monkeypatch):
+    """`patch(model, tokenizer=...)` analyses, selects, and keeps the analysis."""
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path / "cache"))
+    handle = loki.patch(model, tokenizer=WordTokenizer(), quota=25)
+    assert handle.rows.counts == [12, 12, 12]
+    tokenizer = WordTokenizer()
+    questions = [q.prompt(tokenizer) for q in loki.load_questions(3)]
+    handle.unpatch()
+    want = loki.select(loki.attribute(model, questions, tokenizer=tokenizer), 25)
+    assert handle.rows == want
+
+    calls = []
+    monkeypatch.setattr("loki_kernels.attribution.cache.attribute", lambda *a, **k: calls.append(1))
+    again = loki.patch(model, tokenizer=tokenizer, quota=25)
+    assert again.rows == want
+    assert calls == []
+    again.unpatch()
+    model.config.rms_norm_eps *= 10  # the same weights, another function
+    with pytest.raises(AttributeError):
+        loki.patch(model, tokenizer=tokenizer)
+    model.config.rms_norm_eps /= 10
+    assert loki.patch(model, tokenizer=tokenizer, quota=25).unpatch() is model
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    with pytest.raises(AttributeError):  # the fingerprint changed: it would analyse again
+        loki.patch(model, tokenizer=tokenizer)
+    assert calls == [1, 1]
+
+
+def test_generation_of_a_patched_model(model):
+    ids = data(1)[0]["input_ids"][None]
+    want = model.generate(ids, max_new_tokens=5, do_sample=False)
+    with loki.patch(model, ROWS):
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), want)
+
+
+def test_plain_llama_structure_is_kept(model, tmp_path):
+    loki.patch(model, ROWS)
+    model.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.architectures == ["LlamaForCausalLM"]
+    assert not hasattr(config, "auto_map")
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, None)])
+def test_merge_side_file(tmp_path, rank, dtype):
+    model = build_model(dtype=torch.bfloat16)
+    loki.patch(model, [[1, 5], [], [2]], rank=rank, dtype=dtype)
+    train(model, lr=0.01)
+    model.save_pretrained(tmp_path)
+    merged = merge_folder(build_model(dtype=torch.bfloat16), tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], tensor), name
+    with pytest.raises(ValueError, match="which the model lacks"):
+        merge_folder(build_model("gpt_neox"), tmp_path)
+
+
+def test_a_low_rank_update_is_not_added_twice(tmp_path):
+    """A saved folder holds the merged rows and the update: the update goes onto the base."""
+    model = build_model()
+    loki.patch(model, ROWS, rank=2)
+    train(model).save_pretrained(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
+    with pytest.raises(ValueError, match="load the model that was patched"):
+        merge_folder(merged, tmp_path)
+    handle = loki.patch(merged, ROWS, rank=2)
+    with pytest.raises(ValueError, match="load the model that was patched"):
+        handle.load_state(tmp_path)
+    for name, tensor in handle.unpatch().state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_saving_removes_the_side_file_of_an_earlier_run(tmp_path):
+    model = build_model(dtype=torch.bfloat16)
+    with loki.patch(model, ROWS, dtype=torch.float32):
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "loki_rows.safetensors").exists()
+    with loki.patch(model, ROWS):
+        model.save_pretrained(tmp_path)
+        assert not (tmp_path / "loki_rows.safetensors").exists()
+
+
+def test_trainer_callback_passes_over_a_side_file_of_other_shapes(tmp_path, caplog):
+    def run(steps, resume=False):
+        model = build_model(dtype=torch.bfloat16)
+        callbacks = [loki.patch(model, ROWS, rank=2).trainer_callback()]
+        trainer(model, tmp_path, steps, callbacks).train(resume_from_checkpoint=resume)
+
+    run(3)
+    other = build_model(dtype=torch.bfloat16)
+    handle = loki.patch(other, [[1, 5], [0], [7, 3]], rank=2)
+    handle.save_state(tmp_path / "checkpoint-3")
+    run(6, resume=True)
+    assert "go on as its weights hold them" in caplog.text
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """How many layers each launch of sync_rows wrote."""
+    launches = []
+    real = linear.sync_rows
+
+    def sync_rows(weights, *args, **options):
+        launches.append(len(weights))
+        return real(weights, *args, **options)
+
+    monkeypatch.setattr(linear, "sync_rows", sync_rows)
+    return launches
+
+
+def test_rows_of_all_layers_are_written_in_one_launch(model, writes):
+    loki.patch(model, ROWS)
+    logits(model)
+    assert writes == [3]
+    model.model(input_ids=data(1)[0]["input_ids"][None])  # the decoder by itself
+    assert writes == [3, 3]
+
+
+def test_a_layer_by_itself_writes_its_rows(model, writes):
+    loki.patch(model, ROWS)
+    layer = model.model.layers[0].mlp.down_proj
+    layer.rows.data.zero_()
+    assert not layer(torch.ones(1, 112))[0, [1, 5, 40]].any()
+    assert writes == [1]
+
+
+def test_rows_are_written_after_a_forward_pass_that_raised(model, writes):
+    loki.patch(model, ROWS)
+    broken = model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(model)
+    broken.remove()
+    layer = model.model.layers[2].mlp.down_proj
+    layer.rows.data.zero_()
+    assert not layer(torch.ones(1, 112))[0, [7, 3]].any()
+
+
+def test_a_copy_writes_its_own_rows(model, writes):
+    loki.patch(model, ROWS)
+    twin = copy.deepcopy(model)
+    layer = twin.model.layers[0].mlp.down_proj
+    layer.rows.data.zero_()
+    before = model.model.layers[0].mlp.down_proj.weight.clone()
+    logits(twin)
+    assert not layer.weight[[1, 5, 40]].any()
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
+
+
+def test_an_offloaded_model_is_refused(model):
+    from accelerate import cpu_offload
+
+    cpu_offload(model)
+    with pytest.raises(loki.UnsupportedModelError, match="down_proj is not in memory"):
+        loki.patch(model, ROWS)
+
+
+def test_hooks_go_with_the_patch(model):
+    decoder = model.model
+    handle = loki.patch(model, ROWS)
+    assert decoder._forward_pre_hooks
+    assert decoder._forward_hooks
+    assert model._ddp_params_and_buffers_to_ignore
+    handle.unpatch()
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+    assert not decoder._forward_pre_hooks
+    assert not decoder._forward_hooks
+    with loki.patch(model, ROWS, rank=2):
+        assert not decoder._forward_pre_hooks  # low-rank rows are not written
+
+
+def test_a_copy_saves_itself(model, tmp_path):
+    loki.patch(model, ROWS, rank=2)
+    twin = copy.deepcopy(model)
+    train(twin)
+    twin.save_pretrained(tmp_path / "twin")
+    model.save_pretrained(tmp_path / "model")
+    merged = merge_folder(build_model(), tmp_path / "twin").state_dict()
+    untrained = merge_folder(build_model(), tmp_path / "model").state_dict()
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(merged[name], twin.state_dict()[name])
+    assert not torch.equal(merged[name], untrained[name])
+
+
+def test_a_patched_model_can_be_pickled(model, tmp_path):
+    """torch.save of whole models, and processes that are spawned with one."""
+    for options in ({}, {"rank": 2}):
+        handle = loki.patch(model, ROWS, **options)
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(logits(loaded), logits(model))
+        handle.unpatch()

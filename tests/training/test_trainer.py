@@ -1,0 +1,143 @@
+"""The engines people train with, each around a patched model. HF Trainer is in test_patching."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import loki_kernels as loki
+from tests.models import build_model
+from tests.tiny_training import ROWS, data, logits, train
+
+
+def batch():
+    return torch.stack([row["input_ids"] for row in data(4)])
+
+
+def optimizer_of(model, lr=0.05):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.1)
+
+
+@pytest.fixture
+def want():
+    """State dict after three steps of a bare loop."""
+    model = build_model("llama_mlp_bias")
+    loki.patch(model, ROWS)
+    return train(model).state_dict()
+
+
+def assert_trained(model, want, tolerance=1e-5):
+    state = model.state_dict()
+    for name, tensor in want.items():
+        torch.testing.assert_close(state[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_compiled_model_trains_the_same_in_one_graph(want):
+    torch._dynamo.reset()
+    model = build_model("llama_mlp_bias")
+    loki.patch(model, ROWS)
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer = optimizer_of(model)
+    for _ in range(3):
+        run(input_ids=batch(), labels=batch(), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counter.frame_count == 1
+    assert_trained(model, want, 1e-4)
+
+
+def test_compiled_layers_of_an_eager_model(want):
+    """Regional compilation: the decoder writes the rows, the compiled layers add a zero."""
+    torch._dynamo.reset()
+    model = build_model("llama_mlp_bias")
+    loki.patch(model, ROWS)
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    assert_trained(train(model), want, 1e-4)
+
+
+def test_accelerate(want):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = build_model("llama_mlp_bias")
+    loki.patch(model, ROWS)
+    prepared, optimizer = accelerator.prepare(model, optimizer_of(model))
+    for _ in range(3):
+        accelerator.backward(prepared(input_ids=batch(), labels=batch()).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_trained(accelerator.unwrap_model(prepared), want)
+
+
+def test_device_map(want, tmp_path):
+    """A model that accelerate has dispatched has hooks on every module."""
+    from accelerate import dispatch_model
+
+    model = build_model("llama_mlp_bias")
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    handle = loki.patch(model, ROWS)
+    assert_trained(train(model), want)
+    handle.unpatch()
+    assert torch.equal(logits(model), logits(build_model("llama_mlp_bias")))
+
+
+def test_lightning(want, tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = build_model("llama_mlp_bias")
+            loki.patch(self.model, ROWS)
+
+        def training_step(self, ids, _):
+            return self.model(input_ids=ids, labels=ids).loss
+
+        def configure_optimizers(self):
+            return optimizer_of(self)
+
+    def trainer(steps):
+        return lightning.Trainer(
+            max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, barebones=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            enable_checkpointing=False,
+        )  # fmt: skip
+
+    loader = torch.utils.data.DataLoader([row["input_ids"] for row in data(4)], batch_size=4)
+    module = Module()
+    module.model.eval()
+    trainer(3).fit(module, loader)
+    assert_trained(module.model, want)
+
+    resumed, run = Module(), trainer(2)
+    resumed.model.eval()
+    run.fit(resumed, loader)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = Module()
+    resumed.model.eval()
+    trainer(3).fit(resumed, loader, ckpt_path=tmp_path / "last.ckpt")
+    for name, tensor in module.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_sft_trainer(base_folder, tmp_path):
+    """TRL around a patched model; the checkpoint is an ordinary one."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tests.models import changed_rows
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    loki.patch(model, ROWS)
+    texts = [" ".join(f"w{i + j}" for j in range(8)) for i in range(4)]
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=0.01,
+        report_to="none", use_cpu=True, disable_tqdm=True, bf16=False,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=Dataset.from_dict({"text": texts}))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    assert changed_rows(tmp_path / "out", base_folder) == [1, 5, 40]
