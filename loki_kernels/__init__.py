@@ -5,6 +5,7 @@ loki.patch(model, tokenizer=tokenizer)
 """
 
 from . import ops
+from ._deprecated import moved
 from ._version import __version__
 from .attribution import Attribution, AttributionCounts, attribute
 from .errors import UnsupportedModelError
@@ -13,7 +14,7 @@ from .ops._dispatch import backends
 from .questions import load_questions, read_questions
 from .selection import RowSelection, select
 from .training import (
-    LoKILinear,
+    LokiLinear,
     Patch,
     export_lora,
     load_adapter,
@@ -25,7 +26,7 @@ from .training import (
 __all__ = [
     "Attribution",
     "AttributionCounts",
-    "LoKILinear",
+    "LokiLinear",
     "Patch",
     "RowSelection",
     "UnsupportedModelError",
@@ -43,3 +44,5 @@ __all__ = [
     "select",
     "suppress",
 ]
+
+__getattr__ = moved(__name__, {"LoKILinear": "loki_kernels:LokiLinear"})

@@ -52,7 +52,7 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def whole(parameter: Tensor) -> Tensor:
+def full_values(parameter: Tensor) -> Tensor:
     """All values of a parameter, detached; of a sharded one every process has to ask."""
     if isinstance(parameter, DTensor):
         return parameter.detach().full_tensor()

@@ -56,6 +56,10 @@ class Structure:
     intermediate_size: int
     vocab_size: int
 
+    def width(self, site: str) -> int:
+        """How many nodes a layer has at the attributed site."""
+        return self.hidden_size if site == "down_proj" else self.intermediate_size
+
     def head(self) -> Head:
         """The output projection, with the logit scale and soft-cap its config names."""
         module = self.causal_lm.get_output_embeddings()  # type: ignore[operator]
@@ -100,7 +104,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def is_linear_like(module: nn.Module) -> bool:
-    """``nn.Linear``, or a module that stands in for one (a PEFT tuner layer, LoKILinear)."""
+    """``nn.Linear``, or a module that stands in for one (a PEFT tuner layer, LokiLinear)."""
     return isinstance(getattr(module, "in_features", None), int) and isinstance(
         getattr(module, "out_features", None), int
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loki_kernels import LoKILinear
+from loki_kernels import LokiLinear
 from loki_kernels.ranking import rows_per_layer
 
 from ..measure import DEVICE, DTYPE, DTYPE_NAME, check, floor, interleave, pair
@@ -48,7 +48,7 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
         k = rows_per_layer(quota, out_features)
         rows = torch.randperm(out_features)[:k].sort().values.to(DEVICE)
         layers = {name: peer(linear, rows) for name, peer in PEERS.items()}
-        layers["ours"] = LoKILinear.from_linear(linear, rows)
+        layers["ours"] = LokiLinear.from_linear(linear, rows)
         x = torch.randn(tokens, in_features, device=DEVICE, dtype=DTYPE, requires_grad=True)
         gradient = torch.randn(tokens, out_features, device=DEVICE, dtype=DTYPE)
         _check(layers, x, gradient, rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loki_kernels import LoKILinear
+from loki_kernels import LokiLinear
 
 
 class SplitLinear(nn.Module):
@@ -56,7 +56,7 @@ class FullLinear(nn.Module):
 
 def delta_form(linear: nn.Linear, rows: Tensor) -> nn.Module:
     """Our own layer as it computes where the weight is not written: sharded, and with PEFT."""
-    layer = LoKILinear.from_linear(copy.deepcopy(linear), rows)
+    layer = LokiLinear.from_linear(copy.deepcopy(linear), rows)
     layer.sharded = True
     return layer
 

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args, overload
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Unpack, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import check_choice
-from ..files import check_writable
 from ..ops.count_lowest import Criterion
 from ..progress import progress_bar
 from ..ranking import DEFAULT_CRITERION, DEFAULT_QUOTA, rows_per_layer
 from ..structure import Structure, find_structure
-from .definitions import Definition, path_rule, resolve_definition
-from .prefill import Batch, Prefill, run_prefill
+from .definitions import Overrides, PathIntegral
+from .prefill import Batch, run_prefill
 from .prompts import Tokens, tokenize_prompts
 from .result import Attribution, AttributionCounts, ScoreFile, describe_run
 from .scores import Counter, Scores
 from .sequence import scaled_prefixes
-from .staircase import RowPass
-from .steering import prepared
+from .staircase import Staircase
+from .steering import borrowed
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +30,57 @@ logger = logging.getLogger(__name__)
 # not resolved at all; SmolLM2-135M has 0.1 to 0.6 at m = 7, post-norm models (Gemma-2) 10 and more.
 _UNRESOLVED = 1.0
 
-
 Keep = Literal["scores", "counts"]
 
 
 @overload
 def attribute(
-    model: nn.Module, prompts: Iterable[Any], *, keep: Literal["scores"] = ..., **options: Any
+    model: nn.Module,
+    prompts: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    definition: str = "published",
+    steps: int = 7,
+    batch_size: int | None = None,
+    target: Sequence[int] | Tensor | None = None,
+    keep: Literal["scores"] = "scores",
+    out: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    **overrides: Unpack[Overrides],
 ) -> Attribution: ...
 @overload
 def attribute(
-    model: nn.Module, prompts: Iterable[Any], *, keep: Literal["counts"], **options: Any
+    model: nn.Module,
+    prompts: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    definition: str = "published",
+    steps: int = 7,
+    batch_size: int | None = None,
+    target: Sequence[int] | Tensor | None = None,
+    keep: Literal["counts"],
+    quota: float | None = None,
+    criterion: Criterion | None = None,
+    progress: bool | None = None,
+    **overrides: Unpack[Overrides],
 ) -> AttributionCounts: ...
+@overload
+def attribute(
+    model: nn.Module,
+    prompts: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    definition: str = "published",
+    steps: int = 7,
+    batch_size: int | None = None,
+    target: Sequence[int] | Tensor | None = None,
+    keep: Keep,
+    quota: float | None = None,
+    criterion: Criterion | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    **overrides: Unpack[Overrides],
+) -> Attribution | AttributionCounts: ...
 def attribute(
     model: nn.Module,
     prompts: Iterable[Any],
@@ -57,35 +95,31 @@ def attribute(
     criterion: Criterion | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-    **overrides: Any,
+    **overrides: Unpack[Overrides],
 ) -> Attribution | AttributionCounts:
     """Attribute the model's next token to every FFN node, for every prompt and layer.
 
     z_l is layer l's node vector at the last prompt token; F is the objective, a function of the
     target token's logit; the score is a quadrature of ``∂F/∂z`` along a path from the baseline to
-    z (arXiv 2505.22120, Eq. 3-5; three definitions are in use, see `DEFINITIONS`). The model's
-    weights, dtype, flags and hooks are as before when this returns or raises.
+    z (arXiv 2505.22120, Eq. 3-5; see `DEFINITIONS`). The model is as before afterwards.
 
     Args:
         model: a transformers causal language model, or a PEFT model around one.
-        prompts: strings or chat-message lists (with ``tokenizer``), or mappings with ``input_ids``
-            and ``attention_mask``, such as a DataLoader yields. Padding may be on either side.
-        tokenizer: a transformers tokenizer.
+        prompts: strings or chat-message lists (with ``tokenizer``, a transformers tokenizer), or
+            mappings with ``input_ids`` and ``attention_mask``, padded on either side.
         definition: ``"published"``, ``"paper"`` or ``"captum"``.
         steps: path points m.
         batch_size: prompts at a time; by default as many as fit 1,024 prompt tokens and 512 path
-            rows on a CPU, 16,384 of both on a GPU.
+            points on a CPU, 16,384 of both on a GPU.
         target: ``[N]`` token ids to attribute; by default the token the model predicts.
         keep: ``"counts"`` keeps only what `select` needs for one quota and criterion, how often
-            each node is among the lowest of its layer: L * D numbers however many prompts there
-            are, and on a GPU no score leaves the kernel that makes it.
+            each node is among the lowest of its layer: L * D numbers for any number of prompts.
         quota: with ``keep="counts"``, the percentage of rows (10 by default) ...
         criterion: ... and ``"magnitude"`` (the default) or ``"signed"``, as in `select`.
         out: a ``.safetensors`` file that receives the scores as they come, memory-mapped, so
             that memory does not grow with N.
         progress: True or False for the bar; by default it shows on a terminal.
-        **overrides: fields of `Definition` (``path``, ``objective``, ``rule``, ``baseline``,
-            ``multiply``, ``site``) to change.
+        **overrides: fields of `Definition` to change.
 
     Returns:
         An `Attribution` with scores ``[N, L, D]``, D = hidden_size, or intermediate_size for
@@ -97,57 +131,24 @@ def attribute(
         TypeError: for prompts of another kind, or text without a tokenizer.
         UnsupportedModelError: if the model's layers cannot be treated exactly.
     """
-    resolved = resolve_definition(definition, overrides)
-    alphas, weights = path_rule(resolved.rule, steps)
+    integral = PathIntegral.resolve(definition, overrides, steps)
     structure = find_structure(model)
     structure.head()  # raises where there is none
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size must be a positive integer; it is {batch_size!r}.")
-    n_layers = len(structure.layers)
-    width = structure.hidden_size if resolved.site == "down_proj" else structure.intermediate_size
+    width = structure.width(integral.definition.site)
     counter = _make_counter(keep, quota, criterion, width, out)
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size)
     targets = _check_target(target, len(sequences), structure.vocab_size)
-    if out is not None and check_writable(out).suffix != ".safetensors":
-        raise ValueError(f"out={os.fspath(out)!r} must end in .safetensors.")
-
-    if resolved.completes and not (alphas == 0).any():
-        # Completeness needs F(baseline), a point this rule does not visit: add it, unweighted.
-        alphas = torch.cat([torch.zeros(1, dtype=alphas.dtype), alphas])
-        weights = torch.cat([torch.zeros(1, dtype=weights.dtype), weights])
-
-    shape = (len(sequences), n_layers, width)
-    run = describe_run(model, definition, resolved, steps)
-    store = ScoreFile(out, shape, run, complete=resolved.completes, scores=counter is None)
-    batches = _plan(sequences, batch_size, n_layers * len(alphas), structure)
-    with (
-        store,
-        prepared(structure),
-        progress_bar(len(sequences), "attribute", progress, unit="prompt") as bar,
-    ):
-        for members in batches:
-            batch = _pad([sequences[i] for i in members], structure)
-            chosen, scores = _attribute_batch(
-                structure,
-                batch,
-                None if targets is None else targets[members],
-                resolved,
-                alphas,
-                weights,
-                counter,
-            )
-            if counter is not None:
-                _check_counted(scores, members)
-            store.write(members, chosen, scores)
-            bar.update(len(members))
-    tensors = store.tensors()
-    result: Attribution | AttributionCounts
-    if counter is None:
-        result = Attribution(run=run, **tensors)
-    else:
-        result = AttributionCounts(
-            counter.counts(), counter.quota, counter.criterion, run=run, **tensors
-        )
+    _check_batch_size(batch_size)
+    run = describe_run(model, definition, integral.definition, steps)
+    shape = (len(sequences), len(structure.layers), width)
+    complete = integral.definition.completes
+    file = ScoreFile(out, shape, run, complete=complete, scores=counter is None)
+    bar = progress_bar(len(sequences), "attribute", progress, unit="prompt")
+    with file, borrowed(structure), bar:
+        for batch in _batches(sequences, targets, batch_size, integral, structure):
+            file.write(batch.members, _attribute_batch(structure, batch, integral, counter))
+            bar.update(len(batch.members))
+    result = _result(file, counter, run)
     _warn_if_unresolved(result)
     return result
 
@@ -172,14 +173,9 @@ def _make_counter(
     return Counter(quota, rows_per_layer(quota, width), criterion)
 
 
-def _check_counted(scores: Scores, members: list[int]) -> None:
-    undefined = scores.sums.isnan().nonzero()
-    if len(undefined):
-        sample, layer = undefined[0].tolist()
-        raise ValueError(
-            f"the scores of prompt {members[sample]} in layer {layer} hold NaN (or infinities of "
-            "both signs); a rank among them means nothing."
-        )
+def _check_batch_size(batch_size: int | None) -> None:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive integer; it is {batch_size!r}.")
 
 
 def _check_target(
@@ -198,71 +194,77 @@ def _check_target(
     return targets.to(torch.int64)
 
 
-def _plan(
-    sequences: list[Tokens], batch_size: int | None, rows: int, structure: Structure
-) -> list[list[int]]:
-    """Batches of prompt numbers, the longest prompts first, so that what does not fit fails now."""
-    device = next(structure.causal_lm.parameters()).device
-    # Measured on 2 cores (benchmarks/NOTES.md): more rows leave the cache, fewer idle the cores.
-    tokens, most_rows = (1024, 512) if device.type == "cpu" else (16384, 16384)
+def _batches(
+    sequences: list[Tokens],
+    targets: Tensor | None,
+    batch_size: int | None,
+    integral: PathIntegral,
+    structure: Structure,
+) -> Iterator[Batch]:
+    """The longest prompts first, so that what does not fit fails now."""
+    embeddings = structure.causal_lm.get_input_embeddings().weight  # type: ignore[operator]
+    # Measured on 2 cores (benchmarks/NOTES.md): more points leave the cache, fewer idle the cores.
+    most_tokens, most_points = (1024, 512) if embeddings.device.type == "cpu" else (16384, 16384)
+    points = len(structure.layers) * len(integral.alphas)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    batches: list[list[int]] = []
     start = 0
     while start < len(order):
         longest = len(sequences[order[start]])
-        size = batch_size or max(1, min(tokens // longest, most_rows // rows))
-        batches.append(order[start : start + size])
+        size = batch_size or max(1, min(most_tokens // longest, most_points // points))
+        members = order[start : start + size]
         start += size
-    return batches
-
-
-def _pad(sequences: list[Tokens], structure: Structure) -> Batch:
-    device = structure.causal_lm.get_input_embeddings().weight.device  # type: ignore[operator]
-    lengths = torch.tensor([len(tokens) for tokens in sequences])
-    input_ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
-    for row, tokens in zip(input_ids, sequences, strict=True):
-        row[: len(tokens)] = torch.from_numpy(tokens)
-    return Batch(input_ids.to(device), lengths.to(device))
+        input_ids = torch.zeros(len(members), longest, dtype=torch.int64)
+        for padded, i in zip(input_ids, members, strict=True):
+            padded[: len(sequences[i])] = torch.from_numpy(sequences[i])
+        lengths = torch.tensor([len(sequences[i]) for i in members])
+        yield Batch(
+            members,
+            input_ids.to(embeddings.device),
+            lengths.to(embeddings.device),
+            None if targets is None else targets[members],
+        )
 
 
 def _attribute_batch(
-    structure: Structure,
-    batch: Batch,
-    target: Tensor | None,
-    definition: Definition,
-    alphas: Tensor,
-    weights: Tensor,
-    counter: Counter | None,
-) -> tuple[Tensor, Scores]:
-    start: Prefill | None = None
-    if definition.baseline == "token_zero":
-        blank = Batch(torch.zeros_like(batch.input_ids), batch.lengths)
-        start = run_prefill(structure, blank, definition.site, keep_site=True)
-    prefill = run_prefill(structure, batch, definition.site)
-    chosen = prefill.logits.argmax(-1) if target is None else target.to(prefill.logits.device)
-    rows = RowPass(
-        structure,
-        batch,
-        prefill,
-        chosen,
-        definition,
-        alphas,
-        weights,
-        None if start is None else [batch.at_last(site) for site in start.site],
-        counter,
-    )
-    all_layers = range(len(structure.layers))
-    if definition.path == "last_token":
-        return chosen.cpu(), rows.run(all_layers, prefill.prefix)
+    structure: Structure, batch: Batch, integral: PathIntegral, counter: Counter | None
+) -> Scores:
+    prefill = run_prefill(structure, batch, integral.definition)
+    staircase = Staircase(structure, batch, prefill, integral, counter)
+    layers = range(len(structure.layers))
+    if integral.definition.path == "last_token":
+        scores = staircase.run(layers, prefill.prefix)
+    else:
+        parts = []
+        # One layer at a time: a copy of the whole prompt's keys and values a path point is what
+        # the memory holds.
+        for layer in layers:
+            one = range(layer, layer + 1)
+            prefix = scaled_prefixes(structure, batch, prefill, integral, one)
+            parts.append(staircase.run(one, prefix, prefix_per_point=True))
+        scores = Scores.of_layers(parts)
+    if counter is not None:
+        _check_counted(scores, batch.members)
+    return scores
 
-    parts = []
-    # One layer at a time: a copy of the whole prompt's keys and values a path point is what the
-    # memory holds.
-    for layer in all_layers:
-        layers = range(layer, layer + 1)
-        prefix = scaled_prefixes(structure, batch, layers, definition.site, alphas, start)
-        parts.append(rows.run(layers, prefix, per_row=True))
-    return chosen.cpu(), Scores.join(parts)
+
+def _check_counted(scores: Scores, members: list[int]) -> None:
+    undefined = scores.sums.isnan().nonzero()
+    if len(undefined):
+        sample, layer = undefined[0].tolist()
+        raise ValueError(
+            f"the scores of prompt {members[sample]} in layer {layer} hold NaN (or infinities of "
+            "both signs); a rank among them means nothing."
+        )
+
+
+def _result(
+    file: ScoreFile, counter: Counter | None, run: dict[str, Any]
+) -> Attribution | AttributionCounts:
+    tensors = file.tensors()
+    if counter is None:
+        return Attribution(run=run, **tensors)
+    counts = counter.counts()
+    return AttributionCounts(counts, counter.quota, counter.criterion, run=run, **tensors)
 
 
 def _warn_if_unresolved(result: Attribution | AttributionCounts) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -63,6 +63,17 @@ class Definition:
         return asdict(self)
 
 
+class Overrides(TypedDict, total=False):
+    """Fields of `Definition` that a call changes."""
+
+    path: Path
+    objective: Objective
+    rule: Rule
+    baseline: Baseline
+    multiply: bool
+    site: Site
+
+
 DEFINITIONS: dict[str, Definition] = {
     # The procedure in the authors' first commit, which came with the published position files.
     "published": Definition(),
@@ -73,7 +84,7 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 
-def resolve_definition(name: str, overrides: dict[str, Any]) -> Definition:
+def resolve_definition(name: str, overrides: Overrides) -> Definition:
     """The named definition with some of its fields replaced.
 
     Raises:
@@ -117,3 +128,33 @@ def path_rule(rule: Rule, steps: int) -> tuple[Tensor, Tensor]:
     ends = torch.ones(steps, dtype=torch.float64)
     ends[0] = ends[-1] = 0.5
     return points / (steps - 1), ends / (steps if rule == "captum_trapezoid" else steps - 1)
+
+
+@dataclass(frozen=True)
+class PathIntegral:
+    """A definition and the quadrature that computes it.
+
+    Attributes:
+        definition: what is integrated.
+        alphas: float64 ``[m]``, where on the path gradients are taken.
+        weights: float64 ``[m]``, what each of them counts.
+    """
+
+    definition: Definition
+    alphas: Tensor
+    weights: Tensor
+
+    @classmethod
+    def resolve(cls, name: str, overrides: Overrides, steps: int) -> PathIntegral:
+        """The named definition, some fields replaced, by its rule of ``steps`` points.
+
+        Raises:
+            ValueError: for an unknown name or field, or fewer steps than the rule needs.
+        """
+        definition = resolve_definition(name, overrides)
+        alphas, weights = path_rule(definition.rule, steps)
+        if definition.completes and not (alphas == 0).any():
+            # Completeness needs F(baseline), a point this rule does not visit: add it, unweighted.
+            zero = torch.zeros(1, dtype=alphas.dtype)
+            alphas, weights = torch.cat([zero, alphas]), torch.cat([zero, weights])
+        return cls(definition, alphas, weights)

@@ -8,18 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
 from ..structure import Structure, first_non_finite
-from .steering import Attend, hook_layer, hook_site, running
+from .definitions import Definition
+from .steering import Attend, hook_layer_input, hook_site, steered
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """Prompts, right-padded to the longest: causal attention keeps the padding out of the rest."""
+    """Prompts, right-padded to the longest: causal attention keeps the padding out of the rest.
 
-    input_ids: Tensor  # [B, T]
-    lengths: Tensor  # [B]
+    Attributes:
+        members: the prompts' places in the result.
+        input_ids: int64 ``[B, T]``.
+        lengths: int64 ``[B]``.
+        target: int64 ``[B]``, the tokens to attribute; None for those that the model predicts.
+    """
+
+    members: list[int]
+    input_ids: Tensor
+    lengths: Tensor
+    target: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:
@@ -27,6 +38,7 @@ class Batch:
 
     @property
     def last(self) -> Tensor:
+        """``[B]``, the position of each sample's last token."""
         return self.lengths - 1
 
     def at_last(self, x: Tensor) -> Tensor:
@@ -34,17 +46,108 @@ class Batch:
         return x[torch.arange(x.shape[0], device=x.device), self.last.to(x.device)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prefill:
-    """What the rows need from one ordinary forward pass over the prompts."""
+    """What the path's points need from one ordinary forward pass.
 
-    logits: Tensor  # [B, V], at the last token
-    layer_inputs: list[Tensor]  # L of [B, hidden_size], at the last token
-    prefix: dict[int, tuple[Tensor, Tensor]]  # layer_idx -> K, V [B, Hkv, T, d]
-    site: list[Tensor]  # L of [B, T, D]; filled only when asked for
+    Attributes:
+        logits: ``[B, V]``, at the last token.
+        target: int64 ``[B]``, the tokens to attribute.
+        layer_inputs: L of ``[B, hidden_size]``, at the last token.
+        prefix: layer_idx -> keys and values ``[B, Hkv, T, d]``.
+        start: L of ``[B, T, D]``, where the path starts at every position; None for zero.
+    """
+
+    logits: Tensor
+    target: Tensor
+    layer_inputs: list[Tensor]
+    prefix: dict[int, tuple[Tensor, Tensor]]
+    start: list[Tensor] | None
 
 
-def _prefill_attention(
+def run_prefill(structure: Structure, batch: Batch, definition: Definition) -> Prefill:
+    """The ordinary forward pass, and the baseline's where the definition has one.
+
+    Raises:
+        UnsupportedModelError: if the attention's keys and values cannot be captured.
+        ValueError: if the logits are NaN.
+    """
+    start: list[Tensor] | None = None
+    if definition.baseline == "token_zero":
+        start = []
+        blank = torch.zeros_like(batch.input_ids)
+        _forward(structure, batch, blank, {}, _keep_site(structure, definition.site, start))
+    layer_inputs: list[Tensor] = []
+    prefix: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep_last(hidden: Tensor) -> Tensor:
+        layer_inputs.append(batch.at_last(hidden))
+        return hidden
+
+    handles = [hook_layer_input(layer, keep_last) for layer in structure.layers]
+    logits = _forward(structure, batch, batch.input_ids, prefix, handles)
+    if len(layer_inputs) != len(structure.layers) or not prefix:
+        raise UnsupportedModelError(
+            f"{type(structure.causal_lm).__name__} does not run its attention through "
+            "transformers' AttentionInterface, so its keys and values cannot be captured."
+        )
+    if torch.isnan(logits).any():
+        name = first_non_finite(structure.causal_lm)
+        raise ValueError(
+            "the model's logits are NaN"
+            + (f"; its parameter {name} is not finite." if name else " for these prompts.")
+        )
+    target = logits.argmax(-1) if batch.target is None else batch.target.to(logits.device)
+    return Prefill(logits, target, layer_inputs, prefix, start)
+
+
+def _keep_site(structure: Structure, site: str, kept: list[Tensor]) -> list[RemovableHandle]:
+    """Hooks that leave every layer's attributed activation in ``kept``."""
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    return [hook_site(down_proj.module, site, keep) for down_proj in structure.down_projs]
+
+
+def _forward(
+    structure: Structure,
+    batch: Batch,
+    input_ids: Tensor,
+    prefix: dict[int, tuple[Tensor, Tensor]],
+    handles: list[RemovableHandle],
+) -> Tensor:
+    """Logits ``[B, V]`` at each sample's last token; keys and values go into ``prefix``."""
+    head = structure.causal_lm.get_output_embeddings()  # type: ignore[operator]
+    last_only = head.register_forward_pre_hook(lambda _m, args: (batch.at_last(args[0])[:, None],))
+    with steered(structure, capturing_attention(prefix), [*handles, last_only]):
+        output = structure.causal_lm(
+            input_ids=input_ids, position_ids=batch.positions, use_cache=False
+        )
+    return output.logits[:, 0]
+
+
+def capturing_attention(prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:
+    """Ordinary attention that leaves each layer's keys and values in ``prefix``."""
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        window: int | None,  # the mask has it
+        **options: Any,
+    ) -> Tensor:
+        prefix[module.layer_idx] = (key, value)  # type: ignore[index]
+        return _causal_attention(query, key, value, mask, **options)
+
+    return attend
+
+
+def _causal_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -85,64 +188,3 @@ def _prefill_attention(
     else:
         weights = torch.softmax(scores, -1, dtype=wide)
     return weights.to(value.dtype) @ value
-
-
-def capturing_attention(prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:
-    """Ordinary attention that leaves each layer's keys and values in ``prefix``."""
-
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        *,
-        window: int | None,  # the mask has it
-        **options: Any,
-    ) -> Tensor:
-        prefix[module.layer_idx] = (key, value)
-        return _prefill_attention(query, key, value, mask, **options)
-
-    return attend
-
-
-def run_prefill(
-    structure: Structure, batch: Batch, site: str, *, keep_site: bool = False
-) -> Prefill:
-    """One ordinary forward pass; logits only at each sample's last token."""
-    prefill = Prefill(torch.empty(0), [], {}, [])
-
-    def keep_last(hidden: Tensor) -> Tensor:
-        prefill.layer_inputs.append(batch.at_last(hidden))
-        return hidden
-
-    def keep(x: Tensor) -> Tensor:
-        prefill.site.append(x)
-        return x
-
-    head = structure.causal_lm.get_output_embeddings()
-    handles = [hook_layer(layer, keep_last) for layer in structure.layers]
-    handles.append(
-        head.register_forward_pre_hook(lambda _m, args: (batch.at_last(args[0])[:, None],))
-    )
-    if keep_site:
-        handles += [hook_site(down.module, site, keep) for down in structure.down_projs]
-    with running(structure, capturing_attention(prefill.prefix), handles):
-        output = structure.causal_lm(
-            input_ids=batch.input_ids,
-            position_ids=batch.positions,
-            use_cache=False,
-        )
-    prefill.logits = output.logits[:, 0]
-    if len(prefill.layer_inputs) != len(structure.layers) or not prefill.prefix:
-        raise UnsupportedModelError(
-            f"{type(structure.causal_lm).__name__} does not run its attention through "
-            "transformers' AttentionInterface, so its keys and values cannot be captured."
-        )
-    if torch.isnan(prefill.logits).any():
-        name = first_non_finite(structure.causal_lm)
-        raise ValueError(
-            "the model's logits are NaN"
-            + (f"; its parameter {name} is not finite." if name else " for these prompts.")
-        )
-    return prefill

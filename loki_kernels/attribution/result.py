@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..files import atomic_path, read_safetensors, write_safetensors
+from ..files import atomic_path, check_writable, read_safetensors, write_safetensors
 from ..ops.count_lowest import Criterion
 from ..ranking import DEFAULT_QUOTA
 from .definitions import Definition
@@ -247,6 +247,8 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
         complete: bool,
         scores: bool,
     ) -> None:
+        if path is not None and check_writable(path).suffix != ".safetensors":
+            raise ValueError(f"out={os.fspath(path)!r} must end in .safetensors.")
         samples, layers, _ = shape
         self._run = run
         self._shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
@@ -296,11 +298,11 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
             self._arrays[name] = np.memmap(temporary, dtype, "r+", start, shape)
         return self
 
-    def write(self, members: list[int], targets: Tensor, scores: Scores) -> None:
+    def write(self, members: list[int], scores: Scores) -> None:
         """Put one batch at the places ``members``."""
         if scores.scores is not None:
             self._arrays["scores"][members] = scores.scores.to(torch.float32).numpy()
-        self._arrays["targets"][members] = targets.numpy()
+        self._arrays["targets"][members] = scores.target.numpy()
         self._arrays["value"][members] = scores.value.numpy()
         if self._complete:
             self._arrays["change"][members] = scores.change.numpy()

@@ -3,8 +3,8 @@
 No prefix is shared here, since earlier positions are scaled too, but two facts still save work.
 Layers below l are the ordinary prompt's, so the m scaled copies join the batch at layer l. And by
 causality the last token's node reaches the answer through its own column alone, so the score at the
-last token needs a backward pass through one token row a copy: first the copies run without
-gradients and leave their keys and values, then the last tokens run over those as in the staircase.
+last token needs a backward pass through one token a copy: first the copies run without gradients
+and leave their keys and values, then the last tokens run over those as in the staircase.
 """
 
 from __future__ import annotations
@@ -16,46 +16,40 @@ from torch import Tensor
 
 from ..ops import expand_path
 from ..structure import Structure
+from .definitions import PathIntegral
 from .prefill import Batch, Prefill, capturing_attention
-from .steering import hook_layer, hook_site, running
+from .steering import hook_layer_input, hook_site, steered
 
 
 def scaled_prefixes(
-    structure: Structure,
-    batch: Batch,
-    layers: range,
-    site: str,
-    alphas: Tensor,
-    baseline: Prefill | None,
+    structure: Structure, batch: Batch, prefill: Prefill, integral: PathIntegral, layers: range
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values of the ordinary prompt and of every scaled copy of ``layers``.
-
-    Args:
-        baseline: the prefill holding each layer's path start at every position; None for zero.
 
     Returns:
         layer_idx -> K, V ``[B * S, Hkv, T, d]``, sample-major, S growing by m at each of
         ``layers``; copy 0 is unperturbed.
     """
-    samples, m = batch.input_ids.shape[0], len(alphas)
+    samples, m = batch.input_ids.shape[0], len(integral.alphas)
     prefix: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def join(hidden: Tensor) -> Tensor:
+    def append_copies(hidden: Tensor) -> Tensor:
         copies = hidden.view(samples, -1, *hidden.shape[1:])  # [B, S, T, hidden_size]
         return torch.cat([copies, copies[:, :1].expand(-1, m, -1, -1)], dim=1).flatten(0, 1)
 
-    def place(layer: int) -> Callable[[Tensor], Tensor]:
+    def scale_copies(layer: int) -> Callable[[Tensor], Tensor]:
         def change(x: Tensor) -> Tensor:
             copies = x.view(samples, -1, *x.shape[1:])  # [B, S, T, D]
             z = copies[:, 0].flatten(0, 1)  # [B * T, D]
-            start = None if baseline is None else baseline.site[layer].flatten(0, 1)
-            path = expand_path(z, alphas, start).view(samples, -1, m, x.shape[-1])
+            start = None if prefill.start is None else prefill.start[layer].flatten(0, 1)
+            path = expand_path(z, integral.alphas, start).view(samples, -1, m, x.shape[-1])
             return torch.cat([copies[:, :-m], path.transpose(1, 2)], dim=1).flatten(0, 1)
 
         return change
 
-    handles = [hook_layer(structure.layers[i], join) for i in layers]
-    handles += [hook_site(structure.down_projs[i].module, site, place(i)) for i in layers]
-    with running(structure, capturing_attention(prefix), handles):
+    site = integral.definition.site
+    handles = [hook_layer_input(structure.layers[i], append_copies) for i in layers]
+    handles += [hook_site(structure.down_projs[i].module, site, scale_copies(i)) for i in layers]
+    with steered(structure, capturing_attention(prefix), handles):
         structure.decoder(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
     return prefix

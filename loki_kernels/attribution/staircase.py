@@ -1,12 +1,12 @@
 """All layers and path points of a batch in one growing forward and one backward pass.
 
 Scaling a node at the last token changes nothing at earlier positions, and nothing below its layer.
-So after one ordinary prefill every (layer, path point) is a single token row over a frozen
-key/value prefix that differs from the unperturbed last token only from its layer on: rows join the
-batch at their layer, and one backward pass from the head reaches them all.
+So after one ordinary prefill every (layer, path point) is a single token over a frozen key/value
+prefix that differs from the unperturbed last token only from its layer on: points join the batch at
+their layer, and one backward pass from the head reaches them all.
 
 The model's own modules do the work, steered by hooks: a pre-hook on each decoder layer appends that
-layer's rows, a hook on its down-projection puts path points in their place, and an attention
+layer's points, a hook on its down-projection puts their values in place, and an attention
 implementation registered with transformers attends to the prefix.
 """
 
@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
 from ..ops import (
@@ -28,12 +30,12 @@ from ..ops import (
     target_probability,
 )
 from ..structure import Head, Structure
-from .definitions import Definition
+from .definitions import PathIntegral
 from .prefill import Batch, Prefill
 from .scores import Counter, Scores
-from .steering import Attend, hook_layer, hook_site, running
+from .steering import Attend, hook_layer_input, hook_site, steered
 
-# Largest relative difference allowed between the unperturbed row's logits and the prefill's: the
+# Largest relative difference allowed between the unperturbed point's logits and the prefill's: the
 # same numbers through products of another shape. Measured on SmolLM2-135M: 2e-6 (float32),
 # 1e-2 (bfloat16).
 _GUARD_TOLERANCE = {
@@ -44,91 +46,106 @@ _GUARD_TOLERANCE = {
 }
 
 
-class _Rows(NamedTuple):
-    """What the hooks leave while the rows run."""
+@dataclass(frozen=True)
+class _Trace:
+    """What the hooks leave while the points run.
 
-    points: dict[int, Tensor]  # layer -> [B, m, D], the leaves
-    ends: dict[int, Tensor]  # layer -> z [B, D]
-    layer_inputs: list[Tensor]  # L of [B, hidden_size], the unperturbed row's
+    Attributes:
+        leaves: layer -> ``[B, m, D]``, its points' values.
+        ends: layer -> z ``[B, D]``.
+        layer_inputs: L of ``[B, hidden_size]``, the unperturbed point's.
+    """
+
+    leaves: dict[int, Tensor] = field(default_factory=dict)
+    ends: dict[int, Tensor] = field(default_factory=dict)
+    layer_inputs: list[Tensor] = field(default_factory=list)
 
 
-class RowPass:
+@dataclass
+class Staircase:
     """Attributes one batch, some layers at a time.
 
-    Args:
-        prefix: like `Prefill.prefix`; with ``per_row`` one prefix a row instead of a sample,
-            ``[B * R, Hkv, T, d]``, sample-major.
-        baseline: L of ``[B, D]``, the path's start at the last token, or None for zero.
+    Point 0 is the last token unperturbed; every layer that is attributed adds m points.
+
+    Attributes:
         counter: counts the scores instead of keeping them.
     """
 
-    def __init__(
-        self,
-        structure: Structure,
-        batch: Batch,
-        prefill: Prefill,
-        target: Tensor,
-        definition: Definition,
-        alphas: Tensor,
-        weights: Tensor,
-        baseline: list[Tensor] | None,
-        counter: Counter | None,
-    ) -> None:
-        self.structure = structure
-        self.batch = batch
-        self.prefill = prefill
-        self.target = target
-        self.definition = definition
-        self.alphas = alphas
-        self.weights = weights
-        self.baseline = baseline
-        self.counter = counter
-        self.head: Head = structure.head()
+    structure: Structure
+    batch: Batch
+    prefill: Prefill
+    integral: PathIntegral
+    counter: Counter | None
+    head: Head = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.head = self.structure.head()
 
     def run(
         self,
         layers: range,
         prefix: dict[int, tuple[Tensor, Tensor]],
         *,
-        per_row: bool = False,
+        prefix_per_point: bool = False,
     ) -> Scores:
-        """Scores of ``layers`` (the others stay unperturbed)."""
+        """Scores of ``layers`` (the others stay unperturbed).
+
+        Args:
+            layers: those to attribute.
+            prefix: like `Prefill.prefix`.
+            prefix_per_point: it holds one prefix a point instead of a sample,
+                ``[B * N, Hkv, T, d]``, sample-major.
+
+        Raises:
+            UnsupportedModelError: if the unperturbed point does not reproduce the prefill.
+        """
         longest = self.batch.input_ids.shape[1] - 1
         prefix = {i: (k[:, :, :longest], v[:, :, :longest]) for i, (k, v) in prefix.items()}
-        rows = _Rows({}, {}, [])
-        attend, handles = self._steer(layers, prefix, per_row, rows)
-        with torch.enable_grad(), running(self.structure, attend, handles):
-            hidden, values, gradients = self._differentiate(layers, rows)
-        self._guard(hidden, rows.layer_inputs)
-        return self._integrate(layers, rows.ends, values, gradients)
+        trace = _Trace()
+        attend = self._attend_each if prefix_per_point else self._attend_shared
+        handles = self._hook(layers, trace)
+        with torch.enable_grad(), steered(self.structure, attend(prefix), handles):
+            hidden, values, gradients = self._differentiate(layers, trace)
+        self._guard(hidden, trace.layer_inputs)
+        return self._integrate(layers, trace.ends, values, gradients)
 
-    def _steer(
-        self,
-        layers: range,
-        prefix: dict[int, tuple[Tensor, Tensor]],
-        per_row: bool,
-        rows: _Rows,
-    ) -> tuple[Attend, list[Any]]:
-        """The attention and the hooks that make the decoder run ``rows``."""
-        structure, batch, m = self.structure, self.batch, len(self.alphas)
+    def _start(self, layer: int) -> Tensor | None:
+        """``[B, D]``, where the layer's path starts at the last token; None for zero."""
+        start = self.prefill.start
+        return None if start is None else self.batch.at_last(start[layer])
 
-        def join(layer: int) -> Callable[[Tensor], Tensor]:
+    def _hook(self, layers: range, trace: _Trace) -> list[RemovableHandle]:
+        """The hooks that make the decoder run the points of ``layers``."""
+        structure, m = self.structure, len(self.integral.alphas)
+
+        def append_points(layer: int) -> Callable[[Tensor], Tensor]:
             def change(hidden: Tensor) -> Tensor:
-                rows.layer_inputs.append(hidden[:, 0].detach())
+                trace.layer_inputs.append(hidden[:, 0].detach())
                 if layer not in layers:
                     return hidden
                 return torch.cat([hidden, hidden[:, :1].detach().expand(-1, m, -1)], dim=1)
 
             return change
 
-        def place(layer: int) -> Callable[[Tensor], Tensor]:
+        def set_points(layer: int) -> Callable[[Tensor], Tensor]:
             def change(x: Tensor) -> Tensor:
-                rows.ends[layer] = z = x[:, 0].detach()
-                start = None if self.baseline is None else self.baseline[layer]
-                rows.points[layer] = expand_path(z, self.alphas, start).requires_grad_()
-                return torch.cat([x[:, :-m], rows.points[layer]], dim=1)
+                trace.ends[layer] = z = x[:, 0].detach()
+                path = expand_path(z, self.integral.alphas, self._start(layer))
+                trace.leaves[layer] = path.requires_grad_()
+                return torch.cat([x[:, :-m], path], dim=1)
 
             return change
+
+        site = self.integral.definition.site
+        handles = [
+            hook_layer_input(layer, append_points(i)) for i, layer in enumerate(structure.layers)
+        ]
+        return handles + [
+            hook_site(structure.down_projs[i].module, site, set_points(i)) for i in layers
+        ]
+
+    def _attend_shared(self, prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:
+        """All points of a sample over one prefix."""
 
         def attend(
             module: nn.Module,
@@ -138,37 +155,46 @@ class RowPass:
             mask: Tensor | None,
             **options: Any,
         ) -> Tensor:
-            prefix_k, prefix_v = prefix[module.layer_idx]
-            lengths = batch.last.to(query.device)
-            if not per_row:
-                return shared_prefix_attention(
-                    query, key, value, prefix_k, prefix_v, lengths, **options
-                )
-            samples, heads, count, dim = query.shape
-            one = [
-                x.transpose(1, 2).reshape(samples * count, x.shape[1], 1, dim)
+            prefix_k, prefix_v = prefix[module.layer_idx]  # type: ignore[index]
+            lengths = self.batch.last.to(query.device)
+            return shared_prefix_attention(
+                query, key, value, prefix_k, prefix_v, lengths, **options
+            )
+
+        return attend
+
+    def _attend_each(self, prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:
+        """Every point over a prefix of its own."""
+
+        def attend(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None,
+            **options: Any,
+        ) -> Tensor:
+            prefix_k, prefix_v = prefix[module.layer_idx]  # type: ignore[index]
+            samples, heads, points, dim = query.shape
+            alone = [
+                x.transpose(1, 2).reshape(samples * points, x.shape[1], 1, dim)
                 for x in (query, key, value)
             ]
-            output = shared_prefix_attention(
-                *one, prefix_k, prefix_v, lengths.repeat_interleave(count), **options
-            )
-            return output.view(samples, count, heads, dim).transpose(1, 2)
+            lengths = self.batch.last.to(query.device).repeat_interleave(points)
+            output = shared_prefix_attention(*alone, prefix_k, prefix_v, lengths, **options)
+            return output.view(samples, points, heads, dim).transpose(1, 2)
 
-        handles = [hook_layer(layer, join(i)) for i, layer in enumerate(structure.layers)]
-        handles += [
-            hook_site(structure.down_projs[i].module, self.definition.site, place(i))
-            for i in layers
-        ]
-        return attend, handles
+        return attend
 
     def _differentiate(
-        self, layers: range, rows: _Rows
+        self, layers: range, trace: _Trace
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """All rows forward, and back to the path points; ``torch.compile`` takes it whole.
+        """All points forward, and back to the leaves; ``torch.compile`` takes it whole.
 
         Returns:
-            The unperturbed row's last hidden state ``[B, hidden_size]``, the objective of each row
-            ``[B, 1 + len(layers) * m]``, and the gradients at each layer's points ``[B, m, D]``.
+            The unperturbed point's last hidden state ``[B, hidden_size]``, the objective of each
+            point ``[B, 1 + len(layers) * m]``, and the gradients at each layer's leaves
+            ``[B, m, D]``.
         """
         batch, head = self.batch, self.head
         hidden = self.structure.decoder(
@@ -176,23 +202,23 @@ class RowPass:
             position_ids=batch.last[:, None],
             use_cache=False,
         ).last_hidden_state  # [B, 1 + len(layers) * m, hidden_size]
-        samples, count, width = hidden.shape
+        samples, points, width = hidden.shape
         outputs = target_probability(
-            hidden.reshape(samples * count, width).to(head.weight.device),
+            hidden.reshape(samples * points, width).to(head.weight.device),
             head.weight,
-            self.target.repeat_interleave(count).to(head.weight.device),
+            self.prefill.target.repeat_interleave(points).to(head.weight.device),
             head.bias,
             softcap=head.softcap,
             logit_scale=head.scale,
         )
-        objectives = {n: x.view(samples, count) for n, x in outputs._asdict().items()}
+        objectives = {n: x.view(samples, points) for n, x in outputs._asdict().items()}
         # The gradient of p is p times that of log p, which does not underflow in float16.
-        of_logit = self.definition.objective == "logit"
-        differentiated = objectives["logit" if of_logit else "log_probability"]
+        objective = self.integral.definition.objective
+        differentiated = objectives["logit" if objective == "logit" else "log_probability"]
         gradients = torch.autograd.grad(
-            differentiated[:, 1:].sum(), [rows.points.pop(layer) for layer in layers]
+            differentiated[:, 1:].sum(), [trace.leaves.pop(layer) for layer in layers]
         )
-        return hidden[:, 0].detach(), objectives[self.definition.objective].detach(), gradients
+        return hidden[:, 0].detach(), objectives[objective].detach(), gradients
 
     def _integrate(
         self,
@@ -201,20 +227,18 @@ class RowPass:
         values: Tensor,
         gradients: tuple[Tensor, ...],
     ) -> Scores:
-        samples, m = values.shape[0], len(self.alphas)
-        factor = values if self.definition.objective == "probability" else torch.ones_like(values)
+        definition, alphas = self.integral.definition, self.integral.alphas
+        samples, m = values.shape[0], len(alphas)
+        factor = values if definition.objective == "probability" else torch.ones_like(values)
         by_layer = values[:, 1:].view(samples, len(layers), m)
-        factor = factor[:, 1:].view(samples, len(layers), m) * self.weights.to(
+        factor = factor[:, 1:].view(samples, len(layers), m) * self.integral.weights.to(
             factor, non_blocking=True
         )
         scores: list[Tensor] = []
         sums: list[Tensor] = []
         for i, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
-            z, start = (
-                (ends[layer], None if self.baseline is None else self.baseline[layer])
-                if self.definition.multiply
-                else (None, None)
-            )
+            z = ends[layer] if definition.multiply else None
+            start = self._start(layer) if definition.multiply else None
             if self.counter is None:
                 scores.append(integrate_path(gradient, factor[:, i], z, start))
                 continue
@@ -232,10 +256,10 @@ class RowPass:
         # Copied now that everything is queued: a copy waits for the device.
         scores = [of_layer.cpu() for of_layer in scores]
         sums = [total.cpu() for total in sums] or [s.sum(-1, dtype=torch.float64) for s in scores]
-        start_row = (self.alphas == 0).nonzero().flatten()
+        start_point = (alphas == 0).nonzero().flatten()
         change = (
-            values[:, :1] - by_layer[:, :, int(start_row[0])]
-            if len(start_row)
+            values[:, :1] - by_layer[:, :, int(start_point[0])]
+            if len(start_point)
             else torch.full_like(by_layer[:, :, 0], float("nan"))
         )
         return Scores(
@@ -243,24 +267,18 @@ class RowPass:
             torch.stack(sums, dim=1),
             change.cpu(),
             values[:, 0].cpu(),
+            self.prefill.target.cpu(),
         )
 
     def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:
-        """The unperturbed row must reproduce the prefill, or the model is refused."""
-        expected = self.prefill.logits
-        logits = self.head.logits(hidden)
+        """The unperturbed point must reproduce the prefill, or the model is refused."""
         tolerance = _GUARD_TOLERANCE[hidden.dtype]
-
-        def far(got: Tensor, want: Tensor) -> float:
-            got, want = got.to(want.device).double(), want.double()
-            error = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
-            return float(error.nan_to_num(nan=float("inf")).max())
-
-        if far(logits, expected) <= tolerance:
+        error = _relative_error(self.head.logits(hidden), self.prefill.logits)
+        if error <= tolerance:
             return
         name = type(self.structure.causal_lm).__name__
         pairs = itertools.pairwise(
-            far(got, want)
+            _relative_error(got, want)
             for got, want in zip(layer_inputs, self.prefill.layer_inputs, strict=True)
         )
         for layer, (before, after) in enumerate(pairs):
@@ -273,6 +291,13 @@ class RowPass:
                 )
         raise UnsupportedModelError(
             f"{name}: the last token processed alone over the prompt's keys and values gives "
-            f"other logits than the whole prompt (relative error {far(logits, expected):.2g}, "
+            f"other logits than the whole prompt (relative error {error:.2g}, "
             f"allowed {tolerance:.0e}), from the last layer or the output head on."
         )
+
+
+def _relative_error(got: Tensor, want: Tensor) -> float:
+    """The largest of the samples' errors; infinite where one is NaN."""
+    got, want = got.to(want.device).double(), want.double()
+    error = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
+    return float(error.nan_to_num(nan=float("inf")).max())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -16,6 +17,7 @@ from ..structure import Structure
 ATTENTION_NAME = "loki_kernels"
 
 Attend = Callable[..., Tensor]
+Change = Callable[[Tensor], Tensor]
 # Where the attention in force is kept: on the model's own config, which every attention module
 # holds. A ContextVar would do, but torch.compile cannot trace one.
 _ATTEND = "_loki_kernels_attend"
@@ -59,7 +61,7 @@ def _attention_configs(structure: Structure) -> list[Any]:
 
 
 @contextlib.contextmanager
-def prepared(structure: Structure) -> Iterator[None]:
+def borrowed(structure: Structure) -> Iterator[None]:
     """The model in evaluation mode, frozen, with our attention; restored whatever happens."""
     model = structure.causal_lm
     training = [(module, module.training) for module in model.modules()]
@@ -90,7 +92,9 @@ def prepared(structure: Structure) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(structure: Structure, attend: Attend, handles: Sequence[Any]) -> Iterator[None]:
+def steered(
+    structure: Structure, attend: Attend, handles: Sequence[RemovableHandle]
+) -> Iterator[None]:
     """``attend`` as the decoder's attention; it and the hooks are gone afterwards."""
     configs = _attention_configs(structure)
     for config in configs:
@@ -104,7 +108,7 @@ def running(structure: Structure, attend: Attend, handles: Sequence[Any]) -> Ite
             handle.remove()
 
 
-def hook_layer(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+def hook_layer_input(layer: nn.Module, change: Change) -> RemovableHandle:
     """Call ``change`` on the hidden states entering a decoder layer."""
 
     def hook(
@@ -117,7 +121,7 @@ def hook_layer(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def hook_site(module: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Any:
+def hook_site(module: nn.Module, site: str, change: Change) -> RemovableHandle:
     """Call ``change`` on the attributed activation: the module's output, or its input."""
     if site == "down_proj":
         return module.register_forward_hook(lambda _module, _args, output: change(output))

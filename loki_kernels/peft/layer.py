@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..errors import UnsupportedModelError, check_choice
 from ..ops import row_delta_linear
-from ..sharding import is_sharded, whole
+from ..sharding import full_values, is_sharded
 from ..training.linear import initial_factors, low_rank_rows
 from .config import MERGES, LokiConfig
 from .quantized import dequantized_weight, is_repacked, plain_linear, quantization_of
@@ -74,7 +74,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 )
             weight = self.quantization_backend.get_base_weight(base)
         else:
-            weight = whole(base.weight)
+            weight = full_values(base.weight)
         if weight.is_meta:
             raise UnsupportedModelError(
                 "a down-projection's weight is not in memory (offloaded, or on the meta device); "

@@ -18,7 +18,7 @@ from ..fingerprint import rows_fingerprint
 from ..selection import RowSelection, select
 from ..structure import find_structure
 from ..training.adapters import check_fingerprint
-from ..training.linear import LoKILinear
+from ..training.linear import LokiLinear
 from ..training.targets import check_fits
 from .config import LokiConfig
 from .layer import LokiLayer, original_name
@@ -74,7 +74,7 @@ class LokiModel(BaseTuner):
         """``module`` if it is one of ours, else one around it."""
         if isinstance(module, LokiLayer):
             return module
-        if isinstance(module, LoKILinear):
+        if isinstance(module, LokiLinear):
             raise ValueError("the model is patched; call merge() or unpatch() on its handle first.")
         return LokiLayer(module, self.model)
 

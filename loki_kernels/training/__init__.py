@@ -2,12 +2,12 @@
 
 from .adapters import export_lora, load_adapter, save_adapter
 from .handle import Patch
-from .linear import LoKILinear
+from .linear import LokiLinear
 from .patching import patch
 from .suppress import suppress
 
 __all__ = [
-    "LoKILinear",
+    "LokiLinear",
     "Patch",
     "export_lora",
     "load_adapter",

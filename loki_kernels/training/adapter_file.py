@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..files import read_safetensors, write_safetensors
 from ..fingerprint import rows_fingerprint
-from ..sharding import full_shape, shard_like, whole
-from .linear import TRAINED, LoKILinear
+from ..sharding import full_shape, full_values, shard_like
+from .linear import TRAINED, LokiLinear
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -42,42 +42,42 @@ class Saved:
     fingerprint: str | None
 
 
-def parts_of(layer: LoKILinear) -> Parts:
+def trained_parts(layer: LokiLinear) -> Parts:
     """What is kept of a layer; sharded parameters as they are."""
     return {"index": layer.index, **dict(layer.trained_parameters())}
 
 
-def named(layers: Mapping[str, Parts]) -> dict[str, Tensor]:
+def adapter_tensors(layers: Mapping[str, Parts]) -> dict[str, Tensor]:
     """An adapter's tensors, on the host; with sharded parameters every process has to ask."""
     return {
-        f"base_model.model.{name}.loki_{part}": whole(tensor).cpu()
+        f"base_model.model.{name}.loki_{part}": full_values(tensor).cpu()
         for name, parts in layers.items()
         for part, tensor in parts.items()
     }
 
 
-def write(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+def write_adapter(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write an adapter's tensors."""
     write_safetensors(path, tensors, {"format": "pt", **metadata})
 
 
 def write_side_file(
     folder: str | os.PathLike[str],
-    layers: Sequence[tuple[str, LoKILinear]],
+    layers: Sequence[tuple[str, LokiLinear]],
     parts: Mapping[str, Parts],
 ) -> Path:
     """Write `SIDE_FILE`: ``parts`` of the layers, and what they are an update of."""
     path = Path(folder) / SIDE_FILE
-    write(path, named(parts), fingerprint=base_fingerprint(layers))
+    write_adapter(path, adapter_tensors(parts), fingerprint=base_fingerprint(layers))
     return path
 
 
-def base_fingerprint(layers: Sequence[tuple[str, LoKILinear]]) -> str:
+def base_fingerprint(layers: Sequence[tuple[str, LokiLinear]]) -> str:
     """Of the rows that the layers replaced."""
     return rows_fingerprint(layer.original_rows for _, layer in layers)
 
 
-def read(path: str | os.PathLike[str]) -> Saved:
+def read_adapter(path: str | os.PathLike[str]) -> Saved:
     """Read an adapter's tensors, or a side file.
 
     Raises:
@@ -97,12 +97,12 @@ def read(path: str | os.PathLike[str]) -> Saved:
     return Saved(layers, metadata.get("fingerprint"))
 
 
-def copy_into(layers: Sequence[tuple[str, LoKILinear]], saved: Saved) -> str | None:
+def load_rows(layers: Sequence[tuple[str, LokiLinear]], saved: Saved) -> str | None:
     """Copy what was saved into layers of the same rows; else change nothing and say why not."""
     if saved.layers.keys() != {name for name, _ in layers}:
         return "it has rows of other layers"
     for name, layer in layers:
-        own, parts = parts_of(layer), saved.layers[name]
+        own, parts = trained_parts(layer), saved.layers[name]
         if not torch.equal(parts["index"], layer.index.cpu()):
             return f"{name} has other rows there"
         if own.keys() != parts.keys() or any(

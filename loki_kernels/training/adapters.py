@@ -16,9 +16,9 @@ from ..selection import RowSelection
 from ..sharding import is_distributed
 from ..structure import Structure, find_structure
 from . import adapter_file
-from .adapter_file import ADAPTER_FILE, CONFIG_FILE, SIDE_FILE, parts_of
+from .adapter_file import ADAPTER_FILE, CONFIG_FILE, SIDE_FILE, trained_parts
 from .handle import Patch
-from .linear import LoKILinear
+from .linear import LokiLinear
 from .patching import patch
 
 
@@ -72,7 +72,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     structure, layers = _patched(model)
     path = check_folder(folder)
-    tensors = adapter_file.named({name: parts_of(layer) for name, layer in layers})
+    tensors = adapter_file.adapter_tensors({name: trained_parts(layer) for name, layer in layers})
     by_name = dict(layers)
     rows = [
         by_name[d.name].index.tolist() if d.name in by_name else [] for d in structure.down_projs
@@ -99,7 +99,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
     """
     folder = Path(folder)
     config = AdapterConfig.load(folder)
-    saved = adapter_file.read(folder / ADAPTER_FILE)
+    saved = adapter_file.read_adapter(folder / ADAPTER_FILE)
     trained = [t for parts in saved.layers.values() for part, t in parts.items() if part != "index"]
     dtype = trained[0].dtype if trained else None
     handle = patch(model, RowSelection(config.rows), rank=config.rank, dtype=dtype)
@@ -111,7 +111,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
             config.base,
             getattr(handle.model, "name_or_path", None),
         )
-        reason = adapter_file.copy_into(layers, saved)
+        reason = adapter_file.load_rows(layers, saved)
         if reason is not None:
             raise ValueError(f"{folder}: {ADAPTER_FILE} and {CONFIG_FILE} do not agree: {reason}.")
     except BaseException:
@@ -143,7 +143,7 @@ def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
         return load_adapter(model, folder).merge()
-    saved = adapter_file.read(folder / SIDE_FILE)
+    saved = adapter_file.read_adapter(folder / SIDE_FILE)
     layers = saved.layers
     names = [down_proj.name for down_proj in find_structure(model).down_projs]
     strangers = layers.keys() - set(names)
@@ -152,7 +152,7 @@ def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     rows = [layers[name]["index"].tolist() if name in layers else [] for name in names]
     ranks = {parts["delta_a"].shape[1] for parts in layers.values() if "delta_a" in parts}
     handle = patch(model, rows, rank=min(ranks, default=None), dtype=torch.float32)
-    reason = adapter_file.copy_into(_patched(model)[1], saved)
+    reason = adapter_file.load_rows(_patched(model)[1], saved)
     if reason is not None:
         handle.unpatch()
         raise ValueError(f"{folder / SIDE_FILE}: {reason}.")
@@ -178,7 +178,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     for name, layer in layers:
         placed = torch.zeros(layer.out_features, len(layer.index))
         placed[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
-        parts = {n: p.detach().float().cpu() for n, p in parts_of(layer).items()}
+        parts = {n: p.detach().float().cpu() for n, p in trained_parts(layer).items()}
         if layer.rank is None:
             a, b = parts["rows"] - layer.original_rows.float().cpu(), placed
         else:
@@ -212,14 +212,14 @@ def _write(
         "inference_mode": True,
     }
     folder.mkdir(exist_ok=True)
-    adapter_file.write(folder / ADAPTER_FILE, tensors)
+    adapter_file.write_adapter(folder / ADAPTER_FILE, tensors)
     with atomic_path(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def _patched(model: nn.Module) -> tuple[Structure, list[tuple[str, LoKILinear]]]:
+def _patched(model: nn.Module) -> tuple[Structure, list[tuple[str, LokiLinear]]]:
     structure = find_structure(model)
-    layers = [(d.name, d.module) for d in structure.down_projs if isinstance(d.module, LoKILinear)]
+    layers = [(d.name, d.module) for d in structure.down_projs if isinstance(d.module, LokiLinear)]
     if not layers:
         raise ValueError("the model is not patched; call loki_kernels.patch(model) first.")
     return structure, layers

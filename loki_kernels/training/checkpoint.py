@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from ..sharding import is_partitioned, is_sharded
 from . import adapter_file
 from .adapter_file import SIDE_FILE, Parts
-from .linear import TRAINED, LoKILinear, low_rank_rows
+from .linear import TRAINED, LokiLinear, low_rank_rows
 
 
-def save_state(layers: Sequence[tuple[str, LoKILinear]], folder: str | os.PathLike[str]) -> Path:
+def save_state(layers: Sequence[tuple[str, LokiLinear]], folder: str | os.PathLike[str]) -> Path:
     """What `Patch.save_state` does."""
-    parts = {name: adapter_file.parts_of(layer) for name, layer in layers}
+    parts = {name: adapter_file.trained_parts(layer) for name, layer in layers}
     return adapter_file.write_side_file(folder, layers, parts)
 
 
-def load_state(layers: Sequence[tuple[str, LoKILinear]], folder: str | os.PathLike[str]) -> None:
+def load_state(layers: Sequence[tuple[str, LokiLinear]], folder: str | os.PathLike[str]) -> None:
     """What `Patch.load_state` does."""
     if any(is_partitioned(layer.weight) for _, layer in layers):
         raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
     path = Path(folder) / SIDE_FILE
-    reason = adapter_file.copy_into(layers, adapter_file.read(path))
+    reason = adapter_file.load_rows(layers, adapter_file.read_adapter(path))
     if reason is not None:
         raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
 
@@ -42,11 +42,11 @@ class SavePretrained:
     """
 
     model: nn.Module
-    layers: list[tuple[str, LoKILinear]]
+    layers: list[tuple[str, LokiLinear]]
 
     @classmethod
     def attach(
-        cls, model: nn.Module, layers: list[tuple[str, LoKILinear]]
+        cls, model: nn.Module, layers: list[tuple[str, LokiLinear]]
     ) -> SavePretrained | None:
         if not hasattr(type(model), "save_pretrained"):
             return None
@@ -63,7 +63,7 @@ class SavePretrained:
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        parts = {name: adapter_file.parts_of(layer) for name, layer in self.layers}
+        parts = {name: adapter_file.trained_parts(layer) for name, layer in self.layers}
         if state_dict is not None:
             state_dict = _merge_trained(state_dict, parts)
         needs_side_file = any(layer.needs_side_file for _, layer in self.layers)

@@ -15,7 +15,7 @@ from ..selection import RowSelection
 from ..sharding import is_sharded
 from ..structure import DownProjection
 from .checkpoint import SavePretrained, load_state, save_state
-from .linear import LoKILinear
+from .linear import LokiLinear
 
 if TYPE_CHECKING:
     from .trainer import SideFileCallback
@@ -67,7 +67,7 @@ class Patch:
     model: nn.Module
     rows: RowSelection
     report: Report
-    _layers: list[tuple[DownProjection, LoKILinear]] = field(repr=False)
+    _layers: list[tuple[DownProjection, LokiLinear]] = field(repr=False)
     _required: list[tuple[nn.Parameter, bool]] = field(repr=False)
     _mlps: list[tuple[nn.Module, str, nn.Module]] = field(repr=False)  # owner, attribute, original
     _hooks: list[RemovableHandle] = field(repr=False)
@@ -126,7 +126,7 @@ class Patch:
 
         return SideFileCallback(self.named_layers())
 
-    def named_layers(self) -> list[tuple[str, LoKILinear]]:
+    def named_layers(self) -> list[tuple[str, LokiLinear]]:
         """(name in the model, layer) of every patched layer."""
         return [(down_proj.name, layer) for down_proj, layer in self._layers]
 

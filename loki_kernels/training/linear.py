@@ -1,4 +1,4 @@
-"""`LoKILinear`: an ``nn.Linear`` of which some rows are trained and the rest is frozen."""
+"""`LokiLinear`: an ``nn.Linear`` of which some rows are trained and the rest is frozen."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from ..ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear, sync_rows
 from ..ops.gated_product import Activation
-from ..sharding import full_shape, is_partitioned, is_sharded, shard_like, whole
+from ..sharding import full_shape, full_values, is_partitioned, is_sharded, shard_like
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("rows", "delta_a", "delta_b")
 
 
-class LoKILinear(nn.Module):
+class LokiLinear(nn.Module):
     """``y = x @ W.T + b`` with rows ``index`` of W trained, every other entry frozen.
 
     ``weight`` is one dense frozen parameter. Without a rank the trained ``rows`` are a parameter of
@@ -81,7 +81,7 @@ class LoKILinear(nn.Module):
             linear.bias.requires_grad_(False)
         index = index.to(weight.device)
         self.register_buffer("index", index, persistent=False)
-        selected = whole(weight)[index]
+        selected = full_values(weight)[index]
         # On the host, for it is seldom read, and no buffer, which DDP would broadcast every step.
         self.original_rows = selected.cpu()
         if rank is None:
@@ -99,7 +99,7 @@ class LoKILinear(nn.Module):
         rows: Tensor | list[int],
         rank: int | None = None,
         dtype: torch.dtype | None = None,
-    ) -> LoKILinear:
+    ) -> LokiLinear:
         """Take over ``linear``'s weight (shared, frozen) and train ``rows`` of it.
 
         Args:
@@ -114,7 +114,7 @@ class LoKILinear(nn.Module):
             ValueError: for rows out of range or duplicated, a rank below 1, a non-floating weight.
         """
         if not isinstance(linear, nn.Linear):
-            raise TypeError(f"LoKILinear takes over an nn.Linear, not a {type(linear).__name__}.")
+            raise TypeError(f"LokiLinear takes over an nn.Linear, not a {type(linear).__name__}.")
         return cls(linear, torch.as_tensor(rows), rank, dtype)
 
     @property
@@ -155,9 +155,9 @@ class LoKILinear(nn.Module):
         """The rows as trained so far, ``[k, in_features]`` in the weight's dtype."""
         with torch.no_grad():
             if self.rank is None:
-                return whole(self.rows).to(self.weight.dtype)
-            frozen = self._rows_of(whole(self.weight))
-            rows = low_rank_rows(frozen, whole(self.delta_a), whole(self.delta_b))
+                return full_values(self.rows).to(self.weight.dtype)
+            frozen = self._rows_of(full_values(self.weight))
+            rows = low_rank_rows(frozen, full_values(self.delta_a), full_values(self.delta_b))
             return rows.to(self.weight.dtype)
 
     def merged_weight(self) -> Tensor:
@@ -165,7 +165,7 @@ class LoKILinear(nn.Module):
         if self.rank is None and not is_sharded(self.weight):
             write_rows([self])
             return self.weight.detach()
-        weight = whole(self.weight)
+        weight = full_values(self.weight)
         index = self.index.to(weight.device)
         merged = weight.index_copy(0, index, self.merged_rows().to(weight.device))
         return shard_like(merged, self.weight)
@@ -200,7 +200,7 @@ class LoKILinear(nn.Module):
         weight = self.merged_weight()
         if isinstance(self.weight, DTensor) and self.needs_side_file:
             # every process is here; the one that writes the side file will be alone
-            self.gathered = {name: whole(p).cpu() for name, p in self.trained_parameters()}
+            self.gathered = {name: full_values(p).cpu() for name, p in self.trained_parameters()}
         merged_in_place = self.rank is None and not is_sharded(self.weight)
         destination[prefix + "weight"] = self.weight if keep_vars and merged_in_place else weight
         if self.bias is not None:
@@ -245,7 +245,7 @@ class LoKILinear(nn.Module):
         if prefix + "weight" not in state_dict or len(error_msgs) > errors:
             return
         with torch.no_grad():
-            weight = whole(self.weight)
+            weight = full_values(self.weight)
             loaded = self._rows_of(weight)
             if self.rank is None:
                 self.rows.copy_(shard_like(loaded.to(self.rows.dtype), self.rows))
@@ -303,9 +303,9 @@ def low_rank_rows(frozen: Tensor, delta_a: Tensor, delta_b: Tensor) -> Tensor:
     return frozen.float() + (delta_a.float() @ delta_b.float()).to(frozen.device)
 
 
-def write_rows(layers: Sequence[LoKILinear]) -> None:
+def write_rows(layers: Sequence[LokiLinear]) -> None:
     """Put the trained rows of layers without a rank into their weights."""
-    groups: dict[Any, list[LoKILinear]] = {}
+    groups: dict[Any, list[LokiLinear]] = {}
     for layer in layers:
         key = layer.weight.device, layer.weight.dtype, layer.rows.dtype
         groups.setdefault(key, []).append(layer)

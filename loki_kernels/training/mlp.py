@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.gated_product import Activation
 from ..ops.gated_product.reference import gated_product_reference
 from ..structure import DownProjection, is_linear_like
-from .linear import LoKILinear
+from .linear import LokiLinear
 
 # Largest relative difference allowed between the MLP and what we take it for, on random input: the
 # same numbers, the activation's product rounded once instead of twice.
@@ -50,7 +50,7 @@ class Gating:
 
 
 class FusedMLP(nn.Module):
-    """An MLP's own modules under their own names, its activation and `LoKILinear` as one op."""
+    """An MLP's own modules under their own names, its activation and `LokiLinear` as one op."""
 
     def __init__(self, mlp: nn.Module, down: str, gating: Gating) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gating.split(self, x)
-        layer: LoKILinear = getattr(self, self.down)
+        layer: LokiLinear = getattr(self, self.down)
         # The fused op works on a written weight (the compiler fuses and recomputes by itself), and
         # hooks expect an ordinary call. Below the first trained row nothing is differentiated, and
         # keeping gate and up would cost memory.

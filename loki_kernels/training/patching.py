@@ -1,4 +1,4 @@
-"""`patch`: replace a model's FFN down-projections by LoKILinear."""
+"""`patch`: replace a model's FFN down-projections by LokiLinear."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..sharding import full_shape, is_sharded, shards_its_weights
 from ..structure import DownProjection, find_structure
 from .checkpoint import SavePretrained
 from .handle import Patch, Report
-from .linear import LoKILinear, write_rows
+from .linear import LokiLinear, write_rows
 from .mlp import FusedMLP, Gating, find_gating
 from .targets import Rows, as_selection, check_fits, check_patchable
 
@@ -38,7 +38,7 @@ def patch(
 ) -> Patch:
     """Make a model train some rows of its FFN down-projections and nothing else.
 
-    Every ``down_proj`` of this instance becomes a `LoKILinear` and every other parameter is frozen.
+    Every ``down_proj`` of this instance becomes a `LokiLinear` and every other parameter is frozen.
     Train with any trainer; ``state_dict`` and ``save_pretrained`` give an ordinary checkpoint.
 
     Args:
@@ -78,7 +78,7 @@ def patch(
 
     causal_lm = structure.causal_lm
     names = {id(module): name for name, module in causal_lm.named_modules()}
-    layers: list[tuple[DownProjection, LoKILinear]] = []
+    layers: list[tuple[DownProjection, LokiLinear]] = []
     skipped: dict[str, str] = {}
     required = [(parameter, parameter.requires_grad) for parameter in causal_lm.parameters()]
     total = sum(math.prod(full_shape(parameter)) for parameter, _ in required)
@@ -87,7 +87,7 @@ def patch(
             if len(index) == 0:
                 skipped[names[id(down_proj.module)]] = "no row of this layer is selected"
                 continue
-            layers.append((down_proj, LoKILinear.from_linear(down_proj.module, index, rank, dtype)))
+            layers.append((down_proj, LokiLinear.from_linear(down_proj.module, index, rank, dtype)))
     except BaseException:
         for parameter, flag in required:
             parameter.requires_grad_(flag)
@@ -129,7 +129,7 @@ def _gating(down_proj: DownProjection, rank: int | None) -> Gating | str:
 
 def _fuse(
     causal_lm: nn.Module,
-    layers: Sequence[tuple[DownProjection, LoKILinear]],
+    layers: Sequence[tuple[DownProjection, LokiLinear]],
     gatings: dict[str, Gating | str],
     names: dict[int, str],
 ) -> tuple[dict[str, str], dict[str, str], list[tuple[nn.Module, str, nn.Module]]]:
@@ -160,7 +160,7 @@ class _RowWriter:
     """
 
     model: nn.Module
-    layers: list[LoKILinear]
+    layers: list[LokiLinear]
 
     def attach(self, decoder: nn.Module) -> list[RemovableHandle]:
         if not self.layers:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import UnsupportedModelError
 from ..selection import RowSelection
 from ..structure import Structure, is_plain_linear
-from .linear import LoKILinear
+from .linear import LokiLinear
 
 # What names rows: a selection, one list a layer, or the path of a position file.
 Rows = RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str]
@@ -26,7 +26,7 @@ def as_selection(rows: Rows) -> RowSelection:
 
 
 def check_patchable(structure: Structure) -> None:
-    if any(isinstance(module, LoKILinear) for module in structure.causal_lm.modules()):
+    if any(isinstance(module, LokiLinear) for module in structure.causal_lm.modules()):
         raise ValueError(
             "the model is already patched; call unpatch() or merge() on its Patch handle first."
         )

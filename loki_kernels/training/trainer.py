@@ -14,7 +14,7 @@ from ..sharding import is_partitioned
 from . import adapter_file
 from .adapter_file import SIDE_FILE, Saved
 from .checkpoint import load_state
-from .linear import LoKILinear, low_rank_rows
+from .linear import LokiLinear, low_rank_rows
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class SideFileCallback(TrainerCallback):
     """What `Patch.trainer_callback` gives."""
 
-    def __init__(self, layers: list[tuple[str, LoKILinear]]) -> None:
+    def __init__(self, layers: list[tuple[str, LokiLinear]]) -> None:
         self.layers = layers
 
     def on_train_begin(
@@ -51,7 +51,7 @@ class SideFileCallback(TrainerCallback):
             return
         for folder in folders:
             path = folder / SIDE_FILE
-            if path.is_file() and _rounds_to(adapter_file.read(path), layers):
+            if path.is_file() and _rounds_to(adapter_file.read_adapter(path), layers):
                 load_state(layers, folder)
                 return
         logger.warning(
@@ -62,7 +62,7 @@ class SideFileCallback(TrainerCallback):
         )
 
 
-def _rounds_to(saved: Saved, layers: list[tuple[str, LoKILinear]]) -> bool:
+def _rounds_to(saved: Saved, layers: list[tuple[str, LokiLinear]]) -> bool:
     """Whether the layers hold what was saved, but for rounding: the Trainer has just read that."""
     for name, layer in layers:
         parts, held = saved.layers.get(name, {}), layer.merged_rows().float().cpu()

@@ -14,11 +14,11 @@ import transformers
 
 import loki_kernels as loki
 from loki_kernels.attribution import DEFINITIONS, attribute
-from loki_kernels.attribution.definitions import path_rule, resolve_definition
+from loki_kernels.attribution.definitions import PathIntegral, path_rule
 from loki_kernels.attribution.prefill import Batch, run_prefill
 from loki_kernels.attribution.reference import attribute_reference
-from loki_kernels.attribution.staircase import RowPass
-from loki_kernels.attribution.steering import prepared
+from loki_kernels.attribution.staircase import Staircase
+from loki_kernels.attribution.steering import borrowed
 from loki_kernels.structure import find_structure
 from tests.models import ARCHITECTURES, assert_unchanged, build_model, snapshot
 
@@ -499,25 +499,22 @@ def test_memory_does_not_grow_with_samples(tmp_path):
     assert peaks[1] > size
 
 
-def test_row_pass_compiles_whole():
-    """The rows forward and back to the path points, every hook included, without a graph break."""
+def test_staircase_compiles_whole():
+    """The points forward and back to the leaves, every hook included, without a graph break."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         pytest.skip("torch 2.11 cannot trace requires_grad_; 2.12 was not tried")
     torch._dynamo.reset()
     structure = find_structure(build_model())
-    definition = resolve_definition("published", {})
-    alphas, weights = path_rule(definition.rule, 7)
-    ids = torch.arange(18).view(2, 9)
-    with prepared(structure):
-        batch = Batch(ids, torch.tensor([9, 5]))
-        prefill = run_prefill(structure, batch, definition.site)
-        target = prefill.logits.argmax(-1)
-        rows = RowPass(structure, batch, prefill, target, definition, alphas, weights, None, None)
-        want = rows.run(range(3), prefill.prefix)
-        rows._differentiate = torch.compile(
-            rows._differentiate, fullgraph=True, backend="aot_eager"
+    integral = PathIntegral.resolve("published", {}, 7)
+    batch = Batch([0, 1], torch.arange(18).view(2, 9), torch.tensor([9, 5]))
+    with borrowed(structure):
+        prefill = run_prefill(structure, batch, integral.definition)
+        staircase = Staircase(structure, batch, prefill, integral, None)
+        want = staircase.run(range(3), prefill.prefix)
+        staircase._differentiate = torch.compile(
+            staircase._differentiate, fullgraph=True, backend="aot_eager"
         )
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            got = rows.run(range(3), prefill.prefix)
+            got = staircase.run(range(3), prefill.prefix)
     torch.testing.assert_close(got.scores, want.scores)
     torch.testing.assert_close(got.change, want.change)

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
-from loki_kernels import LoKILinear
+from loki_kernels import LokiLinear
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +19,12 @@ def fresh_compiler():
 def make(bias=True, dtype=torch.float32, rank=None, rows_dtype=None, rows=(0, 3, 8)):
     torch.manual_seed(0)
     linear = nn.Linear(7, 9, bias=bias).to(dtype)
-    return copy.deepcopy(linear), LoKILinear.from_linear(
+    return copy.deepcopy(linear), LokiLinear.from_linear(
         linear, torch.tensor(rows), rank, rows_dtype
     )
 
 
-def dense(layer: LoKILinear, original: nn.Linear) -> torch.Tensor:
+def dense(layer: LokiLinear, original: nn.Linear) -> torch.Tensor:
     """The weight the layer must act as, built without its own methods."""
     weight = original.weight.detach().clone()
     if layer.rank is None:
@@ -199,7 +199,7 @@ def test_reset_rows():
 def test_bad_rows(rows, rank, message):
     linear = nn.Linear(7, 9)
     with pytest.raises(ValueError, match=message):
-        LoKILinear.from_linear(linear, torch.tensor(rows), rank)
+        LokiLinear.from_linear(linear, torch.tensor(rows), rank)
     assert linear.weight.requires_grad
     with pytest.raises(TypeError, match="not a Conv1d"):
-        LoKILinear.from_linear(nn.Conv1d(1, 1, 1), [0])
+        LokiLinear.from_linear(nn.Conv1d(1, 1, 1), [0])

@@ -80,7 +80,7 @@ def test_merge_and_train_flag():
     model.train()
     handle.merge()
     assert all(module.training for module in model.modules())
-    assert not any(isinstance(m, (FusedMLP, loki.LoKILinear)) for m in model.modules())
+    assert not any(isinstance(m, (FusedMLP, loki.LokiLinear)) for m in model.modules())
     torch.testing.assert_close(model(input_ids=IDS).logits.detach(), want)
 
 

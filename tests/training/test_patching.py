@@ -50,7 +50,7 @@ def test_merge_keeps_what_was_learned(model, rank):
     learned = logits(train(model))
     merged = handle.merge()
     assert merged is model
-    assert not any(isinstance(m, loki.LoKILinear) for m in model.modules())
+    assert not any(isinstance(m, loki.LokiLinear) for m in model.modules())
     torch.testing.assert_close(logits(model), learned)
     after = snapshot(model)
     for key in ("required", "identity", "types", "hooks"):
@@ -171,10 +171,10 @@ def test_low_rank_rows_over_bfloat16_are_read_back_at_any_size(std):
     linear_layer = torch.nn.Linear(256, 64, bias=False).to(torch.bfloat16)
     twin = copy.deepcopy(linear_layer)
     rows = torch.arange(51)
-    layer = loki.LoKILinear.from_linear(linear_layer, rows, rank=4, dtype=torch.float32)
+    layer = loki.LokiLinear.from_linear(linear_layer, rows, rank=4, dtype=torch.float32)
     with torch.no_grad():
         layer.delta_a.normal_(std=std)
-    again = loki.LoKILinear.from_linear(twin, rows, rank=4, dtype=torch.float32)
+    again = loki.LokiLinear.from_linear(twin, rows, rank=4, dtype=torch.float32)
     again.load_state_dict(layer.state_dict())
     want, got = (x.merged_weight().float() for x in (layer, again))
     assert (got - want).norm() < 0.02 * want.norm()

@@ -127,8 +127,9 @@ def test_sft_trainer(base_folder, tmp_path):
     """TRL around a patched model; the checkpoint is an ordinary one."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from tests.models import changed_rows
     from transformers import AutoModelForCausalLM
+
+    from tests.models import changed_rows
 
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     loki.patch(model, ROWS)

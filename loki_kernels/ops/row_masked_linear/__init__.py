@@ -26,7 +26,7 @@ def row_masked_linear(
 
     The meaning is ``F.linear(x, weight.index_copy(0, index, rows.to(weight.dtype)), bias)``.
     ``weight`` must already hold the rows (``weight[index] == rows.to(weight.dtype)``, which
-    `LoKILinear` sees to), so the forward pass is one dense product with nothing copied; the
+    `LokiLinear` sees to), so the forward pass is one dense product with nothing copied; the
     backward pass is ``dX = dY @ weight`` and ``dW_S = dY[:, index].T @ X`` for those rows alone.
 
     Args:

@@ -1,0 +1,25 @@
+"""Names that moved: each still works for one release, with a warning that says what it is now."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` that finds old ``names`` under their new ``module:name``."""
+
+    def __getattr__(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        place, _, new = names[name].partition(":")
+        warnings.warn(
+            f"{module}.{name} is {place}.{new} now; the old name goes with the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(place), new)
+
+    return __getattr__
