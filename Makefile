@@ -23,7 +23,7 @@ OLD_PEFT := 0.18.1
 	touch $@
 
 demo: .venv/.ready
-	$(PY) -m loki_kernels.cli demo $(if $(QUICK),--quick) $(ARGS)
+	$(PY) -m loki_kernels.demo $(if $(QUICK),--quick) $(ARGS)
 
 # Triton's kernels run on a GPU, or in an interpreter that needs a process of its own.
 test: .venv/.dev

@@ -4,24 +4,31 @@ import loki_kernels as loki
 loki.patch(model, tokenizer=tokenizer)
 """
 
-from . import ops
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._deprecated import moved
 from ._version import __version__
-from .attribution import Attribution, AttributionCounts, attribute
-from .errors import UnsupportedModelError
-from .ops import row_masked_linear
-from .ops._dispatch import backends
-from .questions import load_questions, read_questions
-from .selection import RowSelection, select
-from .training import (
-    LokiLinear,
-    Patch,
-    export_lora,
-    load_adapter,
-    patch,
-    save_adapter,
-    suppress,
-)
+
+if TYPE_CHECKING:
+    from . import ops
+    from .attribution import Attribution, AttributionCounts, attribute
+    from .errors import UnsupportedModelError
+    from .ops import row_masked_linear
+    from .ops._dispatch import backends
+    from .questions import load_questions, read_questions
+    from .selection import RowSelection, select
+    from .training import (
+        LokiLinear,
+        Patch,
+        export_lora,
+        load_adapter,
+        patch,
+        save_adapter,
+        suppress,
+    )
 
 __all__ = [
     "Attribution",
@@ -45,4 +52,39 @@ __all__ = [
     "suppress",
 ]
 
-__getattr__ = moved(__name__, {"LoKILinear": "loki_kernels:LokiLinear"})
+# Where a name is looked up when it is first used: torch and transformers take seconds to import,
+# and ``loki-kernels --help`` needs neither. What type checkers read above says the same.
+_MODULES = {
+    "Attribution": "attribution",
+    "AttributionCounts": "attribution",
+    "LokiLinear": "training",
+    "Patch": "training",
+    "RowSelection": "selection",
+    "UnsupportedModelError": "errors",
+    "attribute": "attribution",
+    "backends": "ops._dispatch",
+    "export_lora": "training",
+    "load_adapter": "training",
+    "load_questions": "questions",
+    "patch": "training",
+    "read_questions": "questions",
+    "row_masked_linear": "ops",
+    "save_adapter": "training",
+    "select": "selection",
+    "suppress": "training",
+}
+_moved = moved(__name__, {"LoKILinear": "loki_kernels:LokiLinear"}, depth=3)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    if name not in _MODULES:
+        return _moved(name)
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

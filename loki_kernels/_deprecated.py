@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` that finds old ``names`` under their new ``module:name``."""
+def moved(module: str, names: Mapping[str, str], *, depth: int = 2) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` that finds old ``names`` under their new ``module:name``.
+
+    ``depth`` is how many calls lie between the warning and the line that uses the name.
+    """
 
     def __getattr__(name: str) -> Any:
         if name not in names:
@@ -18,7 +21,7 @@ def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         warnings.warn(
             f"{module}.{name} is {place}.{new} now; the old name goes with the next release.",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=depth,
         )
         return getattr(importlib.import_module(place), new)
 

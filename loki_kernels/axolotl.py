@@ -17,8 +17,8 @@ import peft
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from pydantic import BaseModel
 
+from .options import DEFAULT_QUOTA
 from .peft import LokiConfig
-from .ranking import DEFAULT_QUOTA
 
 
 class LokiArguments(BaseModel):

@@ -6,14 +6,17 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
-from .attribution.attribute import Keep
-from .attribution.definitions import DEFINITIONS, Site
-from .ops.count_lowest import Criterion
-from .ranking import DEFAULT_CRITERION, DEFAULT_QUOTA
-from .selection import Strategy
+from .options import (
+    DEFAULT_CRITERION,
+    DEFAULT_QUOTA,
+    Criterion,
+    DefinitionName,
+    Keep,
+    Site,
+    Strategy,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,15 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="loki-kernels", description="Fine-tune a language model without making it forget."
+        prog="loki-kernels",
+        description="Fine-tune a language model in the weights its knowledge depends on least.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
     attribute = commands.add_parser("attribute", help="attribute a model's answers to FFN nodes")
     attribute.add_argument("model", help="folder or hub name of a causal language model")
     attribute.add_argument("out", help="file to write: .safetensors, .h5 or .hdf5")
-    _add_question_options(attribute)
-    attribute.add_argument("--definition", choices=list(DEFINITIONS), default="published")
+    add_question_options(attribute)
+    attribute.add_argument("--definition", choices=get_args(DefinitionName), default="published")
     attribute.add_argument("--steps", type=int, default=7)
     attribute.add_argument("--site", choices=get_args(Site), default="down_proj")
     attribute.add_argument("--batch-size", type=int)
@@ -56,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     select = commands.add_parser("select", help="choose rows from an attribution")
     select.add_argument("attribution", help="file written by attribute, or the authors' HDF5 log")
-    select.add_argument("out", help="position file to write (.json)")
+    select.add_argument("out", help="row file to write (.json)")
     _add_selection_options(select)
     select.add_argument("--strategy", choices=get_args(Strategy), default="layer_balanced")
     select.add_argument("--seed", type=int, default=0)
@@ -75,16 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         "adapter", help="write an untrained adapter, for programs that continue one"
     )
     adapter.add_argument("model", help="folder or hub name of the base model")
-    adapter.add_argument("rows", help="position file")
+    adapter.add_argument("rows", help="row file")
     adapter.add_argument("out", help="folder to write the adapter to")
     adapter.add_argument("--rank", type=int, help="of LoKI*")
     adapter.set_defaults(run=_adapter)
-
-    demo = commands.add_parser("demo", help="the main job on SmolLM2-135M, end to end")
-    demo.add_argument("--out", default="demo-output", help="folder to write")
-    demo.add_argument("--quick", action="store_true", help="a smaller run, under 3 minutes")
-    _add_question_options(demo)
-    demo.set_defaults(run=_demo)
 
     environment = commands.add_parser("env", help="versions, device and live backends")
     environment.set_defaults(run=_env)
@@ -98,13 +96,14 @@ def _add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--criterion", choices=get_args(Criterion), help=default)
 
 
-def _add_question_options(parser: argparse.ArgumentParser) -> None:
+def add_question_options(parser: argparse.ArgumentParser) -> None:
+    """``--questions`` and ``--dataset``, which `questions_of` reads."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--questions", help="your own questions: MMLU's csv, or jsonl")
     source.add_argument("--dataset", help="a Hugging Face dataset, NAME or NAME:CONFIG")
 
 
-def _questions(arguments: argparse.Namespace) -> Any:
+def questions_of(arguments: argparse.Namespace) -> Any:
     """The user's own questions, or None."""
     from .questions import read_dataset, read_questions
 
@@ -133,6 +132,7 @@ def _attribute(arguments: argparse.Namespace) -> None:
     from .attribution import attribute
     from .attribution.result import import_h5py
     from .files import check_writable
+    from .plots import import_matplotlib
     from .questions import load_questions
 
     suffix = check_writable(arguments.out).suffix
@@ -140,12 +140,14 @@ def _attribute(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.out} must end in .safetensors, .h5 or .hdf5.")
     if suffix != ".safetensors":
         import_h5py()
-    if arguments.heatmap and check_writable(arguments.heatmap).suffix != ".png":
-        raise ValueError(f"{arguments.heatmap} must end in .png.")
+    if arguments.heatmap:
+        if check_writable(arguments.heatmap).suffix != ".png":
+            raise ValueError(f"{arguments.heatmap} must end in .png.")
+        import_matplotlib()
     if arguments.keep == "counts" and (arguments.heatmap or suffix != ".safetensors"):
         raise ValueError("--keep counts writes .safetensors and has no scores for a heatmap.")
     as_it_comes = arguments.keep == "scores" and suffix == ".safetensors"
-    questions = _questions(arguments) or load_questions()
+    questions = questions_of(arguments) or load_questions()
     model = _load_model(arguments.model, arguments.dtype)
     model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -214,12 +216,6 @@ def _adapter(arguments: argparse.Namespace) -> None:
     rows = RowSelection.load(arguments.rows)
     handle = patch(_load_model(arguments.model, "auto"), rows, rank=arguments.rank)
     print(f"{handle.report}\n{rows} -> {save_adapter(handle.model, arguments.out)}")
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    from .demo.main import run_demo
-
-    run_demo(Path(arguments.out), quick=arguments.quick, questions=_questions(arguments))
 
 
 def _env(_arguments: argparse.Namespace) -> None:

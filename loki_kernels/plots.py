@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,20 +23,19 @@ def plot_heatmap(scores: Tensor, path: str | os.PathLike[str], quota: float) -> 
 
     Raises:
         ValueError: for another suffix or a quota out of range.
+        ImportError: without the ``plot`` extra.
     """
     if Path(path).suffix != ".png":
         raise ValueError(f"{path}: the heatmap is a .png file.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    figure_canvas, figure_class = import_matplotlib()
     samples, _, width = scores.shape
     k = rows_per_layer(quota, width)
     panels = {
         f"among the {quota:g} % {kind}": count_extreme(scores, k, kind == "highest", "signed")
         for kind in ("highest", "lowest")
     }
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_class(figsize=(10, 6), layout="constrained")
+    figure_canvas(figure)
     axes = figure.subplots(2, 1, sharex=True)
     image = None
     for axis, (title, counts) in zip(axes, panels.items(), strict=True):
@@ -49,3 +49,13 @@ def plot_heatmap(scores: Tensor, path: str | os.PathLike[str], quota: float) -> 
     figure.colorbar(image, ax=axes, label="share of prompts")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
+
+
+def import_matplotlib() -> tuple[Any, Any]:
+    """matplotlib's canvas without a screen and its figure, or where to get them."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'loki-kernels[plot]'.") from error
+    return FigureCanvasAgg, Figure

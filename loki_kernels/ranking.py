@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from .ops import count_lowest
-from .ops.count_lowest import Criterion
-
-DEFAULT_QUOTA = 10.0  # percent
-# Of SmolLM2-135M's rows the 10 % magnitude-lowest are missed less than random ones, the
-# signed-lowest far more: perplexity 42, 63 and 770,314 without them, 28 before
-# (benchmarks/forgetting).
-DEFAULT_CRITERION: Criterion = "magnitude"
+from .options import Criterion
 
 # Scores read at a time while counting, in elements: 64 MiB of float32.
 _CHUNK_ELEMENTS = 1 << 24

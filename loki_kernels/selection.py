@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, get_args, overload
 
 import numpy as np
 import torch
@@ -18,18 +18,8 @@ from torch import Tensor
 from .attribution import Attribution, AttributionCounts
 from .errors import check_choice
 from .files import atomic_path
-from .ops.count_lowest import Criterion
-from .ranking import (
-    DEFAULT_CRITERION,
-    DEFAULT_QUOTA,
-    count_extreme,
-    most_frequent,
-    rows_per_layer,
-)
-
-Strategy = Literal[
-    "layer_balanced", "layer_balanced_highest", "global_lowest", "global_highest", "random"
-]
+from .options import DEFAULT_CRITERION, DEFAULT_QUOTA, Criterion, Strategy
+from .ranking import count_extreme, most_frequent, rows_per_layer
 
 _FORMAT = "loki-kernels-rows"
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check_choice
-from ..ops.count_lowest import Criterion
+from ..options import DEFAULT_CRITERION, DEFAULT_QUOTA, Criterion, DefinitionName, Keep
 from ..progress import progress_bar
-from ..ranking import DEFAULT_CRITERION, DEFAULT_QUOTA, rows_per_layer
+from ..ranking import rows_per_layer
 from ..structure import Structure, find_structure
 from .definitions import Overrides, PathIntegral
 from .prefill import Batch, run_prefill
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 # not resolved at all; SmolLM2-135M has 0.1 to 0.6 at m = 7, post-norm models (Gemma-2) 10 and more.
 _UNRESOLVED = 1.0
 
-Keep = Literal["scores", "counts"]
-
 
 @overload
 def attribute(
@@ -39,7 +37,7 @@ def attribute(
     prompts: Iterable[Any],
     *,
     tokenizer: Any = None,
-    definition: str = "published",
+    definition: DefinitionName = "published",
     steps: int = 7,
     batch_size: int | None = None,
     target: Sequence[int] | Tensor | None = None,
@@ -54,7 +52,7 @@ def attribute(
     prompts: Iterable[Any],
     *,
     tokenizer: Any = None,
-    definition: str = "published",
+    definition: DefinitionName = "published",
     steps: int = 7,
     batch_size: int | None = None,
     target: Sequence[int] | Tensor | None = None,
@@ -70,7 +68,7 @@ def attribute(
     prompts: Iterable[Any],
     *,
     tokenizer: Any = None,
-    definition: str = "published",
+    definition: DefinitionName = "published",
     steps: int = 7,
     batch_size: int | None = None,
     target: Sequence[int] | Tensor | None = None,
@@ -86,7 +84,7 @@ def attribute(
     prompts: Iterable[Any],
     *,
     tokenizer: Any = None,
-    definition: str = "published",
+    definition: DefinitionName = "published",
     steps: int = 7,
     batch_size: int | None = None,
     target: Sequence[int] | Tensor | None = None,

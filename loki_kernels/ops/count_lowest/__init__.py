@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ...options import Criterion
 from .._dispatch import Backend, check_backend, register
-
-Criterion = Literal["signed", "magnitude"]
 
 
 def count_lowest(
