@@ -14,10 +14,11 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import ops
-    from .attribution import Attribution, AttributionCounts, attribute
+    from .attribution import Attribution, AttributionCounts
+    from .attribution.attribute import attribute
     from .errors import UnsupportedModelError
-    from .ops import row_masked_linear
     from .ops._dispatch import backends
+    from .ops.row_masked_linear import row_masked_linear
     from .questions import load_questions, read_questions
     from .selection import RowSelection, select
     from .training import (
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
         load_adapter,
         patch,
         save_adapter,
-        suppress,
     )
+    from .training.suppress import suppress
 
 __all__ = [
     "Attribution",

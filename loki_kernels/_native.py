@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,7 @@ COMMAND = (
 _schemas: dict[Library, torch.library.Library] = {}
 
 
-def define(library: Library, schema: str) -> Callable[..., None]:
+def define(library: Library, schema: str) -> Any:
     """The operator ``loki_kernels_<library>::<schema>``, which compiled code implements."""
     if library not in _schemas:
         _schemas[library] = torch.library.Library(f"loki_kernels_{library}", "DEF")
@@ -59,7 +58,8 @@ def why_not(library: Library) -> str | None:
 
 def _reasons() -> dict[str, str]:
     try:
-        return json.loads((_FOLDER / REPORT).read_text(encoding="utf-8"))
+        reasons: dict[str, str] = json.loads((_FOLDER / REPORT).read_text(encoding="utf-8"))
+        return reasons
     except FileNotFoundError:
         return {}
 

@@ -129,7 +129,7 @@ def _attribute(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from .attribution import attribute
+    from .attribution import Attribution, attribute
     from .attribution.result import import_h5py
     from .files import check_writable
     from .plots import import_matplotlib
@@ -166,7 +166,7 @@ def _attribute(arguments: argparse.Namespace) -> None:
     )
     if not as_it_comes:
         result.save(arguments.out)
-    if arguments.heatmap:
+    if isinstance(result, Attribution) and arguments.heatmap:
         result.heatmap(arguments.heatmap)
     print(f"{result} -> {arguments.out}")
 
@@ -197,7 +197,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     out = check_folder(arguments.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name a new folder.")
-    model = merge_folder(_load_model(arguments.base, arguments.dtype), arguments.checkpoint)
+    model: Any = merge_folder(_load_model(arguments.base, arguments.dtype), arguments.checkpoint)
     model.save_pretrained(out)
     try:
         AutoTokenizer.from_pretrained(arguments.base).save_pretrained(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from .errors import UnsupportedModelError
 from .sharding import full_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # An attribute only attention modules carry; one of these marks the branch of a layer to leave out.
 _ATTENTION_MARKS = ("head_dim", "num_heads", "head_size", "num_key_value_groups")
@@ -41,14 +44,14 @@ class DownProjection:
     name: str
     parent: nn.Module
     attribute: str
-    module: nn.Module
+    module: nn.Linear  # or a module that stands in for one
 
 
 @dataclass(frozen=True)
 class Structure:
     """A causal language model seen as embeddings, decoder layers and head."""
 
-    causal_lm: nn.Module
+    causal_lm: PreTrainedModel
     decoder: nn.Module
     layers: tuple[nn.Module, ...]
     down_projs: tuple[DownProjection, ...]
@@ -60,9 +63,14 @@ class Structure:
         """How many nodes a layer has at the attributed site."""
         return self.hidden_size if site == "down_proj" else self.intermediate_size
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its tokens."""
+        return _embedding(self.causal_lm).device
+
     def head(self) -> Head:
         """The output projection, with the logit scale and soft-cap its config names."""
-        module = self.causal_lm.get_output_embeddings()  # type: ignore[operator]
+        module = self.causal_lm.get_output_embeddings()
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise UnsupportedModelError(
@@ -90,7 +98,7 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config()
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> PreTrainedModel:
     """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper."""
     while True:
         if hasattr(model, "_orig_mod"):
@@ -98,9 +106,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
+            model = model.get_base_model()
         else:
-            return model
+            return cast("PreTrainedModel", model)
 
 
 def is_linear_like(module: nn.Module) -> bool:
@@ -119,13 +127,13 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def _linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module, str, nn.Module]]:
+def _linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module, str, nn.Linear]]:
     """(dotted name, parent, attribute, linear) outside attention, wrappers not entered."""
-    found = []
+    found: list[tuple[str, nn.Module, str, nn.Linear]] = []
     for attribute, child in module.named_children():
         name = f"{prefix}{attribute}"
         if is_linear_like(child):
-            found.append((name, module, attribute, child))
+            found.append((name, module, attribute, cast(nn.Linear, child)))
         elif not any(hasattr(child, mark) for mark in _ATTENTION_MARKS):
             found += _linears(child, f"{name}.")
     return found
@@ -185,7 +193,6 @@ def find_structure(model: nn.Module) -> Structure:
         for i, layer in enumerate(stack)
     )
     widths = {down_proj.module.in_features for down_proj in down_projs}
-    embeddings = causal_lm.get_input_embeddings()  # type: ignore[operator]
     return Structure(
         causal_lm=causal_lm,
         decoder=decoder,
@@ -193,8 +200,12 @@ def find_structure(model: nn.Module) -> Structure:
         down_projs=down_projs,
         hidden_size=config.hidden_size,
         intermediate_size=max(widths),
-        vocab_size=full_shape(embeddings.weight)[0],
+        vocab_size=full_shape(_embedding(causal_lm))[0],
     )
+
+
+def _embedding(model: PreTrainedModel) -> Tensor:
+    return cast(Tensor, model.get_input_embeddings().weight)
 
 
 def first_non_finite(model: nn.Module) -> str | None:

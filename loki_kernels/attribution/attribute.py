@@ -200,9 +200,8 @@ def _batches(
     structure: Structure,
 ) -> Iterator[Batch]:
     """The longest prompts first, so that what does not fit fails now."""
-    embeddings = structure.causal_lm.get_input_embeddings().weight  # type: ignore[operator]
     # Measured on 2 cores (benchmarks/NOTES.md): more points leave the cache, fewer idle the cores.
-    most_tokens, most_points = (1024, 512) if embeddings.device.type == "cpu" else (16384, 16384)
+    most_tokens, most_points = (1024, 512) if structure.device.type == "cpu" else (16384, 16384)
     points = len(structure.layers) * len(integral.alphas)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     start = 0
@@ -217,8 +216,8 @@ def _batches(
         lengths = torch.tensor([len(sequences[i]) for i in members])
         yield Batch(
             members,
-            input_ids.to(embeddings.device),
-            lengths.to(embeddings.device),
+            input_ids.to(structure.device),
+            lengths.to(structure.device),
             None if targets is None else targets[members],
         )
 

@@ -119,13 +119,14 @@ def _forward(
     handles: list[RemovableHandle],
 ) -> Tensor:
     """Logits ``[B, V]`` at each sample's last token; keys and values go into ``prefix``."""
-    head = structure.causal_lm.get_output_embeddings()  # type: ignore[operator]
+    head = structure.causal_lm.get_output_embeddings()
     last_only = head.register_forward_pre_hook(lambda _m, args: (batch.at_last(args[0])[:, None],))
     with steered(structure, capturing_attention(prefix), [*handles, last_only]):
         output = structure.causal_lm(
             input_ids=input_ids, position_ids=batch.positions, use_cache=False
         )
-    return output.logits[:, 0]
+    logits: Tensor = output.logits[:, 0]
+    return logits
 
 
 def capturing_attention(prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:

@@ -85,13 +85,13 @@ def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
             f"attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} of prompt "
             f"{first} differ in shape."
         )
-    sequences = []
-    for row, kept in zip(torch.atleast_2d(ids), torch.atleast_2d(mask) != 0, strict=True):
+    sequences: list[Tokens] = []
+    for tokens, kept in zip(torch.atleast_2d(ids), torch.atleast_2d(mask) != 0, strict=True):
         where = kept.nonzero().flatten()
         if len(where) and int(where[-1] - where[0]) + 1 != len(where):
             raise ValueError(
                 f"the attention mask of prompt {first + len(sequences)} has holes; only padding "
                 "on the left or the right is understood."
             )
-        sequences.append(row[kept].to(torch.int64).numpy())
+        sequences.append(tokens[kept].to(torch.int64).numpy())
     return sequences

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..options import DefinitionName
 from ..structure import find_structure
 from .definitions import DEFINITIONS, Definition, path_rule
 
@@ -19,7 +20,7 @@ def attribute_reference(
     model: nn.Module,
     input_ids: Tensor,
     *,
-    definition: str | Definition = "published",
+    definition: DefinitionName | Definition = "published",
     steps: int = 7,
     target: int | None = None,
     layers: range | None = None,

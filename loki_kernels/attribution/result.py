@@ -177,7 +177,8 @@ class AttributionCounts:
             ValueError: if the file is damaged or is something else.
         """
         tensors, metadata = read_safetensors(Path(path), _COUNTS_FORMAT)
-        return cls(**json.loads(metadata["counted"]), run=json.loads(metadata["run"]), **tensors)
+        fields: dict[str, Any] = json.loads(metadata["counted"]) | tensors
+        return cls(run=json.loads(metadata["run"]), **fields)
 
 
 def load_result(path: str | os.PathLike[str]) -> Attribution | AttributionCounts:

@@ -176,12 +176,12 @@ class Staircase:
         ) -> Tensor:
             prefix_k, prefix_v = prefix[module.layer_idx]  # type: ignore[index]
             samples, heads, points, dim = query.shape
-            alone = [
+            q, k, v = (
                 x.transpose(1, 2).reshape(samples * points, x.shape[1], 1, dim)
                 for x in (query, key, value)
-            ]
+            )
             lengths = self.batch.last.to(query.device).repeat_interleave(points)
-            output = shared_prefix_attention(*alone, prefix_k, prefix_v, lengths, **options)
+            output = shared_prefix_attention(q, k, v, prefix_k, prefix_v, lengths, **options)
             return output.view(samples, points, heads, dim).transpose(1, 2)
 
         return attend

@@ -47,10 +47,10 @@ def load_smollm2() -> tuple[PreTrainedModel, Any]:
     except ImportError:  # transformers before GgufConfig dequantizes by itself
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-    config = loaded.config
+    config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = LlamaForCausalLM(config).to(torch.float32)
+    model = LlamaForCausalLM(config).float()
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.name_or_path = NAME

@@ -6,14 +6,15 @@ Usage: python verify.py CHECKPOINT EXPECTED.json
 import hashlib
 import json
 import sys
+from typing import Any
 
 
-def row_hashes(weight):
+def row_hashes(weight: Any) -> list[str]:
     """A short hash of every row's bytes."""
     return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in weight]
 
 
-def main(checkpoint, expected_path):
+def main(checkpoint: str, expected_path: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
