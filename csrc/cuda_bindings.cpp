@@ -58,7 +58,7 @@ struct Checks {
     STD_TORCH_CHECK(same, op, ": ", name, " has the wrong shape");
   }
 
-  void rows_last(const Tensor& x, const char* name) const {
+  void unit_stride(const Tensor& x, const char* name) const {
     const int64_t last = x.dim() - 1;
     STD_TORCH_CHECK(x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, op, ": the last dimension of ", name,
                     " must be contiguous");
@@ -84,7 +84,7 @@ void count_lowest_op(const Tensor& scores, int64_t k, Tensor counts, bool magnit
   const Checks check("count_lowest", scores);
   STD_TORCH_CHECK(scores.dim() == 3, check.op, ": scores must be [N, L, D]");
   const int64_t samples = scores.size(0), layers = scores.size(1), width = scores.size(2);
-  check.rows_last(scores, "scores");
+  check.unit_stride(scores, "scores");
   check.of(counts, "counts", {layers, width}, ScalarType::Long);
   check.rank(k, 1, width);
   STD_TORCH_CHECK(samples * layers <= INT32_MAX, check.op, ": too many samples for one launch");
@@ -102,17 +102,17 @@ void count_lowest_integrated_op(const Tensor& gradients, const Tensor& weights,
   const Checks check("count_lowest_integrated", gradients);
   STD_TORCH_CHECK(gradients.dim() == 3, check.op, ": gradients must be [B, m, D]");
   const int64_t samples = gradients.size(0), points = gradients.size(1), width = gradients.size(2);
-  check.rows_last(gradients, "gradients");
+  check.unit_stride(gradients, "gradients");
   check.of(weights, "weights", {samples, points}, ScalarType::Float);
-  check.rows_last(weights, "weights");
+  check.unit_stride(weights, "weights");
   for (const auto& [x, name] : {std::pair{&z, "z"}, std::pair{&baseline, "baseline"}}) {
     if (!x->has_value()) continue;
     check.of(**x, name, {samples, width}, gradients.scalar_type());
-    check.rows_last(**x, name);
+    check.unit_stride(**x, name);
   }
   check.of(counts, "counts", {width}, ScalarType::Long);
   check.of(sums, "sums", {samples}, ScalarType::Double);
-  check.rows_last(sums, "sums");
+  check.unit_stride(sums, "sums");
   check.rank(k, 0, width);
   STD_TORCH_CHECK(samples <= INT32_MAX, check.op, ": too many samples for one launch");
   if (samples == 0) return;
@@ -146,9 +146,9 @@ void gather_columns_op(const Tensor& x, const Tensor& index, Tensor out) {
   const int64_t rows = x.size(0), k = index.size(0), itemsize = x.element_size();
   dtype_of(x, check.op, "x");
   check.of(index, "index", {k}, ScalarType::Long);
-  check.rows_last(index, "index");
+  check.unit_stride(index, "index");
   check.of(out, "out", {rows, k}, x.scalar_type());
-  check.rows_last(out, "out");
+  check.unit_stride(out, "out");
   if (rows == 0 || k == 0) return;
   const int64_t padded = (k * itemsize + 15) / 16 * 16;
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) % 16 == 0 &&
@@ -165,9 +165,9 @@ void scatter_add_columns_op(Tensor y, const Tensor& index, const Tensor& product
   STD_TORCH_CHECK(y.dim() == 2 && index.dim() == 1, check.op, ": y must be [N, M], index [k]");
   const int64_t rows = y.size(0), k = index.size(0);
   check.of(index, "index", {k}, ScalarType::Long);
-  check.rows_last(index, "index");
+  check.unit_stride(index, "index");
   check.of(product, "product", {rows, k}, ScalarType::Float);
-  check.rows_last(product, "product");
+  check.unit_stride(product, "product");
   if (rows == 0 || k == 0) return;
   const DeviceGuard guard(check.device);
   check.launched(scatter_add_columns(y.mutable_data_ptr(), dtype_of(y, check.op, "y"), rows,
@@ -191,9 +191,9 @@ void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> rows,
     check.of(weight, "weight", {weight.size(0), width}, weights[0].scalar_type());
     check.of(layer_rows, "rows", {k, width}, rows[0].scalar_type());
     check.of(index, "index", {k}, ScalarType::Long);
-    check.rows_last(weight, "weight");
-    check.rows_last(layer_rows, "rows");
-    check.rows_last(index, "index");
+    check.unit_stride(weight, "weight");
+    check.unit_stride(layer_rows, "rows");
+    check.unit_stride(index, "index");
     if (k == 0 || width == 0) continue;
     segments.push_back({weight.mutable_data_ptr(), layer_rows.const_data_ptr(), numbers(index),
                         weight.stride(0), layer_rows.stride(0), static_cast<int>(k),

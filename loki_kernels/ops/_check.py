@@ -48,7 +48,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, i
 
 
 def check_index(index: Tensor) -> int:
-    """The number of rows, or ValueError if ``index`` is not ``[k]``."""
+    """k, or ValueError if ``index`` is not ``[k]``."""
     if index.ndim != 1:
         raise ValueError(f"index must be [k]; it is {list(index.shape)}.")
     return index.shape[0]
@@ -75,7 +75,7 @@ def unsupported_dtype(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def rows_last(tensor: Tensor) -> Tensor:
+def unit_stride(tensor: Tensor) -> Tensor:
     """``tensor`` with elements of its last dimension side by side, copied only if need be."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 

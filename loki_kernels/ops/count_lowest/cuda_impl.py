@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 
 _count_lowest = _native.define(
     "cuda", "count_lowest(Tensor scores, int k, Tensor(a!) counts, bool magnitude) -> ()"
@@ -34,4 +34,4 @@ def unsupported(scores: Tensor, *_: object) -> str | None:
 
 def forward(scores: Tensor, k: int, counts: Tensor, magnitude: bool) -> None:
     if scores.numel():
-        _count_lowest(rows_last(scores), k, counts, magnitude)
+        _count_lowest(unit_stride(scores), k, counts, magnitude)

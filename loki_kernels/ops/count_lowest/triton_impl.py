@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 from .._triton import DTYPES, Compilation
 
 MAX_WIDTH = 32768  # keys one program holds in registers
@@ -87,7 +87,7 @@ def forward(scores: Tensor, k: int, counts: Tensor, magnitude: bool) -> None:
     samples, layers, width = scores.shape
     if not scores.numel():
         return
-    scores = rows_last(scores)
+    scores = unit_stride(scores)
     with torch.cuda.device_of(scores):
         forward_kernel[samples, layers](
             scores,

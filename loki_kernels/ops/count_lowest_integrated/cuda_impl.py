@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 from ..count_lowest.cuda_impl import unsupported_width
 
 _count_lowest_integrated = _native.define(
@@ -39,9 +39,9 @@ def forward(
         return sums
     weights = weights.to(gradients.device, torch.float32).contiguous().expand(samples, points)
     if z is not None:
-        z = rows_last(z.to(gradients.device))
+        z = unit_stride(z.to(gradients.device))
         if baseline is not None:
-            baseline = rows_last(baseline.to(gradients.device).expand(samples, width))
+            baseline = unit_stride(baseline.to(gradients.device).expand(samples, width))
     start = None if z is None else baseline
-    _count_lowest_integrated(rows_last(gradients), weights, z, start, k, counts, magnitude, sums)
+    _count_lowest_integrated(unit_stride(gradients), weights, z, start, k, counts, magnitude, sums)
     return sums

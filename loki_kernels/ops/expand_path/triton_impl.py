@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 from .._triton import DTYPES, Compilation, narrow
 
 _CONFIG = triton.Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
@@ -44,8 +44,8 @@ def forward(z: Tensor, alphas: Tensor, baseline: Tensor | None) -> Tensor:
     out = torch.empty(samples, len(alphas), width, dtype=z.dtype, device=z.device)
     if not out.numel():
         return out
-    z = rows_last(z)
-    start = z if baseline is None else rows_last(baseline.to(z.device).expand(samples, width))
+    z = unit_stride(z)
+    start = z if baseline is None else unit_stride(baseline.to(z.device).expand(samples, width))
     grid = (samples, triton.cdiv(width, _CONFIG.kwargs["BLOCK"]))
     with torch.cuda.device_of(z):
         forward_kernel[grid](

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 from .._products import as_matrix
 from .._triton import DTYPES, Compilation, empty, narrow
 
@@ -78,7 +78,7 @@ def _launch(
     if all(x.is_contiguous() for x in inputs):
         inputs = tuple(x.view(1, -1) for x in inputs)  # no block with an end of a row in it
     else:
-        inputs = tuple(as_matrix(rows_last(x)) for x in inputs)  # no copy of a tensor's halves
+        inputs = tuple(as_matrix(unit_stride(x)) for x in inputs)  # no copy of a tensor's halves
     rows, width = inputs[0].shape
     grid = (rows * triton.cdiv(width, _CONFIG.kwargs["BLOCK"]),)
     strides = (x.stride(0) for x in inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import _native
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 from . import aligned_rows
 
 _gather_columns = _native.define(
@@ -20,5 +20,5 @@ def unsupported(x: Tensor, *_: object) -> str | None:
 def forward(x: Tensor, index: Tensor) -> Tensor:
     out = aligned_rows(x, index)
     if out.numel():
-        _gather_columns(x, rows_last(index), out)
+        _gather_columns(x, unit_stride(index), out)
     return out

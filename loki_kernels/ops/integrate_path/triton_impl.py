@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 from .._triton import DTYPES, Compilation
 
 _CONFIG = triton.Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
@@ -54,15 +54,15 @@ def forward(
     out = torch.empty(samples, width, dtype=torch.float32, device=device)
     if not out.numel():
         return out
-    gradients = rows_last(gradients)
+    gradients = unit_stride(gradients)
     weights = weights.to(device=device, dtype=torch.float32).contiguous().expand(samples, points)
     if z is None:
         end = start = out
     else:
-        end = rows_last(z.to(device))
+        end = unit_stride(z.to(device))
         start = end
         if baseline is not None:
-            start = rows_last(baseline.to(device).expand(samples, width))
+            start = unit_stride(baseline.to(device).expand(samples, width))
     grid = (samples, triton.cdiv(width, _CONFIG.kwargs["BLOCK"]))
     with torch.cuda.device_of(gradients):
         forward_kernel[grid](

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 
 _scatter_add_columns = _native.define(
     "cuda", "scatter_add_columns(Tensor(a!) y, Tensor index, Tensor product) -> ()"
@@ -28,4 +28,4 @@ def forward(y: Tensor, index: Tensor, u: Tensor, v: Tensor) -> None:
         product = torch.mm(u, v.t(), out_dtype=torch.float32)
     else:
         product = u.float() @ v.float().t()
-    _scatter_add_columns(y, rows_last(index), product)
+    _scatter_add_columns(y, unit_stride(index), product)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 from .._triton import DTYPES, Compilation, dot, narrow, tuned
 
 
@@ -60,7 +60,7 @@ def forward(y: Tensor, index: Tensor, u: Tensor, v: Tensor) -> None:
     k = index.shape[0]
     if not (rows and k and rank):
         return
-    u, v = rows_last(u), rows_last(v)
+    u, v = unit_stride(u), unit_stride(v)
 
     def grid(meta):
         return triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(k, meta["BLOCK_K"])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 from .._triton import DTYPES, Compilation, dot, empty, narrow, tanh, tuned
 
 # A launch is tuned again when the packed rows or the prefix change class; R grows by m a layer.
@@ -289,7 +289,7 @@ def forward(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    tensors = [rows_last(x) for x in (q, k, v, prefix_k, prefix_v)]
+    tensors = [unit_stride(x) for x in (q, k, v, prefix_k, prefix_v)]
     out = empty(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel():
@@ -327,7 +327,7 @@ def backward(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = [rows_last(x) for x in (q, k, v, prefix_k, prefix_v)]
+    tensors = [unit_stride(x) for x in (q, k, v, prefix_k, prefix_v)]
     grad = grad.contiguous()
     grads = empty(q), empty(k), empty(v)
     if q.numel():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import _native
-from .._check import rows_last, unsupported_dtype
+from .._check import unit_stride, unsupported_dtype
 
 _sync_rows = _native.define(
     "cuda",
@@ -27,8 +27,8 @@ def forward(
 ) -> None:
     _sync_rows(
         weights,
-        [rows_last(layer_rows) for layer_rows in rows],
-        [rows_last(index) for index in indices],
+        [unit_stride(layer_rows) for layer_rows in rows],
+        [unit_stride(index) for index in indices],
         seed is not None,
         seed or 0,
     )
