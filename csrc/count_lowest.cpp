@@ -63,8 +63,9 @@ struct Workspace {
 };
 
 template <typename T, typename Wide, bool kShared>
-void count_row(const T* scores, int64_t scores_node, int64_t k, bool magnitude, int64_t* counts,
-               int64_t counts_node, Workspace<decltype(order_key(Wide{}, true))>& workspace) {
+void count_layer(const T* scores, int64_t scores_node, int64_t k, bool magnitude, int64_t* counts,
+                 int64_t counts_node,
+                 Workspace<decltype(order_key(Wide{}, true))>& workspace) {
   auto& keys = workspace.keys;
   const int64_t width = keys.size();
   for (int64_t node = 0; node < width; ++node) {
@@ -92,7 +93,7 @@ void run(const Tensor& scores, int64_t k, Tensor& counts, bool magnitude) {
                 node_stride = scores.stride(2), counts_layer = counts.stride(0),
                 counts_node = counts.stride(1);
   const auto count = [&](auto shared, int64_t sample, int64_t layer, auto& workspace) {
-    count_row<T, Wide, decltype(shared)::value>(
+    count_layer<T, Wide, decltype(shared)::value>(
         data + sample * sample_stride + layer * layer_stride, node_stride, k, magnitude,
         counters + layer * counts_layer, counts_node, workspace);
   };

@@ -13,11 +13,11 @@ __global__ void __launch_bounds__(kThreads)
                         int64_t counts_layer, int64_t counts_node) {
   // Layers vary fastest, so that blocks running together add to different counters.
   const int64_t sample = blockIdx.x / layers, layer = blockIdx.x % layers;
-  const T* row = scores + sample * scores_sample + layer * scores_layer;
+  const T* values = scores + sample * scores_sample + layer * scores_layer;
   for (int node = threadIdx.x; node < width; node += kThreads) {
-    row_keys[node] = order_key(widen(row[node]), magnitude);
+    layer_keys[node] = order_key(widen(values[node]), magnitude);
   }
-  count_row<kThreads>(width, k, counts + layer * counts_layer, counts_node);
+  count_layer<kThreads>(width, k, counts + layer * counts_layer, counts_node);
 }
 
 }  // namespace

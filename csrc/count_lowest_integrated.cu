@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       score += weights[point] * widen(gradients[point * path.gradients_point + node]);
     }
     if (z) score *= widen(z[node]) - (baseline ? widen(baseline[node]) : 0.0f);
-    row_keys[node] = order_key(score, magnitude);
+    layer_keys[node] = order_key(score, magnitude);
     sum += score;
     undefined |= score != score;
   }
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   undefined = __syncthreads_or(undefined);
   // A sum over infinities of both signs is NaN too, though their ranks are sound.
   if (threadIdx.x == 0) sums[sample] = sum;
-  if (k > 0 && !undefined) count_row<kThreads>(path.width, k, counts, counts_node);
+  if (k > 0 && !undefined) count_layer<kThreads>(path.width, k, counts, counts_node);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// One block marks the k lowest of a row of keys: count_lowest and count_lowest_integrated.
+// One block marks the k lowest of a layer's keys: count_lowest and count_lowest_integrated.
 #pragma once
 
 #include <type_traits>
@@ -7,8 +7,8 @@
 
 namespace loki {
 
-// The row's keys. 4 bytes a node, so a row of 32,768 takes 128 KiB.
-extern __shared__ uint32_t row_keys[];
+// The keys of one sample's scores in a layer. 4 bytes a node, so 32,768 take 128 KiB.
+extern __shared__ uint32_t layer_keys[];
 
 // An unsigned integer in the scores' order; -0 ties with 0.
 __device__ inline uint32_t order_key(float score, bool magnitude) {
@@ -58,10 +58,10 @@ __device__ Threshold find_threshold(int width, int k) {
   for (int pass = 0; pass < 3; ++pass) {
     const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, bits = pass == 2 ? 10 : 11;
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
-    __syncthreads();  // also: row_keys are written
+    __syncthreads();  // also: layer_keys are written
     const uint32_t digits = (1u << bits) - 1;
     for (int node = threadIdx.x; node < width; node += kThreads) {
-      const uint32_t key = row_keys[node];
+      const uint32_t key = layer_keys[node];
       if ((key & mask) == prefix) atomicAdd(&histogram[(key >> shift) & digits], 1);
     }
     __syncthreads();
@@ -81,13 +81,13 @@ __device__ Threshold find_threshold(int width, int k) {
   return found;
 }
 
-// Adds 1 to counts[node * stride] for the k lowest of row_keys, equal ones in index order.
+// Adds 1 to counts[node * stride] for the k lowest of layer_keys, equal ones in index order.
 template <int kThreads>
-__device__ void count_row(int width, int k, unsigned long long* counts, int64_t stride) {
+__device__ void count_layer(int width, int k, unsigned long long* counts, int64_t stride) {
   const Threshold threshold = find_threshold<kThreads>(width, k);
   if (threshold.wanted == threshold.equal) {  // no tie to decide
     for (int node = threadIdx.x; node < width; node += kThreads) {
-      if (row_keys[node] <= threshold.key) atomicAdd(&counts[node * stride], 1ull);
+      if (layer_keys[node] <= threshold.key) atomicAdd(&counts[node * stride], 1ull);
     }
     return;
   }
@@ -98,14 +98,14 @@ __device__ void count_row(int width, int k, unsigned long long* counts, int64_t 
   const int begin = min(width, warp * share), end = min(width, begin + share);
   int ties = 0;
   for (int start = begin; start < end; start += kWarp) {
-    const bool tie = start + lane < end && row_keys[start + lane] == threshold.key;
+    const bool tie = start + lane < end && layer_keys[start + lane] == threshold.key;
     ties += __popc(__ballot_sync(kAllLanes, tie));
   }
   int rank = exclusive_sum<kThreads>(lane == 0 ? ties : 0);
   rank = __shfl_sync(kAllLanes, rank, 0);
   for (int start = begin; start < end; start += kWarp) {
     const int node = start + lane;
-    const uint32_t key = node < end ? row_keys[node] : 0xffffffffu;
+    const uint32_t key = node < end ? layer_keys[node] : 0xffffffffu;
     const bool tie = node < end && key == threshold.key;
     const unsigned tied = __ballot_sync(kAllLanes, tie);
     const int before = rank + __popc(tied & ((1u << lane) - 1));
@@ -116,7 +116,7 @@ __device__ void count_row(int width, int k, unsigned long long* counts, int64_t 
   }
 }
 
-// Runs `f` with the block size for rows of this width, as a compile-time constant: a wide row
+// Runs `f` with the block size for layers of this width, as a compile-time constant: a wide one
 // leaves room for one block on a multiprocessor, which then has to be a large one.
 template <typename F>
 cudaError_t with_threads(int width, F&& f) {

@@ -43,7 +43,7 @@ TENSOR_MEMORY_COLUMNS = 512
 PRODUCTS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 
 # Multiples of 16 in real models: strides, and how many nodes there are.
-_ALIGNED = re.compile("_(batch|head|row|position|sample|layer|point)$|^width$")
+_ALIGNED = re.compile("_(batch|head|row|token|position|sample|layer|point)$|^width$")
 
 Row = dict[str, Any]
 

@@ -9,12 +9,12 @@ from .gather_columns import gather_columns
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """``[..., n]`` as ``[rows, n]``."""
+    """``[..., n]`` as ``[tokens, n]``."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def selected_columns(grad: Tensor, index: Tensor, backend: str | None) -> Tensor:
-    """``dY[:, S]``, ``[rows, k]``: a pass of its own.
+    """``dY[:, S]``, ``[tokens, k]``: a pass of its own.
 
     Gathering inside the product instead would read dY once for every tile of X's columns: at
     4,096 tokens, 14336 -> 4096 and tiles of 128, 112 times 33 MB against once (`NOTES.md`).

@@ -61,7 +61,7 @@ def tanh(x):
 class Compilation:
     """One way a kernel is compiled: what a launch specialises on, without the launch.
 
-    ``benchmarks.kernels`` compiles these ahead of time for each architecture.
+    ``benchmarks.ops.compile_triton`` compiles these ahead of time for each architecture.
 
     Attributes:
         kernel: the ``@triton.jit`` function.

@@ -13,7 +13,7 @@ thread_local uint3 threadIdx, blockIdx;
 thread_local dim3 blockDim, gridDim;
 
 namespace loki {
-thread_local uint32_t row_keys[227 * 1024 / 4];
+thread_local uint32_t layer_keys[227 * 1024 / 4];
 }
 
 namespace emulator {
@@ -96,7 +96,7 @@ void run_block(std::mt19937& random) {
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
   for (int i = 0; i < threads; ++i) fibers[i]->state = State::ready;
-  std::fill(std::begin(loki::row_keys), std::end(loki::row_keys), random());
+  std::fill(std::begin(loki::layer_keys), std::end(loki::layer_keys), random());
   any = 0;
   do {
     std::shuffle(order.begin(), order.end(), random);

@@ -60,7 +60,7 @@ def test_non_contiguous(activation):
 def test_halves_of_one_tensor(width, activation):
     gate, up = make((3, 7, 2 * width))[0].chunk(2, dim=-1)
     assert_two_references(gate, up, make((3, 7, width))[0], activation)
-    # ... beside one without even rows, and one row for all
+    # ... beside one whose tokens are not evenly apart, and one for all tokens
     gate = make((3, 9, width))[0][:, :7]
     up = make((width,))[0].expand(3, 7, width)
     assert_two_references(gate, up, make((3, 7, width))[0], activation)

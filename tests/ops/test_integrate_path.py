@@ -18,9 +18,9 @@ def naive(gradients, weights, z=None, baseline=None):
     batch, m, width = gradients.shape
     out = torch.zeros(batch, width, dtype=gradients.dtype)
     for b in range(batch):
-        row = weights[b] if weights.ndim == 2 else weights
+        factors = weights[b] if weights.ndim == 2 else weights
         for k in range(m):
-            out[b] = out[b] + row[k].item() * gradients[b, k]
+            out[b] = out[b] + factors[k].item() * gradients[b, k]
         if z is not None:
             start = 0 if baseline is None else baseline[b] if baseline.ndim == 2 else baseline
             out[b] = out[b] * (z[b] - start)
@@ -31,10 +31,10 @@ def double(*tensors):
     return [None if tensor is None else tensor.double() for tensor in tensors]
 
 
-def make(batch, m, width, span, dtype, per_row=False):
+def make(batch, m, width, span, dtype, per_sample=False):
     torch.manual_seed(batch + m + width)
     gradients = torch.randn(batch, m, width).to(dtype)
-    weights = torch.rand(*([batch, m] if per_row else [m])) + 0.1
+    weights = torch.rand(*([batch, m] if per_sample else [m])) + 0.1
     z = None if span == "sum" else torch.randn(batch, width).to(dtype)
     baseline = {
         "z_shared": torch.randn(width).to(dtype),
@@ -46,10 +46,10 @@ def make(batch, m, width, span, dtype, per_row=False):
 @pytest.mark.parametrize("op", [integrate_path, integrate_path_reference])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("span", SPANS)
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize(("batch", "m", "width"), SIZES)
-def test_equals_naive(op, dtype, span, per_row, batch, m, width):
-    inputs = make(batch, m, width, span, dtype, per_row)
+def test_equals_naive(op, dtype, span, per_sample, batch, m, width):
+    inputs = make(batch, m, width, span, dtype, per_sample)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exact = naive(*double(*inputs))
     same = naive(*[None if x is None else x.to(wide) for x in inputs])
@@ -76,10 +76,10 @@ def test_z_of_another_dtype():
     assert relative(got, naive(*double(gradients, weights, z, baseline))) < 1e-6
 
 
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("span", SPANS)
-def test_non_contiguous(span, per_row):
-    gradients, weights, z, baseline = make(4, 10, 126, span, torch.float32, per_row)
+def test_non_contiguous(span, per_sample):
+    gradients, weights, z, baseline = make(4, 10, 126, span, torch.float32, per_sample)
     gradients = gradients.permute(2, 0, 1).contiguous().permute(1, 2, 0)[:, ::2, ::2]
     weights = weights[..., ::2]
     z, baseline = (None if x is None else x[..., ::2] for x in (z, baseline))
@@ -88,11 +88,11 @@ def test_non_contiguous(span, per_row):
     assert relative(got, naive(*double(gradients, weights, z, baseline))) < 1e-6
 
 
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("span", SPANS)
-def test_points_first_in_memory(span, per_row):
+def test_points_first_in_memory(span, per_sample):
     """Read where they are: the nodes are side by side, samples and points are not."""
-    gradients, weights, z, baseline = make(4, 10, 140, span, torch.float32, per_row)
+    gradients, weights, z, baseline = make(4, 10, 140, span, torch.float32, per_sample)
     gradients = gradients.transpose(0, 1).contiguous().transpose(0, 1)[..., 3:132]
     z, baseline = (None if x is None else x[..., 5:134] for x in (z, baseline))
     assert not gradients.is_contiguous()
@@ -118,11 +118,11 @@ def test_no_points_sum_to_zero(span):
     assert torch.equal(got, torch.zeros(2, 5))
 
 
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)])
-def test_empty(batch, width, span, per_row):
-    assert integrate_path(*make(batch, 3, width, span, torch.float32, per_row)).shape == (
+def test_empty(batch, width, span, per_sample):
+    assert integrate_path(*make(batch, 3, width, span, torch.float32, per_sample)).shape == (
         batch,
         width,
     )

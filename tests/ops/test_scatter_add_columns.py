@@ -8,13 +8,13 @@ from loki_kernels.ops.scatter_add_columns.reference import scatter_add_columns_r
 from tests.ops.tolerance import assert_as_close, example
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# rows, width, selected columns, rank
+# tokens, width, selected columns, rank
 SIZES = [(1, 1, 1, 1), (63, 129, 20, 4), (5, 129, 129, 63), (129, 63, 7, 500)]
 
 
-def make(rows, width, k, rank, dtype=torch.float32):
-    torch.manual_seed(rows + width + k + rank)
-    y, u, v = (torch.randn(s).to(dtype) for s in ((rows, width), (rows, rank), (k, rank)))
+def make(tokens, width, k, rank, dtype=torch.float32):
+    torch.manual_seed(tokens + width + k + rank)
+    y, u, v = (torch.randn(s).to(dtype) for s in ((tokens, width), (tokens, rank), (k, rank)))
     return {"y": y, "index": torch.randperm(width)[:k], "u": u, "v": v}
 
 

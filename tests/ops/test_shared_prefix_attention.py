@@ -28,12 +28,12 @@ OPTIONS = {
 }
 
 
-def make(heads=4, kv_heads=2, batch=3, rows=5, prefix=9, dim=7, dtype=torch.float64):
-    torch.manual_seed(heads + rows + prefix + dim)
+def make(heads=4, kv_heads=2, batch=3, points=5, prefix=9, dim=7, dtype=torch.float64):
+    torch.manual_seed(heads + points + prefix + dim)
     shapes = {
-        "q": (batch, heads, rows, dim),
-        "k": (batch, kv_heads, rows, dim),
-        "v": (batch, kv_heads, rows, dim),
+        "q": (batch, heads, points, dim),
+        "k": (batch, kv_heads, points, dim),
+        "v": (batch, kv_heads, points, dim),
         "prefix_k": (batch, kv_heads, prefix, dim),
         "prefix_v": (batch, kv_heads, prefix, dim),
     }
@@ -62,8 +62,8 @@ def naive(
     window=None,
     sinks=None,
 ):
-    """Each sample, head and row by itself, over a list of the keys it may see."""
-    batch, heads, rows, dim = q.shape
+    """Each sample, head and point by itself, over a list of the keys it may see."""
+    batch, heads, points, dim = q.shape
     groups = heads // k.shape[1]
     out = []
     for b in range(batch):
@@ -73,17 +73,17 @@ def naive(
             visible = [position for position in visible if position > length - window]
         for h in range(heads):
             g = h // groups
-            for r in range(rows):
-                keys = torch.cat([prefix_k[b, g, visible], k[b, g, r : r + 1]])
-                values = torch.cat([prefix_v[b, g, visible], v[b, g, r : r + 1]])
-                scores = (keys * q[b, h, r]).sum(-1) * (dim**-0.5 if scale is None else scale)
+            for n in range(points):
+                keys = torch.cat([prefix_k[b, g, visible], k[b, g, n : n + 1]])
+                values = torch.cat([prefix_v[b, g, visible], v[b, g, n : n + 1]])
+                scores = (keys * q[b, h, n]).sum(-1) * (dim**-0.5 if scale is None else scale)
                 if softcap is not None:
                     scores = torch.tanh(scores / softcap) * softcap
                 if sinks is not None:
                     scores = torch.cat([scores, sinks[h : h + 1]])
                 weights = scores.softmax(0)
                 out.append((weights[: len(keys), None] * values).sum(0))
-    return torch.stack(out).view(batch, heads, rows, dim)
+    return torch.stack(out).view(batch, heads, points, dim)
 
 
 def run(op, inputs, options, upstream):
@@ -120,12 +120,12 @@ def test_equals_naive(heads, kv_heads, options, dtype):
 
 
 @pytest.mark.parametrize(
-    ("batch", "rows", "prefix", "dim"),
+    ("batch", "points", "prefix", "dim"),
     [(1, 1, 1, 1), (1, 1, 129, 63), (1, 63, 3, 8), (2, 2, 63, 5), (1, 2, 500, 16)],
 )
-def test_odd_sizes(batch, rows, prefix, dim):
+def test_odd_sizes(batch, points, prefix, dim):
     for dtype in (torch.float64, torch.float32):
-        inputs = make(4, 2, batch, rows, prefix, dim, dtype)
+        inputs = make(4, 2, batch, points, prefix, dim, dtype)
         assert_equals_naive(inputs, {"window": 17, "softcap": 2.0})
 
 
@@ -135,12 +135,12 @@ def test_every_window_edge(window, prefix_lengths):
     options = {"window": window}
     if prefix_lengths is not None:
         options["prefix_lengths"] = prefix_lengths
-    assert_equals_naive(make(rows=2), resolve(options, 4, torch.float64))
+    assert_equals_naive(make(points=2), resolve(options, 4, torch.float64))
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"window": 3}])
-def test_alone_a_row_sees_itself(options):
-    """Empty prefix, length 0 and a window of 1: the output is the row's own value."""
+def test_alone_a_point_sees_itself(options):
+    """Empty prefix, length 0 and a window of 1: the output is the point's own value."""
     empty, full = make(prefix=0), make()
     for inputs, extra in (
         (empty, {}),
@@ -158,8 +158,8 @@ def test_empty_prefix_with_sinks():
     assert_equals_naive(inputs, resolve({"sinks": True}, 4, torch.float64))
 
 
-@pytest.mark.parametrize("sizes", [{"batch": 0}, {"rows": 0}])
-def test_no_rows(sizes):
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"points": 0}])
+def test_no_points(sizes):
     inputs = make(**sizes)
     assert shared_prefix_attention(**inputs).shape == inputs["q"].shape
 
@@ -192,7 +192,7 @@ def test_strided_lengths_and_sinks():
     assert_equals_naive(inputs, options)
 
 
-def test_rows_do_not_see_each_other():
+def test_points_do_not_see_each_other():
     inputs = make()
     want = shared_prefix_attention(**inputs)
     for name in ("q", "k", "v"):
@@ -221,7 +221,7 @@ def test_prefix_gets_no_gradient():
 
 @pytest.mark.parametrize("name", ["plain", "all"])
 def test_gradcheck(name):
-    inputs = make(heads=2, kv_heads=1, batch=3, rows=2, dim=2)
+    inputs = make(heads=2, kv_heads=1, batch=3, points=2, dim=2)
     own = [inputs.pop(n).requires_grad_() for n in ("q", "k", "v")]
     options = resolve(OPTIONS[name], 2, torch.float64)
     assert torch.autograd.gradcheck(
@@ -239,20 +239,20 @@ def test_large_scores_stay_finite():
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_head_dimensions(dim, dtype):
-    inputs = make(batch=2, rows=3, prefix=33, dim=dim, dtype=dtype)
+    inputs = make(batch=2, points=3, prefix=33, dim=dim, dtype=dtype)
     assert_equals_naive(inputs, {"prefix_lengths": torch.tensor([33, 17])})
 
 
 @pytest.mark.parametrize("heads", [(7, 1), (14, 2), (9, 3), (32, 1)])
 def test_groups_that_are_no_power_of_two(heads):
-    inputs = make(*heads, batch=2, rows=5, dtype=torch.float32)
+    inputs = make(*heads, batch=2, points=5, dtype=torch.float32)
     assert_equals_naive(inputs, {})
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(32, 128), (2, 256)])
 def test_what_no_tile_holds_runs_on_torch(heads, dim, backend):
     """In float32, 32 query heads of dimension 128, or any of 256: both steps choose alike."""
-    inputs = make(heads, 1, batch=1, rows=2, dim=dim, dtype=torch.float32)
+    inputs = make(heads, 1, batch=1, points=2, dim=dim, dtype=torch.float32)
     assert_equals_naive(inputs, {})
     if backend == "triton":
         with pytest.raises(RuntimeError, match="no tile of its kernel holds"):
@@ -269,9 +269,9 @@ def test_more_samples_than_a_grid_holds_run_on_torch(backend):
         shared_prefix_attention(q, q, q, prefix, prefix, backend="triton")
 
 
-@pytest.mark.parametrize(("rows", "prefix"), [(1, 129), (63, 1), (129, 63), (2, 500), (1, 8192)])
-def test_sizes(rows, prefix):
-    inputs = make(batch=1, rows=rows, prefix=prefix, dim=16, dtype=torch.float32)
+@pytest.mark.parametrize(("points", "prefix"), [(1, 129), (63, 1), (129, 63), (2, 500), (1, 8192)])
+def test_sizes(points, prefix):
+    inputs = make(batch=1, points=points, prefix=prefix, dim=16, dtype=torch.float32)
     assert_equals_naive(inputs, {"window": 100, "softcap": 5.0})
 
 

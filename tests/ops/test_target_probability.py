@@ -24,12 +24,12 @@ OPTIONS = [
 MIXES = [mix for mix in itertools.product([0, 1], repeat=3) if any(mix)]
 
 
-def make(rows, width, vocabulary, bias=True, dtype=torch.float32):
-    torch.manual_seed(rows + width + vocabulary)
+def make(tokens, width, vocabulary, bias=True, dtype=torch.float32):
+    torch.manual_seed(tokens + width + vocabulary)
     return {
-        "hidden": torch.randn(rows, width).to(dtype),
+        "hidden": torch.randn(tokens, width).to(dtype),
         "weight": (2 * torch.randn(vocabulary, width) / width**0.5).to(dtype),
-        "target": torch.randint(0, vocabulary, (rows,)),
+        "target": torch.randint(0, vocabulary, (tokens,)),
         "bias": torch.randn(vocabulary).to(dtype) if bias else None,
     }
 
@@ -61,7 +61,7 @@ def assert_two_references(inputs, mix=(1, 1, 1), floor=1e-6, **options):
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_reference(size, options, bias, dtype):
     floor = 1e-12 if dtype == torch.float64 else 1e-6
-    if dtype.itemsize == 2:  # the rounding errors of one or two rows are too few to compare
+    if dtype.itemsize == 2:  # the rounding errors of one or two tokens are too few to compare
         size = (max(size[0], 63), *size[1:])
     assert_two_references(make(*size, bias=bias, dtype=dtype), floor=floor, **options)
 
@@ -121,7 +121,7 @@ def test_chunks_equal_the_whole(elements, options, monkeypatch):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_no_rows(grad):
+def test_no_tokens(grad):
     inputs = make(0, 5, 7)
     inputs["hidden"].requires_grad_(grad)
     got = target_probability(**inputs)

@@ -17,7 +17,7 @@ MAX_WIDTH = 32768
 
 
 def unsupported_width(x: Tensor) -> str | None:
-    """Why a block's shared memory cannot hold the keys of a row of ``x``; None if it can."""
+    """Why a block's shared memory cannot hold the keys of a layer of ``x``; None if it can."""
     width, limit = x.shape[-1], MAX_WIDTH
     if x.is_cuda:
         # 4 bytes a key and 9 KiB of counters; an A100's block has 163 KiB, smaller chips' 99

@@ -33,7 +33,7 @@ def _switch(gate, SILU: tl.constexpr):
 
 @triton.jit
 def _place(width, BLOCK: tl.constexpr):
-    """(row, column) of this program's elements."""
+    """(token, column) of this program's elements."""
     blocks = tl.cdiv(width, BLOCK)
     program = tl.program_id(0).to(tl.int64)
     return program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -41,28 +41,28 @@ def _place(width, BLOCK: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    gate, up, out, gate_row, up_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr
+    gate, up, out, gate_token, up_token, width, SILU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row, column = _place(width, BLOCK)
+    token, column = _place(width, BLOCK)
     mask = column < width
-    g = tl.load(gate + row * gate_row + column, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_row + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gate + token * gate_token + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + token * up_token + column, mask=mask, other=0.0).to(tl.float32)
     s, _ = _switch(g, SILU)
-    i = row * width + column
+    i = token * width + column
     tl.store(out + i, narrow(g * s * u, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def backward_kernel(
-    grad, gate, up, grad_gate, grad_up, product, grad_row, gate_row, up_row, width,
+    grad, gate, up, grad_gate, grad_up, product, grad_token, gate_token, up_token, width,
     SILU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, column = _place(width, BLOCK)
+    token, column = _place(width, BLOCK)
     mask = column < width
-    dh = tl.load(grad + row * grad_row + column, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gate + row * gate_row + column, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_row + column, mask=mask, other=0.0).to(tl.float32)
-    i = row * width + column
+    dh = tl.load(grad + token * grad_token + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gate + token * gate_token + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + token * up_token + column, mask=mask, other=0.0).to(tl.float32)
+    i = token * width + column
     s, c = _switch(g, SILU)
     dtype = product.dtype.element_ty
     tl.store(grad_gate + i, narrow(dh * u * s * (1 + g * (1 - s) * c), dtype), mask=mask)
@@ -76,11 +76,11 @@ def _launch(
     if not outputs[0].numel():
         return
     if all(x.is_contiguous() for x in inputs):
-        inputs = tuple(x.view(1, -1) for x in inputs)  # no block with an end of a row in it
+        inputs = tuple(x.view(1, -1) for x in inputs)  # no block with an end of a token in it
     else:
         inputs = tuple(as_matrix(unit_stride(x)) for x in inputs)  # no copy of a tensor's halves
-    rows, width = inputs[0].shape
-    grid = (rows * triton.cdiv(width, _CONFIG.kwargs["BLOCK"]),)
+    tokens, width = inputs[0].shape
+    grid = (tokens * triton.cdiv(width, _CONFIG.kwargs["BLOCK"]),)
     strides = (x.stride(0) for x in inputs)
     with torch.cuda.device_of(outputs[0]):
         kernel[grid](
@@ -107,5 +107,5 @@ def compilations() -> Iterator[Compilation]:
         for kernel in (forward_kernel, backward_kernel):
             for silu in (True, False):
                 names = [n for n in kernel.arg_names if n.islower()]
-                types = {n: "i32" if n.endswith(("_row", "width")) else f"*{name}" for n in names}
+                types = {n: "i32" if n.endswith(("_token", "width")) else f"*{name}" for n in names}
                 yield Compilation(kernel, types, {"SILU": silu}, (_CONFIG,), name)

@@ -21,7 +21,7 @@ def integrate_path(
 
     Args:
         gradients: ``[B, m, D]``, the objective's gradient at each path point.
-        weights: ``[m]`` or ``[B, m]``, the rule's weights (times any per-row factor).
+        weights: ``[m]`` or ``[B, m]``, the rule's weights (times any factor of the sample).
         z: ``[B, D]``, the path's end.
         baseline: ``[B, D]`` or ``[D]``, the path's start; zero by default.
         backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).

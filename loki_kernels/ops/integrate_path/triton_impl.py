@@ -24,7 +24,7 @@ def unsupported(
 @triton.jit
 def forward_kernel(
     gradients, weights, z, baseline, out,
-    gradients_sample, gradients_point, weights_sample, z_row, baseline_row, points, width,
+    gradients_sample, gradients_point, weights_sample, z_sample, baseline_sample, points, width,
     SPAN: tl.constexpr, BASELINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
@@ -38,9 +38,9 @@ def forward_kernel(
         total += weight * gradient.to(tl.float32)
         gradients += gradients_point  # k times the stride may leave int32
     if SPAN:
-        span = tl.load(z + sample * z_row + node, mask=mask, other=0.0).to(tl.float32)
+        span = tl.load(z + sample * z_sample + node, mask=mask, other=0.0).to(tl.float32)
         if BASELINE:
-            start = tl.load(baseline + sample * baseline_row + node, mask=mask, other=0.0)
+            start = tl.load(baseline + sample * baseline_sample + node, mask=mask, other=0.0)
             span -= start.to(tl.float32)
         total *= span
     tl.store(out + sample * width + node, total, mask=mask)
@@ -88,7 +88,13 @@ def compilations() -> Iterator[Compilation]:
     for name in DTYPES.values():
         types = dict.fromkeys(("gradients", "z", "baseline"), f"*{name}")
         types |= {"weights": "*fp32", "out": "*fp32"}
-        strides = ("gradients_sample", "gradients_point", "weights_sample", "z_row", "baseline_row")
+        strides = (
+            "gradients_sample",
+            "gradients_point",
+            "weights_sample",
+            "z_sample",
+            "baseline_sample",
+        )
         types |= dict.fromkeys((*strides, "points", "width"), "i32")
         for flags in ((False, False), (True, False), (True, True)):
             constants = dict(zip(("SPAN", "BASELINE"), flags, strict=True))

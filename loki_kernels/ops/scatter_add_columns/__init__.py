@@ -15,9 +15,9 @@ def scatter_add_columns(
     """``y[:, index] += u @ v.T``, in place, the product summed in float32 and never stored.
 
     Args:
-        y: ``[N, M]``, changed.
+        y: ``[tokens, M]``, changed.
         index: ``[k]`` int64 in [0, M), distinct.
-        u: ``[N, r]`` in y's dtype.
+        u: ``[tokens, r]`` in y's dtype.
         v: ``[k, r]`` in y's dtype.
         backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
@@ -30,7 +30,9 @@ def scatter_add_columns(
     """
     check_backend(backend)
     if y.ndim != 2 or u.ndim != 2:
-        raise ValueError(f"y must be [N, M] and u [N, r]; they are {[*y.shape]} and {[*u.shape]}.")
+        raise ValueError(
+            f"y must be [tokens, M] and u [tokens, r]; they are {[*y.shape]} and {[*u.shape]}."
+        )
     check_shape("u", u, y.shape[0], u.shape[1])
     check_shape("v", v, check_index(index), u.shape[1])
     if not y.dtype == u.dtype == v.dtype:

@@ -20,17 +20,17 @@ def unsupported(y: Tensor, *_: object) -> str | None:
 
 @triton.jit(do_not_specialize=["size_class"])
 def forward_kernel(
-    y, index, u, v, y_row, y_column, u_row, v_row, rows, k, rank, size_class,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    y, index, u, v, y_token, y_column, u_token, v_row, tokens, k, rank, size_class,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     j = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for start in range(0, rank, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         left = tl.load(
-            u + n[:, None] * u_row + r[None, :],
-            mask=(n < rows)[:, None] & (r < rank)[None, :], other=0.0,
+            u + t[:, None] * u_token + r[None, :],
+            mask=(t < tokens)[:, None] & (r < rank)[None, :], other=0.0,
         )  # fmt: skip
         right = tl.load(
             v + j[:, None] * v_row + r[None, :],
@@ -38,8 +38,8 @@ def forward_kernel(
         )  # fmt: skip
         total += dot(left, tl.trans(right))
     column = tl.load(index + j, mask=j < k, other=0)
-    target = y + n[:, None] * y_row + column[None, :] * y_column
-    mask = (n < rows)[:, None] & (j < k)[None, :]
+    target = y + t[:, None] * y_token + column[None, :] * y_column
+    mask = (t < tokens)[:, None] & (j < k)[None, :]
     before = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, narrow(before + total, y.dtype.element_ty), mask=mask)
 
@@ -50,20 +50,20 @@ def configs(itemsize: int) -> tuple[triton.Config, ...]:
     if itemsize == 2:
         shapes = [(128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3)]
     return tuple(
-        triton.Config({"BLOCK_N": n, "BLOCK_K": k, "BLOCK_R": r}, num_warps=w, num_stages=s)
-        for n, k, r, w, s in shapes
+        triton.Config({"BLOCK_T": t, "BLOCK_K": k, "BLOCK_R": r}, num_warps=w, num_stages=s)
+        for t, k, r, w, s in shapes
     )
 
 
 def forward(y: Tensor, index: Tensor, u: Tensor, v: Tensor) -> None:
-    rows, rank = u.shape
+    tokens, rank = u.shape
     k = index.shape[0]
-    if not (rows and k and rank):
+    if not (tokens and k and rank):
         return
     u, v = unit_stride(u), unit_stride(v)
 
     def grid(meta):
-        return triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(k, meta["BLOCK_K"])
+        return triton.cdiv(tokens, meta["BLOCK_T"]), triton.cdiv(k, meta["BLOCK_K"])
 
     # y is added to: every tuning run starts from what it was
     kernel = tuned(
@@ -71,15 +71,15 @@ def forward(y: Tensor, index: Tensor, u: Tensor, v: Tensor) -> None:
     )
     with torch.cuda.device_of(y):
         kernel[grid](
-            y, index.contiguous(), u, v, *y.stride(), u.stride(0), v.stride(0), rows, k, rank,
-            (rows > 1024) + (rows > 8192),
+            y, index.contiguous(), u, v, *y.stride(), u.stride(0), v.stride(0), tokens, k, rank,
+            (tokens > 1024) + (tokens > 8192),
         )  # fmt: skip
 
 
 def compilations() -> Iterator[Compilation]:
     for dtype, name in DTYPES.items():
         types = dict.fromkeys(("y", "u", "v"), f"*{name}") | {"index": "*i64"}
-        scalars = ("y_row", "y_column", "u_row", "v_row", "rows", "k", "rank", "size_class")
+        scalars = ("y_token", "y_column", "u_token", "v_row", "tokens", "k", "rank", "size_class")
         types |= dict.fromkeys(scalars, "i32")
         yield Compilation(
             forward_kernel,

@@ -1,4 +1,4 @@
-"""Attention of many single-token rows over one shared, frozen prefix."""
+"""Attention of many single-token points over one shared, frozen prefix."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def shared_prefix_attention(
     sinks: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Each row attends to its sample's prefix and to itself, never to another row.
+    """Each point attends to its sample's prefix and to itself, never to another point.
 
-    All rows of a sample stand at the position right after its prefix.
+    All points of a sample stand at the position right after its prefix.
 
     Args:
-        q: ``[B, H, R, d]``.
-        k: the rows' own keys, ``[B, Hkv, R, d]``; ``H`` is a multiple of ``Hkv``.
-        v: the rows' own values, ``[B, Hkv, R, d]``.
+        q: ``[B, H, N, d]``.
+        k: the points' own keys, ``[B, Hkv, N, d]``; ``H`` is a multiple of ``Hkv``.
+        v: the points' own values, ``[B, Hkv, N, d]``.
         prefix_k: ``[B, Hkv, P, d]``, constant: it gets no gradient.
         prefix_v: ``[B, Hkv, P, d]``, constant.
         prefix_lengths: ``[B]`` integers, the valid prefix positions of each sample (default P).
         scale: factor on the scores, ``d ** -0.5`` by default.
         softcap: scores become ``softcap * tanh(score / softcap)``.
-        window: sliding window: the row and the ``window - 1`` positions before it.
+        window: sliding window: the point and the ``window - 1`` positions before it.
         sinks: ``[H]`` logits added to the softmax's denominator alone, constant.
         backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
     Returns:
-        ``[B, H, R, d]`` in q's dtype; the softmax is computed in float32 (float64 for float64).
+        ``[B, H, N, d]`` in q's dtype; the softmax is computed in float32 (float64 for float64).
         Differentiable in q, k and v.
 
     Raises:
@@ -51,11 +51,11 @@ def shared_prefix_attention(
         RuntimeError: if a backend asked for by name cannot run.
     """
     check_backend(backend)
-    batch, heads, rows, dim = q.shape
+    batch, heads, points, dim = q.shape
     kv_heads = k.shape[1]
-    if k.shape != (batch, kv_heads, rows, dim) or v.shape != k.shape:
+    if k.shape != (batch, kv_heads, points, dim) or v.shape != k.shape:
         raise ValueError(
-            f"k and v must be [B, Hkv, R, d] = [{batch}, Hkv, {rows}, {dim}]; "
+            f"k and v must be [B, Hkv, N, d] = [{batch}, Hkv, {points}, {dim}]; "
             f"they are {tuple(k.shape)} and {tuple(v.shape)}."
         )
     if heads % kv_heads:

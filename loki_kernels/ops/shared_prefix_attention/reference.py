@@ -19,14 +19,14 @@ def shared_prefix_attention_reference(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    batch, heads, rows, dim = q.shape
+    batch, heads, points, dim = q.shape
     kv_heads, prefix = prefix_k.shape[1], prefix_k.shape[2]
     groups = heads // kv_heads
     scale = dim**-0.5 if scale is None else scale
 
-    grouped = q.reshape(batch, kv_heads, groups, rows, dim)  # [B, Hkv, G, R, d]
-    packed = grouped.reshape(batch, kv_heads, groups * rows, dim)
-    to_prefix = (packed @ prefix_k.transpose(-1, -2)).view(batch, kv_heads, groups, rows, prefix)
+    grouped = q.reshape(batch, kv_heads, groups, points, dim)  # [B, Hkv, G, N, d]
+    packed = grouped.reshape(batch, kv_heads, groups * points, dim)
+    to_prefix = (packed @ prefix_k.transpose(-1, -2)).view(batch, kv_heads, groups, points, prefix)
     to_self = (grouped * k.unsqueeze(2)).sum(-1, keepdim=True)
     scores = torch.cat([to_prefix, to_self], dim=-1) * scale
     if softcap is not None:
@@ -41,20 +41,20 @@ def shared_prefix_attention_reference(
         )[:, None]
         hidden = positions >= lengths  # [B, P]
         if window is not None:
-            hidden = hidden | (lengths - positions >= window)  # the row stands at `length`
+            hidden = hidden | (lengths - positions >= window)  # the point stands at `length`
         hidden = torch.cat([hidden, hidden.new_zeros(batch, 1)], dim=-1)
         scores = scores.masked_fill(hidden[:, None, None, None, :], float("-inf"))
 
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if sinks is not None:
-        sink = sinks.view(1, kv_heads, groups, 1, 1).expand(batch, -1, -1, rows, 1)
+        sink = sinks.view(1, kv_heads, groups, 1, 1).expand(batch, -1, -1, points, 1)
         weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=wide)[..., :-1]
     else:
         weights = torch.softmax(scores, dim=-1, dtype=wide)
     weights = weights.to(v.dtype)
     own = weights[..., prefix:] * v.unsqueeze(2)
-    shared = weights[..., :prefix].reshape(batch, kv_heads, groups * rows, prefix) @ prefix_v
-    return (shared.view(batch, kv_heads, groups, rows, dim) + own).view(batch, heads, rows, dim)
+    shared = weights[..., :prefix].reshape(batch, kv_heads, groups * points, prefix) @ prefix_v
+    return (shared.view(batch, kv_heads, groups, points, dim) + own).view(batch, heads, points, dim)
 
 
 def example(

@@ -1,4 +1,4 @@
-"""The prefix's and the row's own scores kept apart: nothing is concatenated, weights not saved."""
+"""The scores of prefix and own key are kept apart: nothing is concatenated, no weights saved."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def _scores(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Of the prefix ``[B, Hkv, G * R, P]``, hidden ones -inf, and of the own key ``[..., 1]``."""
-    batch, heads, rows, dim = q.shape
+    """Of the prefix ``[B, Hkv, G * N, P]``, hidden ones -inf, and of the own key ``[..., 1]``."""
+    batch, heads, points, dim = q.shape
     kv_heads, prefix = prefix_k.shape[1:3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    packed = q.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+    packed = q.reshape(batch, kv_heads, heads // kv_heads * points, dim)
     shared = (packed @ prefix_k.transpose(-1, -2)).to(wide).mul_(scale)
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, points, dim)
     own = (grouped.to(wide) * k.unsqueeze(2).to(wide)).sum(-1) * scale
     own = own.view(*packed.shape[:-1], 1)
     if softcap is not None:
@@ -34,7 +34,7 @@ def _scores(
         lengths = prefix_lengths.to(q.device)[:, None]
         hidden = positions >= lengths
         if window is not None:
-            hidden = hidden | (lengths - positions >= window)  # the row stands at `length`
+            hidden = hidden | (lengths - positions >= window)  # the point stands at `length`
         shared = shared.masked_fill_(hidden[:, None, None, :], float("-inf"))
     return shared, own
 
@@ -51,25 +51,25 @@ def forward(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, rows, dim = q.shape
+    batch, heads, points, dim = q.shape
     kv_heads, prefix = prefix_k.shape[1:3]
     groups = heads // kv_heads
     shared, own = _scores(q, k, prefix_k, prefix_lengths, scale, softcap, window)
     highest = own if prefix == 0 else torch.maximum(own, shared.amax(-1, keepdim=True))
     if sinks is not None:
-        sink = sinks.to(own.dtype).view(kv_heads, groups, 1).expand(-1, -1, rows)
-        sink = sink.reshape(1, kv_heads, groups * rows, 1)
+        sink = sinks.to(own.dtype).view(kv_heads, groups, 1).expand(-1, -1, points)
+        sink = sink.reshape(1, kv_heads, groups * points, 1)
         highest = torch.maximum(highest, sink)
     shared = shared.sub_(highest).exp_()
     own = (own - highest).exp_()
     total = shared.sum(-1, keepdim=True) + own
     if sinks is not None:
         total = total + (sink - highest).exp()
-    shape = (batch, kv_heads, groups, rows, dim)
+    shape = (batch, kv_heads, groups, points, dim)
     mixed = (shared.div_(total).to(v.dtype) @ prefix_v).view(shape)
     own = own.div_(total).to(v.dtype).view(*shape[:-1], 1)
-    out = torch.addcmul(mixed, own, v.unsqueeze(2)).view(batch, heads, rows, dim)
-    return out, (highest + total.log()).view(batch, heads, rows)
+    out = torch.addcmul(mixed, own, v.unsqueeze(2)).view(batch, heads, points, dim)
+    return out, (highest + total.log()).view(batch, heads, points)
 
 
 def backward(
@@ -86,9 +86,9 @@ def backward(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, rows, dim = q.shape
+    batch, heads, points, dim = q.shape
     kv_heads = prefix_k.shape[1]
-    shape = (batch, kv_heads, heads // kv_heads, rows, dim)
+    shape = (batch, kv_heads, heads // kv_heads, points, dim)
     shared, own = _scores(q, k, prefix_k, prefix_lengths, scale, softcap, window)
     wide = shared.dtype
     packed = grad.reshape(shape).flatten(2, 3)

@@ -1,8 +1,8 @@
-"""One program a block of rows of one key/value head: their query heads share every prefix tile.
+"""One program a block of points of one key/value head: all their query heads share a prefix tile.
 
-The query heads of a key/value head and the rows are packed into one tile, row-major, each row's
-heads padded to a power of two, so that a prefix tile is read once for all of them and a row's own
-key gradient is a sum over neighbouring tile rows.
+The query heads of a key/value head and the points are packed into the lines of one tile, a point's
+heads side by side and padded to a power of two, so that a prefix tile is read once for all of them
+and a point's own key gradient is a sum over neighbouring lines.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from .._check import unit_stride, unsupported_dtype
 from .._triton import DTYPES, Compilation, dot, empty, narrow, tanh, tuned
 
-# A launch is tuned again when the packed rows or the prefix change class; R grows by m a layer.
-_TUNED_BY = ("row_class", "prefix_class", "GROUPS", "HEAD_DIM", "SOFTCAP", "WINDOW")
+# A launch is tuned again when the packed points or the prefix change class; N grows by m a layer.
+_TUNED_BY = ("point_class", "prefix_class", "GROUPS", "HEAD_DIM", "SOFTCAP", "WINDOW")
 
 MAX_BATCH = 65535  # the third axis of a grid
-# Compiled once for all values: nothing is addressed by them, and R takes many.
-_UNSPECIALISED = ["rows", "window", "row_class", "prefix_class"]
+# Compiled once for all values: nothing is addressed by them, and N takes many.
+_UNSPECIALISED = ["points", "window", "point_class", "prefix_class"]
 
 
 def unsupported(q: Tensor, k: Tensor, *_: object) -> str | None:
@@ -40,19 +40,21 @@ def unsupported(q: Tensor, k: Tensor, *_: object) -> str | None:
 
 
 @triton.jit
-def _tile(rows, GROUPS_PADDED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(row, head, valid) of each packed tile row."""
+def _tile(points, GROUPS_PADDED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(point, head, valid) of each line of the tile."""
     packed = tl.arange(0, BLOCK_M)
-    row = tl.program_id(0).to(tl.int64) * (BLOCK_M // GROUPS_PADDED) + packed // GROUPS_PADDED
+    point = tl.program_id(0).to(tl.int64) * (BLOCK_M // GROUPS_PADDED) + packed // GROUPS_PADDED
     group = packed % GROUPS_PADDED
     head = tl.program_id(1).to(tl.int64) * GROUPS + group
-    return row, head, (row < rows) & (group < GROUPS)
+    return point, head, (point < points) & (group < GROUPS)
 
 
 @triton.jit
-def _places(base, batch_stride, head_stride, row_stride, batch, head, row, d):
-    """Addresses of a tile ``[rows, d]`` of a ``[batch, head, row, d]`` tensor."""
-    return base + batch * batch_stride + head * head_stride + row[:, None] * row_stride + d[None, :]
+def _places(base, batch_stride, head_stride, point_stride, batch, head, point, d):
+    """Addresses of a tile ``[points, d]`` of a ``[batch, head, point, d]`` tensor."""
+    return (
+        base + batch * batch_stride + head * head_stride + point[:, None] * point_stride + d[None]
+    )
 
 
 @triton.jit
@@ -64,7 +66,7 @@ def _cap(scores, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _visible_from(length, window, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first prefix tile a row at position ``length`` sees."""
+    """The first prefix tile a point at position ``length`` sees."""
     if WINDOW:
         return tl.maximum(length - window + 1, 0) // BLOCK_N * BLOCK_N
     return length * 0
@@ -73,24 +75,26 @@ def _visible_from(length, window, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def forward_kernel(
     q, k, v, prefix_k, prefix_v, lengths, sinks, out, lse,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    q_batch, q_head, q_point, k_batch, k_head, k_point, v_batch, v_head, v_point,
     pk_batch, pk_head, pk_position, pv_batch, pv_head, pv_position,
-    rows, scale, softcap, window, row_class, prefix_class,
+    points, scale, softcap, window, point_class, prefix_class,
     GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SINKS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row, head, valid = _tile(rows, GROUPS_PADDED, GROUPS, BLOCK_M)
+    point, head, valid = _tile(points, GROUPS_PADDED, GROUPS, BLOCK_M)
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
-    queries = tl.load(_places(q, q_batch, q_head, q_row, batch, head[:, None], row, d), mask, 0.0)
-    own_k = tl.load(_places(k, k_batch, k_head, k_row, batch, kv_head, row, d), mask, 0.0)
-    own_v = tl.load(_places(v, v_batch, v_head, v_row, batch, kv_head, row, d), mask, 0.0)
+    queries = tl.load(
+        _places(q, q_batch, q_head, q_point, batch, head[:, None], point, d), mask, 0.0
+    )
+    own_k = tl.load(_places(k, k_batch, k_head, k_point, batch, kv_head, point, d), mask, 0.0)
+    own_v = tl.load(_places(v, v_batch, v_head, v_point, batch, kv_head, point, d), mask, 0.0)
     own_k, own_v = own_k.to(tl.float32), own_v.to(tl.float32)
 
-    # The online softmax starts from the row's own key and the sink: never empty, never infinite.
+    # The online softmax starts from the point's own key and the sink: never empty, never infinite.
     own = _cap(tl.sum(queries.to(tl.float32) * own_k, 1) * scale, softcap, SOFTCAP)
     highest = own
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
@@ -125,7 +129,7 @@ def forward_kernel(
         mixed = mixed * shrink[:, None] + dot(narrow(weights, values.dtype), values)
         highest = peak
 
-    place = (batch * tl.num_programs(1) * GROUPS + head) * rows + row
+    place = (batch * tl.num_programs(1) * GROUPS + head) * points + point
     tl.store(
         out + place[:, None] * HEAD_DIM + d[None, :],
         narrow(mixed / total[:, None], out.dtype.element_ty),
@@ -137,23 +141,25 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def backward_kernel(
     grad, q, k, v, prefix_k, prefix_v, lengths, out, lse, grad_q, grad_k, grad_v,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    q_batch, q_head, q_point, k_batch, k_head, k_point, v_batch, v_head, v_point,
     pk_batch, pk_head, pk_position, pv_batch, pv_head, pv_position,
-    rows, scale, softcap, window, row_class, prefix_class,
+    points, scale, softcap, window, point_class, prefix_class,
     GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row, head, valid = _tile(rows, GROUPS_PADDED, GROUPS, BLOCK_M)
+    point, head, valid = _tile(points, GROUPS_PADDED, GROUPS, BLOCK_M)
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
-    place = (batch * tl.num_programs(1) * GROUPS + head) * rows + row
+    place = (batch * tl.num_programs(1) * GROUPS + head) * points + point
     packed = place[:, None] * HEAD_DIM + d[None, :]
-    queries = tl.load(_places(q, q_batch, q_head, q_row, batch, head[:, None], row, d), mask, 0.0)
-    own_k = tl.load(_places(k, k_batch, k_head, k_row, batch, kv_head, row, d), mask, 0.0)
-    own_v = tl.load(_places(v, v_batch, v_head, v_row, batch, kv_head, row, d), mask, 0.0)
+    queries = tl.load(
+        _places(q, q_batch, q_head, q_point, batch, head[:, None], point, d), mask, 0.0
+    )
+    own_k = tl.load(_places(k, k_batch, k_head, k_point, batch, kv_head, point, d), mask, 0.0)
+    own_v = tl.load(_places(v, v_batch, v_head, v_point, batch, kv_head, point, d), mask, 0.0)
     own_k, own_v = own_k.to(tl.float32), own_v.to(tl.float32)
     upstream = tl.load(grad + packed, mask=mask, other=0.0)
     wide = upstream.to(tl.float32)
@@ -168,14 +174,15 @@ def backward_kernel(
     if SOFTCAP:
         slope = slope * (1 - (own / softcap) * (own / softcap))
     pull = slope[:, None] * own_k
-    BLOCK_R: tl.constexpr = BLOCK_M // GROUPS_PADDED
-    by_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    target = ((batch * tl.num_programs(1) + kv_head) * rows + by_row)[:, None] * HEAD_DIM + d[None]
-    row_mask = (by_row < rows)[:, None] & (d < HEAD_DIM)[None, :]
-    to_k = tl.reshape(slope[:, None] * queries.to(tl.float32), (BLOCK_R, GROUPS_PADDED, BLOCK_D))
-    tl.store(grad_k + target, narrow(tl.sum(to_k, 1), grad_k.dtype.element_ty), mask=row_mask)
-    to_v = tl.reshape(weight[:, None] * wide, (BLOCK_R, GROUPS_PADDED, BLOCK_D))
-    tl.store(grad_v + target, narrow(tl.sum(to_v, 1), grad_v.dtype.element_ty), mask=row_mask)
+    POINTS: tl.constexpr = BLOCK_M // GROUPS_PADDED
+    by_point = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    target = (batch * tl.num_programs(1) + kv_head) * points + by_point
+    target = target[:, None] * HEAD_DIM + d[None]
+    by_point_mask = (by_point < points)[:, None] & (d < HEAD_DIM)[None, :]
+    to_k = tl.reshape(slope[:, None] * queries.to(tl.float32), (POINTS, GROUPS_PADDED, BLOCK_D))
+    tl.store(grad_k + target, narrow(tl.sum(to_k, 1), grad_k.dtype.element_ty), mask=by_point_mask)
+    to_v = tl.reshape(weight[:, None] * wide, (POINTS, GROUPS_PADDED, BLOCK_D))
+    tl.store(grad_v + target, narrow(tl.sum(to_v, 1), grad_v.dtype.element_ty), mask=by_point_mask)
 
     length = tl.load(lengths + batch).to(tl.int32)
     for start in range(_visible_from(length, window, WINDOW, BLOCK_N), length, BLOCK_N):
@@ -204,9 +211,10 @@ def backward_kernel(
     tl.store(grad_q + packed, narrow(pull, grad_q.dtype.element_ty), mask=mask)
 
 
-# (bytes a number, d padded) -> tile rows, prefix positions, warps, stages. None of them spills on
-# sm_80, sm_90 or sm_100 (`benchmarks.kernels`); from 64 rows on they are wgmma's on sm_90. Exact
-# float32 products have no tensor cores and hold a whole d in registers: none fits for d = 256.
+# (bytes a number, d padded) -> lines, prefix positions, warps, stages. None of them spills on
+# sm_80, sm_90 or sm_100 (`benchmarks.ops.compile_triton`); from 64 lines on they are wgmma's on
+# sm_90. Exact float32 products have no tensor cores and hold a whole d in registers: none fits for
+# d = 256.
 _SHAPES: dict[str, dict[tuple[int, int], list[tuple[int, int, int, int]]]] = {
     "forward": {
         (2, 64): [(64, 64, 4, 3), (128, 32, 8, 3), (16, 64, 4, 3)],
@@ -227,7 +235,7 @@ _SHAPES: dict[str, dict[tuple[int, int], list[tuple[int, int, int, int]]]] = {
 
 @functools.cache
 def configs(step: str, itemsize: int, dim: int, groups: int) -> tuple[triton.Config, ...]:
-    """The tiles that hold ``groups`` query heads of a row; empty if none does."""
+    """The tiles that hold ``groups`` query heads of a point; empty if none does."""
     padded = max(64, triton.next_power_of_2(dim))
     return tuple(
         triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
@@ -249,14 +257,14 @@ def _constants(groups: int, dim: int, softcap: float | None, window: int | None)
 
 def _launch(step, kernel, tensors, lengths, others, scale, softcap, window, **flags) -> None:
     q, prefix_k = tensors[0], tensors[3]
-    batch, heads, rows, dim = q.shape
+    batch, heads, points, dim = q.shape
     kv_heads, prefix = prefix_k.shape[1:3]
     groups = heads // kv_heads
     constants = _constants(groups, dim, softcap, window)
     if lengths is None:
         lengths = torch.full((batch,), prefix, dtype=torch.int32, device=q.device)
     lengths = lengths.to(q.device).contiguous()  # the kernels know no stride of it
-    packed = rows * constants["GROUPS_PADDED"]
+    packed = points * constants["GROUPS_PADDED"]
 
     def grid(meta):
         return triton.cdiv(packed, meta["BLOCK_M"]), kv_heads, batch
@@ -266,7 +274,7 @@ def _launch(step, kernel, tensors, lengths, others, scale, softcap, window, **fl
         tuned(kernel, choices, _TUNED_BY)[grid](
             *others(lengths),
             *(stride for x in tensors for stride in x.stride()[:3]),
-            rows,
+            points,
             scale,
             1.0 if softcap is None else softcap,
             0 if window is None else window,
@@ -354,9 +362,9 @@ def compilations() -> Iterator[Compilation]:
     4 query heads a key/value head (Llama-3.1-8B); at dimension 64 also 7 (Qwen2.5-0.5B), at 128
     also 1 (Llama-2) and 16.
     """
-    strides = [f"{x}_{axis}" for x in ("q", "k", "v") for axis in ("batch", "head", "row")]
+    strides = [f"{x}_{axis}" for x in ("q", "k", "v") for axis in ("batch", "head", "point")]
     strides += [f"{x}_{axis}" for x in ("pk", "pv") for axis in ("batch", "head", "position")]
-    scalars = dict.fromkeys([*strides, "rows", "window", "row_class", "prefix_class"], "i32")
+    scalars = dict.fromkeys([*strides, "points", "window", "point_class", "prefix_class"], "i32")
     scalars |= {"scale": "fp32", "softcap": "fp32"}
     for dtype, name in DTYPES.items():
         data = f"*{name}"

@@ -1,4 +1,4 @@
-"""The probability a language-model head gives one token a row, without keeping the logits."""
+"""The probability a language-model head gives one target a token, without keeping the logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._dispatch import Backend, check_backend, register, register_autograd
 
 
 class TargetProbability(NamedTuple):
-    """Each ``[rows]``, float32 (float64 for a float64 model)."""
+    """Each ``[tokens]``, float32 (float64 for a float64 model)."""
 
     probability: Tensor
     logit: Tensor
@@ -29,16 +29,17 @@ def target_probability(
     logit_scale: float = 1.0,
     backend: Backend | None = None,
 ) -> TargetProbability:
-    """Softmax probability, logit and log-probability of ``target`` for each row.
+    """Softmax probability, logit and log-probability of ``target`` at each token.
 
     ``logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``. Differentiable
     in ``hidden`` alone; the gradient is formed in the forward pass while a chunk's logits are
-    alive, so the backward pass costs no second product and stores ``[rows, D]``, not ``[rows, V]``.
+    alive, so the backward pass costs no second product and stores ``[tokens, D]``, not
+    ``[tokens, V]``.
 
     Args:
-        hidden: ``[rows, D]``.
+        hidden: ``[tokens, D]``.
         weight: ``[V, D]``.
-        target: ``[rows]`` token ids.
+        target: ``[tokens]`` token ids.
         bias: ``[V]`` or None.
         softcap: final logit soft-cap (Gemma-2).
         logit_scale: factor on the logits (Cohere, Granite).
@@ -51,7 +52,7 @@ def target_probability(
     check_backend(backend)
     check_linear(hidden, weight, bias)
     if hidden.ndim != 2:
-        raise ValueError(f"hidden must be [rows, D]; it is {list(hidden.shape)}.")
+        raise ValueError(f"hidden must be [tokens, D]; it is {list(hidden.shape)}.")
     check_shape("target", target, hidden.shape[0])
     gradient = torch.is_grad_enabled() and hidden.requires_grad
     outputs = torch.ops.loki_kernels.target_probability(
@@ -77,9 +78,9 @@ def _fake(
     gradient: bool,
 ) -> tuple[Tensor, ...]:
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows = hidden.shape[0]
-    kept = rows if gradient else 0
-    numbers = [hidden.new_empty(rows, dtype=wide) for _ in range(3)]
+    tokens = hidden.shape[0]
+    kept = tokens if gradient else 0
+    numbers = [hidden.new_empty(tokens, dtype=wide) for _ in range(3)]
     return *numbers, hidden.new_empty(kept, hidden.shape[1]), hidden.new_empty(kept, dtype=wide)
 
 
@@ -106,8 +107,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 # The last two results are kept for the backward pass, and empty without a gradient: the two
-# directions every output's gradient is made of are d log p / d hidden, "pull" [rows, D], and
-# d logit / d hidden = "slope" [rows] times the target's row of the weight.
+# directions every output's gradient is made of are d log p / d hidden, "pull" [tokens, D], and
+# d logit / d hidden = "slope" [tokens] times the target's row of the weight.
 register(
     "target_probability",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float? softcap, "

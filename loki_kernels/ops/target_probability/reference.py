@@ -15,7 +15,7 @@ def target_probability_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(probability, logit, log-probability), each ``[rows]``."""
+    """(probability, logit, log-probability), each ``[tokens]``."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = torch.nn.functional.linear(hidden, weight, bias).to(wide) * logit_scale
     if softcap is not None:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Logits alive at once, in elements. On a CPU 32 Mi float32 = 128 MiB, 680 rows of a 49,152-token
+# Logits alive at once, in elements. On a CPU 32 Mi float32 = 128 MiB, 680 tokens of a 49,152-token
 # vocabulary; larger chunks were not faster on 2 cores. On a GPU every chunk reads the whole weight
-# twice (1 GB for Llama-3.1-8B), which about 300 rows of arithmetic hide (by count, unmeasured):
-# 128 Mi bfloat16 = 256 MiB, 1,046 rows of its vocabulary.
+# twice (1 GB for Llama-3.1-8B), which about 300 tokens of arithmetic hide (by count, unmeasured):
+# 128 Mi bfloat16 = 256 MiB, 1,046 tokens of its vocabulary.
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 
-# (logits, target, softcap, logit_scale, gradient) -> target's final logit [rows], log of the
-# normaliser [rows], and, in the logits' dtype, d log p / d logits [rows, V] or None
+# (logits, target, softcap, logit_scale, gradient) -> target's final logit [tokens], log of the
+# normaliser [tokens], and, in the logits' dtype, d log p / d logits [tokens, V] or None
 Reduce = Callable[[Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor, Tensor | None]]
 
 
@@ -28,15 +28,15 @@ def in_chunks(
     logit_scale: float,
     gradient: bool,
 ) -> tuple[Tensor, ...]:
-    """The op by two dense products a chunk of rows, with ``reduce`` between them."""
+    """The op by two dense products a chunk of tokens, with ``reduce`` between them."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows, width = hidden.shape
-    logit = torch.empty(rows, dtype=wide, device=hidden.device)
+    tokens, width = hidden.shape
+    logit = torch.empty(tokens, dtype=wide, device=hidden.device)
     log_normaliser = torch.empty_like(logit)
-    pull = torch.empty(rows if gradient else 0, width, dtype=hidden.dtype, device=hidden.device)
+    pull = torch.empty(tokens if gradient else 0, width, dtype=hidden.dtype, device=hidden.device)
     elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
     chunk = max(1, elements // weight.shape[0])
-    for start in range(0, rows, chunk):
+    for start in range(0, tokens, chunk):
         part = slice(start, start + chunk)
         logits = functional.linear(hidden[part], weight, bias)
         logit[part], log_normaliser[part], grad_logits = reduce(

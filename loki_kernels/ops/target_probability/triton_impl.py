@@ -1,4 +1,4 @@
-"""Between the two dense products, one program a row reads its logits twice and overwrites them."""
+"""Between the dense products, one program a token reads its logits twice and overwrites them."""
 
 from __future__ import annotations
 
@@ -34,47 +34,47 @@ def forward_kernel(
     logits, target, logit, log_normaliser, vocabulary, scale, softcap,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * vocabulary
+    token = tl.program_id(0).to(tl.int64)
+    logits += token * vocabulary
     # read before the gradient takes the logits' place: nothing orders a later read in one warp and
     # another warp's store
-    wanted = tl.load(target + row)
+    wanted = tl.load(target + token)
     logit_wanted = _final(tl.load(logits + wanted), scale, softcap, SOFTCAP)
     # a running maximum and sum for each lane; they meet once, at the end
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        value = _final(tl.load(logits + token, mask=token < vocabulary), scale, softcap, SOFTCAP)
-        value = tl.where(token < vocabulary, value, float("-inf"))
+        entry = start + tl.arange(0, BLOCK)
+        value = _final(tl.load(logits + entry, mask=entry < vocabulary), scale, softcap, SOFTCAP)
+        value = tl.where(entry < vocabulary, value, float("-inf"))
         peak = tl.maximum(highest, value)
         met = (peak > float("-inf")) | (value != value)  # a maximum passes over NaN
         total = tl.where(met, total * tl.exp(highest - peak) + tl.exp(value - peak), total)
         highest = peak
     top = tl.max(highest, 0)
     normaliser = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
-    tl.store(log_normaliser + row, normaliser)
-    tl.store(logit + row, logit_wanted)
+    tl.store(log_normaliser + token, normaliser)
+    tl.store(logit + token, logit_wanted)
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            mask = token < vocabulary
-            value = _final(tl.load(logits + token, mask=mask, other=0.0), scale, softcap, SOFTCAP)
-            slope = tl.where(token == wanted, 1.0, 0.0) - tl.exp(value - normaliser)
+            entry = start + tl.arange(0, BLOCK)
+            mask = entry < vocabulary
+            value = _final(tl.load(logits + entry, mask=mask, other=0.0), scale, softcap, SOFTCAP)
+            slope = tl.where(entry == wanted, 1.0, 0.0) - tl.exp(value - normaliser)
             if SOFTCAP:
                 slope = slope * (1 - (value / softcap) * (value / softcap))
-            tl.store(logits + token, narrow(slope * scale, logits.dtype.element_ty), mask=mask)
+            tl.store(logits + entry, narrow(slope * scale, logits.dtype.element_ty), mask=mask)
 
 
 def _reduce(
     logits: Tensor, target: Tensor, softcap: float | None, logit_scale: float, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows, vocabulary = logits.shape
+    tokens, vocabulary = logits.shape
     logits = logits.contiguous()
-    logit = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    logit = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     log_normaliser = torch.empty_like(logit)
     with torch.cuda.device_of(logits):
-        forward_kernel[(rows,)](
+        forward_kernel[(tokens,)](
             logits,
             target.contiguous(),
             logit,
