@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import _native
 from ..errors import check_choice
 from ._check import check_first_derivative
+from ._example import Draw, Example
 
 logger = logging.getLogger(__name__)
 
@@ -254,12 +255,10 @@ def _reference(op: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{op}.reference")
 
 
-def example(
-    op: str, device: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Keyword arguments of a small case, and which are differentiable; the same on any device."""
+def example(op: str, device: torch.device, dtype: torch.dtype) -> Example:
+    """A small case of ``op``, the same on any device."""
     with torch.device("cpu"):  # whatever the default device, the numbers are drawn here
-        return _reference(op).example(device, dtype)
+        return _reference(op).example(Draw(device, dtype))
 
 
 def _evaluate(

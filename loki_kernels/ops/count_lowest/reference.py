@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from .._example import Draw, Example
 
 
 def count_lowest_reference(
@@ -19,10 +19,5 @@ def count_lowest_reference(
     return counts
 
 
-def example(
-    device: torch.device | str, dtype: torch.dtype
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Keyword arguments of a small case, and which of them are differentiable."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(5, 3, 129, generator=generator).to(device, dtype)
-    return {"scores": scores, "k": 40}, ()
+def example(draw: Draw) -> Example:
+    return {"scores": draw.normal(5, 3, 129), "k": 40}, ()

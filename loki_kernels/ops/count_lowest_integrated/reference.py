@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from .._example import Draw, Example
 from ..count_lowest.reference import count_lowest_reference
 from ..integrate_path.reference import integrate_path_reference
 
@@ -26,24 +25,14 @@ def count_lowest_integrated_reference(
     return counts[0], scores.sum(-1, dtype=torch.float64)
 
 
-def example(
-    device: torch.device | str, dtype: torch.dtype
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Keyword arguments of a small case, and which of them are differentiable.
-
-    Small whole numbers and powers of two, so that every dtype has the same exact scores, many of
-    them equal: a rank decided by rounding would be no mistake.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def whole(*shape: int) -> Tensor:
-        return torch.randint(-4, 5, shape, generator=generator).to(device, dtype)
-
+def example(draw: Draw) -> Example:
+    """Whole numbers and powers of two, so that every dtype has the same exact scores, many of them
+    equal: a rank decided by rounding would be no mistake."""
     inputs = {
-        "gradients": whole(3, 7, 129),
-        "weights": 2.0 ** torch.randint(-2, 2, (3, 7), generator=generator),
-        "z": whole(3, 129),
-        "baseline": whole(129),
+        "gradients": draw.normal(3, 7, 129).round(),
+        "weights": 2.0 ** draw.normal(3, 7, dtype=torch.float32).round(),
+        "z": draw.normal(3, 129).round(),
+        "baseline": draw.normal(129).round(),
         "k": 40,
     }
     return inputs, ()

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from .._example import Draw, Example
 
 
 def expand_path_reference(z: Tensor, alphas: Tensor, baseline: Tensor | None = None) -> Tensor:
@@ -15,13 +15,6 @@ def expand_path_reference(z: Tensor, alphas: Tensor, baseline: Tensor | None = N
     return (start.unsqueeze(-2) + step * (z.to(wide) - start).unsqueeze(-2)).to(z.dtype)
 
 
-def example(
-    device: torch.device | str, dtype: torch.dtype
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Keyword arguments of a small case, and which of them are differentiable."""
-    generator = torch.Generator().manual_seed(0)
-    z, baseline = torch.randn(2, 3, 129, generator=generator).to(device, dtype)
-    return {"z": z, "alphas": torch.linspace(0, 1, 7), "baseline": baseline}, (
-        "z",
-        "baseline",
-    )
+def example(draw: Draw) -> Example:
+    z, baseline = draw.normal(2, 3, 129)
+    return {"z": z, "alphas": torch.linspace(0, 1, 7), "baseline": baseline}, ("z", "baseline")

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from .._example import Draw, Example
 
 
 def integrate_path_reference(
@@ -25,19 +25,11 @@ def integrate_path_reference(
     return total * span
 
 
-def example(
-    device: torch.device | str, dtype: torch.dtype
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Keyword arguments of a small case, and which of them are differentiable."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
+def example(draw: Draw) -> Example:
     inputs = {
-        "gradients": normal(3, 7, 129),
-        "weights": torch.rand(3, 7, generator=generator),
-        "z": normal(3, 129),
-        "baseline": normal(129),
+        "gradients": draw.normal(3, 7, 129),
+        "weights": draw.normal(3, 7, dtype=torch.float32),
+        "z": draw.normal(3, 129),
+        "baseline": draw.normal(129),
     }
     return inputs, ()

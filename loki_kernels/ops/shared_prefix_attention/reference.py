@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from .._example import Draw, Example
 
 
 def shared_prefix_attention_reference(
@@ -57,21 +57,13 @@ def shared_prefix_attention_reference(
     return (shared.view(batch, kv_heads, groups, points, dim) + own).view(batch, heads, points, dim)
 
 
-def example(
-    device: torch.device | str, dtype: torch.dtype
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Keyword arguments of a small case, and which of them are differentiable."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
+def example(draw: Draw) -> Example:
     inputs = {
-        "q": normal(2, 6, 5, 64),
-        "k": normal(2, 2, 5, 64),
-        "v": normal(2, 2, 5, 64),
-        "prefix_k": normal(2, 2, 70, 64),
-        "prefix_v": normal(2, 2, 70, 64),
-        "prefix_lengths": torch.tensor([70, 33], device=device),
+        "q": draw.normal(2, 6, 5, 64),
+        "k": draw.normal(2, 2, 5, 64),
+        "v": draw.normal(2, 2, 5, 64),
+        "prefix_k": draw.normal(2, 2, 70, 64),
+        "prefix_v": draw.normal(2, 2, 70, 64),
+        "prefix_lengths": torch.tensor([70, 33], device=draw.device),
     }
     return inputs, ("q", "k", "v")

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from .._example import Draw, Example
 
 
 def sync_rows_reference(
@@ -37,20 +37,10 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def example(
-    device: torch.device | str, dtype: torch.dtype
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Keyword arguments of a small case, and which of them are differentiable."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
+def example(draw: Draw) -> Example:
     inputs = {
-        "weights": [normal(9, 33).to(dtype), normal(12, 64).to(dtype)],
-        "rows": [normal(4, 33), normal(5, 64)],
-        "indices": [
-            torch.randperm(n, generator=generator)[:k].to(device) for n, k in ((9, 4), (12, 5))
-        ],
+        "weights": [draw.normal(9, 33), draw.normal(12, 64)],
+        "rows": [draw.normal(k, n, dtype=torch.float32) for k, n in ((4, 33), (5, 64))],
+        "indices": [draw.index(4, 9), draw.index(5, 12)],
     }
     return inputs, ()

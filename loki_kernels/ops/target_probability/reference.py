@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from .._example import Draw, Example
 
 
 def target_probability_reference(
@@ -26,20 +26,12 @@ def target_probability_reference(
     return log_probability.exp(), logit, log_probability
 
 
-def example(
-    device: torch.device | str, dtype: torch.dtype
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Keyword arguments of a small case, and which of them are differentiable."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
+def example(draw: Draw) -> Example:
     inputs = {
-        "hidden": normal(33, 64),
-        "weight": normal(5000, 64) / 8,
-        "target": torch.randint(0, 5000, (33,), generator=generator).to(device),
-        "bias": normal(5000),
+        "hidden": draw.normal(33, 64),
+        "weight": draw.normal(5000, 64) / 8,
+        "target": draw.index(33, 5000),
+        "bias": draw.normal(5000),
         "softcap": 5.0,
         "logit_scale": 0.5,
     }
