@@ -10,9 +10,23 @@ import pytest
 import torch
 import transformers
 
+from tests import models
 from tests.models import build_model, save_base
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where models are tested: cpu, cuda, cuda:1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    models.set_device(config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return models.DEVICE
 
 
 @pytest.fixture

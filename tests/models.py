@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+
+# Where models are built and their inputs belong; `--device` sets it before tests are collected.
+DEVICE = torch.device("cpu")
 
 TINY = {
     "vocab_size": 97,
@@ -70,10 +74,30 @@ transformers.AttentionInterface.register("naive", _naive_attention)
 transformers.AttentionMaskInterface.register("naive", transformers.masking_utils.eager_mask)
 
 
+def set_device(device: torch.device | str) -> None:
+    """Make `build_model` and `to_device` use another device than the CPU."""
+    global DEVICE
+    DEVICE = torch.device(device)
+
+
+def to_device(value: Any) -> Any:
+    """A tensor, or tensors in lists, tuples and dicts, on `DEVICE`; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(DEVICE)
+    if isinstance(value, dict):
+        return {key: to_device(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_device, value))
+    return value
+
+
 def build_model(
-    name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> transformers.PreTrainedModel:
-    """A small random model; norms and biases too are away from their defaults."""
+    """A small random model, the same on any device; norms and biases are off their defaults."""
     torch.manual_seed(seed)
     config = ARCHITECTURES[name]()
     # eager attention's softmax is float32 even in a float64 model, and SDPA lacks soft-capping
@@ -83,7 +107,7 @@ def build_model(
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
+    return model.to(DEVICE if device is None else device, dtype).eval()
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, object]:
