@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loki_kernels import Attribution, RowSelection, select, selection
+from loki_kernels import Attribution, RowSelection, ranking, select
 from loki_kernels.ranking import rows_per_layer
 from loki_kernels.selection import random_rows
 
@@ -130,19 +130,19 @@ def test_other_dtypes_and_strides(strategy, dtype):
 @pytest.mark.parametrize("criterion", ["signed", "magnitude"])
 @pytest.mark.parametrize("strategy", RANKED)
 @pytest.mark.parametrize("elements", [1, 51, 51 * 2, 51 * 3 + 1])
-def test_chunks_equal_the_whole(strategy, criterion, elements, monkeypatch):
+def test_counting_in_chunks_changes_nothing(strategy, criterion, elements, monkeypatch):
     scores = make_scores(tied=True)
-    whole = select(scores, 29, strategy, criterion)
+    at_once = select(scores, 29, strategy, criterion)
     sizes = []
-    count_lowest = selection.count_lowest
+    count_lowest = ranking.count_lowest
 
     def spy(part, *args, **options):
         sizes.append(len(part))
         return count_lowest(part, *args, **options)
 
-    monkeypatch.setattr(selection, "count_lowest", spy)
-    monkeypatch.setattr(selection, "_CHUNK_ELEMENTS", elements)
-    assert select(scores, 29, strategy, criterion) == whole
+    monkeypatch.setattr(ranking, "count_lowest", spy)
+    monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", elements)
+    assert select(scores, 29, strategy, criterion) == at_once
     assert max(sizes) == max(1, elements // 51)
     assert sum(sizes) == 5
 
@@ -482,12 +482,12 @@ def test_error_names_the_file(tmp_path, content):
 def test_truncated_at_every_byte_raises(tmp_path):
     path = tmp_path / "rows.json"
     RowSelection([[1, 20], [3]], {"model": "é"}).save(path)
-    whole = path.read_bytes().rstrip()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
+    complete = path.read_bytes().rstrip()
+    for length in range(len(complete)):
+        path.write_bytes(complete[:length])
         with pytest.raises(ValueError, match=r"."):
             RowSelection.load(path)
-    path.write_bytes(whole)
+    path.write_bytes(complete)
     assert as_lists(RowSelection.load(path)) == [[1, 20], [3]]
 
 
