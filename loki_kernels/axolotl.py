@@ -2,8 +2,8 @@
 
     plugins: [loki_kernels.axolotl.LokiPlugin]
     adapter: loki
-    loki_positions: rows.json  # leave it out, and the model is analysed first
-    loki_rank: 8               # for LoKI*
+    loki_rows: rows.json  # leave it out, and the model is analysed first
+    loki_rank: 8          # for LoKI*
 
 ``lora_model_dir`` continues an adapter, as for Axolotl's own. An unknown ``adapter`` is an error
 there, so a run cannot train everything because this plugin was missing.
@@ -11,6 +11,7 @@ there, so a run cannot train everything because this plugin was missing.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import peft
@@ -24,7 +25,8 @@ from .peft import LokiConfig
 class LokiArguments(BaseModel):
     """What the plugin adds to Axolotl's configuration."""
 
-    loki_positions: str | None = None
+    loki_rows: str | None = None
+    loki_positions: str | None = None  # the old name of loki_rows
     loki_quota: float = DEFAULT_QUOTA
     loki_rank: int | None = None
 
@@ -43,9 +45,18 @@ class LokiPlugin(BasePlugin):
     ) -> tuple[Any, LokiConfig] | None:
         if cfg.adapter != "loki":
             return None
-        config = LokiConfig(
-            positions=cfg.loki_positions, quota=cfg.loki_quota or DEFAULT_QUOTA, rank=cfg.loki_rank
-        )
+        rows = cfg.loki_rows
+        if cfg.loki_positions is not None:
+            if rows is not None:
+                raise ValueError("give loki_rows or its old name loki_positions, not both.")
+            warnings.warn(
+                "write loki_rows: for loki_positions:, which goes with the next release.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            rows = cfg.loki_positions
+        quota = DEFAULT_QUOTA if cfg.loki_quota is None else cfg.loki_quota
+        config = LokiConfig(rows=rows, quota=quota, rank=cfg.loki_rank)
         if config_only:
             return None, config
         if cfg.lora_model_dir:

@@ -100,7 +100,7 @@ class RowSelection(Sequence[Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RowSelection:
-        """Read what `save` wrote, or the plain list of lists of the published position files.
+        """Read what `save` wrote, or the plain list of lists of the authors' position files.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -110,7 +110,7 @@ class RowSelection(Sequence[Tensor]):
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a position file: {error}.") from error
+            raise ValueError(f"{path} is not a row file: {error}.") from error
         info: dict[str, Any] = {}
         rows = content
         if isinstance(content, dict):
@@ -118,7 +118,7 @@ class RowSelection(Sequence[Tensor]):
             info = {key: content[key] for key in content if key not in ("rows", "format")}
         if not isinstance(rows, list) or not all(isinstance(layer, list) for layer in rows):
             raise ValueError(
-                f"{path} is not a position file: it must be a list of lists of row numbers, "
+                f"{path} is not a row file: it must be a list of lists of row numbers, "
                 "or an object that has one under 'rows'."
             )
         try:

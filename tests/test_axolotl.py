@@ -33,7 +33,7 @@ def config(base_folder, tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     return {
         "base_model": str(base_folder), "plugins": ["loki_kernels.axolotl.LokiPlugin"],
-        "adapter": "loki", "loki_positions": str(tmp_path / "rows.json"),
+        "adapter": "loki", "loki_rows": str(tmp_path / "rows.json"),
         "datasets": [{"path": str(tmp_path / "data.jsonl"), "ds_type": "json",
                       "type": "completion"}],
         "dataset_prepared_path": str(tmp_path / "prepared"), "output_dir": str(tmp_path / "out"),
@@ -65,3 +65,18 @@ def test_another_adapter_is_left_alone():
     model, made = LokiPlugin().load_adapter(None, config, config_only=True)
     assert model is None
     assert made.rank == 2
+
+
+def test_the_old_name_of_loki_rows(tmp_path):
+    from axolotl.utils.dict import DictDefault
+
+    from loki_kernels.axolotl import LokiPlugin
+
+    path = tmp_path / "rows.json"
+    path.write_text("[[1, 5], [0]]")
+    config = DictDefault({"adapter": "loki", "loki_positions": str(path)})
+    with pytest.warns(DeprecationWarning, match="write loki_rows"):
+        _, made = LokiPlugin().load_adapter(None, config, config_only=True)
+    assert made.rows == [[1, 5], [0]]
+    with pytest.raises(ValueError, match="not both"):
+        LokiPlugin().load_adapter(None, config | {"loki_rows": str(path)}, config_only=True)

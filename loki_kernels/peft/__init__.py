@@ -1,7 +1,7 @@
 """LoKI as a PEFT method: importing this module registers ``LokiConfig``.
 
     import loki_kernels.peft
-    model = peft.get_peft_model(model, loki_kernels.peft.LokiConfig(positions="rows.json"))
+    model = peft.get_peft_model(model, loki_kernels.peft.LokiConfig(rows="rows.json"))
 
 The base weights are never written while an adapter is active (a preference loss turns the adapter
 off between a forward pass and its backward pass), so the layers work in the delta form:

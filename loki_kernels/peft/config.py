@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import InitVar, dataclass, field
 
 import peft
 from packaging.version import Version
@@ -10,8 +11,8 @@ from peft import PeftConfig, PeftType, TaskType
 
 from ..errors import check_choice
 from ..options import DEFAULT_QUOTA
-from ..selection import RowSelection
 from ..training.linear import check_rank
+from ..training.targets import as_selection
 
 MERGES = ("dequantize", "requantize")
 _OLDEST = "0.18"  # which LLaMA-Factory 0.9 pins
@@ -41,38 +42,45 @@ class LokiConfig(PeftConfig):
     """Train some rows of every FFN down-projection.
 
     Args:
-        positions: path of a position file; it is read at once and not needed again.
-        rows: the rows themselves, one list a layer, instead of ``positions``. Without either the
-            model is analysed on the bundled questions, as `loki_kernels.patch` does.
+        rows: path of a row file, which is read at once and not needed again, or one list of rows a
+            layer. None analyses the model on the bundled questions, as `loki_kernels.patch` does.
         quota: percentage of rows for that analysis.
         rank: train the rows as a rank-r update (LoKI*).
         quantized_merge: how to merge into a quantized base: ``"dequantize"`` makes the merged
             model an ordinary one, ``"requantize"`` rounds the merged weights as the base's were.
         fingerprint: of the rows that are replaced; filled in by itself, and checked when the
             adapter is loaded onto a model.
+        positions: the old name of ``rows`` for a path; it goes with the next release.
 
     Raises:
-        ValueError: for a damaged position file, both ``positions`` and ``rows``, a rank below 1, or
-            an unknown ``quantized_merge``.
+        ValueError: for a damaged row file, rows that are negative, duplicated or of FFN neurons,
+            both ``rows`` and ``positions``, a rank below 1, or an unknown ``quantized_merge``.
     """
 
-    positions: str | None = None
-    rows: list[list[int]] | None = None
+    rows: str | list[list[int]] | None = None
     quota: float = DEFAULT_QUOTA
     rank: int | None = None
     quantized_merge: str | None = None
     fingerprint: str | None = None
     target_modules: set[str] | None = field(default=None, repr=False)
+    # no field: of what older versions saved it is read, and null there
+    positions: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, positions: str | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LOKI")
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         check_rank(self.rank)
         if self.quantized_merge is not None:
             check_choice("quantized_merge", self.quantized_merge, MERGES)
-        if self.positions is not None:
+        if positions is not None:
             if self.rows is not None:
-                raise ValueError("give positions or rows, not both.")
-            self.rows = [layer.tolist() for layer in RowSelection.load(self.positions)]
-            self.positions = None
+                raise ValueError("give rows or its old name positions, not both.")
+            warnings.warn(
+                "write LokiConfig(rows=...) for positions=, which goes with the next release.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            self.rows = positions
+        if self.rows is not None:
+            self.rows = [layer.tolist() for layer in as_selection(self.rows)]

@@ -44,7 +44,7 @@ def patch(
 
     Args:
         model: a transformers causal language model.
-        rows: a `RowSelection`, one list of rows a layer, or the path of a position file. None
+        rows: a `RowSelection`, one list of rows a layer, or the path of a row file. None
             analyses the model on the bundled questions (`attribute`, then `select`); the result is
             kept in ``$LOKI_KERNELS_CACHE`` (``~/.cache/loki_kernels``) by a fingerprint of the
             weights.
@@ -62,7 +62,7 @@ def patch(
     Raises:
         ValueError: for rows out of range, duplicated, or of another layer count; a selection of
             ``ffn_neurons``; a quota outside (0, 100]; a model that is already patched; a damaged
-            position file. The model is unchanged.
+            row file. The model is unchanged.
         UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
     """
     structure = find_structure(model)

@@ -13,16 +13,26 @@ from ..selection import RowSelection
 from ..structure import Structure, is_plain_linear
 from .linear import LokiLinear
 
-# What names rows: a selection, one list a layer, or the path of a position file.
+# What names rows: a selection, one list a layer, or the path of a row file.
 Rows = RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str]
 
 
 def as_selection(rows: Rows) -> RowSelection:
-    if isinstance(rows, RowSelection):
-        return rows
+    """What a user named rows by.
+
+    Raises:
+        FileNotFoundError: if there is no such row file.
+        ValueError: for unsound rows, or if they are no rows but FFN neurons.
+    """
     if isinstance(rows, (str, os.PathLike)):
-        return RowSelection.load(rows)
-    return RowSelection(rows)
+        rows = RowSelection.load(rows)
+    selection = rows if isinstance(rows, RowSelection) else RowSelection(rows)
+    if selection.info.get("site", "down_proj") != "down_proj":
+        raise ValueError(
+            "the selection names FFN neurons (site='ffn_neurons'), which are columns of "
+            "down_proj.weight; only rows (site='down_proj') can be trained so far."
+        )
+    return selection
 
 
 def check_patchable(structure: Structure) -> None:
@@ -50,12 +60,7 @@ def check_patchable(structure: Structure) -> None:
 
 
 def check_fits(selection: RowSelection, structure: Structure) -> None:
-    """Raise ValueError if a selection was made for another model or site."""
-    if selection.info.get("site", "down_proj") != "down_proj":
-        raise ValueError(
-            "the selection names FFN neurons (site='ffn_neurons'), which are columns of "
-            "down_proj.weight; only rows (site='down_proj') can be trained so far."
-        )
+    """Raise ValueError if a selection was made for another model."""
     if len(selection) != len(structure.layers):
         raise ValueError(
             f"the selection has {len(selection)} layers, the model {len(structure.layers)}."

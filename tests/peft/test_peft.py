@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 
 import peft
 import pytest
@@ -20,7 +21,7 @@ from tests.tiny_training import ROWS, WordTokenizer, data, logits, train, traine
 
 
 @pytest.fixture
-def rows_file(tmp_path):
+def row_file(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(ROWS))
     return path
@@ -39,14 +40,14 @@ def down_proj(model, layer=0):
 
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("name", ["llama", "llama_mlp_bias", "gemma2", "gpt_neox"])
-def test_trains_as_patch_does(name, rank, rows_file):
+def test_trains_as_patch_does(name, rank, row_file):
     torch.manual_seed(1)
     patched = build_model(name)
     torch.manual_seed(2)
-    loki.patch(patched, rows_file, rank=rank)
+    loki.patch(patched, row_file, rank=rank)
     wrapped = build_model(name)
     torch.manual_seed(2)
-    model = peft.get_peft_model(wrapped, LokiConfig(positions=str(rows_file), rank=rank))
+    model = peft.get_peft_model(wrapped, LokiConfig(rows=str(row_file), rank=rank))
     assert torch.equal(logits(model), logits(build_model(name)))
     train(patched)
     train(model)
@@ -217,6 +218,26 @@ def test_bad_configs(options, message):
     assert not any(isinstance(m, LokiLayer) for m in model.modules())
 
 
+def test_positions_is_the_old_name_of_rows(row_file, tmp_path):
+    with pytest.warns(DeprecationWarning, match=r"write LokiConfig\(rows="):
+        old = LokiConfig(positions=str(row_file))
+    new = LokiConfig(rows=str(row_file))
+    assert old.rows == new.rows == [sorted(layer) for layer in ROWS]
+    assert old.to_dict() == new.to_dict()
+    # as older versions wrote it
+    content = {**new.to_dict(), "positions": None, "target_modules": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert peft.PeftConfig.from_pretrained(str(tmp_path)).rows == new.rows
+
+
+def test_a_row_file_of_neurons_is_refused(tmp_path):
+    loki.RowSelection(ROWS, {"site": "ffn_neurons"}).save(tmp_path / "rows.json")
+    with pytest.raises(ValueError, match="ffn_neurons"):
+        LokiConfig(rows=str(tmp_path / "rows.json"))
+
+
 def test_a_config_serves_for_a_second_model():
     config = LokiConfig(rows=ROWS)
     merged = train(peft.get_peft_model(build_model(), config)).merge_and_unload()
@@ -227,7 +248,7 @@ def test_a_config_serves_for_a_second_model():
 
 
 def test_rows_of_another_selection_are_not_loaded_into_an_adapter(tmp_path):
-    """As a Trainer does that resumes after the position file was made anew."""
+    """As a Trainer does that resumes after the row file was made anew."""
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
     train(model)
     model.save_pretrained(tmp_path)

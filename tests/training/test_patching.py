@@ -271,7 +271,7 @@ def test_empty_layers_are_skipped(model):
     assert "no row" in str(report)
 
 
-def test_position_file(model, tmp_path):
+def test_row_file(model, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(ROWS))
     handle = loki.patch(model, path)
@@ -300,11 +300,11 @@ def test_bad_input_changes_nothing(model, rows, options, message):
     assert_unchanged(model, before)
 
 
-def test_damaged_position_file(model, tmp_path):
+def test_damaged_row_file(model, tmp_path):
     before = snapshot(model)
     path = tmp_path / "rows.json"
     path.write_text("[[1, 2")
-    with pytest.raises(ValueError, match="not a position file"):
+    with pytest.raises(ValueError, match="not a row file"):
         loki.patch(model, path)
     assert_unchanged(model, before)
 
