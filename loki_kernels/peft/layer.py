@@ -110,7 +110,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
 
     def check_disjoint(self, names: list[str]) -> None:
         """Raise ValueError if two of these adapters replace one row."""
-        names = self._own(names)
+        names = self._adapters_here(names)
         if len(names) < 2:  # without reading an index: enabling an adapter comes here too
             return
         seen: set[int] = set()
@@ -123,20 +123,21 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 )
             seen |= rows
 
-    def _own(self, names: list[str]) -> list[str]:
+    def _adapters_here(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.loki_index]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [] if self.disable_adapters or self.merged else self._own(self.active_adapters)
+        inactive = self.disable_adapters or self.merged
+        names = [] if inactive else self._adapters_here(self.active_adapters)
         base = self.base_layer
         if len(names) == 1 and type(base) is nn.Linear and self._is_plain(base.weight):
-            a, b = self._factors(names[0])
+            a, b = self._update_factors(names[0])
             return row_delta_linear(x, base.weight, a, b, self.loki_index[names[0]], base.bias)
         y = base(x, *args, **kwargs)
         for name in names:
-            a, b = self._factors(name)
+            a, b = self._update_factors(name)
             u = x if b is None else functional.linear(x, b.to(x.dtype))
             y = y.index_add(-1, self.loki_index[name], functional.linear(u, a.to(u.dtype)).to(y))
         return y
@@ -144,7 +145,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     def _is_plain(self, weight: Tensor) -> bool:
         return self.quantization_backend is None and not weight.is_meta and not is_sharded(weight)
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def _update_factors(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The update of an adapter's rows, as a product unless it is the second's absence."""
         if name in self.loki_delta_a:
             return self.loki_delta_a[name], self.loki_delta_b[name]
@@ -162,7 +163,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
 
     def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
         """The adapters that `merge` would merge; raises what it would raise."""
-        names = self._own(check_adapters_to_merge(self, adapter_names))
+        names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
         self.check_disjoint([*self.merged_adapters, *names])
         if safe_merge and not all(torch.isfinite(self._merged_rows(n)).all() for n in names):
             raise ValueError(f"there is NaN or infinity in the rows of {', '.join(names)}.")

@@ -29,7 +29,7 @@ Parts = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedRows:
     """What a file holds.
 
     Attributes:
@@ -77,7 +77,7 @@ def base_fingerprint(layers: Sequence[tuple[str, LokiLinear]]) -> str:
     return rows_fingerprint(layer.original_rows for _, layer in layers)
 
 
-def read_adapter(path: str | os.PathLike[str]) -> Saved:
+def read_adapter(path: str | os.PathLike[str]) -> SavedRows:
     """Read an adapter's tensors, or a side file.
 
     Raises:
@@ -94,10 +94,10 @@ def read_adapter(path: str | os.PathLike[str]) -> Saved:
     for name, parts in layers.items():
         if set(parts) not in ({"index", "rows"}, {"index", "delta_a", "delta_b"}):
             raise ValueError(f"{path} is not whole: of {name} it has {', '.join(sorted(parts))}.")
-    return Saved(layers, metadata.get("fingerprint"))
+    return SavedRows(layers, metadata.get("fingerprint"))
 
 
-def load_rows(layers: Sequence[tuple[str, LokiLinear]], saved: Saved) -> str | None:
+def load_rows(layers: Sequence[tuple[str, LokiLinear]], saved: SavedRows) -> str | None:
     """Copy what was saved into layers of the same rows; else change nothing and say why not."""
     if saved.layers.keys() != {name for name, _ in layers}:
         return "it has rows of other layers"

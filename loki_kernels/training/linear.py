@@ -118,17 +118,17 @@ class LokiLinear(nn.Module):
         return cls(linear, torch.as_tensor(rows), rank, dtype)
 
     @property
-    def writes(self) -> bool:
+    def writes_rows(self) -> bool:
         """Whether the rows are written into the weight before a product."""
         return self.rank is None and not self.sharded and not torch.compiler.is_compiling()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.writes:
-            return row_delta_linear(x, self.weight, *self._factors(), self.index, self.bias)
+        if not self.writes_rows:
+            return row_delta_linear(x, self.weight, *self._update_factors(), self.index, self.bias)
         self._write_rows()
         return row_masked_linear(x, self.weight, self.rows, self.index, self.bias)
 
-    def _factors(self) -> tuple[Tensor, Tensor | None]:
+    def _update_factors(self) -> tuple[Tensor, Tensor | None]:
         """The update of the rows: a product, or the difference itself and None."""
         if self.rank is not None:
             return self.delta_a, self.delta_b
@@ -136,7 +136,7 @@ class LokiLinear(nn.Module):
         return self.rows - self.weight.detach()[self.index].to(self.rows.dtype), None
 
     def forward_gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-        """``self(act(gate) * up)`` without keeping the product, where the layer ``writes``."""
+        """``self(act(gate) * up)`` without keeping the product, where the layer ``writes_rows``."""
         self._write_rows()
         return swiglu_row_masked_linear(
             gate, up, self.weight, self.rows, self.index, self.bias, activation=activation
@@ -156,7 +156,7 @@ class LokiLinear(nn.Module):
         with torch.no_grad():
             if self.rank is None:
                 return full_values(self.rows).to(self.weight.dtype)
-            frozen = self._rows_of(full_values(self.weight))
+            frozen = self._selected_rows(full_values(self.weight))
             rows = low_rank_rows(frozen, full_values(self.delta_a), full_values(self.delta_b))
             return rows.to(self.weight.dtype)
 
@@ -170,7 +170,7 @@ class LokiLinear(nn.Module):
         merged = weight.index_copy(0, index, self.merged_rows().to(weight.device))
         return shard_like(merged, self.weight)
 
-    def _rows_of(self, weight: Tensor) -> Tensor:
+    def _selected_rows(self, weight: Tensor) -> Tensor:
         # FSDP with weights offloaded to the host leaves the index where the layer computes
         return weight[self.index.to(weight.device)]
 
@@ -246,7 +246,7 @@ class LokiLinear(nn.Module):
             return
         with torch.no_grad():
             weight = full_values(self.weight)
-            loaded = self._rows_of(weight)
+            loaded = self._selected_rows(weight)
             if self.rank is None:
                 self.rows.copy_(shard_like(loaded.to(self.rows.dtype), self.rows))
             if self.rank is not None or isinstance(self.weight, DTensor):
@@ -267,15 +267,15 @@ class LokiLinear(nn.Module):
         """Factor a merged update; the exact factors come from the checkpoint's side file."""
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         kept = min(self.rank or 0, len(s))
-        lost, whole_norm = float(s[kept:].norm()), float(s.norm())
+        lost, norm = float(s[kept:].norm()), float(s.norm())
         rounding = torch.finfo(self.weight.dtype).eps * float(self.original_rows.float().norm())
-        if lost > 0.05 * whole_norm + rounding:
+        if lost > 0.05 * norm + rounding:
             return (
                 f"its trained rows differ from this model's by more than rank {self.rank} can "
                 "hold; load the checkpoint into the plain model and patch that."
             )
         a, b = torch.zeros(full_shape(self.delta_a)), torch.zeros(full_shape(self.delta_b))
-        if whole_norm > 0:
+        if norm > 0:
             root = s[:kept].sqrt().cpu()
             a[:, :kept] = u[:, :kept].cpu() * root
             b[:kept] = root[:, None] * vh[:kept].cpu()
@@ -290,10 +290,10 @@ def check_rank(rank: object) -> None:
         raise ValueError(f"rank must be a positive integer or None; it is {rank!r}.")
 
 
-def initial_factors(rows: int, rank: int, in_features: int) -> tuple[Tensor, Tensor]:
+def initial_factors(count: int, rank: int, in_features: int) -> tuple[Tensor, Tensor]:
     """Of LoKI*: zeros ``[k, r]``, and ``[r, in_features]`` normal with variance 1 / in_features."""
     return (
-        torch.zeros(rows, rank),
+        torch.zeros(count, rank),
         torch.randn(rank, in_features) / math.sqrt(in_features),
     )
 

@@ -66,7 +66,11 @@ class FusedMLP(nn.Module):
         # The fused op works on a written weight (the compiler fuses and recomputes by itself), and
         # hooks expect an ordinary call. Below the first trained row nothing is differentiated, and
         # keeping gate and up would cost memory.
-        if not layer.writes or _has_hooks(layer) or not (gate.requires_grad or up.requires_grad):
+        if (
+            not layer.writes_rows
+            or _has_hooks(layer)
+            or not (gate.requires_grad or up.requires_grad)
+        ):
             return layer(gated_product_reference(gate, up, self.gating.activation))
         return layer.forward_gated(gate, up, self.gating.activation)
 
@@ -94,10 +98,10 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
     if any(m.p > 0 for m in dropouts):
         return "it has dropout"
     activations = [m for m in others if m not in dropouts]
-    activation = _known(activations[0]) if len(activations) == 1 else None
+    activation = _known_activation(activations[0]) if len(activations) == 1 else None
     if activation is None:
         return "its activation is not one SiLU or tanh-approximated GELU"
-    candidates = list(_candidates(linears, down.in_features, activation))
+    candidates = list(_possible_gatings(linears, down.in_features, activation))
     unknown = "it does not compute down(act(gate(x)) * up(x))"
     if not candidates:  # its forward pass may not even take one argument
         return unknown
@@ -123,7 +127,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _known(activation: nn.Module) -> Activation | None:
+def _known_activation(activation: nn.Module) -> Activation | None:
     x = torch.linspace(-6, 6, 97)
     for name in ("silu", "gelu_tanh"):
         want = gated_product_reference(x, torch.ones_like(x), name)
@@ -133,7 +137,7 @@ def _known(activation: nn.Module) -> Activation | None:
     return None
 
 
-def _candidates(
+def _possible_gatings(
     linears: dict[str, nn.Module], intermediate_size: int, activation: Activation
 ) -> Iterator[Gating]:
     widths = [linear.out_features for linear in linears.values()]

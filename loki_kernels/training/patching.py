@@ -75,7 +75,7 @@ def patch(
     check_fits(selection, structure)
     gatings: dict[str, Gating | str] = {}
     if fuse_mlp:
-        gatings = {d.name: _gating(d, rank) for d in structure.down_projs}
+        gatings = {d.name: _gating_or_reason(d, rank) for d in structure.down_projs}
 
     causal_lm = structure.causal_lm
     names = {id(module): name for name, module in causal_lm.named_modules()}
@@ -97,7 +97,7 @@ def patch(
         parameter.requires_grad_(False)
     for down_proj, layer in layers:
         setattr(down_proj.parent, down_proj.attribute, layer)
-    fused, not_fused, mlps = _fuse(causal_lm, layers, gatings, names)
+    fused, not_fused, mlps = _fuse_mlps(causal_lm, layers, gatings, names)
     trainable = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
     report = Report(
         patched={names[id(d.module)]: len(layer.index) for d, layer in layers},
@@ -120,7 +120,7 @@ def patch(
     return handle
 
 
-def _gating(down_proj: DownProjection, rank: int | None) -> Gating | str:
+def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:
     if rank is not None:
         return "low-rank rows need the product itself"
     if is_sharded(down_proj.module.weight):  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def _gating(down_proj: DownProjection, rank: int | None) -> Gating | str:
     return find_gating(down_proj)
 
 
-def _fuse(
+def _fuse_mlps(
     causal_lm: nn.Module,
     layers: Sequence[tuple[DownProjection, LokiLinear]],
     gatings: dict[str, Gating | str],
@@ -167,11 +167,11 @@ class _RowWriter:
         if not self.layers:
             return []
         return [
-            decoder.register_forward_pre_hook(self.before),
-            decoder.register_forward_hook(self.after, always_call=True),
+            decoder.register_forward_pre_hook(self.before_forward),
+            decoder.register_forward_hook(self.after_forward, always_call=True),
         ]
 
-    def before(self, _decoder: nn.Module, _inputs: Any) -> None:
+    def before_forward(self, _decoder: nn.Module, _inputs: Any) -> None:
         if torch.compiler.is_compiling():  # there the weight is not written
             return
         sharded = shards_its_weights(self.model)
@@ -181,7 +181,7 @@ class _RowWriter:
             layer.sharded = sharded
             layer.in_step = not sharded
 
-    def after(self, _decoder: nn.Module, _inputs: Any, _output: Any) -> None:
+    def after_forward(self, _decoder: nn.Module, _inputs: Any, _output: Any) -> None:
         if not torch.compiler.is_compiling():
             for layer in self.layers:
                 layer.in_step = False

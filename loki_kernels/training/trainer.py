@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..files import check_folder
 from ..sharding import is_partitioned
 from . import adapter_file
-from .adapter_file import SIDE_FILE, Saved
+from .adapter_file import SIDE_FILE, SavedRows
 from .checkpoint import load_state
 from .linear import LokiLinear, low_rank_rows
 
@@ -34,15 +34,15 @@ class SideFileCallback(TrainerCallback):
             folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
             if isinstance(args.resume_from_checkpoint, str):
                 folders.insert(0, Path(args.resume_from_checkpoint))
-            self._load(folders)
+            self._load_side_file(folders)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load([Path(state.best_model_checkpoint)])
+            self._load_side_file([Path(state.best_model_checkpoint)])
 
-    def _load(self, folders: list[Path]) -> None:
+    def _load_side_file(self, folders: list[Path]) -> None:
         layers = self.layers
         if not any(layer.needs_side_file for _, layer in layers) or any(
             is_partitioned(layer.weight)
@@ -51,7 +51,7 @@ class SideFileCallback(TrainerCallback):
             return
         for folder in folders:
             path = folder / SIDE_FILE
-            if path.is_file() and _rounds_to(adapter_file.read_adapter(path), layers):
+            if path.is_file() and _agree_but_for_rounding(adapter_file.read_adapter(path), layers):
                 load_state(layers, folder)
                 return
         logger.warning(
@@ -62,7 +62,7 @@ class SideFileCallback(TrainerCallback):
         )
 
 
-def _rounds_to(saved: Saved, layers: list[tuple[str, LokiLinear]]) -> bool:
+def _agree_but_for_rounding(saved: SavedRows, layers: list[tuple[str, LokiLinear]]) -> bool:
     """Whether the layers hold what was saved, but for rounding: the Trainer has just read that."""
     for name, layer in layers:
         parts, held = saved.layers.get(name, {}), layer.merged_rows().float().cpu()
