@@ -34,7 +34,7 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
     for name, layers, tokens in cases(scope):
         peaks = {}
         for method in METHODS:
-            command = [sys.executable, "-m", "benchmarks.memory", method, name]
+            command = [sys.executable, "-m", "benchmarks.training.memory", method, name]
             command += [str(layers or MODELS[name]["num_hidden_layers"]), str(tokens)]
             process = subprocess.run(command, capture_output=True, text=True)
             if process.returncode != 0:
