@@ -1,6 +1,6 @@
 """``python -m benchmarks [SUITE ...]``: time ours against what one would use instead.
 
-Rows are appended to this machine's file under ``benchmarks/results/``; ``python -m benchmarks
+Records are appended to this machine's file under ``benchmarks/results/``; ``python -m benchmarks
 report`` turns all files into tables and plots.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from .records import append, describe_machine
+from .records import append_record, describe_machine
 
 # Suite -> its module here.
 SUITES = {
@@ -30,9 +30,9 @@ def main() -> None:
     arguments = parser.parse_args()
     suites = arguments.suites or list(SUITES)
     if suites == ["report"]:
-        from .report import write
+        from .report import write_report
 
-        write()
+        write_report()
         return
     unknown = sorted(set(suites) - set(SUITES))
     if unknown:
@@ -43,24 +43,24 @@ def main() -> None:
     for suite in suites:
         module = importlib.import_module(f".{SUITES[suite]}", __package__)
         chosen = "dry" if arguments.dry_run else "quick" if arguments.quick else "full"
-        for row in module.run(chosen):
+        for record in module.run(chosen):
             if not arguments.dry_run:
-                append(machine | row)
-            print(_line(row), flush=True)
+                append_record(machine | record)
+            print(_line(record), flush=True)
 
 
-def _line(row: dict) -> str:
-    case = " ".join(f"{name}={value}" for name, value in row["case"].items())
-    if row["suite"] == "memory":
-        ours, peer = row["ours_bytes"] / 2**20, row["peer_bytes"] / 2**20
-        return f"memory {case}: ours {ours:.0f} MiB, {row['peer']} {peer:.0f} MiB"
-    ratio = row["ratio"]
+def _line(record: dict) -> str:
+    case = " ".join(f"{name}={value}" for name, value in record["case"].items())
+    if record["suite"] == "memory":
+        ours, peer = record["ours_bytes"] / 2**20, record["peer_bytes"] / 2**20
+        return f"memory {case}: ours {ours:.0f} MiB, {record['peer']} {peer:.0f} MiB"
+    ratio = record["ratio"]
     text = (
-        f"{row['suite']} {case}: ours {row['ours_s']['p50'] * 1e3:.3g} ms, {row['peer']} "
-        f"{row['peer_s']['p50'] * 1e3:.3g} ms, ratio {ratio['p50']:.3g} "
+        f"{record['suite']} {case}: ours {record['ours_s']['p50'] * 1e3:.3g} ms, {record['peer']} "
+        f"{record['peer_s']['p50'] * 1e3:.3g} ms, ratio {ratio['p50']:.3g} "
         f"({ratio['p20']:.3g} to {ratio['p80']:.3g})"
     )
-    return text + (f", {row['of_floor']:.0%} of the floor" if "of_floor" in row else "")
+    return text + (f", {record['of_floor']:.0%} of the floor" if "of_floor" in record else "")
 
 
 if __name__ == "__main__":

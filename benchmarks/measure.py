@@ -93,14 +93,14 @@ def pair(
     floor_s: float | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a peer: its time and ours (the contender called "ours"), and their ratio."""
+    """One record a peer: its time and ours (the contender called "ours"), and their ratio."""
     own = times["ours"]
-    rows = []
+    records = []
     for peer, seconds in times.items():
         if peer == "ours":
             continue
         ratios = [p / o for p, o in zip(seconds, own, strict=True)]
-        row = {
+        record = {
             "suite": suite,
             "case": dict(case),
             "peer": peer,
@@ -110,13 +110,13 @@ def pair(
             "ratio": quantiles(ratios),
         }
         if floor_s is not None:
-            row["floor_s"] = floor_s
-            row["of_floor"] = floor_s / statistics.median(own)
-            row["ceilings"] = ceilings()._asdict()
+            record["floor_s"] = floor_s
+            record["of_floor"] = floor_s / statistics.median(own)
+            record["ceilings"] = ceilings()._asdict()
         if notes and peer in notes:
-            row["note"] = notes[peer]
-        rows.append(row)
-    return rows
+            record["note"] = notes[peer]
+        records.append(record)
+    return records
 
 
 def check(what: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:

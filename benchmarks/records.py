@@ -1,4 +1,4 @@
-"""One JSON-lines file a machine; reruns append."""
+"""The records: one JSON-lines file a machine, to which reruns append."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def _driver() -> str:
 
 
 def file_of(device: str) -> Path:
-    """Where this machine's rows are."""
+    """Where this machine's records are."""
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return _FOLDER / f"{name}.jsonl"
 
 
-def append(row: dict[str, Any]) -> None:
-    """Append one result, which `describe_machine` is part of, to its machine's file."""
-    path = file_of(row["device"])
+def append_record(record: dict[str, Any]) -> None:
+    """Append one record, which `describe_machine` is part of, to its machine's file."""
+    path = file_of(record["device"])
     path.parent.mkdir(exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(record) + "\n")

@@ -13,7 +13,7 @@ from .records import RESULTS, file_of
 
 REPORT = RESULTS.parent / "RESULTS.md"
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 class Bar(NamedTuple):
@@ -62,65 +62,65 @@ CURVES = (
 )
 
 
-def read(folder: Path = RESULTS) -> list[Row]:
-    """The rows of all machines, of equal ones the newest; older kinds have no case."""
-    newest: dict[str, Row] = {}
+def read_records(folder: Path = RESULTS) -> list[Record]:
+    """The records of all machines, of equal ones the newest; older kinds have no case."""
+    newest: dict[str, Record] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if "case" in row:
-                key = [row["device"], row["suite"], row["peer"], row["case"]]
-                newest[json.dumps(key)] = row
+            record = json.loads(line)
+            if "case" in record:
+                key = [record["device"], record["suite"], record["peer"], record["case"]]
+                newest[json.dumps(key)] = record
     return list(newest.values())
 
 
-def matches(row: Row, suite: str, case: Mapping[str, Any], free: str = "") -> bool:
-    """Whether a row is of this suite and case, whatever its value of ``free``."""
-    own = row["case"]
+def matches(record: Record, suite: str, case: Mapping[str, Any], free: str = "") -> bool:
+    """Whether a record is of this suite and case, whatever its value of ``free``."""
+    own = record["case"]
     return (
-        row["suite"] == suite
+        record["suite"] == suite
         and all(own.get(name) == value for name, value in case.items() if name != free)
         and own.get("definition", "published") == "published"
     )
 
 
-def tables(rows: Iterable[Row]) -> str:
-    """Markdown: for each device what it is, its bars, and every row."""
-    rows = list(rows)
+def tables(records: Iterable[Record]) -> str:
+    """Markdown: for each device what it is, its bars, and every record."""
+    records = list(records)
     parts = ["# Benchmarks", ""]
     parts += ["Written by `python -m benchmarks report`. Times are medians; ratios are how many"]
     parts += ["times as long the peer takes (20th to 80th percentile of the rounds)."]
-    for device in sorted({row["device"] for row in rows}):
-        own = [row for row in rows if row["device"] == device]
+    for device in sorted({record["device"] for record in records}):
+        own = [record for record in records if record["device"] == device]
         versions = sorted(
-            {f"torch {row['torch']}, transformers {row['transformers']}" for row in own}
+            {f"torch {record['torch']}, transformers {record['transformers']}" for record in own}
         )
-        commands = sorted({f"`{row['command']}`" for row in own})
+        commands = sorted({f"`{record['command']}`" for record in own})
         parts += ["", f"## {device}", "", f"{'; '.join(versions)}. {', '.join(commands)}.", ""]
         parts += _bars(own)
         parts += ["", "| suite | case | peer | ours | peer's | ratio | of the floor |"]
         parts += ["|---|---|---|---|---|---|---|"]
-        parts += [_table_line(row) for row in own]
+        parts += [_table_line(record) for record in own]
     return "\n".join(parts) + "\n"
 
 
-def _bars(rows: list[Row]) -> list[str]:
+def _bars(records: list[Record]) -> list[str]:
     lines = ["| bar | asked | measured | |", "|---|---|---|---|"]
     for bar in BARS:
-        for row in rows:
-            if row["peer"] == bar.peer and matches(row, bar.suite, bar.case):
-                got = row["ratio"]["p50"]
+        for record in records:
+            if record["peer"] == bar.peer and matches(record, bar.suite, bar.case):
+                got = record["ratio"]["p50"]
                 verdict = "met" if got >= bar.least else "missed"
                 case = ", ".join(f"{name} {value}" for name, value in bar.case.items())
                 lines.append(
                     f"| {bar.suite} ({case}) against {bar.peer} | {bar.least:g} | {got:.3g} | "
                     f"{verdict} |"
                 )
-    for row in rows:
-        if row["suite"] == "memory" and row["peer"] == "full":
-            saved = (row["peer_bytes"] - row["ours_bytes"]) / 2**20
-            asked = (row["peer_optimizer_bytes"] - row["ours_optimizer_bytes"]) / 2**20
-            case = f"{row['case']['model']}, {row['case']['tokens']} tokens"
+    for record in records:
+        if record["suite"] == "memory" and record["peer"] == "full":
+            saved = (record["peer_bytes"] - record["ours_bytes"]) / 2**20
+            asked = (record["peer_optimizer_bytes"] - record["ours_optimizer_bytes"]) / 2**20
+            case = f"{record['case']['model']}, {record['case']['tokens']} tokens"
             verdict = "met" if saved >= asked else "missed"
             lines.append(
                 f"| peak memory below full fine-tuning ({case}) | {asked:.0f} MiB | "
@@ -129,18 +129,18 @@ def _bars(rows: list[Row]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
-def _table_line(row: Row) -> str:
-    case = ", ".join(f"{name} {value}" for name, value in row["case"].items())
-    if row["suite"] == "memory":
-        ours, peer = (f"{row[name] / 2**20:.0f} MiB" for name in ("ours_bytes", "peer_bytes"))
-        ratio = f"{row['peer_bytes'] / row['ours_bytes']:.2f}"
-        return f"| memory | {case} | {row['peer']} | {ours} | {peer} | {ratio} | |"
-    ours, peer = (_time(row[name]["p50"]) for name in ("ours_s", "peer_s"))
-    spread = row["ratio"]
+def _table_line(record: Record) -> str:
+    case = ", ".join(f"{name} {value}" for name, value in record["case"].items())
+    if record["suite"] == "memory":
+        ours, peer = (f"{record[name] / 2**20:.0f} MiB" for name in ("ours_bytes", "peer_bytes"))
+        ratio = f"{record['peer_bytes'] / record['ours_bytes']:.2f}"
+        return f"| memory | {case} | {record['peer']} | {ours} | {peer} | {ratio} | |"
+    ours, peer = (_time(record[name]["p50"]) for name in ("ours_s", "peer_s"))
+    spread = record["ratio"]
     ratio = f"{spread['p50']:.3g} ({spread['p20']:.3g} to {spread['p80']:.3g})"
-    share = f"{row['of_floor']:.0%}" if "of_floor" in row else ""
-    name = f"{row['peer']} ({row['note']})" if "note" in row else row["peer"]
-    return f"| {row['suite']} | {case} | {name} | {ours} | {peer} | {ratio} | {share} |"
+    share = f"{record['of_floor']:.0%}" if "of_floor" in record else ""
+    name = f"{record['peer']} ({record['note']})" if "note" in record else record["peer"]
+    return f"| {record['suite']} | {case} | {name} | {ours} | {peer} | {ratio} | {share} |"
 
 
 def _time(seconds: float) -> str:
@@ -149,22 +149,24 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
-def plot(rows: Iterable[Row], device: str, path: Path) -> bool:
+def plot(records: Iterable[Record], device: str, path: Path) -> bool:
     """Write the growth curves of one device as a PNG; False if it has none."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["device"] == device and row["suite"] != "memory"]
+    records = [
+        record for record in records if record["device"] == device and record["suite"] != "memory"
+    ]
     drawn = []
     for curve in CURVES:
         lines: dict[str, dict[float, float]] = {}
-        for row in rows:
-            if matches(row, curve.suite, curve.case, free=curve.x):
-                x = row["case"][curve.x]
-                lines.setdefault(row["peer"], {})[x] = row["peer_s"]["p50"]
-                lines.setdefault("ours", {})[x] = row["ours_s"]["p50"]
+        for record in records:
+            if matches(record, curve.suite, curve.case, free=curve.x):
+                x = record["case"][curve.x]
+                lines.setdefault(record["peer"], {})[x] = record["peer_s"]["p50"]
+                lines.setdefault("ours", {})[x] = record["ours_s"]["p50"]
         if lines and len(lines["ours"]) > 1:
             drawn.append((curve, lines))
     if not drawn:
@@ -192,13 +194,13 @@ def plot(rows: Iterable[Row], device: str, path: Path) -> bool:
     return True
 
 
-def write() -> None:
+def write_report() -> None:
     """Write ``benchmarks/RESULTS.md`` and a PNG beside each machine's file."""
-    rows = read()
-    text = tables(rows)
-    for device in sorted({row["device"] for row in rows}):
+    records = read_records()
+    text = tables(records)
+    for device in sorted({record["device"] for record in records}):
         path = file_of(device).with_suffix(".png")
-        if plot(rows, device, path):
+        if plot(records, device, path):
             text += f"\n![{device}](results/{path.name})\n"
             print(path)
     with atomic_path(REPORT) as temporary:

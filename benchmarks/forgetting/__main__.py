@@ -1,6 +1,6 @@
 """``python -m benchmarks.forgetting``: run what is left of the study; ``report``: draw it.
 
-A piece that was interrupted runs again. Rows go to ``benchmarks/results/forgetting/``.
+A piece that was interrupted runs again. Records go to ``benchmarks/results/forgetting/``.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def main() -> None:
     path = arguments.results or RESULTS / "forgetting" / f"{arguments.study.stem}.jsonl"
     results = Results(path)
     if arguments.what == "report":
-        from .report import write
+        from .report import write_study_report
 
         for piece in pieces(study, results):
             results.claim(piece)
-        write(study, results)
+        write_study_report(study, results)
         return
     if arguments.what == "list":
         for piece in pieces(study, results):
@@ -58,9 +58,9 @@ def main() -> None:
             continue
         if arguments.minutes and time.monotonic() - start > 60 * arguments.minutes:
             return
-        row = run(piece, shop)
-        results.add(machine | row)
-        print(f"{piece.name}: {row['seconds']:.0f} s", flush=True)
+        record = run(piece, shop)
+        results.add(machine | record)
+        print(f"{piece.name}: {record['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

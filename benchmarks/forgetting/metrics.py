@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def token_loss(log_p: Sequence[Tensor]) -> float:
-    """Nats a token, over the tokens of all rows."""
+    """Nats a token, over the tokens of all records."""
     return -float(torch.cat(list(log_p)).mean())
 
 
 def exact_match(best: Sequence[Tensor]) -> float:
-    """Share of rows whose every token is the most likely one, given the right ones before it."""
-    return sum(bool(row.all()) for row in best) / len(best)
+    """Share of records whose every token is the most likely one, given the right ones before it."""
+    return sum(bool(record.all()) for record in best) / len(best)
 
 
 def perplexity(log_p: Sequence[Tensor]) -> float:

@@ -87,9 +87,17 @@ def _stability_pieces(study: Study) -> Iterator[Piece]:
 
 
 def _evaluation(study: Study) -> dict[str, Any]:
-    """What the figures of a piece depend on, but for the seeds, which are pieces of their own."""
-    fields = asdict(study.evaluation) | {"autocast": AUTOCAST}
-    return {name: value for name, value in fields.items() if name != "seeds"}
+    """What the figures of a piece depend on, but for the seeds, which are pieces of their own.
+
+    In the names of the committed file, which a piece is known by.
+    """
+    evaluation = study.evaluation
+    return {
+        "rows": evaluation.records,
+        "windows": evaluation.windows,
+        "task_rows": evaluation.task_records,
+        "autocast": AUTOCAST,
+    }
 
 
 def _task(stage: Stage) -> dict[str, Any]:
@@ -152,16 +160,16 @@ def best_rate(study: Study, stage: Stage, name: str, results: Results) -> float 
     sign = 1.0 if judge == "loss" else -1.0
     losses = {}
     for rate in study.methods[name].learning_rates:
-        row = results.find(sweep_name(stage, name, rate))
-        if row is None:
+        record = results.find(sweep_name(stage, name, rate))
+        if record is None:
             return None
-        loss = sign * row["figures"]["validation"][judge]
+        loss = sign * record["figures"]["validation"][judge]
         losses[rate] = math.inf if math.isnan(loss) else loss
     return min(losses, key=losses.__getitem__)
 
 
 def run(piece: Piece, shop: Workshop) -> dict[str, Any]:
-    """The piece's row."""
+    """The piece's record."""
     start = time.monotonic()
     figures = piece.run(shop)
     return {

@@ -33,7 +33,7 @@ _REFERENCES = ("full", "random", "magnitude", "random_30")
 _SCORES = {"function_calling": "exact", "reranking": "ndcg@10"}
 
 
-def write(study: Study, results: Results) -> None:
+def write_study_report(study: Study, results: Results) -> None:
     """``<results>.md`` and a plot a stage beside the results' file."""
     path = results.path.with_suffix(".md")
     text = "\n".join(_lines(study, results, path.parent)) + "\n"
@@ -43,7 +43,7 @@ def write(study: Study, results: Results) -> None:
 
 
 def _lines(study: Study, results: Results, folder: Path) -> Iterator[str]:
-    devices = sorted({f"{r['device']}, torch {r['torch']}" for r in results.rows.values()})
+    devices = sorted({f"{r['device']}, torch {r['torch']}" for r in results.records.values()})
     yield "# What was learned and what was forgotten"
     yield ""
     yield "Made by `python -m benchmarks.forgetting report`; do not edit. SmolLM2-135M-Instruct,"
@@ -86,8 +86,8 @@ def _lesson(stage: Stage) -> tuple[Any, ...]:
 
 
 def _seeds(study: Study, stage: Stage, name: str, results: Results) -> dict[int, dict[str, Any]]:
-    rows = {s: results.find(f"{stage.name}/{name}/seed-{s}") for s in study.evaluation.seeds}
-    return {seed: row["figures"] for seed, row in rows.items() if row is not None}
+    records = {s: results.find(f"{stage.name}/{name}/seed-{s}") for s in study.evaluation.seeds}
+    return {seed: record["figures"] for seed, record in records.items() if record is not None}
 
 
 def _sweep(study: Study, stage: Stage, results: Results) -> Iterator[str]:
@@ -100,8 +100,8 @@ def _sweep(study: Study, stage: Stage, results: Results) -> Iterator[str]:
         rates = study.methods[name].learning_rates
         cells = []
         for rate in rates:
-            row = results.find(sweep_name(stage, name, rate))
-            figure = f"{row['figures']['validation'][judge]:.4f}" if row else "not run"
+            record = results.find(sweep_name(stage, name, rate))
+            figure = f"{record['figures']['validation'][judge]:.4f}" if record else "not run"
             cells.append(f"{rate:g}: {figure}")
         cells += [""] * (most - len(rates))
         best = best_rate(study, stage, name, results)
@@ -120,9 +120,9 @@ def _outcome(
 ) -> Iterator[str]:
     """Every method's figures, then what sets it apart from the methods of reference."""
     untouched = {
-        seed: row["figures"]["test"]
+        seed: record["figures"]["test"]
         for seed in study.evaluation.seeds
-        if (row := results.find(f"before/{stage.task}/{seed}")) is not None
+        if (record := results.find(f"before/{stage.task}/{seed}")) is not None
     }
     table: dict[str, dict[int, dict[str, float]]] = {
         name: {seed: _figures(stage, run, before) for seed, run in seeds.items()}
@@ -159,7 +159,7 @@ def _outcome(
         yield f"The equal loss: {_mean(list(common.values()))}, the best that all of them reach."
     references = [name for name in _REFERENCES if name in table]
     for i, reference in enumerate(references):
-        rows = []
+        lines = []
         for name in (name for name in runs if name not in references[: i + 1]):
             if not {name, reference} & set(stage.methods):
                 continue  # both are another stage's, which compares them
@@ -168,9 +168,9 @@ def _outcome(
             ]
             if any(differences):
                 cells = ["" if d is None else str(d) for d in differences]
-                rows.append(f"| {name} | {' | '.join(cells)} |")
-        if rows:
-            yield from ("", *_header(f"minus {reference}", *columns), *rows)
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        if lines:
+            yield from ("", *_header(f"minus {reference}", *columns), *lines)
 
 
 def _column(seeds: dict[int, dict[str, float]], column: str) -> dict[int, float]:
@@ -222,7 +222,7 @@ def _plot(
         loss = [statistics.mean(p["loss"] for p in point) for point in points]
         forgotten = [statistics.mean(p["perplexity"] for p in point) for point in points]
         axes.plot(loss, forgotten, marker="o", label=f"{name} ({len(seeds)} seeds)")
-    axes.set_xlabel("task loss on held-out rows, nats a token")
+    axes.set_xlabel("task loss on held-out records, nats a token")
     axes.set_ylabel("wikitext-2 perplexity")
     axes.invert_xaxis()
     axes.set_title(f"{stage.name}: lower right is better")
@@ -233,14 +233,14 @@ def _plot(
 
 def _suppression(study: Study, results: Results) -> Iterator[str]:
     found = [(d, results.find(f"suppress/{d}")) for d in study.questions]
-    if not any(row for _, row in found):
+    if not any(record for _, record in found):
         return
     quotas = [f"{quota:g}" for quota in study.quotas]
     yield from ("", "## Suppression", "", "wikitext-2 perplexity with rows zeroed, by quota:", "")
     yield from _header("definition", "rows", *(f"{quota} %" for quota in quotas))
-    for definition, row in found:
+    for definition, record in found:
         questions = study.questions[definition]
-        for kind, values in (row["figures"] if row else {}).items():
+        for kind, values in (record["figures"] if record else {}).items():
             label = "" if kind == "random" else f"{definition}, {questions} questions"
             cells = " | ".join(f"{values[quota]:,.1f}" for quota in quotas)
             kind = kind.replace("layer_balanced_highest", "highest")
@@ -249,9 +249,9 @@ def _suppression(study: Study, results: Results) -> Iterator[str]:
 
 def _stability(results: Results) -> Iterator[str]:
     found = {
-        name: row["figures"]
+        name: record["figures"]
         for name in ("questions", "steps", "definitions", "dtype")
-        if (row := results.find(f"stability/{name}")) is not None
+        if (record := results.find(f"stability/{name}")) is not None
     }
     if found:
         yield from ("", "## Stability", "", "Share of the 10 % of rows that two selections share.")

@@ -23,39 +23,39 @@ class Piece:
 class Results:
     """A JSON-lines file, one line a piece; of several lines for one spec the last counts.
 
-    A row is known once its piece claims it: what an older study file asked for is not. A training
-    that two stages ask for runs once.
+    A record is known once its piece claims it: what an older study file asked for is not. A
+    training that two stages ask for runs once.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, Any]] = {}
         self._stored: dict[tuple[str, str], dict[str, Any]] = {}
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                self._stored[_key(row["piece"], row["spec"])] = row
+                record = json.loads(line)
+                self._stored[_key(record["piece"], record["spec"])] = record
 
     def find(self, name: str) -> dict[str, Any] | None:
-        return self.rows.get(name)
+        return self.records.get(name)
 
     def count(self) -> int:
         """How many pieces have run; a training of two stages is one."""
-        return len({id(row) for row in self.rows.values()})
+        return len({id(record) for record in self.records.values()})
 
     def claim(self, piece: Piece) -> bool:
         """Whether the piece has been run as it is asked for now."""
-        row = self._stored.get(_key(piece.name, piece.spec))
-        if row is None:
+        record = self._stored.get(_key(piece.name, piece.spec))
+        if record is None:
             return False
-        self.rows[piece.name] = row
+        self.records[piece.name] = record
         return True
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.rows[row["piece"]] = self._stored[_key(row["piece"], row["spec"])] = row
+            file.write(json.dumps(record) + "\n")
+        self.records[record["piece"]] = self._stored[_key(record["piece"], record["spec"])] = record
 
 
 def _key(name: str, spec: dict[str, Any]) -> tuple[str, str]:

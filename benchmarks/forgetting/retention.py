@@ -32,13 +32,13 @@ class Choices:
 
 
 class Retention:
-    """The sets, encoded once: ``rows`` of each set of questions, ``windows`` of 512 tokens."""
+    """The sets, encoded once: ``records`` of each set of questions, ``windows`` of 512 tokens."""
 
-    def __init__(self, data: Path, tokenizer: Any, rows: int, windows: int) -> None:
+    def __init__(self, data: Path, tokenizer: Any, records: int, windows: int) -> None:
         self.text = _text(data / "text" / "wikitext2_valid.txt", tokenizer, windows)
         self.choices: dict[str, tuple[list[Choices], list[int]]] = {}
         for name, file in _CHOICE_SETS.items():
-            questions = _first(data / "general" / f"{file}.jsonl", rows)
+            questions = _first(data / "general" / f"{file}.jsonl", records)
             prefix = "" if name == "hellaswag" else "\nAnswer:"
             self.choices[name] = (
                 [
@@ -51,8 +51,8 @@ class Retention:
                 [question["gold"] for question in questions],
             )
         self.lambada = [
-            _encode(tokenizer, row["context"], row["continuation"])
-            for row in _first(data / "general" / "lambada_first1500.jsonl", rows)
+            _encode(tokenizer, record["context"], record["continuation"])
+            for record in _first(data / "general" / "lambada_first1500.jsonl", records)
         ]
 
     def perplexity(self, model: nn.Module) -> float:
@@ -84,13 +84,13 @@ def choice_log_probabilities(
 ) -> list[list[Tensor]]:
     """Log-probabilities of every choice's tokens after its context.
 
-    Rows of up to ``length`` tokens hold several questions, each with all its choices, and none
+    Sequences of up to ``length`` tokens hold several questions, each with all its choices, and none
     sees another. So a context is read once, not once a choice, and nothing is padded: 57,000
     tokens instead of 113,000 for the study's three sets.
     """
     device = next(model.parameters()).device
     results: list[list[Tensor]] = []
-    for members in _rows(questions, length):
+    for members in _sequences(questions, length):
         packed = [_pack(question) for question in members]
         starts = itertools.accumulate((len(p.ids) for p in packed), initial=0)
         predicting = [p.predicting + start for p, start in zip(packed, starts, strict=False)]
@@ -109,17 +109,17 @@ def choice_log_probabilities(
     return results
 
 
-def _rows(questions: Sequence[Choices], length: int) -> Iterator[list[Choices]]:
-    row: list[Choices] = []
+def _sequences(questions: Sequence[Choices], length: int) -> Iterator[list[Choices]]:
+    sequence: list[Choices] = []
     free = length
     for question in questions:
         size = len(question.context) + sum(map(len, question.choices))
-        if row and size > free:
-            yield row
-            row, free = [], length
-        row.append(question)
+        if sequence and size > free:
+            yield sequence
+            sequence, free = [], length
+        sequence.append(question)
         free -= size
-    yield row
+    yield sequence
 
 
 class _Packed(NamedTuple):

@@ -25,11 +25,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``rows`` of each set of questions, ``windows`` of text, ``task_rows`` of a task's fold."""
+    """``records`` of each set of questions and, in ``task_records``, of a task's fold; ``windows``
+    of text."""
 
-    rows: int
+    records: int
     windows: int
-    task_rows: dict[str, int]
+    task_records: dict[str, int]
     seeds: tuple[int, ...]
 
 

@@ -47,14 +47,14 @@ class Task:
             return self.metrics(model, fold)
 
 
-def load_task(name: str, data: Path, tokenizer: Any, seed: int, rows: int) -> Task:
+def load_task(name: str, data: Path, tokenizer: Any, seed: int, records: int) -> Task:
     """The split of ``seed`` (0 to 2), which decides the test fold and the order of training.
 
-    At most ``rows`` of the validation and of the test fold, calls or queries.
+    At most ``records`` of the validation and of the test fold, calls or queries.
     """
     load = {"function_calling": _function_calling, "reranking": _reranking}[name]
     task = load(data, tokenizer, seed)
-    return replace(task, validation=task.validation[:rows], test=task.test[:rows])
+    return replace(task, validation=task.validation[:records], test=task.test[:records])
 
 
 def _encode(tokenizer: Any, system: str, user: str, answer: str) -> Encoded:
@@ -76,18 +76,18 @@ def make_folds(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]:
     return folds
 
 
-def group_by_length(rows: Sequence[Encoded], batch_size: int, seed: int) -> list[Encoded]:
-    """The same rows, so that the members of a batch need little padding.
+def group_by_length(records: Sequence[Encoded], batch_size: int, seed: int) -> list[Encoded]:
+    """The same records, so that the members of a batch need little padding.
 
-    Of 8 batches at a time the rows are sorted by length and the batches shuffled.
+    Of 8 batches at a time the records are sorted by length and the batches shuffled.
     """
     generator = random.Random(seed)
     ordered: list[Encoded] = []
-    for start in range(0, len(rows), 8 * batch_size):
-        chunk = sorted(rows[start : start + 8 * batch_size], key=lambda r: len(r["input_ids"]))
+    for start in range(0, len(records), 8 * batch_size):
+        chunk = sorted(records[start : start + 8 * batch_size], key=lambda r: len(r["input_ids"]))
         batches = [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
         generator.shuffle(batches)
-        ordered += [row for batch in batches for row in batch]
+        ordered += [record for batch in batches for record in batch]
     return ordered
 
 
@@ -179,13 +179,13 @@ def _function_calling(data: Path, tokenizer: Any, seed: int) -> Task:
             for call in calls
         ]
 
-    train = [row for row in encode(pool) if len(row["input_ids"]) <= _LONGEST]
+    train = [record for record in encode(pool) if len(record["input_ids"]) <= _LONGEST]
     validation, test = (encode([simple[i] for i in folds[n]]) for n in (0, 1 + seed))
     return Task(train, validation, test, _score_calls)
 
 
-def _score_calls(model: nn.Module, rows: list[Encoded]) -> dict[str, float]:
-    tokens = token_log_probabilities(model, rows, 8)
+def _score_calls(model: nn.Module, records: list[Encoded]) -> dict[str, float]:
+    tokens = token_log_probabilities(model, records, 8)
     return {
         "loss": metrics.token_loss([log_p for log_p, _ in tokens]),
         "exact": metrics.exact_match([best for _, best in tokens]),
@@ -197,9 +197,9 @@ def _score_calls(model: nn.Module, rows: list[Encoded]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A query's candidates. Each row ends with its right answer, a digit from 1 to 7."""
+    """A query's candidates. Each record ends with its right answer, a digit from 1 to 7."""
 
-    rows: list[Encoded]
+    records: list[Encoded]
     relevance: list[int]
     digits: list[int]  # their token ids
 
@@ -208,7 +208,7 @@ def read_cranfield(data: Path) -> tuple[dict[int, str], list[str], list[dict[int
     """(document number -> title and start of the abstract, queries, their judgements).
 
     The judgements number the queries by their place in the file, not by their ``num``. Here they
-    are binary but for one row: 1 is relevant, 0 judged and not relevant.
+    are binary but for one line: 1 is relevant, 0 judged and not relevant.
     """
     folder = data / "rerank" / "cranfield"
     text = (folder / "cran.all.1400.xml").read_text(encoding="utf-8")
@@ -263,7 +263,7 @@ def _reranking(data: Path, tokenizer: Any, seed: int) -> Task:
     def ranking(i: int) -> Ranking:
         numbers = candidates[i]
         relevance = [judged[i].get(number, 0) for number in numbers]
-        rows = [
+        records = [
             _encode(
                 tokenizer,
                 system,
@@ -272,15 +272,15 @@ def _reranking(data: Path, tokenizer: Any, seed: int) -> Task:
             )
             for number, grade in zip(numbers, relevance, strict=True)
         ]
-        return Ranking(rows, relevance, digits)
+        return Ranking(records, relevance, digits)
 
     held_out = {*folds[0], *folds[1 + seed]}
     generator, train = random.Random(seed), []
     for i in (i for i in order if i not in held_out):
         learned = ranking(i)
         by_grade: tuple[list[Encoded], list[Encoded]] = [], []
-        for row, grade in zip(learned.rows, learned.relevance, strict=True):
-            by_grade[grade].append(row)
+        for record, grade in zip(learned.records, learned.relevance, strict=True):
+            by_grade[grade].append(record)
         others, relevant = by_grade
         train += relevant + generator.sample(others, min(len(others), len(relevant)))
     generator.shuffle(train)
@@ -293,7 +293,7 @@ def _score_rankings(model: nn.Module, rankings: list[Ranking]) -> dict[str, floa
     """A candidate's score is the mean of the digits under the model's probabilities of them."""
     losses, gains = [], []
     for ranking in rankings:
-        logits, labels = labelled_logits(model, ranking.rows)
+        logits, labels = labelled_logits(model, ranking.records)
         kept = labels != -100
         log_p = logits[kept].log_softmax(-1)
         losses.append(-log_p.gather(1, labels[kept][:, None]).squeeze(1))

@@ -35,8 +35,8 @@ def train(
     curve = []
     for number, (stage, rate) in enumerate(lessons, 1):
         task = shop.task(stage.task, seed)
-        rows = group_by_length(task.train, stage.training.batch_size, seed)
-        for step, loss in train_steps(model, parameters, rows, stage.training, rate):
+        records = group_by_length(task.train, stage.training.batch_size, seed)
+        for step, loss in train_steps(model, parameters, records, stage.training, rate):
             if number < len(lessons):
                 continue
             point: dict[str, Any] = {"step": step, "train_loss": loss}
@@ -60,7 +60,7 @@ def train(
 def train_steps(
     model: nn.Module,
     parameters: list[nn.Parameter],
-    rows: list[Encoded],
+    records: list[Encoded],
     training: Training,
     rate: float,
 ) -> Iterator[tuple[int, float]]:
@@ -76,7 +76,7 @@ def train_steps(
     losses: list[float] = []
     for step in range(training.steps):
         first = step * training.batch_size
-        batch = [rows[i % len(rows)] for i in range(first, first + training.batch_size)]
+        batch = [records[i % len(records)] for i in range(first, first + training.batch_size)]
         model.train()
         with autocast():
             logits, labels = labelled_logits(model, batch)

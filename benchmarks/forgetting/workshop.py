@@ -42,7 +42,7 @@ class Workshop:
         self.tokenizer = AutoTokenizer.from_pretrained(self._model)
         self.questions, self.evaluation = study.questions, study.evaluation
         self.retention = Retention(
-            data, self.tokenizer, study.evaluation.rows, study.evaluation.windows
+            data, self.tokenizer, study.evaluation.records, study.evaluation.windows
         )
 
     def model(self) -> Any:
@@ -52,8 +52,8 @@ class Workshop:
         return model.to(DEVICE).eval()
 
     def task(self, name: str, seed: int) -> Task:
-        rows = self.evaluation.task_rows[name]
-        return load_task(name, self.data, self.tokenizer, seed, rows)
+        records = self.evaluation.task_records[name]
+        return load_task(name, self.data, self.tokenizer, seed, records)
 
     def attribution(self, definition: str) -> Attribution:
         """Of the study's questions, evenly taken from those `loki.patch` takes by itself."""

@@ -35,17 +35,17 @@ def test_quantiles():
     assert measure.quantiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == {"p20": 2.0, "p50": 3.5, "p80": 5.0}
 
 
-def test_rows_pair_rounds(monkeypatch):
+def test_records_pair_rounds(monkeypatch):
     monkeypatch.setattr(measure, "ceilings", lambda: measure.Ceilings(100.0, 10.0))
     assert measure.floor(50.0, 1.0) == 0.5
     assert measure.floor(50.0, 20.0) == 2.0
     times = {"ours": [1.0, 2.0, 4.0], "full": [2.0, 6.0, 8.0], "lora": [1.0, 1.0, 1.0]}
-    rows = measure.pair("s", {"k": 1}, times, floor_s=0.5, notes={"lora": "scaled"})
-    assert [row["peer"] for row in rows] == ["full", "lora"]
-    assert rows[0]["ratio"]["p50"] == 2.0  # of 2, 3, 2; the medians' ratio would be 3
-    assert rows[0]["of_floor"] == 0.25
-    assert "note" not in rows[0]
-    assert rows[1]["note"] == "scaled"
+    found = measure.pair("s", {"k": 1}, times, floor_s=0.5, notes={"lora": "scaled"})
+    assert [record["peer"] for record in found] == ["full", "lora"]
+    assert found[0]["ratio"]["p50"] == 2.0  # of 2, 3, 2; the medians' ratio would be 3
+    assert found[0]["of_floor"] == 0.25
+    assert "note" not in found[0]
+    assert found[1]["note"] == "scaled"
 
 
 def test_a_wrong_result_is_not_timed():
@@ -56,7 +56,7 @@ def test_a_wrong_result_is_not_timed():
             measure.check("scores", bad, good, 1e-6)
 
 
-def row(device="GPU 1", suite="selection", peer="numpy_argsort", ours=1.0, ratio=4.0, **case):
+def record(device="GPU 1", suite="selection", peer="numpy_argsort", ours=1.0, ratio=4.0, **case):
     spread = {"p20": ratio / 2, "p50": ratio, "p80": ratio * 2}
     return {
         "device": device,
@@ -77,51 +77,51 @@ def row(device="GPU 1", suite="selection", peer="numpy_argsort", ours=1.0, ratio
 def test_reruns_append_and_the_newest_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_FOLDER", tmp_path)
     for ours in (1.0, 2.0):
-        records.append(row(ours=ours))
-    records.append({"device": "GPU 1", "suite": "an older kind of row"})
+        records.append_record(record(ours=ours))
+    records.append_record({"device": "GPU 1", "suite": "an older kind of record"})
     path = tmp_path / "gpu-1.jsonl"
     assert len(path.read_text().splitlines()) == 3
-    (newest,) = report.read(tmp_path)
-    assert newest == row(ours=2.0)
+    (newest,) = report.read_records(tmp_path)
+    assert newest == record(ours=2.0)
 
 
 def test_tables_tell_what_was_asked_and_missed():
     memory = {
-        **row(suite="memory", peer="full", model="SmolLM2-135M", tokens=512),
+        **record(suite="memory", peer="full", model="SmolLM2-135M", tokens=512),
         "ours_bytes": 100 << 20,
         "peer_bytes": 400 << 20,
         "ours_optimizer_bytes": 10 << 20,
         "peer_optimizer_bytes": 400 << 20,
     }
-    text = report.tables([row(), row(nodes=512, ratio=2.0), memory])
+    text = report.tables([record(), record(nodes=512, ratio=2.0), memory])
     assert "| 3 | 4 | met |" in text
     assert "| 390 MiB | 300 MiB | missed |" in text
     assert "4 (2 to 8) | 50% |" in text
-    assert text.count("numpy_argsort") == 3  # a bar and two rows
-    assert "bar" not in report.tables([row(samples=1)])
+    assert text.count("numpy_argsort") == 3  # a bar and two records
+    assert "bar" not in report.tables([record(samples=1)])
 
 
 def test_a_scaled_peer_says_so():
     assert "published (three of the layers" in report.tables(
-        [row(peer="published") | {"note": "three of the layers, scaled to all"}]
+        [record(peer="published") | {"note": "three of the layers, scaled to all"}]
     )
 
 
 def test_growth_curves(tmp_path):
     path = tmp_path / "growth.png"
-    assert not report.plot([row()], "GPU 1", path)  # one point is no curve
-    rows = [row(nodes=n, ours=n / 1000) for n in (512, 4096)]
-    assert report.plot(rows, "GPU 1", path)
+    assert not report.plot([record()], "GPU 1", path)  # one point is no curve
+    found = [record(nodes=n, ours=n / 1000) for n in (512, 4096)]
+    assert report.plot(found, "GPU 1", path)
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert not report.plot(rows, "GPU 2", path)
+    assert not report.plot(found, "GPU 2", path)
 
 
-def test_the_committed_report_is_of_the_committed_rows():
-    rows = report.read()
-    assert report.REPORT.read_text(encoding="utf-8").startswith(report.tables(rows))
+def test_the_committed_report_is_of_the_committed_records():
+    found = report.read_records()
+    assert report.REPORT.read_text(encoding="utf-8").startswith(report.tables(found))
 
 
-def test_every_committed_row_is_json():
+def test_every_committed_record_is_json():
     for path in records.RESULTS.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
             json.loads(line)

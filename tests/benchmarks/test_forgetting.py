@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from benchmarks.forgetting import compare, methods, metrics, tasks
 from benchmarks.forgetting.__main__ import HERE
 from benchmarks.forgetting.pieces import best_rate, pieces, run
-from benchmarks.forgetting.report import write
+from benchmarks.forgetting.report import write_study_report
 from benchmarks.forgetting.results import Results
 from benchmarks.forgetting.retention import ACCURACIES, Choices, choice_log_probabilities
 from benchmarks.forgetting.study import Study, Training
@@ -59,13 +59,13 @@ def test_choices_in_one_row_are_read_apart():
         Choices([8, 9, 10, 11, 12, 13], [[14, 15], [16], [17, 18, 19, 20]]),
         Choices([21, 22], [[23], [24]]),
     ]
-    for length in (1, 20, 512):  # a question a row, some, all in one
+    for length in (1, 20, 512):  # a question a sequence, some, all in one
         found = choice_log_probabilities(model, questions, length)
         for question, log_p in zip(questions, found, strict=True):
             for choice, ours in zip(question.choices, log_p, strict=True):
                 prompt = question.context
-                row = {"input_ids": prompt + choice, "labels": [-100] * len(prompt) + choice}
-                ((want, _),) = token_log_probabilities(model, [row], 1)
+                record = {"input_ids": prompt + choice, "labels": [-100] * len(prompt) + choice}
+                ((want, _),) = token_log_probabilities(model, [record], 1)
                 torch.testing.assert_close(ours, want, atol=1e-5, rtol=0)
 
 
@@ -84,7 +84,7 @@ def test_ndcg():
 
 def test_candidates_are_ranked_by_the_mean_of_the_digits():
     class Judge(torch.nn.Module):
-        """Says digit a, sometimes b: a row is [a, b, the right answer]."""
+        """Says digit a, sometimes b: a record is [a, b, the right answer]."""
 
         def __init__(self):
             super().__init__()
@@ -97,13 +97,15 @@ def test_candidates_are_ranked_by_the_mean_of_the_digits():
             logits[torch.arange(len(a)), 1, a] = math.log(0.75)
             return CausalLMOutput(logits=logits[:, logits_to_keep])
 
-    def row(a, b, answer):
+    def record(a, b, answer):
         return {"input_ids": [a, b, answer], "labels": [-100, -100, answer]}
 
     # means of 5.75, 5.5 and 1.25, although the second one's most likely digit is the highest
-    rows = [row(6, 5, 6), row(7, 1, 1), row(1, 2, 1)]
+    records = [record(6, 5, 6), record(7, 1, 1), record(1, 2, 1)]
     for relevance, ndcg in (([1, 0, 0], 1.0), ([0, 1, 0], 1 / math.log2(3)), ([0, 0, 1], 0.5)):
-        found = tasks._score_rankings(Judge(), [tasks.Ranking(rows, relevance, list(range(1, 8)))])
+        found = tasks._score_rankings(
+            Judge(), [tasks.Ranking(records, relevance, list(range(1, 8)))]
+        )
         assert found["ndcg@10"] == pytest.approx(ndcg)
         assert found["loss"] == pytest.approx(-math.log(0.75 * 0.25 * 0.75) / 3)
 
@@ -159,16 +161,16 @@ def test_folds_keep_groups_together():
 
 
 def test_batches_of_similar_length():
-    rows = [{"input_ids": list(range(n)), "labels": [n]} for n in torch.randperm(100).tolist()]
-    ordered = tasks.group_by_length(rows, 4, seed=0)
-    assert sorted(row["labels"][0] for row in ordered) == list(range(100))
+    records = [{"input_ids": list(range(n)), "labels": [n]} for n in torch.randperm(100).tolist()]
+    ordered = tasks.group_by_length(records, 4, seed=0)
+    assert sorted(record["labels"][0] for record in ordered) == list(range(100))
 
-    def padding(rows):
-        lengths = [len(row["input_ids"]) for row in rows]
+    def padding(records):
+        lengths = [len(record["input_ids"]) for record in records]
         return sum(4 * max(lengths[i : i + 4]) for i in range(0, 100, 4)) - sum(lengths)
 
-    assert padding(ordered) < 0.4 * padding(rows)
-    assert ordered == tasks.group_by_length(rows, 4, seed=0)
+    assert padding(ordered) < 0.4 * padding(records)
+    assert ordered == tasks.group_by_length(records, 4, seed=0)
 
 
 def test_first_accepted_values():
@@ -189,13 +191,13 @@ def test_held_out_functions_never_occur_in_training(shared_data, seed):
 
     task = tasks.load_task("function_calling", shared_data, Words(), seed, 100)
     assert len(task.test) == len(task.validation) == 100
-    called = [json.loads(row["input_ids"][-1])["name"] for row in task.test + task.validation]
-    for row in task.train:
-        offered = [json.loads(line)["name"] for line in row["input_ids"][0].split("\n")[1:]]
+    called = [json.loads(record["input_ids"][-1])["name"] for record in task.test + task.validation]
+    for record in task.train:
+        offered = [json.loads(line)["name"] for line in record["input_ids"][0].split("\n")[1:]]
         assert not set(offered) & set(called)
-        assert json.loads(row["input_ids"][-1])["name"] in offered
+        assert json.loads(record["input_ids"][-1])["name"] in offered
     others = [tasks.load_task("function_calling", shared_data, Words(), s, 100) for s in range(3)]
-    tests = [{row["input_ids"][1] for row in other.test} for other in others]
+    tests = [{record["input_ids"][1] for record in other.test} for other in others]
     assert not tests[0] & tests[1]
     assert not tests[1] & tests[2]
 
@@ -260,13 +262,13 @@ def test_study_files_and_their_report(name, tmp_path):
             continue
         else:
             figures = {"7": {"signed": 0.9}}
-        row = {"piece": piece.name, "spec": piece.spec, "figures": figures}
-        results.add(row | {"device": "here", "torch": "2"})
+        record = {"piece": piece.name, "spec": piece.spec, "figures": figures}
+        results.add(record | {"device": "here", "torch": "2"})
     assert len(set(done)) == len(done)
     for stage in study.stages:
         for seed in study.evaluation.seeds:
             assert {f"{stage.name}/{m}/seed-{seed}" for m in stage.methods} <= set(done)
-    write(study, results)
+    write_study_report(study, results)
     text = results.path.with_suffix(".md").read_text()
     assert all(f"## {stage.name}" in text for stage in study.stages)
     if name == "study":
@@ -308,7 +310,7 @@ def test_the_best_on_validation_is_chosen(name, chosen, tmp_path):
     figures = dict(zip(method.learning_rates, (0.3, 0.1, 0.2), strict=True))
     swept = {f"{name}/full/lr-{rate:g}": figure for rate, figure in figures.items()}
 
-    def row(piece, figure):
+    def record(piece, figure):
         validation = {"loss": figure, "ndcg@10": figure}
         return {"piece": piece.name, "spec": piece.spec, "figures": {"validation": validation}}
 
@@ -316,7 +318,7 @@ def test_the_best_on_validation_is_chosen(name, chosen, tmp_path):
         if piece.name in swept:
             assert best_rate(study, stage, "full", results) is None
             assert not results.claim(piece)
-            results.add(row(piece, swept[piece.name]))
+            results.add(record(piece, swept[piece.name]))
         last = piece
         if piece.name == f"{name}/full/seed-0":
             break
@@ -329,12 +331,12 @@ def test_of_a_piece_run_twice_the_last_row_counts(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     first, second, *_ = pieces(study, results)
 
-    def row(piece, figure):
+    def record(piece, figure):
         return {"piece": piece.name, "spec": piece.spec, "figures": figure}
 
     for piece, figure in ((first, 1), (second, 2), (second, 3)):
-        results.add(row(piece, figure))
-    results.add(row(first, 4) | {"spec": first.spec | {"seed": 1}})  # another study's
+        results.add(record(piece, figure))
+    results.add(record(first, 4) | {"spec": first.spec | {"seed": 1}})  # another study's
     again = Results(results.path)
     claimed = {piece.name for piece in pieces(study, again) if again.claim(piece)}
     assert claimed == {first.name, second.name}
@@ -364,7 +366,7 @@ methods = ["lora", "magnitude"]
         results.add({"piece": piece.name, "spec": piece.spec, "figures": figures})
     assert rerun == ["calls-then-ranks-same/magnitude/seed-0"]
     assert results.find(rerun[0]) == results.find("calls-then-ranks/magnitude/seed-0")
-    assert results.count() == len(results.rows) - 1
+    assert results.count() == len(results.records) - 1
 
 
 _STUDY = Study.load(HERE / "study.toml")
@@ -383,8 +385,8 @@ def test_every_method_trains_what_it_says(name):
     model, parameters = methods.prepare(model, method, attribution, seed=0)
     torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
 
-    rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
-    list(train_steps(model, parameters, rows, Training(2, 1, (2,)), 0.1))
+    records = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
+    list(train_steps(model, parameters, records, Training(2, 1, (2,)), 0.1))
     with torch.no_grad():
         after = model(ids).logits
     assert not torch.allclose(after, before, atol=1e-3)
@@ -420,9 +422,9 @@ def test_learning_rates_rise_and_fall(monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
     model = LlamaForCausalLM(TINY)
-    rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
+    records = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
     points = list(
-        train_steps(model, list(model.parameters()), rows, Training(20, 1, (5, 20)), 0.19)
+        train_steps(model, list(model.parameters()), records, Training(20, 1, (5, 20)), 0.19)
     )
     assert [step for step, _ in points] == [5, 20]
     assert rates == pytest.approx([0.095, 0.19] + [0.01 * n for n in range(18, 0, -1)])
@@ -438,13 +440,13 @@ def test_every_kind_of_piece_runs(shared_data, tmp_path):
         assert not results.claim(piece)
         results.add(common | run(piece, shop))
         assert Results(results.path).claim(piece)
-    names = set(results.rows)
+    names = set(results.records)
     assert {"before", "before/function_calling/0", "suppress/published"} < names
     assert {f"calls/{m}/seed-0" for m in ("full", "lora", "magnitude")} < names
     figures = results.find("calls/magnitude/seed-0")["figures"]
     assert set(figures["retention"]) == {"perplexity", "arc_easy", "piqa", "hellaswag", "lambada"}
     assert figures["trained"] == 30 * 57 * 1536
-    write(study, results)
+    write_study_report(study, results)
     text = results.path.with_suffix(".md").read_text()
     assert "| magnitude | 1 |" in text
     for drawing in ("calls", "heatmap-published"):
