@@ -17,7 +17,7 @@ import os
 import threading
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,21 +35,6 @@ ENVIRONMENT_VARIABLE = "LOKI_KERNELS_BACKEND"
 
 _library = torch.library.Library("loki_kernels", "DEF")
 _ops: list[str] = []
-
-
-class Threshold(NamedTuple):
-    """The least size (elements of the op's first tensor) at which ``auto`` takes a kernel."""
-
-    elements: int
-    measured: str
-
-
-# The one table of sizes. A kernel without an entry has not been measured and is always used.
-THRESHOLDS: dict[tuple[str, Backend], Threshold] = {
-    # python -m benchmarks selection, 2 cores: 2.4 times as fast as torch at 64 scores, 6 at 2 M
-    ("count_lowest", "cpp"): Threshold(0, "measured"),
-}
-_UNMEASURED = Threshold(0, "unmeasured")
 
 
 def register(
@@ -134,10 +119,8 @@ def choose(op: str, backend: str | None, inputs: list[Any]) -> ModuleType:
         preferred = "auto"
     if preferred == "auto":
         for candidate in _candidates(first.device):
-            threshold = THRESHOLDS.get((op, candidate), _UNMEASURED)
             if (
                 _why_not(op, candidate, first.device, inputs) is None
-                and first.numel() >= threshold.elements
                 and _self_check(op, candidate, first.device, first.dtype) is None
             ):
                 return _module(op, candidate)
@@ -325,7 +308,6 @@ def _state(op: str, backend: Backend, device: torch.device) -> str:
         return f"not live: {reason}"
     if device.type == "cpu" and backend == "triton":
         return "live for tests only: triton's interpreter"
-    threshold = THRESHOLDS.get((op, backend), _UNMEASURED)
     results = {
         key[3]: result for key, result in _checks.items() if key[:3] == (op, backend, device)
     }
@@ -333,5 +315,4 @@ def _state(op: str, backend: Backend, device: torch.device) -> str:
     if failed:
         return f"failed its self-check: {'; '.join(failed)}"
     checked = ", ".join(str(dtype).removeprefix("torch.") for dtype in results)
-    state = f"verified in {checked}" if checked else "checked at first use"
-    return f"{state}; from {threshold.elements} elements ({threshold.measured})"
+    return f"verified in {checked}" if checked else "checked at first use"

@@ -142,22 +142,15 @@ def test_report_after_a_check(accelerator):
     meta = torch.device("meta")
     _dispatch.choose(OP, None, inputs("meta"))
     state = _dispatch._state(OP, "triton", meta)
-    assert state == "verified in float32; from 0 elements (unmeasured)"
-    assert _dispatch._state("expand_path", "triton", meta).startswith("checked at first use")
+    assert state == "verified in float32"
+    assert _dispatch._state("gated_product", "triton", meta) == "checked at first use"
     accelerator.monkeypatch.setattr(_dispatch, "_compare", lambda *_: "result 0: wrong")
     _dispatch.choose(OP, None, [x.half() for x in inputs("meta")])
     state = _dispatch._state(OP, "triton", meta)
     assert state == "failed its self-check: torch.float16: result 0: wrong"
 
 
-def test_auto_leaves_small_and_unsupported_inputs_to_torch(accelerator):
-    threshold = _dispatch.Threshold(16, "made up")
-    accelerator.monkeypatch.setitem(_dispatch.THRESHOLDS, (OP, "triton"), threshold)
-    assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch  # 15 elements
-    accelerator.monkeypatch.setitem(
-        _dispatch.THRESHOLDS, (OP, "triton"), _dispatch.Threshold(15, "")
-    )
-    assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.triton
+def test_auto_leaves_unsupported_inputs_to_torch(accelerator):
     accelerator.triton.unsupported = lambda *_: "it takes no zeros."
     assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch
     with pytest.raises(RuntimeError, match="it takes no zeros"):
