@@ -177,7 +177,7 @@ void scatter_add_columns_op(Tensor y, const Tensor& index, const Tensor& product
 }
 
 void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> rows,
-                  std::vector<Tensor> indices, bool stochastic, int64_t seed) {
+                  std::vector<Tensor> indices) {
   if (weights.empty()) return;
   const Checks check("sync_rows", weights[0]);
   STD_TORCH_CHECK(rows.size() == weights.size() && indices.size() == weights.size(), check.op,
@@ -197,14 +197,13 @@ void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> rows,
     if (k == 0 || width == 0) continue;
     segments.push_back({weight.mutable_data_ptr(), layer_rows.const_data_ptr(), numbers(index),
                         weight.stride(0), layer_rows.stride(0), static_cast<int>(k),
-                        static_cast<int>(width), static_cast<uint32_t>(i)});
+                        static_cast<int>(width)});
   }
   if (segments.empty()) return;
   const DeviceGuard guard(check.device);
   check.launched(sync_rows(segments.data(), static_cast<int>(segments.size()),
                            dtype_of(weights[0], check.op, "weights"),
-                           dtype_of(rows[0], check.op, "rows"), stochastic,
-                           static_cast<uint32_t>(seed), current_stream(check.device)));
+                           dtype_of(rows[0], check.op, "rows"), current_stream(check.device)));
 }
 
 }  // namespace

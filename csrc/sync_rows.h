@@ -16,12 +16,10 @@ struct RowSegment {
   const int64_t* index;
   int64_t weight_row, rows_row;
   int k, width;
-  uint32_t layer;  // its number, for the random bits
 };
 
-// All layers. `stochastic` rounds float32 rows to bfloat16 at random, by `seed`, the layer's
-// number, the row's in its layer, and the column. count > 0, every k and width > 0.
+// All layers, rounded to the nearest. count > 0, every k and width > 0.
 cudaError_t sync_rows(const RowSegment* segments, int count, Dtype weight_dtype, Dtype rows_dtype,
-                      bool stochastic, uint32_t seed, cudaStream_t stream);
+                      cudaStream_t stream);
 
 }  // namespace loki

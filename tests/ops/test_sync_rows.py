@@ -19,10 +19,10 @@ def make(weight_dtype, rows_dtype, layers=LAYERS):
     return weights, rows, [torch.randperm(m)[:k] for m, _, k in layers]
 
 
-def assert_equals_reference(weights, rows, indices, **options):
-    want = sync_rows_reference([w.clone() for w in weights], rows, indices, **options)
+def assert_equals_reference(weights, rows, indices):
+    want = sync_rows_reference([w.clone() for w in weights], rows, indices)
     got = [w.clone(memory_format=torch.preserve_format) for w in weights]
-    returned = sync_rows(got, rows, indices, **options)
+    returned = sync_rows(got, rows, indices)
     assert all(r is g for r, g in zip(returned, got, strict=True))
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
@@ -36,7 +36,6 @@ def test_equals_reference(weight_dtype, rows_dtype):
 def test_more_layers_than_a_launch_takes():
     layers = [(5, 8, 1 + i % 3) for i in range(131)]
     assert_equals_reference(*make(torch.bfloat16, torch.float32, layers))
-    assert_equals_reference(*make(torch.bfloat16, torch.float32, layers), seed=7)
 
 
 def test_non_contiguous():
@@ -53,44 +52,11 @@ def test_non_contiguous():
     assert_equals_reference(columns_first, rows, indices)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
-def test_random_rounding_is_the_same_on_every_backend(seed):
-    assert_equals_reference(*make(torch.bfloat16, torch.float32), seed=seed)
-
-
-def test_random_rounding_is_exact_on_average():
-    """Between two neighbours, as often up as the value is near the upper one."""
-    share = torch.tensor([0.0, 0.1, 0.5, 0.9])
-    low, high = torch.tensor(1.0), torch.tensor(1.0 + 2**-7)
-    rows = (low + share * (high - low)).repeat_interleave(4096).view(4, 4096)
-    (weight,) = sync_rows(
-        [torch.zeros(4, 4096, dtype=torch.bfloat16)], [rows], [torch.arange(4)], seed=3
-    )
-    assert ((weight == low.bfloat16()) | (weight == high.bfloat16())).all()
-    up = (weight == high.bfloat16()).double().mean(1)
-    assert up[0] == 0
-    assert ((up - share).abs() < 0.04).all()  # five standard errors
-
-
-def test_random_rounding_depends_on_seed_layer_row_and_column():
-    def rounded(seed):
-        weights = [torch.zeros(2, 512, dtype=torch.bfloat16) for _ in range(2)]
-        rows = [torch.full((2, 512), 1 + 2**-8)] * 2
-        return torch.stack(sync_rows(weights, rows, [torch.arange(2)] * 2, seed=seed))
-
-    first, again, other = rounded(1), rounded(1), rounded(2)
-    assert torch.equal(first, again)
-    for a, b in ((first, other), (first[0], first[1]), (first[:, 0], first[:, 1])):
-        assert 0.4 < (a != b).double().mean() < 0.6
-    assert 0.4 < (first == 1).double().mean() < 0.6
-
-
-@pytest.mark.parametrize("seed", [None, 5])
-def test_what_is_not_finite_stays(seed):
+def test_what_is_not_finite_stays():
     inf = float("inf")
     rows = torch.tensor([[inf, -inf, float("nan"), 0.0, -0.0, 3.4e38, 1e-40, -1e-40]])
     weight = torch.zeros(1, 8, dtype=torch.bfloat16)
-    sync_rows([weight], [rows], [torch.zeros(1, dtype=torch.int64)], seed=seed)
+    sync_rows([weight], [rows], [torch.zeros(1, dtype=torch.int64)])
     assert weight[0, 0] == inf
     assert weight[0, 1] == -inf
     assert weight[0, 2].isnan()
@@ -110,7 +76,7 @@ def test_no_layers():
 
 
 def test_registration():
-    inputs = [*example("sync_rows").values(), None, None]
+    inputs = [*example("sync_rows").values(), None]
     torch.library.opcheck(
         torch.ops.loki_kernels.sync_rows.default,
         tuple(inputs),
@@ -133,9 +99,6 @@ def test_compiles_whole():
         ({"weights": [torch.zeros(9)]}, "a weight must be"),
         ({"rows": [torch.zeros(4, 32)]}, "rows must be"),
         ({"indices": [torch.zeros(3, dtype=torch.int64)]}, "rows must be"),
-        ({"seed": 2**32}, "seed must lie in"),
-        ({"seed": 1, "rows": [torch.zeros(4, 33, dtype=torch.bfloat16)]}, "only float32 rows"),
-        ({"seed": 1, "weights": [torch.zeros(9, 33)]}, "only float32 rows"),
     ],
 )
 def test_bad_input_raises(change, message):

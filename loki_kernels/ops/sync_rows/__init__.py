@@ -16,7 +16,6 @@ def sync_rows(
     rows: Sequence[Tensor],
     indices: Sequence[Tensor],
     *,
-    seed: int | None = None,
     backend: Backend | None = None,
 ) -> list[Tensor]:
     """``weights[l][indices[l]] = rows[l]`` for every layer l, in place.
@@ -24,19 +23,16 @@ def sync_rows(
     Args:
         weights: ``[out_features, in_features]`` each, on one device, of one dtype; changed. Pass
             ``.data``: autograd takes no notice.
-        rows: ``[k, in_features]`` each, of one dtype; rounded to the weights'.
+        rows: ``[k, in_features]`` each, of one dtype; rounded to the nearest of the weights'.
         indices: ``[k]`` int64 each, in [0, out_features), distinct; also over layers, where several
             are one weight.
-        seed: None rounds to the nearest. A number in [0, 2**32) rounds float32 rows to bfloat16
-            weights up or down at random, the nearer value the likelier, so that the expected value
-            is exact; equal on every device for equal seed, layer and position.
         backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
 
     Returns:
         The weights.
 
     Raises:
-        ValueError: for shapes, dtypes, devices or a seed that do not fit, or an unknown backend.
+        ValueError: for shapes, dtypes or devices that do not fit, or an unknown backend.
         RuntimeError: if a backend asked for by name cannot run.
     """
     check_backend(backend)
@@ -55,20 +51,14 @@ def sync_rows(
         kinds = {(x.device, x.dtype) for x in tensors}
         if len(kinds) > 1:
             raise ValueError(f"{name} must share a device and a dtype; they have {kinds}.")
-    if seed is not None:
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2**32); it is {seed}.")
-        kinds = {(w.dtype, r.dtype) for w, r in zip(weights, rows, strict=True)}
-        if kinds - {(torch.bfloat16, torch.float32)}:
-            raise ValueError("only float32 rows to bfloat16 weights are rounded at random.")
     if weights:
         rows = [layer_rows.detach() for layer_rows in rows]
-        torch.ops.loki_kernels.sync_rows(list(weights), rows, list(indices), seed, backend)
+        torch.ops.loki_kernels.sync_rows(list(weights), rows, list(indices), backend)
     return list(weights)
 
 
 register(
     "sync_rows",
-    "(Tensor(a!)[] weights, Tensor[] rows, Tensor[] indices, int? seed) -> ()",
+    "(Tensor(a!)[] weights, Tensor[] rows, Tensor[] indices) -> ()",
     lambda *_: None,
 )
