@@ -11,7 +11,6 @@
 
 #include "count_lowest.h"
 #include "count_lowest_integrated.h"
-#include "gather_columns.h"
 #include "scatter_add_columns.h"
 #include "sync_rows.h"
 
@@ -140,26 +139,6 @@ void count_lowest_integrated_op(const Tensor& gradients, const Tensor& weights,
       current_stream(check.device)));
 }
 
-void gather_columns_op(const Tensor& x, const Tensor& index, Tensor out) {
-  const Checks check("gather_columns", x);
-  STD_TORCH_CHECK(x.dim() == 2 && index.dim() == 1, check.op, ": x must be [N, M], index [k]");
-  const int64_t rows = x.size(0), k = index.size(0), itemsize = x.element_size();
-  dtype_of(x, check.op, "x");
-  check.of(index, "index", {k}, ScalarType::Long);
-  check.unit_stride(index, "index");
-  check.of(out, "out", {rows, k}, x.scalar_type());
-  check.unit_stride(out, "out");
-  if (rows == 0 || k == 0) return;
-  const int64_t padded = (k * itemsize + 15) / 16 * 16;
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) % 16 == 0 &&
-                      out.stride(0) * itemsize % 16 == 0 && out.stride(0) * itemsize >= padded,
-                  check.op, ": the rows of out must start at multiples of 16 bytes");
-  const DeviceGuard guard(check.device);
-  check.launched(gather_columns(x.const_data_ptr(), static_cast<int>(itemsize), rows, x.stride(0),
-                                x.stride(1), numbers(index), k, out.mutable_data_ptr(),
-                                out.stride(0), current_stream(check.device)));
-}
-
 void scatter_add_columns_op(Tensor y, const Tensor& index, const Tensor& product) {
   const Checks check("scatter_add_columns", y);
   STD_TORCH_CHECK(y.dim() == 2 && index.dim() == 1, check.op, ": y must be [N, M], index [k]");
@@ -212,7 +191,6 @@ void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> rows,
 STABLE_TORCH_LIBRARY_IMPL(loki_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("count_lowest", TORCH_BOX(&loki::count_lowest_op));
   m.impl("count_lowest_integrated", TORCH_BOX(&loki::count_lowest_integrated_op));
-  m.impl("gather_columns", TORCH_BOX(&loki::gather_columns_op));
   m.impl("scatter_add_columns", TORCH_BOX(&loki::scatter_add_columns_op));
   m.impl("sync_rows", TORCH_BOX(&loki::sync_rows_op));
 }

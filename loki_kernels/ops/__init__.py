@@ -7,11 +7,11 @@ plain PyTorch that every faster implementation is tested against. An op with ker
 `swiglu_row_masked_linear` are composed of such ops and of dense products.
 """
 
+from .._deprecated import moved
 from .count_lowest import count_lowest
 from .count_lowest_integrated import LowestCounts, count_lowest_integrated
 from .expand_path import expand_path
 from .gated_product import gated_product
-from .gather_columns import gather_columns
 from .integrate_path import integrate_path
 from .row_delta_linear import row_delta_linear
 from .row_masked_linear import row_masked_linear
@@ -28,7 +28,6 @@ __all__ = [
     "count_lowest_integrated",
     "expand_path",
     "gated_product",
-    "gather_columns",
     "integrate_path",
     "row_delta_linear",
     "row_masked_linear",
@@ -38,3 +37,5 @@ __all__ = [
     "sync_rows",
     "target_probability",
 ]
+
+__getattr__ = moved(__name__, {"gather_columns": "loki_kernels.ops._products:selected_columns"})

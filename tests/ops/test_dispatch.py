@@ -10,14 +10,19 @@ import pytest
 import torch
 
 import loki_kernels as loki
-from loki_kernels.ops import _dispatch, gather_columns
+from loki_kernels.ops import _dispatch, count_lowest
 
-OP = "gather_columns"
+OP = "integrate_path"  # has kernels in Triton alone
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def inputs(device="cpu"):
-    return [torch.zeros(3, 5, device=device), torch.zeros(2, dtype=torch.int64, device=device)]
+    return [torch.zeros(3, 2, 5, device=device), torch.zeros(2, device=device), None, None]
+
+
+def count(**options):
+    """A call of an op that has every backend."""
+    return count_lowest(torch.zeros(3, 2, 5), 1, **options)
 
 
 @pytest.fixture
@@ -46,7 +51,6 @@ def test_report_names_every_op_and_backend():
         "count_lowest_integrated",
         "expand_path",
         "gated_product",
-        "gather_columns",
         "integrate_path",
         "scatter_add_columns",
         "shared_prefix_attention",
@@ -68,28 +72,28 @@ def test_on_a_cpu_torch_runs_and_the_report_says_why():
         assert _dispatch._exists(op, "cpp") or states["cpp"] == (
             "not live: it has no cpp implementation."
         )
-    assert "needs a CUDA device" in report["gather_columns"]["triton"]
-    with pytest.raises(RuntimeError, match=r"gather_columns cannot run on backend='triton'.*CUDA"):
-        gather_columns(*inputs(), backend="triton")
+    assert "needs a CUDA device" in report["count_lowest"]["triton"]
+    with pytest.raises(RuntimeError, match=r"count_lowest cannot run on backend='triton'.*CUDA"):
+        count(backend="triton")
 
 
 def test_unknown_names_raise(monkeypatch):
     with pytest.raises(ValueError, match="choose one of cuda, triton, cpp, torch"):
-        gather_columns(*inputs(), backend="cublas")
+        count(backend="cublas")
     monkeypatch.setenv("LOKI_KERNELS_BACKEND", "cublas")
     with pytest.raises(ValueError, match="LOKI_KERNELS_BACKEND='cublas' is unknown"):
-        gather_columns(*inputs())
+        count()
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch):
     reasons = {"cuda": "no compiler.", "triton": None, "torch": None}
     monkeypatch.setattr(_dispatch, "_backend_why_not", lambda backend, _: reasons[backend])
     with pytest.raises(RuntimeError, match="cannot run on backend='cuda': no compiler"):
-        gather_columns(*inputs(), backend="cuda")
+        count(backend="cuda")
     monkeypatch.setenv("LOKI_KERNELS_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="LOKI_KERNELS_BACKEND=cuda cannot be used: no comp"):
-        gather_columns(*inputs())
-    assert gather_columns(*inputs(), backend="torch").shape == (3, 2)  # the call goes first
+        count()
+    assert count(backend="torch").shape == (2, 5)  # the call goes first
 
 
 def test_a_backend_for_another_device_leaves_this_one_to_auto(accelerator):
@@ -122,7 +126,7 @@ def test_auto_uses_a_kernel_once_it_has_been_checked(accelerator):
     accelerator.monkeypatch.setattr(_dispatch, "_compare", lambda *key: calls.append(key))
     for _ in range(2):
         assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.triton
-    half = [x.half() for x in inputs("meta")]
+    half = [inputs("meta")[0].half()]
     assert _dispatch.choose(OP, None, half) is accelerator.triton
     meta = torch.device("meta")
     assert calls == [(OP, "triton", meta, torch.float32), (OP, "triton", meta, torch.float16)]
@@ -134,7 +138,7 @@ def test_auto_falls_back_with_one_warning(accelerator, caplog):
         for _ in range(3):
             assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch
     (record,) = caplog.records
-    assert "triton kernel of gather_columns failed its self-check" in record.getMessage()
+    assert "triton kernel of integrate_path failed its self-check" in record.getMessage()
     assert "result 0: wrong" in record.getMessage()
 
 
@@ -145,7 +149,7 @@ def test_report_after_a_check(accelerator):
     assert state == "verified in float32"
     assert _dispatch._state("gated_product", "triton", meta) == "checked at first use"
     accelerator.monkeypatch.setattr(_dispatch, "_compare", lambda *_: "result 0: wrong")
-    _dispatch.choose(OP, None, [x.half() for x in inputs("meta")])
+    _dispatch.choose(OP, None, [inputs("meta")[0].half()])
     state = _dispatch._state(OP, "triton", meta)
     assert state == "failed its self-check: torch.float16: result 0: wrong"
 

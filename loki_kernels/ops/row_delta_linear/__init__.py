@@ -38,7 +38,7 @@ def row_delta_linear(
         delta_b: ``[r, in_features]``, or None.
         index: ``[k]`` int64 in [0, out_features), distinct.
         bias: ``[out_features]`` or None.
-        backend: of `scatter_add_columns` and `gather_columns`.
+        backend: of `scatter_add_columns`.
 
     Returns:
         ``[..., out_features]`` in x's dtype (under autocast, in the autocast dtype), differentiable
@@ -91,7 +91,7 @@ class _RowDeltaLinear(torch.autograd.Function):
         grad_x = grad_a = grad_b = grad_bias = None
         selected = flat = through = None
         if needs_x or needs_a or needs_b:
-            selected, flat = selected_columns(grad, index, ctx.backend), as_matrix(x)
+            selected, flat = selected_columns(grad, index), as_matrix(x)
             through = selected @ delta_a.to(x.dtype)  # the gradient of what delta_a multiplies
         if needs_a:
             u = flat if delta_b is None else flat @ delta_b.to(x.dtype).t()

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._check import autocast, check_first_derivative, check_index, check_linear, check_shape
-from .._dispatch import Backend, check_backend
 from .._products import as_matrix, selected_columns, weight_gradient
 
 
@@ -19,8 +18,6 @@ def row_masked_linear(
     rows: Tensor,
     index: Tensor,
     bias: Tensor | None = None,
-    *,
-    backend: Backend | None = None,
 ) -> Tensor:
     """``linear(x, weight with rows put at index, bias)``, differentiable in x, rows and bias.
 
@@ -35,20 +32,17 @@ def row_masked_linear(
         rows: ``[k, in_features]``, of any floating dtype; its gradient has its dtype.
         index: ``[k]`` int64 in [0, out_features), distinct, in any order.
         bias: ``[out_features]`` or None.
-        backend: of `gather_columns`, which takes ``dY[:, index]``.
 
     Returns:
         ``[..., out_features]``. Under autocast, in the autocast dtype.
 
     Raises:
-        ValueError: for shapes that do not fit together, or an unknown backend.
-        RuntimeError: if a backend asked for by name cannot run.
+        ValueError: for shapes that do not fit together.
     """
-    check_backend(backend)
     _, in_features = check_linear(x, weight, bias)
     check_shape("rows", rows, check_index(index), in_features)
     x, weight, bias = autocast(x, weight, bias)
-    return _RowMaskedLinear.apply(x, weight, rows, index, bias, backend)
+    return _RowMaskedLinear.apply(x, weight, rows, index, bias)
 
 
 class _RowMaskedLinear(torch.autograd.Function):
@@ -59,14 +53,13 @@ class _RowMaskedLinear(torch.autograd.Function):
         rows: Tensor,
         index: Tensor,
         bias: Tensor | None,
-        backend: str | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, rows, index, _, ctx.backend = inputs
+        x, weight, rows, index, _ = inputs
         needs_x, _, needs_rows, *_ = ctx.needs_input_grad
         # `rows` is saved, though unused, so that autograd notices an optimizer step between the
         # forward and the backward pass.
@@ -81,8 +74,8 @@ class _RowMaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
         if ctx.needs_input_grad[2]:
-            selected = selected_columns(grad, index, ctx.backend)
+            selected = selected_columns(grad, index)
             grad_rows = weight_gradient(selected, as_matrix(x), ctx.rows_dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = as_matrix(grad).sum(0)
-        return grad_x, None, grad_rows, None, grad_bias, None
+        return grad_x, None, grad_rows, None, grad_bias

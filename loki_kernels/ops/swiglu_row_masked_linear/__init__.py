@@ -38,7 +38,7 @@ def swiglu_row_masked_linear(
         index: ``[k]`` int64 in [0, out_features), distinct, in any order.
         bias: ``[out_features]`` or None.
         activation: ``"silu"`` or ``"gelu_tanh"``.
-        backend: of `gated_product` and `gather_columns`.
+        backend: of `gated_product`.
 
     Returns:
         ``[..., out_features]``, differentiable in gate, up, rows and bias. Under autocast, in the
@@ -94,7 +94,7 @@ class _SwigluRowMaskedLinear(torch.autograd.Function):
         elif needs_rows:
             product = torch.ops.loki_kernels.gated_product(gate, up, ctx.activation, ctx.backend)
         if needs_rows:
-            selected = selected_columns(grad, index, ctx.backend)
+            selected = selected_columns(grad, index)
             grad_rows = weight_gradient(selected, as_matrix(product), rows.dtype)
         if needs_bias:
             grad_bias = as_matrix(grad).sum(0)
