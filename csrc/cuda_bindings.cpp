@@ -11,7 +11,6 @@
 
 #include "count_lowest.h"
 #include "count_lowest_integrated.h"
-#include "scatter_add_columns.h"
 #include "sync_rows.h"
 
 namespace loki {
@@ -139,22 +138,6 @@ void count_lowest_integrated_op(const Tensor& gradients, const Tensor& weights,
       current_stream(check.device)));
 }
 
-void scatter_add_columns_op(Tensor y, const Tensor& index, const Tensor& product) {
-  const Checks check("scatter_add_columns", y);
-  STD_TORCH_CHECK(y.dim() == 2 && index.dim() == 1, check.op, ": y must be [N, M], index [k]");
-  const int64_t rows = y.size(0), k = index.size(0);
-  check.of(index, "index", {k}, ScalarType::Long);
-  check.unit_stride(index, "index");
-  check.of(product, "product", {rows, k}, ScalarType::Float);
-  check.unit_stride(product, "product");
-  if (rows == 0 || k == 0) return;
-  const DeviceGuard guard(check.device);
-  check.launched(scatter_add_columns(y.mutable_data_ptr(), dtype_of(y, check.op, "y"), rows,
-                                     y.stride(0), y.stride(1), numbers(index), k,
-                                     static_cast<const float*>(product.const_data_ptr()),
-                                     product.stride(0), current_stream(check.device)));
-}
-
 void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> rows,
                   std::vector<Tensor> indices) {
   if (weights.empty()) return;
@@ -191,6 +174,5 @@ void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> rows,
 STABLE_TORCH_LIBRARY_IMPL(loki_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("count_lowest", TORCH_BOX(&loki::count_lowest_op));
   m.impl("count_lowest_integrated", TORCH_BOX(&loki::count_lowest_integrated_op));
-  m.impl("scatter_add_columns", TORCH_BOX(&loki::scatter_add_columns_op));
   m.impl("sync_rows", TORCH_BOX(&loki::sync_rows_op));
 }

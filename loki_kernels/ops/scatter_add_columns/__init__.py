@@ -12,7 +12,10 @@ from .._dispatch import Backend, check_backend, register
 def scatter_add_columns(
     y: Tensor, index: Tensor, u: Tensor, v: Tensor, *, backend: Backend | None = None
 ) -> Tensor:
-    """``y[:, index] += u @ v.T``, in place, the product summed in float32 and never stored.
+    """``y[:, index] += u @ v.T``, in place.
+
+    Triton's kernel sums the product in float32, stores none of it and rounds once, with y added.
+    torch forms the product in y's dtype, ``[tokens, k]``, and adds it to y, which rounds again.
 
     Args:
         y: ``[tokens, M]``, changed.
