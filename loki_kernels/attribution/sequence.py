@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops import expand_path
 from ..structure import Structure
 from .definitions import PathIntegral
+from .path import path_points
 from .prefill import Batch, Prefill, capturing_attention
 from .steering import hook_layer_input, hook_site, steered
 
@@ -42,7 +42,7 @@ def scaled_prefixes(
             copies = x.view(samples, -1, *x.shape[1:])  # [B, S, T, D]
             z = copies[:, 0].flatten(0, 1)  # [B * T, D]
             start = None if prefill.start is None else prefill.start[layer].flatten(0, 1)
-            path = expand_path(z, integral.alphas, start).view(samples, -1, m, x.shape[-1])
+            path = path_points(z, integral.alphas, start).view(samples, -1, m, x.shape[-1])
             return torch.cat([copies[:, :-m], path.transpose(1, 2)], dim=1).flatten(0, 1)
 
         return change

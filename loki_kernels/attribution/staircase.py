@@ -24,13 +24,13 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import UnsupportedModelError
 from ..ops import (
     count_lowest_integrated,
-    expand_path,
     integrate_path,
     shared_prefix_attention,
     target_probability,
 )
 from ..structure import Head, Structure
 from .definitions import PathIntegral
+from .path import path_points
 from .prefill import Batch, Prefill
 from .scores import Counter, Scores
 from .steering import Attend, hook_layer_input, hook_site, steered
@@ -130,7 +130,7 @@ class Staircase:
         def set_points(layer: int) -> Callable[[Tensor], Tensor]:
             def change(x: Tensor) -> Tensor:
                 trace.ends[layer] = z = x[:, 0].detach()
-                path = expand_path(z, self.integral.alphas, self._start(layer))
+                path = path_points(z, self.integral.alphas, self._start(layer))
                 trace.leaves[layer] = path.requires_grad_()
                 return torch.cat([x[:, :-m], path], dim=1)
 

@@ -10,7 +10,6 @@ plain PyTorch that every faster implementation is tested against. An op with ker
 from .._deprecated import moved
 from .count_lowest import count_lowest
 from .count_lowest_integrated import LowestCounts, count_lowest_integrated
-from .expand_path import expand_path
 from .gated_product import gated_product
 from .integrate_path import integrate_path
 from .row_delta_linear import row_delta_linear
@@ -26,7 +25,6 @@ __all__ = [
     "TargetProbability",
     "count_lowest",
     "count_lowest_integrated",
-    "expand_path",
     "gated_product",
     "integrate_path",
     "row_delta_linear",
@@ -38,4 +36,10 @@ __all__ = [
     "target_probability",
 ]
 
-__getattr__ = moved(__name__, {"gather_columns": "loki_kernels.ops._products:selected_columns"})
+__getattr__ = moved(
+    __name__,
+    {
+        "expand_path": "loki_kernels.attribution.path:path_points",
+        "gather_columns": "loki_kernels.ops._products:selected_columns",
+    },
+)

@@ -49,7 +49,6 @@ def test_report_names_every_op_and_backend():
     assert set(report) == {
         "count_lowest",
         "count_lowest_integrated",
-        "expand_path",
         "gated_product",
         "integrate_path",
         "scatter_add_columns",

@@ -21,7 +21,6 @@ CASES = {
         x, normal(3, 4), normal(5, 4), normal(2, 4), INDEX
     ),
     "gated_product": lambda x: ops.gated_product(x, normal(3, 4), "silu"),
-    "expand_path": lambda x: ops.expand_path(x, torch.tensor([0.5, 1.0])),
     "target_probability": lambda x: (
         ops.target_probability(x, normal(5, 4), torch.tensor([1, 0, 4])).probability
     ),

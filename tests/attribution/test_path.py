@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loki_kernels.ops import expand_path
-from loki_kernels.ops.expand_path.reference import expand_path_reference
-from tests.ops.tolerance import example, relative
+from loki_kernels import ops
+from loki_kernels.attribution.path import path_points
+from tests.ops.tolerance import relative
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BASELINES = ["none", "shared", "each"]
@@ -26,6 +26,7 @@ def naive(z, alphas, baseline=None):
 def assert_close(got, same, exact):
     """No further from the float64 answer than twice what the naive code in that dtype is."""
     assert got.shape == exact.shape
+    assert got.is_contiguous()
     assert got.dtype == same.dtype
     floor = 1e-12 if got.dtype == torch.float64 else 1e-6
     assert relative(got, exact) < 2 * relative(same, exact) + floor
@@ -47,16 +48,15 @@ def make(batch, width, m, kind, dtype):
     return z, alphas, baseline
 
 
-@pytest.mark.parametrize("op", [expand_path, expand_path_reference])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", BASELINES)
 @pytest.mark.parametrize(
     ("batch", "width", "m"), [(1, 1, 1), (3, 63, 5), (2, 129, 20), (2, 500, 7)]
 )
-def test_equals_naive(op, dtype, kind, batch, width, m):
+def test_equals_naive(dtype, kind, batch, width, m):
     z, alphas, baseline = make(batch, width, m, kind, dtype)
     exact = naive(z.double(), alphas, double(baseline))
-    assert_close(op(z, alphas, baseline), naive(z, alphas, baseline), exact)
+    assert_close(path_points(z, alphas, baseline), naive(z, alphas, baseline), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -66,26 +66,26 @@ def test_low_precision_is_rounded_once(dtype, kind):
     z, alphas, baseline = make(4, 129, 9, kind, dtype)
     exact = naive(z.double(), alphas, double(baseline))
     rounded = exact.to(dtype)
-    assert relative(expand_path(z, alphas, baseline), exact) < 1.01 * relative(rounded, exact)
+    assert relative(path_points(z, alphas, baseline), exact) < 1.01 * relative(rounded, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ends_are_exact(dtype):
     z = torch.randn(3, 63).to(dtype)
-    points = expand_path(z, torch.tensor([0.0, 1.0]))
+    points = path_points(z, torch.tensor([0.0, 1.0]))
     assert torch.equal(points[:, 0], torch.zeros_like(z))
     assert torch.equal(points[:, 1], z)
 
 
 def test_baseline_is_the_start():
     z, start = torch.randn(3, 63), torch.randn(63)
-    points = expand_path(z, torch.tensor([0.0]), start)
+    points = path_points(z, torch.tensor([0.0]), start)
     assert torch.equal(points[:, 0], start.expand(3, -1))
 
 
 def test_baseline_of_another_dtype():
     z, alphas, baseline = make(2, 63, 4, "each", torch.float64)
-    got = expand_path(z.bfloat16(), alphas, baseline)
+    got = path_points(z.bfloat16(), alphas, baseline)
     exact = naive(z.bfloat16().double(), alphas, baseline)
     assert got.dtype == torch.bfloat16
     assert relative(got, exact) < 2 * relative(exact.bfloat16(), exact)
@@ -98,68 +98,18 @@ def test_non_contiguous(kind):
     baseline = None if baseline is None else baseline[..., ::2]
     assert not z.is_contiguous()
     exact = naive(z.double(), alphas, double(baseline))
-    assert_close(expand_path(z, alphas, baseline), naive(z, alphas, baseline), exact)
-
-
-@pytest.mark.parametrize("kind", BASELINES)
-def test_rows_of_wider_tensors(kind):
-    """Read where they are: only the rows are apart."""
-    z, alphas, baseline = make(4, 140, 5, kind, torch.float32)
-    z, baseline = z[::2, 3:132], None if baseline is None else baseline[..., 5:134]
-    baseline = baseline[1::2] if kind == "each" else baseline
-    exact = naive(z.double(), alphas, double(baseline))
-    assert_close(expand_path(z, alphas, baseline), naive(z, alphas, baseline), exact)
+    assert_close(path_points(z, alphas, baseline), naive(z, alphas, baseline), exact)
 
 
 @pytest.mark.parametrize(("batch", "width", "m"), [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
 @pytest.mark.parametrize("kind", BASELINES)
 def test_empty(batch, width, m, kind):
     z, alphas, baseline = make(batch, width, m, kind, torch.bfloat16)
-    points = expand_path(z, alphas, baseline)
+    points = path_points(z, alphas, baseline)
     assert points.shape == (batch, m, width)
     assert points.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", BASELINES)
-def test_gradient_of_z_equals_naive(kind):
-    z, alphas, baseline = make(3, 63, 5, kind, torch.float64)
-    z.requires_grad_()
-    upstream = torch.randn(3, 5, 63, dtype=torch.float64)
-    (got,) = torch.autograd.grad(expand_path(z, alphas, baseline), z, upstream)
-    (want,) = torch.autograd.grad(naive(z, alphas, baseline), z, upstream)
-    torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("kind", ["shared", "each"])
-def test_gradient_of_the_baseline_equals_naive(kind):
-    z, alphas, baseline = make(3, 63, 5, kind, torch.float64)
-    baseline.requires_grad_()
-    upstream = torch.randn(3, 5, 63, dtype=torch.float64)
-    (got,) = torch.autograd.grad(expand_path(z, alphas, baseline), baseline, upstream)
-    (want,) = torch.autograd.grad(naive(z, alphas, baseline), baseline, upstream)
-    torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize(
-    ("z", "alphas"), [((5,), (3,)), ((2, 3, 5), (3,)), ((2, 5), ()), ((2, 5), (2, 3))]
-)
-def test_other_dimensions_raise(z, alphas):
-    with pytest.raises(ValueError, match="z must be"):
-        expand_path(torch.zeros(z), torch.zeros(alphas))
-
-
-def test_registration():
-    inputs = example("expand_path")
-    torch.library.opcheck(torch.ops.loki_kernels.expand_path.default, (*inputs.values(), None))
-
-
-def test_compiles_whole():
-    torch._dynamo.reset()
-    inputs = example("expand_path")
-    compiled = torch.compile(expand_path, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs), expand_path(**inputs))
-
-
-def test_a_baseline_that_does_not_fit_raises():
-    with pytest.raises(ValueError, match="baseline must be"):
-        expand_path(torch.zeros(2, 5), torch.zeros(3), torch.zeros(2, 6))
+def test_old_name_still_works():
+    with pytest.warns(DeprecationWarning, match=r"attribution\.path\.path_points now"):
+        assert ops.expand_path is path_points
