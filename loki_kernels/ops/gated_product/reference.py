@@ -6,10 +6,14 @@ from torch.nn import functional
 from .._example import Draw, Example
 
 
-def gated_product_reference(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+def activate(gate: Tensor, activation: str) -> Tensor:
     if activation == "silu":
-        return functional.silu(gate) * up
-    return functional.gelu(gate, approximate="tanh") * up
+        return functional.silu(gate)
+    return functional.gelu(gate, approximate="tanh")
+
+
+def gated_product_reference(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    return activate(gate, activation) * up
 
 
 def example(draw: Draw) -> Example:

@@ -4,17 +4,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from .reference import activate, gated_product_reference
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _activate(gate: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return functional.silu(gate)
-    return functional.gelu(gate, approximate="tanh")
 
 
 def _slope(gate: Tensor, activation: str) -> Tensor:
@@ -28,7 +23,8 @@ def _slope(gate: Tensor, activation: str) -> Tensor:
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return (_activate(_wide(gate), activation) * _wide(up)).to(gate.dtype).contiguous()
+    product = gated_product_reference(_wide(gate), _wide(up), activation)
+    return product.to(gate.dtype).contiguous()
 
 
 def backward(
@@ -36,6 +32,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = gate.dtype
     grad, gate, up = _wide(grad), _wide(gate), _wide(up)
-    active = _activate(gate, activation)
+    active = activate(gate, activation)
     results = (grad * up).mul_(_slope(gate, activation)), grad * active, active * up
     return tuple(x.to(dtype).contiguous() for x in results)

@@ -17,12 +17,12 @@ def integrate_path_reference(
     if weights.ndim == 1:
         weights = weights.expand(gradients.shape[0], -1)
     total = (weights.unsqueeze(-1) * gradients.to(wide)).sum(1)
-    if z is None:
-        return total
-    span = z.to(wide)
-    if baseline is not None:
-        span = span - baseline.to(device=z.device, dtype=wide)
-    return total * span
+    if z is not None:
+        span = z.to(wide)
+        if baseline is not None:
+            span = span - baseline.to(device=z.device, dtype=wide)
+        total = total * span
+    return total.contiguous()
 
 
 def example(draw: Draw) -> Example:

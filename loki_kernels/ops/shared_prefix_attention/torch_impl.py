@@ -14,16 +14,16 @@ def _scores(
     scale: float,
     softcap: float | None,
     window: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Of the prefix ``[B, Hkv, G * N, P]``, hidden ones -inf, and of the own key ``[..., 1]``."""
-    batch, heads, points, dim = q.shape
-    kv_heads, prefix = prefix_k.shape[1:3]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q as ``[B, Hkv, G, N, d]``, its scores of the prefix ``[B, Hkv, G * N, P]``, hidden ones
+    -inf, and of the own key ``[B, Hkv, G * N, 1]``."""
+    batch, kv_heads, points, dim = k.shape
+    prefix = prefix_k.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    packed = q.reshape(batch, kv_heads, heads // kv_heads * points, dim)
-    shared = (packed @ prefix_k.transpose(-1, -2)).to(wide).mul_(scale)
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, points, dim)
+    grouped = q.reshape(batch, kv_heads, q.shape[1] // kv_heads, points, dim)
+    shared = (grouped.flatten(2, 3) @ prefix_k.transpose(-1, -2)).to(wide).mul_(scale)
     own = (grouped.to(wide) * k.unsqueeze(2).to(wide)).sum(-1) * scale
-    own = own.view(*packed.shape[:-1], 1)
+    own = own.flatten(2, 3).unsqueeze(-1)
     if softcap is not None:
         shared = shared.div_(softcap).tanh_().mul_(softcap)
         own = softcap * torch.tanh(own / softcap)
@@ -36,7 +36,7 @@ def _scores(
         if window is not None:
             hidden = hidden | (lengths - positions >= window)  # the point stands at `length`
         shared = shared.masked_fill_(hidden[:, None, None, :], float("-inf"))
-    return shared, own
+    return grouped, shared, own
 
 
 def forward(
@@ -51,25 +51,22 @@ def forward(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, points, dim = q.shape
-    kv_heads, prefix = prefix_k.shape[1:3]
-    groups = heads // kv_heads
-    shared, own = _scores(q, k, prefix_k, prefix_lengths, scale, softcap, window)
-    highest = own if prefix == 0 else torch.maximum(own, shared.amax(-1, keepdim=True))
+    grouped, shared, own = _scores(q, k, prefix_k, prefix_lengths, scale, softcap, window)
+    _, kv_heads, groups, points, _ = grouped.shape
+    highest = torch.maximum(own, shared.amax(-1, keepdim=True)) if shared.shape[-1] else own
     if sinks is not None:
-        sink = sinks.to(own.dtype).view(kv_heads, groups, 1).expand(-1, -1, points)
-        sink = sink.reshape(1, kv_heads, groups * points, 1)
+        sink = sinks.to(own.dtype).view(1, kv_heads, groups, 1).expand(-1, -1, -1, points)
+        sink = sink.flatten(2, 3).unsqueeze(-1)
         highest = torch.maximum(highest, sink)
     shared = shared.sub_(highest).exp_()
     own = (own - highest).exp_()
     total = shared.sum(-1, keepdim=True) + own
     if sinks is not None:
         total = total + (sink - highest).exp()
-    shape = (batch, kv_heads, groups, points, dim)
-    mixed = (shared.div_(total).to(v.dtype) @ prefix_v).view(shape)
-    own = own.div_(total).to(v.dtype).view(*shape[:-1], 1)
-    out = torch.addcmul(mixed, own, v.unsqueeze(2)).view(batch, heads, points, dim)
-    return out, (highest + total.log()).view(batch, heads, points)
+    mixed = (shared.div_(total).to(v.dtype) @ prefix_v).view(grouped.shape)
+    own = own.div_(total).to(v.dtype).view(*grouped.shape[:-1], 1)
+    out = torch.addcmul(mixed, own, v.unsqueeze(2)).view(q.shape)
+    return out, (highest + total.log()).view(q.shape[:3])
 
 
 def backward(
@@ -86,12 +83,9 @@ def backward(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, points, dim = q.shape
-    kv_heads = prefix_k.shape[1]
-    shape = (batch, kv_heads, heads // kv_heads, points, dim)
-    shared, own = _scores(q, k, prefix_k, prefix_lengths, scale, softcap, window)
-    wide = shared.dtype
-    packed = grad.reshape(shape).flatten(2, 3)
+    grouped, shared, own = _scores(q, k, prefix_k, prefix_lengths, scale, softcap, window)
+    shape, wide = grouped.shape, shared.dtype
+    upstream = grad.reshape(shape)
     # d softmax: every score's gradient is its weight times (its own pull - the average pull)
     average = (grad.to(wide) * out.to(wide)).sum(-1).view(own.shape)
     normaliser = lse.view(own.shape)
@@ -104,12 +98,11 @@ def backward(
             slope = slope * (1 - (scores / softcap).square()).clamp_min(0)
         return weights, slope
 
-    _, slope = slopes(shared, (packed @ prefix_v.transpose(-1, -2)).to(wide))
-    values = v.unsqueeze(2).to(wide)
-    upstream = grad.reshape(shape).to(wide)
-    own_pull = (upstream * values).sum(-1).view(own.shape)
+    _, slope = slopes(shared, (upstream.flatten(2, 3) @ prefix_v.transpose(-1, -2)).to(wide))
+    upstream = upstream.to(wide)
+    own_pull = (upstream * v.unsqueeze(2).to(wide)).sum(-1).view(own.shape)
     weight, own_slope = (x.view(*shape[:-1], 1) for x in slopes(own, own_pull))
     grad_q = (slope.to(q.dtype) @ prefix_k).view(shape) + (own_slope * k.unsqueeze(2)).to(q.dtype)
-    grad_k = (own_slope * q.reshape(shape)).sum(2).to(k.dtype)
+    grad_k = (own_slope * grouped).sum(2).to(k.dtype)
     grad_v = (weight * upstream).sum(2).to(v.dtype)
     return grad_q.view(q.shape), grad_k, grad_v
