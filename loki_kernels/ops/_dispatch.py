@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import _native
 from ..errors import check_choice
-from ._check import check_first_derivative
+from ._check import check_first_derivative, without_autocast
 from ._example import Draw, Example
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def register(
     def run(*args: Any) -> Any:
         *inputs, backend = args
         chosen = choose(op, backend, inputs[inputs_from:])
-        with torch.autocast(_first_tensor(inputs).device.type, enabled=False):
+        with without_autocast(_first_tensor(inputs)):
             return getattr(chosen, step)(*inputs)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -107,31 +107,35 @@ def choose(op: str, backend: str | None, inputs: list[Any]) -> ModuleType:
         if reason is not None:
             raise RuntimeError(f"{op} cannot run on backend={backend!r}: {reason}")
         return _module(op, backend)
-    preferred = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    if preferred not in ("auto", *BACKENDS):
+    preferred = _preferred(first.device)
+    for candidate in (preferred,) if preferred else _candidates(first.device):
+        if _why_not(op, candidate, first.device, inputs) is None and (
+            preferred or _self_check(op, candidate, first.device, first.dtype) is None
+        ):
+            return _module(op, candidate)
+    return _module(op, "torch")
+
+
+def _preferred(device: torch.device) -> str | None:
+    """What ``$LOKI_KERNELS_BACKEND`` names for tensors on ``device``; None: ``auto``."""
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if name == "auto":
+        return None
+    if name not in BACKENDS:
         raise ValueError(
-            f"{ENVIRONMENT_VARIABLE}={preferred!r} is unknown; choose auto, {', '.join(BACKENDS)}."
+            f"{ENVIRONMENT_VARIABLE}={name!r} is unknown; choose auto, {', '.join(BACKENDS)}."
         )
-    if preferred != "auto" and _backend_why_not(preferred, first.device) is not None:
-        reason = _backend_why_not(preferred, _device_of(preferred))
-        if reason is not None:
-            raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={preferred} cannot be used: {reason}")
-        preferred = "auto"
-    if preferred == "auto":
-        for candidate in _candidates(first.device):
-            if (
-                _why_not(op, candidate, first.device, inputs) is None
-                and _self_check(op, candidate, first.device, first.dtype) is None
-            ):
-                return _module(op, candidate)
-        return _module(op, "torch")
-    usable = _why_not(op, preferred, first.device, inputs) is None
-    return _module(op, preferred if usable else "torch")
+    if _backend_why_not(name, device) is None:
+        return name
+    reason = _backend_why_not(name, _device_of(name))
+    if reason is not None:
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={name} cannot be used: {reason}")
+    return None
 
 
 def _first_tensor(inputs: list[Any]) -> Tensor:
-    flat = (x for value in inputs for x in (value if isinstance(value, list) else [value]))
-    return next(x for x in flat if isinstance(x, Tensor))
+    """The first input, or the first of the list that it is."""
+    return inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
 
 
 def _candidates(device: torch.device) -> tuple[Backend, ...]:
@@ -197,6 +201,8 @@ def _self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype)
     caller's autograd, autocast, inference-mode or tracing state.
     """
     key = (op, backend, device, dtype)
+    if key in _checks:
+        return _checks[key]
     with _check_lock:
         if key not in _checks:
             thread = threading.Thread(

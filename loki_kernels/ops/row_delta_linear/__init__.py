@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._check import autocast, check_first_derivative, check_index, check_linear, check_shape
+from .._check import (
+    autocast,
+    check_first_derivative,
+    check_index,
+    check_linear,
+    check_shape,
+    without_autocast,
+)
 from .._dispatch import Backend, check_backend
 from .._products import as_matrix, selected_columns, weight_gradient
 from ..scatter_add_columns import scatter_add_columns
@@ -70,7 +77,7 @@ class _RowDeltaLinear(torch.autograd.Function):
         bias: Tensor | None,
         backend: str | None,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y = as_matrix(functional.linear(x, weight, bias))
             u = as_matrix(x)
             if delta_b is not None:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._check import autocast, check_first_derivative, check_index, check_linear, check_shape
+from .._check import (
+    autocast,
+    check_first_derivative,
+    check_index,
+    check_linear,
+    check_shape,
+    without_autocast,
+)
 from .._products import as_matrix, selected_columns, weight_gradient
 
 
@@ -54,7 +61,7 @@ class _RowMaskedLinear(torch.autograd.Function):
         index: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return functional.linear(x, weight, bias)
 
     @staticmethod

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._check import autocast, check_first_derivative, check_index, check_linear, check_shape
+from .._check import (
+    autocast,
+    check_first_derivative,
+    check_index,
+    check_linear,
+    check_shape,
+    without_autocast,
+)
 from .._dispatch import Backend, check_backend
 from .._products import as_matrix, selected_columns, weight_gradient
 from ..gated_product import Activation, check_gated
@@ -70,7 +77,7 @@ class _SwigluRowMaskedLinear(torch.autograd.Function):
         activation: str,
         backend: str | None,
     ) -> Tensor:
-        with torch.autocast(gate.device.type, enabled=False):
+        with without_autocast(gate):
             product = torch.ops.loki_kernels.gated_product(gate, up, activation, backend)
             return functional.linear(product, weight, bias)
 
