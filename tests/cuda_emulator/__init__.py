@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,13 +53,14 @@ def _build() -> Path:
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(dir=folder))  # pytest-xdist's workers all build at once
     torch_folder = Path(torch.__file__).parent
     options = ["-std=c++20", "-O2", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     for include in (HERE, CSRC, INCLUDE, torch_folder / "include"):
         options += ["-I", str(include)]
 
     def compile_one(source: Path) -> str:
-        target = folder / f"{source.name}.o"
+        target = own / f"{source.name}.o"
         subprocess.run(
             ["g++", *options, "-x", "c++", "-c", str(source), "-o", str(target)], check=True
         )
@@ -66,8 +68,9 @@ def _build() -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    temporary = folder / f"{os.getpid()}.so"
+    linked = own / library.name
     link = ["-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu"]
-    subprocess.run(["g++", "-shared", *objects, "-o", str(temporary), *link], check=True)
-    temporary.replace(library)
+    subprocess.run(["g++", "-shared", *objects, "-o", str(linked), *link], check=True)
+    linked.replace(library)
+    shutil.rmtree(own)
     return library
