@@ -144,7 +144,11 @@ def attribute(
     bar = progress_bar(len(sequences), "attribute", progress, unit="prompt")
     with file, borrowed(structure), bar:
         for batch in _batches(sequences, targets, batch_size, integral, structure):
-            file.write(batch.members, _attribute_batch(structure, batch, integral, counter))
+            scores = _attribute_batch(structure, batch, integral)
+            if counter is not None:
+                _check_rankable(scores, batch.members)
+                counter.add(scores.scores)
+            file.write(batch.members, scores)
             bar.update(len(batch.members))
     result = _result(file, counter, run)
     _warn_if_unresolved(result)
@@ -222,30 +226,24 @@ def _batches(
         )
 
 
-def _attribute_batch(
-    structure: Structure, batch: Batch, integral: PathIntegral, counter: Counter | None
-) -> Scores:
+def _attribute_batch(structure: Structure, batch: Batch, integral: PathIntegral) -> Scores:
     prefill = run_prefill(structure, batch, integral.definition)
-    staircase = Staircase(structure, batch, prefill, integral, counter)
+    staircase = Staircase(structure, batch, prefill, integral)
     layers = range(len(structure.layers))
     if integral.definition.path == "last_token":
-        scores = staircase.run(layers, prefill.prefix)
-    else:
-        parts = []
-        # One layer at a time: a copy of the whole prompt's keys and values a path point is what
-        # the memory holds.
-        for layer in layers:
-            one = range(layer, layer + 1)
-            prefix = scaled_prefixes(structure, batch, prefill, integral, one)
-            parts.append(staircase.run(one, prefix, prefix_per_point=True))
-        scores = Scores.of_layers(parts)
-    if counter is not None:
-        _check_counted(scores, batch.members)
-    return scores
+        return staircase.run(layers, prefill.prefix)
+    parts = []
+    # One layer at a time: a copy of the whole prompt's keys and values a path point is what the
+    # memory holds.
+    for layer in layers:
+        one = range(layer, layer + 1)
+        prefix = scaled_prefixes(structure, batch, prefill, integral, one)
+        parts.append(staircase.run(one, prefix, prefix_per_point=True))
+    return Scores.of_layers(parts)
 
 
-def _check_counted(scores: Scores, members: list[int]) -> None:
-    undefined = scores.sums.isnan().nonzero()
+def _check_rankable(scores: Scores, members: list[int]) -> None:
+    undefined = scores.sums().isnan().nonzero()
     if len(undefined):
         sample, layer = undefined[0].tolist()
         raise ValueError(
@@ -258,9 +256,9 @@ def _result(
     file: ScoreFile, counter: Counter | None, run: dict[str, Any]
 ) -> Attribution | AttributionCounts:
     tensors = file.tensors()
-    if counter is None:
+    if counter is None or counter.counts is None:
         return Attribution(run=run, **tensors)
-    counts = counter.counts()
+    counts = counter.counts.cpu()
     return AttributionCounts(counts, counter.quota, counter.criterion, run=run, **tensors)
 
 

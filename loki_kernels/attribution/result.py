@@ -299,14 +299,15 @@ class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
         return self
 
     def write(self, members: list[int], scores: Scores) -> None:
-        """Put one batch at the places ``members``."""
-        if scores.scores is not None:
-            self._arrays["scores"][members] = scores.scores.to(torch.float32).numpy()
-        self._arrays["targets"][members] = scores.target.numpy()
-        self._arrays["value"][members] = scores.value.numpy()
+        """Put one batch at the places ``members``; the only place that waits for the device."""
+        if "scores" in self._arrays:
+            self._arrays["scores"][members] = scores.scores.to(torch.float32).cpu().numpy()
+        self._arrays["targets"][members] = scores.target.cpu().numpy()
+        self._arrays["value"][members] = scores.value.cpu().numpy()
         if self._complete:
-            self._arrays["change"][members] = scores.change.numpy()
-            self._arrays["completeness"][members] = (scores.sums - scores.change).numpy()
+            change = scores.change.cpu()
+            self._arrays["change"][members] = change.numpy()
+            self._arrays["completeness"][members] = (scores.sums() - change).numpy()
 
     def __exit__(
         self,

@@ -1,30 +1,29 @@
-"""What one batch gives: scores, or counts of them."""
+"""What one batch gives, and how often each node was among the lowest so far."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..ops import count_lowest
 from ..options import Criterion
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One batch's results, on the CPU.
+    """One batch's results, where they were computed.
 
     Attributes:
-        scores: ``[B, L, D]``; None where they were only counted.
-        sums: float64 ``[B, L]``, of the scores.
+        scores: ``[B, L, D]``.
         change: ``[B, L]``, F(z) - F(baseline); NaN where the path has no such point.
         value: ``[B]``, F(z).
         target: int64 ``[B]``, the attributed tokens.
     """
 
-    scores: Tensor | None
-    sums: Tensor
+    scores: Tensor
     change: Tensor
     value: Tensor
     target: Tensor
@@ -32,14 +31,18 @@ class Scores:
     @classmethod
     def of_layers(cls, parts: Sequence[Scores]) -> Scores:
         """The results of one batch from those of its layers."""
-        scores = [part.scores for part in parts if part.scores is not None]
         return cls(
-            torch.cat(scores, dim=1) if scores else None,
-            torch.cat([part.sums for part in parts], dim=1),
+            torch.cat([part.scores for part in parts], dim=1),
             torch.cat([part.change for part in parts], dim=1),
             parts[0].value,
             parts[0].target,
         )
+
+    def sums(self) -> Tensor:
+        """Each layer's sum of scores, float64 ``[B, L]`` on the CPU."""
+        # Apple's devices have no float64.
+        scores = self.scores.cpu() if self.scores.device.type == "mps" else self.scores
+        return scores.sum(-1, dtype=torch.float64).cpu()
 
 
 @dataclass
@@ -50,14 +53,14 @@ class Counter:
         quota: the percentage that k is.
         k: nodes of a layer.
         criterion: what the lowest are.
-        layers: layer -> int64 ``[D]``, where the layer runs.
+        counts: int64 ``[L, D]``, where the scores are; None before the first batch.
     """
 
     quota: float
     k: int
     criterion: Criterion
-    layers: dict[int, Tensor] = field(default_factory=dict)
+    counts: Tensor | None = None
 
-    def counts(self) -> Tensor:
-        """``[L, D]`` on the CPU."""
-        return torch.stack([self.layers[layer].cpu() for layer in sorted(self.layers)])
+    def add(self, scores: Tensor) -> None:
+        """Count one batch's ``[B, L, D]``."""
+        self.counts = count_lowest(scores, self.k, self.counts, criterion=self.criterion)

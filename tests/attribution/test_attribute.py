@@ -509,7 +509,7 @@ def test_staircase_compiles_whole():
     batch = Batch([0, 1], torch.arange(18).view(2, 9), torch.tensor([9, 5]))
     with borrowed(structure):
         prefill = run_prefill(structure, batch, integral.definition)
-        staircase = Staircase(structure, batch, prefill, integral, None)
+        staircase = Staircase(structure, batch, prefill, integral)
         want = staircase.run(range(3), prefill.prefix)
         staircase._differentiate = torch.compile(
             staircase._differentiate, fullgraph=True, backend="aot_eager"

@@ -7,7 +7,7 @@ import torch
 
 from loki_kernels import Attribution, AttributionCounts, attribute, select
 from loki_kernels.attribution import staircase
-from loki_kernels.ops import count_lowest, count_lowest_integrated
+from loki_kernels.ops import count_lowest, integrate_path
 
 
 @pytest.mark.parametrize("criterion", ["signed", "magnitude"])
@@ -86,8 +86,8 @@ def test_bad_options_for_counts_raise(options, message, model, prompts):
 
 def test_counting_nan_scores_names_the_prompt(model, prompts, monkeypatch):
     def undefined(gradients, *args, **options):
-        return count_lowest_integrated(gradients * float("nan"), *args, **options)
+        return integrate_path(gradients * float("nan"), *args, **options)
 
-    monkeypatch.setattr(staircase, "count_lowest_integrated", undefined)
+    monkeypatch.setattr(staircase, "integrate_path", undefined)
     with pytest.raises(ValueError, match="the scores of prompt 2 in layer 0 hold NaN"):
         attribute(model, prompts, keep="counts", batch_size=1)
