@@ -40,21 +40,9 @@ def unsupported(q: Tensor, k: Tensor, *_: object) -> str | None:
 
 
 @triton.jit
-def _tile(points, GROUPS_PADDED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(point, head, valid) of each line of the tile."""
-    packed = tl.arange(0, BLOCK_M)
-    point = tl.program_id(0).to(tl.int64) * (BLOCK_M // GROUPS_PADDED) + packed // GROUPS_PADDED
-    group = packed % GROUPS_PADDED
-    head = tl.program_id(1).to(tl.int64) * GROUPS + group
-    return point, head, (point < points) & (group < GROUPS)
-
-
-@triton.jit
-def _places(base, batch_stride, head_stride, point_stride, batch, head, point, d):
+def _places(base, batch_stride, head_stride, stride, batch, head, point, d):
     """Addresses of a tile ``[points, d]`` of a ``[batch, head, point, d]`` tensor."""
-    return (
-        base + batch * batch_stride + head * head_stride + point[:, None] * point_stride + d[None]
-    )
+    return base + batch * batch_stride + head * head_stride + point[:, None] * stride + d[None, :]
 
 
 @triton.jit
@@ -62,6 +50,54 @@ def _cap(scores, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         scores = softcap * tanh(scores / softcap)
     return scores
+
+
+@triton.jit
+def _own(
+    q, k, v, q_batch, q_head, q_point, k_batch, k_head, k_point, v_batch, v_head, v_point,
+    batch, kv_head, points, scale, softcap,
+    GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of the tile's lines: head, whether there is one, its place in ``[B, H, N]``; d and what of
+    ``[lines, d]`` there is; queries, own keys and values, and the scores of the own keys."""
+    line = tl.arange(0, BLOCK_M)
+    point = tl.program_id(0).to(tl.int64) * (BLOCK_M // GROUPS_PADDED) + line // GROUPS_PADDED
+    group = line % GROUPS_PADDED
+    head = kv_head * GROUPS + group
+    valid = (point < points) & (group < GROUPS)
+    place = (batch * tl.num_programs(1) * GROUPS + head) * points + point
+    d = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (d < HEAD_DIM)[None, :]
+    queries = _places(q, q_batch, q_head, q_point, batch, head[:, None], point, d)
+    queries = tl.load(queries, mask, 0.0)
+    own_k = tl.load(_places(k, k_batch, k_head, k_point, batch, kv_head, point, d), mask, 0.0)
+    own_v = tl.load(_places(v, v_batch, v_head, v_point, batch, kv_head, point, d), mask, 0.0)
+    own_k, own_v = own_k.to(tl.float32), own_v.to(tl.float32)
+    own = _cap(tl.sum(queries.to(tl.float32) * own_k, 1) * scale, softcap, SOFTCAP)
+    return head, valid, place, d, mask, queries, own_k, own_v, own
+
+
+@triton.jit
+def _prefix(
+    base, batch_stride, head_stride, stride, batch, head, position, length, d,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """A tile ``[positions, d]`` of the prefix's keys or values."""
+    inside = (position < length)[:, None] & (d < HEAD_DIM)[None, :]
+    position = position.to(tl.int64)
+    return tl.load(
+        _places(base, batch_stride, head_stride, stride, batch, head, position, d), inside, 0.0
+    )
+
+
+@triton.jit
+def _shown(position, length, window, WINDOW: tl.constexpr):
+    """Whether a point at position ``length`` sees the prefix's ``position``."""
+    shown = position < length
+    if WINDOW:
+        shown = shown & (length - position < window)
+    return shown
 
 
 @triton.jit
@@ -83,19 +119,13 @@ def forward_kernel(
     SINKS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    point, head, valid = _tile(points, GROUPS_PADDED, GROUPS, BLOCK_M)
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    mask = valid[:, None] & (d < HEAD_DIM)[None, :]
-    queries = tl.load(
-        _places(q, q_batch, q_head, q_point, batch, head[:, None], point, d), mask, 0.0
-    )
-    own_k = tl.load(_places(k, k_batch, k_head, k_point, batch, kv_head, point, d), mask, 0.0)
-    own_v = tl.load(_places(v, v_batch, v_head, v_point, batch, kv_head, point, d), mask, 0.0)
-    own_k, own_v = own_k.to(tl.float32), own_v.to(tl.float32)
-
+    head, valid, place, d, mask, queries, _, own_v, own = _own(
+        q, k, v, q_batch, q_head, q_point, k_batch, k_head, k_point, v_batch, v_head, v_point,
+        batch, kv_head, points, scale, softcap,
+        GROUPS, GROUPS_PADDED, HEAD_DIM, SOFTCAP, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
     # The online softmax starts from the point's own key and the sink: never empty, never infinite.
-    own = _cap(tl.sum(queries.to(tl.float32) * own_k, 1) * scale, softcap, SOFTCAP)
     highest = own
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
     if SINKS:
@@ -107,29 +137,22 @@ def forward_kernel(
     length = tl.load(lengths + batch).to(tl.int32)
     for start in range(_visible_from(length, window, WINDOW, BLOCK_N), length, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
-        shown = position < length
-        inside = shown[:, None] & (d < HEAD_DIM)[None, :]
-        offset = position.to(tl.int64)
-        keys = tl.load(
-            _places(prefix_k, pk_batch, pk_head, pk_position, batch, kv_head, offset, d),
-            inside, 0.0,
+        keys = _prefix(
+            prefix_k, pk_batch, pk_head, pk_position, batch, kv_head, position, length, d, HEAD_DIM
         )  # fmt: skip
-        if WINDOW:
-            shown = shown & (length - position < window)
         scores = _cap(dot(queries, tl.trans(keys)) * scale, softcap, SOFTCAP)
+        shown = _shown(position, length, window, WINDOW)
         scores = tl.where(shown[None, :], scores, float("-inf"))
         peak = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp(scores - peak[:, None])
         shrink = tl.exp(highest - peak)
-        values = tl.load(
-            _places(prefix_v, pv_batch, pv_head, pv_position, batch, kv_head, offset, d),
-            inside, 0.0,
+        values = _prefix(
+            prefix_v, pv_batch, pv_head, pv_position, batch, kv_head, position, length, d, HEAD_DIM
         )  # fmt: skip
         total = total * shrink + tl.sum(weights, 1)
         mixed = mixed * shrink[:, None] + dot(narrow(weights, values.dtype), values)
         highest = peak
 
-    place = (batch * tl.num_programs(1) * GROUPS + head) * points + point
     tl.store(
         out + place[:, None] * HEAD_DIM + d[None, :],
         narrow(mixed / total[:, None], out.dtype.element_ty),
@@ -149,18 +172,13 @@ def backward_kernel(
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    point, head, valid = _tile(points, GROUPS_PADDED, GROUPS, BLOCK_M)
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    mask = valid[:, None] & (d < HEAD_DIM)[None, :]
-    place = (batch * tl.num_programs(1) * GROUPS + head) * points + point
+    _, valid, place, d, mask, queries, own_k, own_v, own = _own(
+        q, k, v, q_batch, q_head, q_point, k_batch, k_head, k_point, v_batch, v_head, v_point,
+        batch, kv_head, points, scale, softcap,
+        GROUPS, GROUPS_PADDED, HEAD_DIM, SOFTCAP, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
     packed = place[:, None] * HEAD_DIM + d[None, :]
-    queries = tl.load(
-        _places(q, q_batch, q_head, q_point, batch, head[:, None], point, d), mask, 0.0
-    )
-    own_k = tl.load(_places(k, k_batch, k_head, k_point, batch, kv_head, point, d), mask, 0.0)
-    own_v = tl.load(_places(v, v_batch, v_head, v_point, batch, kv_head, point, d), mask, 0.0)
-    own_k, own_v = own_k.to(tl.float32), own_v.to(tl.float32)
     upstream = tl.load(grad + packed, mask=mask, other=0.0)
     wide = upstream.to(tl.float32)
     outcome = tl.load(out + packed, mask=mask, other=0.0).to(tl.float32)
@@ -168,7 +186,6 @@ def backward_kernel(
     # d softmax: every score's gradient is its weight times (its own pull - the average pull)
     average = tl.sum(wide * outcome, 1)
 
-    own = _cap(tl.sum(queries.to(tl.float32) * own_k, 1) * scale, softcap, SOFTCAP)
     weight = tl.where(valid, tl.exp(own - normaliser), 0.0)
     slope = weight * (tl.sum(wide * own_v, 1) - average) * scale
     if SOFTCAP:
@@ -187,23 +204,15 @@ def backward_kernel(
     length = tl.load(lengths + batch).to(tl.int32)
     for start in range(_visible_from(length, window, WINDOW, BLOCK_N), length, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
-        shown = position < length
-        inside = shown[:, None] & (d < HEAD_DIM)[None, :]
-        offset = position.to(tl.int64)
-        keys = tl.load(
-            _places(prefix_k, pk_batch, pk_head, pk_position, batch, kv_head, offset, d),
-            inside, 0.0,
+        keys = _prefix(
+            prefix_k, pk_batch, pk_head, pk_position, batch, kv_head, position, length, d, HEAD_DIM
         )  # fmt: skip
-        values = tl.load(
-            _places(prefix_v, pv_batch, pv_head, pv_position, batch, kv_head, offset, d),
-            inside, 0.0,
+        values = _prefix(
+            prefix_v, pv_batch, pv_head, pv_position, batch, kv_head, position, length, d, HEAD_DIM
         )  # fmt: skip
-        if WINDOW:
-            shown = shown & (length - position < window)
         scores = _cap(dot(queries, tl.trans(keys)) * scale, softcap, SOFTCAP)
-        weights = tl.where(
-            shown[None, :] & valid[:, None], tl.exp(scores - normaliser[:, None]), 0.0
-        )
+        shown = _shown(position, length, window, WINDOW)[None, :] & valid[:, None]
+        weights = tl.where(shown, tl.exp(scores - normaliser[:, None]), 0.0)
         slopes = weights * (dot(upstream, tl.trans(values)) - average[:, None]) * scale
         if SOFTCAP:
             slopes = slopes * (1 - (scores / softcap) * (scores / softcap))
