@@ -6,11 +6,9 @@
 
 #include <device.h>
 
-#include <optional>
 #include <vector>
 
 #include "count_lowest.h"
-#include "count_lowest_integrated.h"
 #include "sync_rows.h"
 
 namespace loki {
@@ -18,8 +16,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int64_t kMaxWidth = 32768;
 
 Dtype dtype_of(const Tensor& x, const char* op, const char* name) {
   switch (x.scalar_type()) {
@@ -43,13 +39,9 @@ struct Checks {
     STD_TORCH_CHECK(on_device(first), op, ": its tensors must be on a CUDA device");
   }
 
-  void placed(const Tensor& x, const char* name) const {
+  void of(const Tensor& x, const char* name, std::vector<int64_t> shape, ScalarType dtype) const {
     STD_TORCH_CHECK(on_device(x) && x.get_device_index() == device, op, ": ", name,
                     " must be on the first tensor's device");
-  }
-
-  void of(const Tensor& x, const char* name, std::vector<int64_t> shape, ScalarType dtype) const {
-    placed(x, name);
     STD_TORCH_CHECK(x.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
     bool same = x.dim() == static_cast<int64_t>(shape.size());
     for (size_t i = 0; same && i < shape.size(); ++i) same = x.size(i) == shape[i];
@@ -58,21 +50,14 @@ struct Checks {
 
   void unit_stride(const Tensor& x, const char* name) const {
     const int64_t last = x.dim() - 1;
-    STD_TORCH_CHECK(x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, op, ": the last dimension of ", name,
-                    " must be contiguous");
-  }
-
-  void rank(int64_t k, int64_t least, int64_t width) const {
-    STD_TORCH_CHECK(width <= kMaxWidth, op, ": takes up to ", kMaxWidth, " nodes a layer");
-    STD_TORCH_CHECK(least <= k && k <= width, op, ": k must lie in [", least, ", ", width, "]");
+    STD_TORCH_CHECK(x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, op,
+                    ": the last dimension of ", name, " must be contiguous");
   }
 
   void launched(cudaError_t error) const {
     STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
   }
 };
-
-int64_t* counters(Tensor& counts) { return static_cast<int64_t*>(counts.mutable_data_ptr()); }
 
 const int64_t* numbers(const Tensor& index) {
   return static_cast<const int64_t*>(index.const_data_ptr());
@@ -84,58 +69,16 @@ void count_lowest_op(const Tensor& scores, int64_t k, Tensor counts, bool magnit
   const int64_t samples = scores.size(0), layers = scores.size(1), width = scores.size(2);
   check.unit_stride(scores, "scores");
   check.of(counts, "counts", {layers, width}, ScalarType::Long);
-  check.rank(k, 1, width);
+  STD_TORCH_CHECK(width <= 32768, check.op, ": takes up to 32768 nodes a layer");
+  STD_TORCH_CHECK(0 < k && k <= width, check.op, ": k must lie in [1, ", width, "]");
   STD_TORCH_CHECK(samples * layers <= INT32_MAX, check.op, ": too many samples for one launch");
   if (samples == 0 || layers == 0) return;
   const DeviceGuard guard(check.device);
   check.launched(count_lowest(scores.const_data_ptr(), dtype_of(scores, check.op, "scores"),
                               samples, layers, static_cast<int>(width), scores.stride(0),
-                              scores.stride(1), static_cast<int>(k), magnitude, counters(counts),
-                              counts.stride(0), counts.stride(1), current_stream(check.device)));
-}
-
-void count_lowest_integrated_op(const Tensor& gradients, const Tensor& weights,
-                                std::optional<Tensor> z, std::optional<Tensor> baseline, int64_t k,
-                                Tensor counts, bool magnitude, Tensor sums) {
-  const Checks check("count_lowest_integrated", gradients);
-  STD_TORCH_CHECK(gradients.dim() == 3, check.op, ": gradients must be [B, m, D]");
-  const int64_t samples = gradients.size(0), points = gradients.size(1), width = gradients.size(2);
-  check.unit_stride(gradients, "gradients");
-  check.of(weights, "weights", {samples, points}, ScalarType::Float);
-  check.unit_stride(weights, "weights");
-  for (const auto& [x, name] : {std::pair{&z, "z"}, std::pair{&baseline, "baseline"}}) {
-    if (!x->has_value()) continue;
-    check.of(**x, name, {samples, width}, gradients.scalar_type());
-    check.unit_stride(**x, name);
-  }
-  check.of(counts, "counts", {width}, ScalarType::Long);
-  check.of(sums, "sums", {samples}, ScalarType::Double);
-  check.unit_stride(sums, "sums");
-  check.rank(k, 0, width);
-  STD_TORCH_CHECK(samples <= INT32_MAX, check.op, ": too many samples for one launch");
-  if (samples == 0) return;
-  PathGradients path{};
-  path.gradients = gradients.const_data_ptr();
-  path.gradients_sample = gradients.stride(0);
-  path.gradients_point = gradients.stride(1);
-  path.weights = static_cast<const float*>(weights.const_data_ptr());
-  path.weights_sample = weights.stride(0);
-  if (z) {
-    path.z = z->const_data_ptr();
-    path.z_sample = z->stride(0);
-  }
-  if (baseline) {
-    path.baseline = baseline->const_data_ptr();
-    path.baseline_sample = baseline->stride(0);
-  }
-  path.samples = samples;
-  path.points = static_cast<int>(points);
-  path.width = static_cast<int>(width);
-  const DeviceGuard guard(check.device);
-  check.launched(count_lowest_integrated(
-      path, dtype_of(gradients, check.op, "gradients"), static_cast<int>(k), magnitude,
-      counters(counts), counts.stride(0), static_cast<double*>(sums.mutable_data_ptr()),
-      current_stream(check.device)));
+                              scores.stride(1), static_cast<int>(k), magnitude,
+                              static_cast<int64_t*>(counts.mutable_data_ptr()), counts.stride(0),
+                              counts.stride(1), current_stream(check.device)));
 }
 
 void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> rows,
@@ -173,6 +116,5 @@ void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> rows,
 
 STABLE_TORCH_LIBRARY_IMPL(loki_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("count_lowest", TORCH_BOX(&loki::count_lowest_op));
-  m.impl("count_lowest_integrated", TORCH_BOX(&loki::count_lowest_integrated_op));
   m.impl("sync_rows", TORCH_BOX(&loki::sync_rows_op));
 }

@@ -8,13 +8,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def moved(module: str, names: Mapping[str, str], *, depth: int = 2) -> Callable[[str], Any]:
+def moved(
+    module: str,
+    names: Mapping[str, str],
+    gone: Mapping[str, str] | None = None,
+    *,
+    depth: int = 2,
+) -> Callable[[str], Any]:
     """A module's ``__getattr__`` that finds old ``names`` under their new ``module:name``.
 
-    ``depth`` is how many calls lie between the warning and the line that uses the name.
+    Names that are ``gone`` raise AttributeError, which says what to use instead. ``depth`` is how
+    many calls lie between the warning and the line that uses the name.
     """
 
     def __getattr__(name: str) -> Any:
+        if gone and name in gone:
+            raise AttributeError(f"{module}.{name} is gone; use {gone[name]}")
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         place, _, new = names[name].partition(":")

@@ -24,8 +24,8 @@ CSRC = Path(__file__).parents[2] / "csrc"
 FILE = RESULTS / "cuda_kernels.jsonl"
 FLAGS = ("-O3", "-std=c++17", "-lineinfo")  # as in setup.py
 TARGETS = {80: "80", 90: "90a", 100: "100"}
-# The keys of the widest row, in kernels that rank: 4 bytes a node.
-DYNAMIC_SHARED = {"count_lowest": 128 * KIB, "count_lowest_integrated": 128 * KIB}
+# The keys of the widest layer: 4 bytes a node.
+DYNAMIC_SHARED = {"count_lowest": 128 * KIB}
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)' for 'sm_(?P<arch>\d+)a?'.*?"

@@ -9,7 +9,6 @@ plain PyTorch that every faster implementation is tested against. An op with ker
 
 from .._deprecated import moved
 from .count_lowest import count_lowest
-from .count_lowest_integrated import LowestCounts, count_lowest_integrated
 from .gated_product import gated_product
 from .integrate_path import integrate_path
 from .row_delta_linear import row_delta_linear
@@ -21,10 +20,8 @@ from .sync_rows import sync_rows
 from .target_probability import TargetProbability, target_probability
 
 __all__ = [
-    "LowestCounts",
     "TargetProbability",
     "count_lowest",
-    "count_lowest_integrated",
     "gated_product",
     "integrate_path",
     "row_delta_linear",
@@ -42,4 +39,5 @@ __getattr__ = moved(
         "expand_path": "loki_kernels.attribution.path:path_points",
         "gather_columns": "loki_kernels.ops._products:selected_columns",
     },
+    gone={"count_lowest_integrated": "integrate_path of every layer, then one count_lowest."},
 )

@@ -15,29 +15,6 @@ def check_shape(name: str, tensor: Tensor | None, *expected: int) -> None:
         raise ValueError(f"{name} must be {list(expected)}; it is {list(tensor.shape)}.")
 
 
-def check_baseline(baseline: Tensor | None, samples: int, width: int) -> None:
-    """Raise ValueError unless ``baseline`` is None, ``[width]`` or ``[samples, width]``."""
-    if baseline is not None and tuple(baseline.shape) not in ((width,), (samples, width)):
-        raise ValueError(
-            f"baseline must be [{width}] or [{samples}, {width}]; it is {list(baseline.shape)}."
-        )
-
-
-def check_path(gradients: Tensor, weights: Tensor) -> tuple[int, int]:
-    """(B, D), or ValueError if the two are not ``[B, m, D]`` and ``[m]`` or ``[B, m]``."""
-    if gradients.ndim != 3:
-        raise ValueError(
-            "gradients must be [B, m, D] and weights [m] or [B, m]; they are "
-            f"{list(gradients.shape)} and {list(weights.shape)}."
-        )
-    samples, points, width = gradients.shape
-    if tuple(weights.shape) not in ((points,), (samples, points)):
-        raise ValueError(
-            f"weights must be [{points}] or [{samples}, {points}]; they are {list(weights.shape)}."
-        )
-    return samples, width
-
-
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
     """(out_features, in_features), or ValueError if the three do not fit together."""
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:

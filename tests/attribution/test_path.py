@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loki_kernels import ops
 from loki_kernels.attribution.path import path_points
 from tests.ops.tolerance import relative
 
@@ -108,8 +107,3 @@ def test_empty(batch, width, m, kind):
     points = path_points(z, alphas, baseline)
     assert points.shape == (batch, m, width)
     assert points.dtype == torch.bfloat16
-
-
-def test_old_name_still_works():
-    with pytest.warns(DeprecationWarning, match=r"attribution\.path\.path_points now"):
-        assert ops.expand_path is path_points

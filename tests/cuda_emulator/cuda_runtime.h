@@ -55,7 +55,6 @@ using std::max;
 using std::min;
 
 void __syncthreads();
-int __syncthreads_or(int predicate);
 unsigned __ballot_sync(unsigned mask, int predicate);
 
 template <typename T>
@@ -65,10 +64,6 @@ T __shfl_sync(unsigned, T value, int from) {
 template <typename T>
 T __shfl_up_sync(unsigned, T value, int delta) {
   return emulator::exchange(value, emulator::lane() - delta);
-}
-template <typename T>
-T __shfl_down_sync(unsigned, T value, int delta) {
-  return emulator::exchange(value, emulator::lane() + delta);
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -36,7 +36,7 @@ constexpr size_t kMaxBlockThreads = 1024;
 
 thread_local std::vector<std::unique_ptr<Fiber>> fibers;
 thread_local Fiber* current = nullptr;
-thread_local int current_number = 0, threads = 0, any = 0;
+thread_local int current_number = 0, threads = 0;
 thread_local jmp_buf scheduler;
 thread_local const std::function<void()>* body = nullptr;
 thread_local uint64_t slots[kMaxBlockThreads];
@@ -97,7 +97,6 @@ void run_block(std::mt19937& random) {
   std::iota(order.begin(), order.end(), 0);
   for (int i = 0; i < threads; ++i) fibers[i]->state = State::ready;
   std::fill(std::begin(loki::layer_keys), std::end(loki::layer_keys), random());
-  any = 0;
   do {
     std::shuffle(order.begin(), order.end(), random);
     for (const int i : order) {
@@ -148,17 +147,6 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& k
 }  // namespace emulator
 
 void __syncthreads() { emulator::wait(emulator::Scope::block); }
-
-int __syncthreads_or(int predicate) {
-  using emulator::any;
-  any |= predicate != 0;
-  __syncthreads();
-  const int result = any;
-  __syncthreads();
-  any = 0;
-  __syncthreads();
-  return result;
-}
 
 unsigned __ballot_sync(unsigned, int predicate) {
   emulator::slot(emulator::lane()) = predicate != 0;

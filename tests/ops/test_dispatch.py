@@ -48,7 +48,6 @@ def test_report_names_every_op_and_backend():
     report = loki.backends()
     assert set(report) == {
         "count_lowest",
-        "count_lowest_integrated",
         "gated_product",
         "integrate_path",
         "scatter_add_columns",

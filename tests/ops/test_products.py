@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loki_kernels import ops
 from loki_kernels.ops._products import selected_columns
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -48,10 +47,3 @@ def test_selected_columns_compile_whole():
     x, index = torch.randn(7, 129), torch.randperm(129)[:37]
     compiled = torch.compile(selected_columns, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, index), x[:, index])
-
-
-def test_gather_columns_still_works():
-    x, index = torch.randn(7, 129), torch.randperm(129)[:37]
-    with pytest.warns(DeprecationWarning, match=r"selected_columns now"):
-        gather_columns = ops.gather_columns
-    assert torch.equal(gather_columns(x, index), x[:, index])

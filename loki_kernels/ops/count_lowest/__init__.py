@@ -43,7 +43,10 @@ def count_lowest(
     if scores.ndim != 3:
         raise ValueError(f"scores must be [N, L, D]; they are {tuple(scores.shape)}.")
     _, layers, width = scores.shape
-    check_count(k, criterion, width)
+    if not 0 <= k <= width:
+        raise ValueError(f"k must lie in [0, {width}]; it is {k}.")
+    if criterion not in get_args(Criterion):
+        raise ValueError(f"criterion must be 'signed' or 'magnitude'; it is {criterion!r}.")
     if scores.numel() and scores.amax().isnan():  # one pass, and nothing as large as the scores
         raise ValueError("scores hold NaN; a rank among them means nothing.")
     if counts is None:
@@ -55,14 +58,6 @@ def count_lowest(
     if k > 0:
         torch.ops.loki_kernels.count_lowest(scores, k, counts, criterion == "magnitude", backend)
     return counts
-
-
-def check_count(k: int, criterion: str, width: int) -> None:
-    """Raise ValueError for a k outside [0, width] or an unknown criterion."""
-    if not 0 <= k <= width:
-        raise ValueError(f"k must lie in [0, {width}]; it is {k}.")
-    if criterion not in get_args(Criterion):
-        raise ValueError(f"criterion must be 'signed' or 'magnitude'; it is {criterion!r}.")
 
 
 register(

@@ -11,25 +11,18 @@ from .._check import unit_stride, unsupported_dtype
 _count_lowest = _native.define(
     "cuda", "count_lowest(Tensor scores, int k, Tensor(a!) counts, bool magnitude) -> ()"
 )
-
-
 MAX_WIDTH = 32768
 
 
-def unsupported_width(x: Tensor) -> str | None:
-    """Why a block's shared memory cannot hold the keys of a layer of ``x``; None if it can."""
-    width, limit = x.shape[-1], MAX_WIDTH
-    if x.is_cuda:
-        # 4 bytes a key and 9 KiB of counters; an A100's block has 163 KiB, smaller chips' 99
-        properties = torch.cuda.get_device_properties(x.device)
-        limit = min(limit, (properties.shared_memory_per_block_optin - 9 * 1024) // 4)
-    return (
-        None if width <= limit else f"its kernel takes up to {limit} scores a layer, not {width}."
-    )
-
-
 def unsupported(scores: Tensor, *_: object) -> str | None:
-    return unsupported_dtype(scores) or unsupported_width(scores)
+    width, limit = scores.shape[-1], MAX_WIDTH
+    if scores.is_cuda:
+        # 4 bytes a key and 9 KiB of counters; an A100's block has 163 KiB, smaller chips' 99
+        properties = torch.cuda.get_device_properties(scores.device)
+        limit = min(limit, (properties.shared_memory_per_block_optin - 9 * 1024) // 4)
+    if width > limit:
+        return f"its kernel takes up to {limit} scores a layer, not {width}."
+    return unsupported_dtype(scores)
 
 
 def forward(scores: Tensor, k: int, counts: Tensor, magnitude: bool) -> None:

@@ -53,7 +53,7 @@ def forward_kernel(
     counts += layer * counts_layer
     every = tl.arange(0, BLOCK)
     keys = _keys(scores, every, width, MAGNITUDE)
-    # with a NaN nothing is taken; `count_lowest` refuses it before, `count_lowest_integrated` can't
+    # with a NaN nothing is taken; the public function refuses it before
     k = tl.where(tl.sum((_is_nan(keys) & (every < width)).to(tl.int32), 0) > 0, 0, k)
 
     # The k-th smallest key from its highest bit down: the largest that fewer than k are below.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._check import check_baseline, check_path, check_shape
+from .._check import check_shape
 from .._dispatch import Backend, check_backend, register
 
 
@@ -21,7 +21,7 @@ def integrate_path(
 
     Args:
         gradients: ``[B, m, D]``, the objective's gradient at each path point.
-        weights: ``[m]`` or ``[B, m]``, the rule's weights (times any factor of the sample).
+        weights: ``[m]`` or ``[B, m]``, the rule's weights (times a factor of each sample).
         z: ``[B, D]``, the path's end.
         baseline: ``[B, D]`` or ``[D]``, the path's start; zero by default.
         backend: one of `BACKENDS`; None chooses (`loki_kernels.backends`).
@@ -35,9 +35,18 @@ def integrate_path(
         RuntimeError: if a backend asked for by name cannot run.
     """
     check_backend(backend)
-    samples, width = check_path(gradients, weights)
+    fitting = gradients.shape[1:2], gradients.shape[:2]
+    if gradients.ndim != 3 or weights.shape not in fitting:
+        raise ValueError(
+            "gradients must be [B, m, D] and weights [m] or [B, m]; they are "
+            f"{list(gradients.shape)} and {list(weights.shape)}."
+        )
+    samples, _, width = gradients.shape
     check_shape("z", z, samples, width)
-    check_baseline(baseline, samples, width)
+    if baseline is not None and tuple(baseline.shape) not in ((width,), (samples, width)):
+        raise ValueError(
+            f"baseline must be [{width}] or [{samples}, {width}]; it is {list(baseline.shape)}."
+        )
     with torch.no_grad():
         return torch.ops.loki_kernels.integrate_path(gradients, weights, z, baseline, backend)
 
