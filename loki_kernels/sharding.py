@@ -1,12 +1,16 @@
-"""Parameters that FSDP or ZeRO-3 has split between processes."""
+"""Parameters that FSDP or ZeRO-3 has split between processes, and buffers that DDP has not to."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UnsupportedModelError
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # DDP's own name for it
 
 
 def is_distributed() -> bool:
@@ -45,6 +49,23 @@ def shards_its_weights(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in modules) or any(
         map(is_partitioned, module.parameters())
     )
+
+
+def ignore_in_ddp(model: nn.Module, names: Collection[str]) -> None:
+    """Make DDP leave buffers alone that are the same in every process.
+
+    It would write them anew at each step, under pending backward passes.
+    """
+    setattr(model, _DDP_IGNORES, [*getattr(model, _DDP_IGNORES, ()), *names])
+
+
+def heed_in_ddp(model: nn.Module, names: Collection[str]) -> None:
+    """Undo `ignore_in_ddp`."""
+    ignored = [name for name in getattr(model, _DDP_IGNORES) if name not in names]
+    if ignored:
+        setattr(model, _DDP_IGNORES, ignored)
+    else:
+        delattr(model, _DDP_IGNORES)
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..attribution.cache import cached_attribution
 from ..fingerprint import rows_fingerprint
 from ..selection import RowSelection, select
+from ..sharding import ignore_in_ddp
 from ..structure import find_structure
 from ..training.adapters import check_fingerprint
 from ..training.linear import LokiLinear
@@ -92,14 +93,10 @@ class LokiModel(BaseTuner):
         layer.update_layer(adapter_name, self._rows[current_key], peft_config)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-        # The same in every process; DDP would broadcast them at each step. It sees a PeftModel.
-        self.model._ddp_params_and_buffers_to_ignore = [
-            *getattr(self.model, "_ddp_params_and_buffers_to_ignore", []),
-            *(
-                f"base_model.model.{current_key}.{name}"
-                for name in (f"loki_index.{adapter_name}", original_name(adapter_name))
-            ),
-        ]
+        # DDP will see a PeftModel
+        prefix = f"base_model.model.{current_key}"
+        buffers = f"loki_index.{adapter_name}", original_name(adapter_name)
+        ignore_in_ddp(self.model, [f"{prefix}.{name}" for name in buffers])
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

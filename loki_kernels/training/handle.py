@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..selection import RowSelection
 from ..sharding import is_sharded
-from ..structure import DownProjection
-from .checkpoint import SavePretrained, load_state, save_state
+from .checkpoint import load_state, save_state
 from .linear import LokiLinear
 
 if TYPE_CHECKING:
@@ -67,11 +66,8 @@ class Patch:
     model: nn.Module
     rows: RowSelection
     report: Report
-    _layers: list[tuple[DownProjection, LokiLinear]] = field(repr=False)
-    _required: list[tuple[nn.Parameter, bool]] = field(repr=False)
-    _mlps: list[tuple[nn.Module, str, nn.Module]] = field(repr=False)  # owner, attribute, original
-    _hooks: list[RemovableHandle] = field(repr=False)
-    _saver: SavePretrained | None = field(default=None, repr=False)
+    _layers: list[tuple[str, LokiLinear]] = field(repr=False)
+    _undo: ExitStack = field(repr=False)  # puts everything back but the rows
     _active: bool = field(default=True, repr=False)
 
     def merge(self) -> nn.Module:
@@ -128,7 +124,7 @@ class Patch:
 
     def named_layers(self) -> list[tuple[str, LokiLinear]]:
         """(name in the model, layer) of every patched layer."""
-        return [(down_proj.name, layer) for down_proj, layer in self._layers]
+        return list(self._layers)
 
     def __enter__(self) -> Patch:
         return self
@@ -150,31 +146,11 @@ class Patch:
                 "the model's weights are sharded; save the checkpoint (model.state_dict() holds "
                 "the trained rows) and load it into a whole model."
             )
-        for down_proj, layer in self._layers:
-            linear = down_proj.module
+        for _, layer in self._layers:
             if trained:
                 layer.weight.data.index_copy_(0, layer.index, layer.merged_rows())
             else:
                 layer.reset_rows()
-            # .to() and load_state_dict(assign=True) may have replaced the parameter objects
-            linear.weight = layer.weight
-            linear.bias = layer.bias
-            linear.train(layer.training)
-            setattr(down_proj.parent, down_proj.attribute, linear)
-        for owner, attribute, mlp in self._mlps:
-            mlp.training = getattr(owner, attribute).training
-            setattr(owner, attribute, mlp)
-        for parameter, flag in self._required:
-            parameter.requires_grad_(flag)
-        for hook in self._hooks:
-            hook.remove()
-        if self._saver is not None:
-            self._saver.detach()
-        ours = {f"{down_proj.name}.index" for down_proj, _ in self._layers}
-        ignored = [n for n in self.model._ddp_params_and_buffers_to_ignore if n not in ours]
-        if ignored:
-            self.model._ddp_params_and_buffers_to_ignore = ignored
-        else:
-            del self.model._ddp_params_and_buffers_to_ignore
+        self._undo.close()
         self._active = False
         return self.model

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..attribution.cache import cached_attribution
 from ..options import DEFAULT_QUOTA
 from ..ranking import rows_per_layer
-from ..selection import select
-from ..sharding import full_shape, is_sharded, shards_its_weights
-from ..structure import DownProjection, find_structure
+from ..selection import RowSelection, select
+from ..sharding import (
+    full_shape,
+    heed_in_ddp,
+    ignore_in_ddp,
+    is_sharded,
+    shards_its_weights,
+)
+from ..structure import DownProjection, Structure, find_structure
 from .checkpoint import SavePretrained
 from .handle import Patch, Report
 from .linear import LokiLinear, write_rows
@@ -66,6 +72,37 @@ def patch(
         UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
     """
     structure = find_structure(model)
+    selection = _selection_to_train(model, structure, rows, tokenizer, quota)
+    by_layer = list(zip(structure.down_projs, selection, strict=True))
+    selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
+    gatings = [(d, _gating_or_reason(d, rank)) for d, _ in selected if fuse_mlp]
+    causal_lm = structure.causal_lm
+    total = sum(math.prod(full_shape(parameter)) for parameter in causal_lm.parameters())
+    with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
+        _freeze(causal_lm, undo)
+        layers = [(d.name, _replace_linear(d, index, rank, dtype, undo)) for d, index in selected]
+        for down_proj, gating in gatings:
+            if isinstance(gating, Gating):
+                _replace_mlp(causal_lm, down_proj, gating, undo)
+        _attach(structure, layers, undo)
+        report = Report(
+            patched={name: len(layer.index) for name, layer in layers},
+            skipped={
+                d.name: "no row of this layer is selected" for d, rows in by_layer if not len(rows)
+            },
+            fused={_mlp_name(d): g.activation for d, g in gatings if isinstance(g, Gating)},
+            not_fused={_mlp_name(d): g for d, g in gatings if isinstance(g, str)},
+            trainable=sum(p.numel() for p in causal_lm.parameters() if p.requires_grad),
+            total=total,
+        )
+        logger.info("%s", report)
+        return Patch(causal_lm, selection, report, layers, undo.pop_all())
+
+
+def _selection_to_train(
+    model: nn.Module, structure: Structure, rows: Rows | None, tokenizer: Any, quota: float
+) -> RowSelection:
+    """The rows to train, which fit the model, of a model that can be patched."""
     check_patchable(structure)
     if rows is None:
         rows_per_layer(quota, structure.hidden_size)  # a bad quota fails before the analysis
@@ -73,51 +110,7 @@ def patch(
     else:
         selection = as_selection(rows)
     check_fits(selection, structure)
-    gatings: dict[str, Gating | str] = {}
-    if fuse_mlp:
-        gatings = {d.name: _gating_or_reason(d, rank) for d in structure.down_projs}
-
-    causal_lm = structure.causal_lm
-    names = {id(module): name for name, module in causal_lm.named_modules()}
-    layers: list[tuple[DownProjection, LokiLinear]] = []
-    skipped: dict[str, str] = {}
-    required = [(parameter, parameter.requires_grad) for parameter in causal_lm.parameters()]
-    total = sum(math.prod(full_shape(parameter)) for parameter, _ in required)
-    try:
-        for down_proj, index in zip(structure.down_projs, selection, strict=True):
-            if len(index) == 0:
-                skipped[names[id(down_proj.module)]] = "no row of this layer is selected"
-                continue
-            layers.append((down_proj, LokiLinear.from_linear(down_proj.module, index, rank, dtype)))
-    except BaseException:
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
-        raise
-    for parameter, _ in required:
-        parameter.requires_grad_(False)
-    for down_proj, layer in layers:
-        setattr(down_proj.parent, down_proj.attribute, layer)
-    fused, not_fused, mlps = _fuse_mlps(causal_lm, layers, gatings, names)
-    trainable = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
-    report = Report(
-        patched={names[id(d.module)]: len(layer.index) for d, layer in layers},
-        skipped=skipped,
-        fused=fused,
-        not_fused=not_fused,
-        trainable=trainable,
-        total=total,
-    )
-    writer = _RowWriter(causal_lm, [layer for _, layer in layers if layer.rank is None])
-    hooks = writer.attach(structure.decoder)
-    handle = Patch(causal_lm, selection, report, layers, required, mlps, hooks)
-    handle._saver = SavePretrained.attach(causal_lm, handle.named_layers())
-    # The same in every process; else DDP would write it anew at each step, under pending backwards.
-    causal_lm._ddp_params_and_buffers_to_ignore = [
-        *getattr(causal_lm, "_ddp_params_and_buffers_to_ignore", []),
-        *(f"{down_proj.name}.index" for down_proj, _ in layers),
-    ]
-    logger.info("%s", report)
-    return handle
+    return selection
 
 
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:
@@ -128,29 +121,67 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
     return find_gating(down_proj)
 
 
-def _fuse_mlps(
-    causal_lm: nn.Module,
-    layers: Sequence[tuple[DownProjection, LokiLinear]],
-    gatings: dict[str, Gating | str],
-    names: dict[int, str],
-) -> tuple[dict[str, str], dict[str, str], list[tuple[nn.Module, str, nn.Module]]]:
-    """Put a `FusedMLP` where the gating is known; (fused, not fused, what was replaced)."""
-    fused: dict[str, str] = {}
-    not_fused: dict[str, str] = {}
-    mlps: list[tuple[nn.Module, str, nn.Module]] = []
-    for down_proj, _ in layers:
-        gating = gatings.get(down_proj.name)
-        name = names[id(down_proj.parent)]
-        if isinstance(gating, str):
-            not_fused[name] = gating
-        if not isinstance(gating, Gating):
-            continue
-        owner_name, _, attribute = name.rpartition(".")
-        owner = causal_lm.get_submodule(owner_name)
-        setattr(owner, attribute, FusedMLP(down_proj.parent, down_proj.attribute, gating))
-        mlps.append((owner, attribute, down_proj.parent))
-        fused[name] = gating.activation
-    return fused, not_fused, mlps
+def _mlp_name(down_proj: DownProjection) -> str:
+    return down_proj.name.rpartition(".")[0]
+
+
+def _freeze(model: nn.Module, undo: contextlib.ExitStack) -> None:
+    for parameter in model.parameters():
+        undo.callback(parameter.requires_grad_, parameter.requires_grad)
+        parameter.requires_grad_(False)
+
+
+def _replace_linear(
+    down_proj: DownProjection,
+    index: Tensor,
+    rank: int | None,
+    dtype: torch.dtype | None,
+    undo: contextlib.ExitStack,
+) -> LokiLinear:
+    linear = down_proj.module
+    layer = LokiLinear.from_linear(linear, index, rank, dtype)
+
+    def put_back() -> None:
+        # .to() and load_state_dict(assign=True) may have replaced the parameter objects
+        linear.weight = layer.weight
+        linear.bias = layer.bias
+        linear.train(layer.training)
+        setattr(down_proj.parent, down_proj.attribute, linear)
+
+    setattr(down_proj.parent, down_proj.attribute, layer)
+    undo.callback(put_back)
+    return layer
+
+
+def _replace_mlp(
+    model: nn.Module, down_proj: DownProjection, gating: Gating, undo: contextlib.ExitStack
+) -> None:
+    owner_name, _, attribute = _mlp_name(down_proj).rpartition(".")
+    owner, mlp = model.get_submodule(owner_name), down_proj.parent
+    fused = FusedMLP(mlp, down_proj.attribute, gating)
+
+    def put_back() -> None:
+        mlp.training = fused.training
+        setattr(owner, attribute, mlp)
+
+    setattr(owner, attribute, fused)
+    undo.callback(put_back)
+
+
+def _attach(
+    structure: Structure, layers: list[tuple[str, LokiLinear]], undo: contextlib.ExitStack
+) -> None:
+    """What a patched model needs outside its layers: for its decoder, its saving, and DDP."""
+    model = structure.causal_lm
+    writer = _RowWriter(model, [layer for _, layer in layers if layer.rank is None])
+    for hook in writer.attach(structure.decoder):
+        undo.callback(hook.remove)
+    saver = SavePretrained.attach(model, layers)
+    if saver is not None:
+        undo.callback(saver.detach)
+    indices = [f"{name}.index" for name, _ in layers]
+    ignore_in_ddp(model, indices)
+    undo.callback(heed_in_ddp, model, indices)
 
 
 @dataclass

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import operator
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import loki_kernels as loki
-from loki_kernels.training import linear
+from loki_kernels.training import linear, patching
 from loki_kernels.training.adapters import merge_folder
 from tests.models import ARCHITECTURES, assert_unchanged, build_model, snapshot
 from tests.tiny_training import ROWS, WordTokenizer, data, logits, train, trainer
@@ -234,7 +235,7 @@ def test_side_file_restores_what_the_checkpoint_rounds(tmp_path, rank, dtype):
     again = build_model(dtype=torch.bfloat16)
     second = loki.patch(again, ROWS, rank=rank, dtype=dtype)
     second.load_state(tmp_path)
-    for (_, a), (_, b) in zip(handle._layers, second._layers, strict=True):
+    for (_, a), (_, b) in zip(handle.named_layers(), second.named_layers(), strict=True):
         trained = [name for name, p in a.named_parameters() if p.requires_grad]
         assert trained
         for name in trained:
@@ -298,6 +299,28 @@ def test_bad_input_changes_nothing(model, rows, options, message):
     with pytest.raises(ValueError, match=message):
         loki.patch(model, rows, **options)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("step", ["_replace_linear", "_replace_mlp", "_attach", "logger.info"])
+def test_a_failure_in_the_middle_changes_nothing(model, monkeypatch, step):
+    """Of the last layer, or right at the end: as when memory runs out, or of Ctrl-C."""
+    model.lm_head.weight.requires_grad_(False)
+    before = snapshot(model)
+    step_itself = operator.attrgetter(step)(patching)
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == (3 if "replace" in step else 1):
+            raise KeyboardInterrupt
+        return step_itself(*arguments)
+
+    monkeypatch.setattr(f"loki_kernels.training.patching.{step}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loki.patch(model, ROWS, fuse_mlp=True)
+    assert_unchanged(model, before)
+    assert not model.model._forward_hooks
+    assert "save_pretrained" not in model.__dict__
 
 
 def test_damaged_row_file(model, tmp_path):
