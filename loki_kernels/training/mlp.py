@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops import gated_product
 from ..ops.gated_product import Activation
-from ..ops.gated_product.reference import gated_product_reference
+from ..ops.gated_product.torch_impl import forward as traceable_gated_product
 from ..structure import DownProjection, is_linear_like
 from .linear import LokiLinear
 
 # Largest relative difference allowed between the MLP and what we take it for, on random input: the
-# same numbers, the activation's product rounded once instead of twice.
+# same numbers, but that an MLP of separate operations rounds act(gate) before it multiplies by up.
 _TOLERANCE = {
     torch.float64: 1e-5,  # transformers' activations may work in float32
     torch.float32: 1e-5,
@@ -42,11 +44,11 @@ class Gating:
 
     def split(self, mlp: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """(gate, up), ``[..., intermediate_size]`` each."""
-        gate = getattr(mlp, self.gate)(x)
+        gate: Tensor = getattr(mlp, self.gate)(x)
         if self.up is not None:
             return gate, getattr(mlp, self.up)(x)
-        halves = gate.chunk(2, dim=-1)
-        return halves if self.gate_first else halves[::-1]
+        first, second = gate.chunk(2, dim=-1)
+        return (first, second) if self.gate_first else (second, first)
 
 
 class FusedMLP(nn.Module):
@@ -63,16 +65,15 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gating.split(self, x)
         layer: LokiLinear = getattr(self, self.down)
-        # The fused op works on a written weight (the compiler fuses and recomputes by itself), and
-        # hooks expect an ordinary call. Below the first trained row nothing is differentiated, and
-        # keeping gate and up would cost memory.
-        if (
-            not layer.writes_rows
-            or _has_hooks(layer)
-            or not (gate.requires_grad or up.requires_grad)
-        ):
-            return layer(gated_product_reference(gate, up, self.gating.activation))
-        return layer.forward_gated(gate, up, self.gating.activation)
+        activation = self.gating.activation
+        if torch.compiler.is_compiling():  # the compiler fuses and recomputes what it sees through
+            return layer(traceable_gated_product(gate, up, activation))
+        # The fused op works on a written weight, and hooks expect an ordinary call. Below the first
+        # trained row nothing is differentiated, and keeping gate and up would cost memory.
+        differentiated = gate.requires_grad or up.requires_grad
+        if layer.writes_rows and differentiated and not _has_hooks(layer):
+            return layer.forward_gated(gate, up, activation)
+        return layer(gated_product(gate, up, activation))
 
     def extra_repr(self) -> str:
         return f"activation={self.gating.activation}"
@@ -84,8 +85,12 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
     The linears and the activation are found by structure and known by what they compute: the
     activation by its values, which linear is the gate by the MLP's output on random input.
     """
-    mlp, down = down_proj.parent, down_proj.module
-    linears = {n: m for n, m in mlp.named_children() if is_linear_like(m) and m is not down}
+    mlp = down_proj.parent
+    # linears of any library, with the features and the weight of torch's
+    down: Any = down_proj.module
+    linears: dict[str, Any] = {
+        n: m for n, m in mlp.named_children() if is_linear_like(m) and m is not down
+    }
     others = [m for m in mlp.children() if not is_linear_like(m)]
     own_state = [*mlp.parameters(recurse=False), *mlp.buffers(recurse=False)]
     if own_state or any(True for m in others for _ in m.parameters()):
@@ -112,7 +117,7 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
     with torch.no_grad():
         want = mlp(x).double()
         for gating in candidates:
-            got = down(gated_product_reference(*gating.split(mlp, x), activation)).double()
+            got = down(gated_product(*gating.split(mlp, x), activation)).double()
             if float((got - want).norm()) <= _TOLERANCE[weight.dtype] * float(want.norm()):
                 return gating
     return unknown
@@ -130,7 +135,7 @@ def _has_hooks(module: nn.Module) -> bool:
 def _known_activation(activation: nn.Module) -> Activation | None:
     x = torch.linspace(-6, 6, 97)
     for name in ("silu", "gelu_tanh"):
-        want = gated_product_reference(x, torch.ones_like(x), name)
+        want = gated_product(x, torch.ones_like(x), name)
         # exact GELU is up to 5e-4 away from its tanh approximation
         if torch.allclose(activation(x), want, rtol=1e-5, atol=1e-5):
             return name
@@ -138,7 +143,7 @@ def _known_activation(activation: nn.Module) -> Activation | None:
 
 
 def _possible_gatings(
-    linears: dict[str, nn.Module], intermediate_size: int, activation: Activation
+    linears: dict[str, Any], intermediate_size: int, activation: Activation
 ) -> Iterator[Gating]:
     widths = [linear.out_features for linear in linears.values()]
     if widths == [2 * intermediate_size]:

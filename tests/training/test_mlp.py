@@ -60,6 +60,16 @@ def test_fused_trains_like_unfused(name, dtype):
     assert_unchanged(fused, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_rounds_as_training_does(dtype):
+    model = build_model(dtype=dtype)
+    loki.patch(model, ROWS, fuse_mlp=True)
+    trained = model(input_ids=IDS).logits
+    assert trained.requires_grad
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, trained)
+
+
 def test_the_product_is_not_kept():
     plain, fused = build_model(), build_model()
     loki.patch(plain, ROWS)
