@@ -23,7 +23,13 @@ if Version(peft.__version__) < Version(_OLDEST):
 
 
 def _add_peft_type() -> None:
-    """PEFT knows its methods by an enum, and offers no way to add one."""
+    """Extend PEFT's enum of methods by ``LOKI``, for everything in this process.
+
+    ``register_peft_method`` takes no name that the enum lacks, and PEFT offers no way to add one
+    (0.18 to 0.21). So whoever imports ``loki_kernels.peft`` gets it, and ``import loki_kernels``
+    alone changes nothing. It is a string as the other members are, and is not undone: configs and
+    models of this type may be in use anywhere.
+    """
     if "LOKI" in PeftType.__members__:
         return
     member = str.__new__(PeftType, "LOKI")
@@ -67,7 +73,7 @@ class LokiConfig(PeftConfig):
     positions: InitVar[str | None] = None
 
     def __post_init__(self, positions: str | None) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType("LOKI")
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         check_rank(self.rank)
