@@ -10,10 +10,12 @@ import argparse
 import importlib
 
 from .records import append_record, describe_machine
+from .report import format_seconds, write_report
 
 # Suite -> its module here.
 SUITES = {
     "attribution": "attribution",
+    "ops": "ops.suite",
     "row_masked_linear": "ops.row_masked_linear",
     "training_step": "training.step",
     "selection": "selection",
@@ -30,8 +32,6 @@ def main() -> None:
     arguments = parser.parse_args()
     suites = arguments.suites or list(SUITES)
     if suites == ["report"]:
-        from .report import write_report
-
         write_report()
         return
     unknown = sorted(set(suites) - set(SUITES))
@@ -54,6 +54,10 @@ def _line(record: dict) -> str:
     if record["suite"] == "memory":
         ours, peer = record["ours_bytes"] / 2**20, record["peer_bytes"] / 2**20
         return f"memory {case}: ours {ours:.0f} MiB, {record['peer']} {peer:.0f} MiB"
+    if record["suite"] == "ops":
+        device, host = (format_seconds(record[name]["p50"]) for name in ("device_s", "host_s"))
+        share = f"{record['of_floor']:.0%} of the floor"
+        return f"ops {case}: {record['peer']} device {device}, host {host}, {share}"
     ratio = record["ratio"]
     text = (
         f"{record['suite']} {case}: ours {record['ours_s']['p50'] * 1e3:.3g} ms, {record['peer']} "

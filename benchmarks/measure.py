@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import time
 import timeit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer as clock  # waits for a GPU
 
 Contenders = Mapping[str, Callable[[], Any]]
@@ -69,12 +72,53 @@ def interleave(contenders: Contenders, rounds: int, least: float = 0.02) -> Time
             taken = seconds(function)
         repeats[name] = max(1, math.ceil(least / taken))
     times: Times = {name: [] for name in contenders}
+    for name in turns(contenders, rounds):
+        times[name].append(seconds(contenders[name], repeats[name]))
+    return times
+
+
+def turns(contenders: Contenders, rounds: int) -> Iterator[str]:
+    """Every name once a round; each round starts one further."""
     names = list(contenders)
     for i in range(rounds):
         start = i % len(names)
-        for name in names[start:] + names[:start]:
-            times[name].append(seconds(contenders[name], repeats[name]))
-    return times
+        yield from names[start:] + names[:start]
+
+
+def interleave_host_and_device(contenders: Contenders, rounds: int) -> tuple[Times, Times]:
+    """`interleave` for calls that return before a GPU is done: host seconds, device seconds."""
+    repeats = {}
+    for name, function in contenders.items():
+        host_and_device(function, 1)  # to warm up
+        # few enough that a GPU's queue of launches never fills, which would hold up the host
+        repeats[name] = min(20, max(1, math.ceil(0.02 / seconds(function))))
+    host: Times = {name: [] for name in contenders}
+    device: Times = {name: [] for name in contenders}
+    for name in turns(contenders, rounds):
+        returned, busy = host_and_device(contenders[name], repeats[name])
+        host[name].append(returned)
+        device[name].append(busy)
+    return host, device
+
+
+def host_and_device(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Seconds until a call returns, and of all it runs on the GPU; on a CPU both are wall time."""
+    if DEVICE.type == "cpu":
+        taken = seconds(function, repeats)
+        return taken, taken
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    host = (time.perf_counter() - start) / repeats
+    torch.cuda.synchronize()
+    # In calls of their own: the profiler slows the host, and not the kernels.
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    spans = [e.time_range for e in recorded.events() if e.device_type == DeviceType.CUDA]
+    return host, sum(span.elapsed_us() for span in spans) * 1e-6 / repeats
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -83,6 +127,12 @@ def quantiles(values: list[float]) -> dict[str, float]:
         return dict.fromkeys(("p20", "p50", "p80"), values[0])
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
+
+
+def floor_fields(floor_s: float, measured_s: float) -> dict[str, Any]:
+    """What a record says of the floor."""
+    share = floor_s / measured_s
+    return {"floor_s": floor_s, "of_floor": share, "ceilings": ceilings()._asdict()}
 
 
 def pair(
@@ -110,17 +160,25 @@ def pair(
             "ratio": quantiles(ratios),
         }
         if floor_s is not None:
-            record["floor_s"] = floor_s
-            record["of_floor"] = floor_s / statistics.median(own)
-            record["ceilings"] = ceilings()._asdict()
+            record |= floor_fields(floor_s, statistics.median(own))
         if notes and peer in notes:
             record["note"] = notes[peer]
         records.append(record)
     return records
 
 
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-300))
+
+
 def check(what: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
     """Leave unless the relative error is within ``tolerance``: a wrong result is not timed."""
-    error = float((got.double() - want.double()).norm() / want.double().norm())
+    error = relative_error(got, want)
     if not error <= tolerance:
-        raise SystemExit(f"{what} is off by {error:.2g} (allowed {tolerance:.0e})")
+        raise SystemExit(f"{what} is off by {error:.2g} (allowed {tolerance:.2g})")
+
+
+def twice_the_error(plain: torch.Tensor, exact: torch.Tensor) -> float:
+    """The tolerance by two references: ``plain`` has ours' dtype, ``exact`` a wider one."""
+    return 2 * relative_error(plain, exact) + 1e-6

@@ -98,9 +98,14 @@ def tables(records: Iterable[Record]) -> str:
         commands = sorted({f"`{record['command']}`" for record in own})
         parts += ["", f"## {device}", "", f"{'; '.join(versions)}. {', '.join(commands)}.", ""]
         parts += _bars(own)
-        parts += ["", "| suite | case | peer | ours | peer's | ratio | of the floor |"]
-        parts += ["|---|---|---|---|---|---|---|"]
-        parts += [_table_line(record) for record in own]
+        timed = [_table_line(record) for record in own if record["suite"] != "ops"]
+        if timed:
+            parts += ["", "| suite | case | peer | ours | peer's | ratio | of the floor |"]
+            parts += ["|---|---|---|---|---|---|---|", *timed]
+        ops = [_op_line(record) for record in own if record["suite"] == "ops"]
+        if ops:
+            parts += ["", "| op | case | backend | device | host | of the floor |"]
+            parts += ["|---|---|---|---|---|---|", *ops]
     return "\n".join(parts) + "\n"
 
 
@@ -135,7 +140,7 @@ def _table_line(record: Record) -> str:
         ours, peer = (f"{record[name] / 2**20:.0f} MiB" for name in ("ours_bytes", "peer_bytes"))
         ratio = f"{record['peer_bytes'] / record['ours_bytes']:.2f}"
         return f"| memory | {case} | {record['peer']} | {ours} | {peer} | {ratio} | |"
-    ours, peer = (_time(record[name]["p50"]) for name in ("ours_s", "peer_s"))
+    ours, peer = (format_seconds(record[name]["p50"]) for name in ("ours_s", "peer_s"))
     spread = record["ratio"]
     ratio = f"{spread['p50']:.3g} ({spread['p20']:.3g} to {spread['p80']:.3g})"
     share = f"{record['of_floor']:.0%}" if "of_floor" in record else ""
@@ -143,7 +148,15 @@ def _table_line(record: Record) -> str:
     return f"| {record['suite']} | {case} | {name} | {ours} | {peer} | {ratio} | {share} |"
 
 
-def _time(seconds: float) -> str:
+def _op_line(record: Record) -> str:
+    case = ", ".join(f"{name} {value}" for name, value in record["case"].items() if name != "op")
+    device, host = (format_seconds(record[name]["p50"]) for name in ("device_s", "host_s"))
+    share = f"{record['of_floor']:.0%}"
+    return f"| {record['case']['op']} | {case} | {record['peer']} | {device} | {host} | {share} |"
+
+
+def format_seconds(seconds: float) -> str:
+    """With three digits, in s, ms or µs."""
     if seconds >= 1:
         return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"

@@ -43,7 +43,8 @@ def _numpy(scores: Tensor, k: int) -> Tensor:
     return torch.from_numpy(counts)
 
 
-def _topk(scores: Tensor, k: int) -> Tensor:
+def count_by_topk(scores: Tensor, k: int) -> Tensor:
+    """`count_lowest` of scores that differ, by `torch.topk`."""
     lowest = scores.topk(k, dim=-1, largest=False).indices
     counts = torch.zeros(scores.shape[1:], dtype=torch.int64, device=scores.device)
     ones = torch.ones((), dtype=torch.int64, device=scores.device)
@@ -60,7 +61,7 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
         contenders = {
             "ours": count_lowest,
             "torch_ops": partial(count_lowest, backend="torch"),
-            "topk": _topk,
+            "topk": count_by_topk,
             "numpy_argsort": _numpy,
         }
         want = _numpy(scores, k)

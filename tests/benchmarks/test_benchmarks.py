@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import measure, records, report
+from benchmarks.__main__ import _line
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +31,37 @@ def test_short_calls_are_repeated():
     calls = []
     measure.interleave({"ours": lambda: calls.append(0)}, rounds=1, least=0.001)
     assert len(calls) > 20
+
+
+def test_host_and_device_seconds(monkeypatch):
+    host, device = measure.interleave_host_and_device({"ours": lambda: sum(range(99))}, 2)
+    assert host == device
+    assert len(host["ours"]) == 2
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [measure.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            kernel = {"device_type": measure.DeviceType.CUDA}
+            launch = {"device_type": measure.DeviceType.CPU}
+            span = SimpleNamespace(elapsed_us=lambda: 6.0)
+            return [SimpleNamespace(time_range=span, **kind) for kind in (kernel, launch, kernel)]
+
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(measure, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+    host, device = measure.host_and_device(lambda: calls.append(time.sleep(1e-3)), 3)
+    assert len(calls) == 6
+    assert 1e-3 <= host < 1
+    assert device == pytest.approx(4e-6)  # 12 us of kernels in three calls
 
 
 def test_quantiles():
@@ -99,6 +133,27 @@ def test_tables_tell_what_was_asked_and_missed():
     assert "4 (2 to 8) | 50% |" in text
     assert text.count("numpy_argsort") == 3  # a bar and two records
     assert "bar" not in report.tables([record(samples=1)])
+
+
+def test_ops_have_a_table_of_their_own():
+    op = {
+        "device": "GPU 1",
+        "torch": "2.13",
+        "transformers": "5.23",
+        "command": "python -m benchmarks ops",
+        "suite": "ops",
+        "case": {"op": "gated_product", "tokens": 4096, "step": "backward"},
+        "peer": "triton",
+        "host_s": {"p50": 2e-4},
+        "device_s": {"p50": 3e-3},
+        "of_floor": 0.5,
+    }
+    text = report.tables([record(), op])
+    line = "| gated_product | tokens 4096, step backward | triton | 3 ms | 200 µs | 50% |"
+    assert text.endswith(f"{line}\n")
+    assert "numpy_argsort" in text
+    assert "| peer |" not in report.tables([op])
+    assert "triton device 3 ms, host 200 µs, 50% of the floor" in _line(op)
 
 
 def test_a_scaled_peer_says_so():
