@@ -70,13 +70,13 @@ def cases(scope: str) -> Iterator[dict[str, Any]]:
 
 
 def _flops(model: str, layers: int | None, tokens: int, steps: int) -> float:
-    """Of one prompt: prefill, the rows' forward and backward pass, head and its gradient."""
+    """Of one prompt: prefill, the points' forward and backward pass, head and its gradient."""
     depth = layers or MODELS[model]["num_hidden_layers"]
     weights = parameters(model, layers)
     head = MODELS[model]["hidden_size"] * MODELS[model]["vocab_size"]
-    rows = depth * steps
-    # A row joins at its layer, so half of them are there on average.
-    return 2 * weights * tokens + 2 * 2 * weights * rows / 2 + 2 * 2 * head * (rows + 1)
+    points = depth * steps
+    # A point joins at its layer, so half of them are there on average.
+    return 2 * weights * tokens + 2 * 2 * weights * points / 2 + 2 * 2 * head * (points + 1)
 
 
 def run(scope: str) -> Iterator[dict[str, Any]]:

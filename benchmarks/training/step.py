@@ -53,7 +53,7 @@ def make_step(model: nn.Module, tokens: int) -> Callable[[], float]:
 
 
 def describe(name: str, layers: int | None, tokens: int) -> dict[str, Any]:
-    """The case of a row."""
+    """The case of a record."""
     return {
         "model": name,
         "layers": layers or MODELS[name]["num_hidden_layers"],
