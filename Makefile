@@ -50,6 +50,8 @@ package: .venv/.dev
 lint: .venv/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
 
 bench: .venv/.dev
 	$(PY) -m benchmarks $(ARGS)
