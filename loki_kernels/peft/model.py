@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..attribution.cache import cached_attribution
 from ..fingerprint import rows_fingerprint
-from ..selection import RowSelection, select
+from ..selection import select
 from ..sharding import ignore_in_ddp
 from ..structure import find_structure
-from ..training.adapters import check_fingerprint
+from ..training.adapter_file import check_fingerprint
 from ..training.linear import LokiLinear
-from ..training.targets import check_fits
+from ..training.targets import as_selection, check_fits
 from .config import LokiConfig
 from .layer import LokiLayer, original_name
 from .quantized import dequantize_model
@@ -36,9 +36,13 @@ class LokiModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_check_rows)
+        self.register_load_state_dict_pre_hook(_check_rows)  # type: ignore[no-untyped-call]
 
-    def _prepare_adapter_config(self, peft_config: LokiConfig, model_config: dict) -> LokiConfig:
+    # override: PEFT declares wider arguments than it passes, and None where it returns the model.
+
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, peft_config: LokiConfig, model_config: dict[str, Any]
+    ) -> LokiConfig:
         if any(layer.merged for layer in self._layers()):
             raise ValueError("an adapter is merged; call unmerge_adapter() before adding another.")
         # what is filled in belongs to this model; the caller may want the config for another
@@ -48,7 +52,7 @@ class LokiModel(BaseTuner):
         if peft_config.rows is None:
             selection = select(cached_attribution(self.model, structure, None), peft_config.quota)
             peft_config.rows = [layer.tolist() for layer in selection]
-        selection = RowSelection(peft_config.rows)
+        selection = as_selection(peft_config.rows)
         check_fits(selection, structure)
         names = {id(module): name for name, module in self.model.named_modules()}
         self._rows: dict[str, Tensor] = {}  # of the adapter that is being added
@@ -79,7 +83,7 @@ class LokiModel(BaseTuner):
             raise ValueError("the model is patched; call merge() or unpatch() on its handle first.")
         return LokiLayer(module, self.model)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: LokiConfig,
         adapter_name: str,
@@ -118,18 +122,21 @@ class LokiModel(BaseTuner):
             layer.check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        merged: set[str] = set()
+        merged: dict[str, LokiConfig] = {}
         for layer in self._layers() if merge else ():
-            merged |= {*layer.merged_adapters, *layer.check_merge(safe_merge, adapter_names)}
-        dequantize = any(self.peft_config[n].quantized_merge == "dequantize" for n in merged)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            for name in (*layer.merged_adapters, *layer.check_merge(safe_merge, adapter_names)):
+                merged[name] = layer.configs[name]
+        dequantize = any(c.quantized_merge == "dequantize" for c in merged.values())
+        model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
+            merge, progressbar, safe_merge, adapter_names
+        )
         if dequantize:
             dequantize_model(model)
             logger.info("the merged model is no longer quantized")
@@ -151,7 +158,7 @@ def _check_rows(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
     """Refuse a state dict of other rows: PEFT loads one into an adapter without its config."""
     for name, module in model.named_modules():
         if isinstance(module, LokiLayer):
-            for adapter, index in module.loki_index.items():
+            for adapter, index in module.loki_index.items():  # type: ignore[no-untyped-call]
                 key = f"{prefix}{name}.loki_index.{adapter}"
                 other = state_dict.get(key)
                 if other is not None and not torch.equal(other.cpu(), index.cpu()):

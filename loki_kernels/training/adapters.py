@@ -2,60 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..files import atomic_path, check_folder
+from ..files import check_folder
 from ..selection import RowSelection
 from ..sharding import is_distributed
 from ..structure import Structure, find_structure
 from . import adapter_file
-from .adapter_file import ADAPTER_FILE, CONFIG_FILE, SIDE_FILE, trained_parts
+from .adapter_file import ADAPTER_FILE, CONFIG_FILE, SIDE_FILE, AdapterConfig
 from .handle import Patch
 from .linear import LokiLinear
 from .patching import patch
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """``adapter_config.json``, as far as it is ours.
-
-    Attributes:
-        base: name or path of the model the rows were trained on.
-        rows: the rows of each layer.
-        rank: of LoKI*, or None.
-        fingerprint: of the rows that were replaced.
-    """
-
-    base: str | None
-    rows: list[list[int]]
-    rank: int | None
-    fingerprint: str | None
-
-    @classmethod
-    def load(cls, folder: Path) -> AdapterConfig:
-        path = folder / CONFIG_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not an adapter: it has no {CONFIG_FILE}.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            kind = content["peft_type"]
-            if kind != "LOKI":
-                raise ValueError(f"{path} is an adapter of type {kind}; load it with PEFT.")
-            return cls(
-                content.get("base_model_name_or_path"),
-                content["rows"],
-                content.get("rank"),
-                content.get("fingerprint"),
-            )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not an adapter's config: {error!r}.") from error
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -70,20 +31,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         ValueError: if the model is not patched.
         OSError: if the folder cannot be created or written.
     """
-    structure, layers = _patched(model)
+    structure, layers = _patched_layers(model)
     path = check_folder(folder)
-    tensors = adapter_file.adapter_tensors({name: trained_parts(layer) for name, layer in layers})
-    by_name = dict(layers)
-    rows = [
-        by_name[d.name].index.tolist() if d.name in by_name else [] for d in structure.down_projs
-    ]
-    config = {
-        "rank": layers[0][1].rank,
-        "fingerprint": adapter_file.base_fingerprint(layers),
-        "rows": rows,
-    }
+    tensors = adapter_file.adapter_tensors(adapter_file.parts_of(layers))
+    config = AdapterConfig(
+        base=_base_name(structure),
+        rows=[
+            layers[d.name].index.tolist() if d.name in layers else [] for d in structure.down_projs
+        ],
+        rank=next(iter(layers.values())).rank,
+        fingerprint=adapter_file.base_fingerprint(layers),
+    )
     if not is_distributed() or torch.distributed.get_rank() == 0:
-        _write(path, structure, tensors, {"peft_type": "LOKI", **config})
+        adapter_file.write_adapter(path, tensors, config.content())
     return path
 
 
@@ -99,13 +59,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
     """
     folder = Path(folder)
     config = AdapterConfig.load(folder)
-    saved = adapter_file.read_adapter(folder / ADAPTER_FILE)
+    saved = adapter_file.read_rows(folder / ADAPTER_FILE)
     trained = [t for parts in saved.layers.values() for part, t in parts.items() if part != "index"]
     dtype = trained[0].dtype if trained else None
     handle = patch(model, RowSelection(config.rows), rank=config.rank, dtype=dtype)
+    layers = dict(handle.named_layers())
     try:
-        layers = _patched(model)[1]
-        check_fingerprint(
+        adapter_file.check_fingerprint(
             config.fingerprint,
             adapter_file.base_fingerprint(layers),
             config.base,
@@ -120,19 +80,6 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
     return handle
 
 
-def check_fingerprint(
-    wanted: str | None, found: str, trained_on: str | None, loading: str | None
-) -> None:
-    """Raise ValueError if rows would replace others than those they were trained to replace."""
-    if wanted is None or wanted == found:
-        return
-    raise ValueError(
-        f"the adapter was trained on another base ({trained_on or 'a model without a name'}): the "
-        f"rows it replaces have other values in this one ({loading or 'without a name'}). Load the "
-        "base it was trained on, with its revision, dtype and quantization."
-    )
-
-
 def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Put the rows of an adapter, or of a checkpoint's side file, into its base model.
 
@@ -143,7 +90,7 @@ def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
         return load_adapter(model, folder).merge()
-    saved = adapter_file.read_adapter(folder / SIDE_FILE)
+    saved = adapter_file.read_rows(folder / SIDE_FILE)
     layers = saved.layers
     names = [down_proj.name for down_proj in find_structure(model).down_projs]
     strangers = layers.keys() - set(names)
@@ -151,12 +98,11 @@ def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"the side file has rows of {min(strangers)}, which the model lacks.")
     rows = [layers[name]["index"].tolist() if name in layers else [] for name in names]
     ranks = {parts["delta_a"].shape[1] for parts in layers.values() if "delta_a" in parts}
-    handle = patch(model, rows, rank=min(ranks, default=None), dtype=torch.float32)
-    reason = adapter_file.load_rows(_patched(model)[1], saved)
-    if reason is not None:
-        handle.unpatch()
-        raise ValueError(f"{folder / SIDE_FILE}: {reason}.")
-    return handle.merge()
+    with patch(model, rows, rank=min(ranks, default=None), dtype=torch.float32) as handle:
+        reason = adapter_file.load_rows(dict(handle.named_layers()), saved)
+        if reason is not None:
+            raise ValueError(f"{folder / SIDE_FILE}: {reason}.")
+        return handle.merge()
 
 
 def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -171,18 +117,18 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         ValueError: if the model is not patched.
         OSError: if the folder cannot be created or written.
     """
-    structure, layers = _patched(model)
+    structure, layers = _patched_layers(model)
     path = check_folder(folder)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for name, layer in layers:
-        placed = torch.zeros(layer.out_features, len(layer.index))
-        placed[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
-        parts = {n: p.detach().float().cpu() for n, p in trained_parts(layer).items()}
+    for name, layer in layers.items():
+        placement = torch.zeros(layer.out_features, len(layer.index))
+        placement[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
+        parts = {n: p.detach().float().cpu() for n, p in layer.trained_parameters()}
         if layer.rank is None:
-            a, b = parts["rows"] - layer.original_rows.float().cpu(), placed
+            a, b = parts["rows"] - layer.original_rows.float(), placement
         else:
-            a, b = parts["delta_b"], placed @ parts["delta_a"]
+            a, b = parts["delta_b"], placement @ parts["delta_a"]
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
         ranks[name] = len(a)
@@ -190,6 +136,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     uneven = {name: r for name, r in ranks.items() if r != rank}
     config = {
         "peft_type": "LORA",
+        "base_model_name_or_path": _base_name(structure),
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": uneven,
@@ -198,28 +145,17 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "lora_dropout": 0.0,
         "bias": "none",
     }
-    _write(path, structure, tensors, config)
+    adapter_file.write_adapter(path, tensors, config)
     return path
 
 
-def _write(
-    folder: Path, structure: Structure, tensors: dict[str, Tensor], config: dict[str, Any]
-) -> None:
-    """An adapter's two files; ``config`` is what depends on its kind."""
-    content = config | {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(structure.causal_lm, "name_or_path", None) or None,
-        "inference_mode": True,
-    }
-    folder.mkdir(exist_ok=True)
-    adapter_file.write_adapter(folder / ADAPTER_FILE, tensors)
-    with atomic_path(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+def _base_name(structure: Structure) -> str | None:
+    return getattr(structure.causal_lm, "name_or_path", None) or None
 
 
-def _patched(model: nn.Module) -> tuple[Structure, list[tuple[str, LokiLinear]]]:
+def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiLinear]]:
     structure = find_structure(model)
-    layers = [(d.name, d.module) for d in structure.down_projs if isinstance(d.module, LokiLinear)]
+    layers = {d.name: d.module for d in structure.down_projs if isinstance(d.module, LokiLinear)}
     if not layers:
         raise ValueError("the model is not patched; call loki_kernels.patch(model) first.")
     return structure, layers

@@ -1,35 +1,18 @@
-"""What a patched model's own saving cannot know."""
+"""What happens beside a patched model's ``save_pretrained``."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..sharding import is_partitioned, is_sharded
+from ..sharding import is_sharded
 from . import adapter_file
-from .adapter_file import SIDE_FILE, Parts
-from .linear import TRAINED, LokiLinear, low_rank_rows
-
-
-def save_state(layers: Sequence[tuple[str, LokiLinear]], folder: str | os.PathLike[str]) -> Path:
-    """What `Patch.save_state` does."""
-    parts = {name: adapter_file.trained_parts(layer) for name, layer in layers}
-    return adapter_file.write_side_file(folder, layers, parts)
-
-
-def load_state(layers: Sequence[tuple[str, LokiLinear]], folder: str | os.PathLike[str]) -> None:
-    """What `Patch.load_state` does."""
-    if any(is_partitioned(layer.weight) for _, layer in layers):
-        raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
-    path = Path(folder) / SIDE_FILE
-    reason = adapter_file.load_rows(layers, adapter_file.read_adapter(path))
-    if reason is not None:
-        raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
+from .adapter_file import SIDE_FILE, Layers, Parts
+from .linear import TRAINED, low_rank_rows
 
 
 @dataclass(eq=False)
@@ -41,13 +24,11 @@ class SavePretrained:
     ``__dict__`` and is copied and pickled with it.
     """
 
-    model: nn.Module
-    layers: list[tuple[str, LokiLinear]]
+    model: Any  # a module whose class has a ``save_pretrained``
+    layers: Layers
 
     @classmethod
-    def attach(
-        cls, model: nn.Module, layers: list[tuple[str, LokiLinear]]
-    ) -> SavePretrained | None:
+    def attach(cls, model: nn.Module, layers: Layers) -> SavePretrained | None:
         if not hasattr(type(model), "save_pretrained"):
             return None
         model.__dict__["save_pretrained"] = saver = cls(model, layers)
@@ -63,26 +44,27 @@ class SavePretrained:
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        parts = {name: adapter_file.trained_parts(layer) for name, layer in self.layers}
+        parts = adapter_file.parts_of(self.layers)
         if state_dict is not None:
             state_dict = _merge_trained(state_dict, parts)
-        needs_side_file = any(layer.needs_side_file for _, layer in self.layers)
+        needs_side_file = any(layer.needs_side_file for layer in self.layers.values())
         is_main_process = kwargs.get("is_main_process", True)
         needed = needs_side_file and is_main_process
         # what FSDP shards is gathered when every process makes the state dict
-        gathered = state_dict is not None or not any(is_sharded(x.weight) for _, x in self.layers)
+        sharded = any(is_sharded(layer.weight) for layer in self.layers.values())
+        gathered = state_dict is not None or not sharded
         if needed and gathered:  # before the class's own, which may upload the folder
             self._write_side_file(save_directory, parts)
         elif not needs_side_file and is_main_process:  # an earlier run's would be read for ours
             (Path(save_directory) / SIDE_FILE).unlink(missing_ok=True)
         save = type(self.model).save_pretrained
-        result = save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[operator]
+        result = save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)
         if needed and not gathered:
             self._write_side_file(save_directory, parts)
         return result
 
     def _write_side_file(self, folder: str | os.PathLike[str], parts: dict[str, Parts]) -> None:
-        for name, layer in self.layers:
+        for name, layer in self.layers.items():
             parts[name] |= layer.gathered or {}
         Path(folder).mkdir(parents=True, exist_ok=True)
         adapter_file.write_side_file(folder, self.layers, parts)
@@ -91,13 +73,13 @@ class SavePretrained:
 def _merge_trained(state_dict: dict[str, Tensor], parts: dict[str, Parts]) -> dict[str, Tensor]:
     """Move trained parameters that a state dict may hold into its weights, and into ``parts``."""
     merged = dict(state_dict)
-    for name, own in parts.items():
+    for name, layer_parts in parts.items():
         found = {p: merged.pop(f"{name}.{p}") for p in TRAINED if f"{name}.{p}" in merged}
         if not found:
             continue
-        own |= found
+        layer_parts |= found
         weight = merged[f"{name}.weight"]
-        index = own["index"].to(weight.device)
+        index = layer_parts["index"].to(weight.device)
         if "rows" in found:
             rows = found["rows"]
         else:

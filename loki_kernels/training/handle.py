@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..selection import RowSelection
-from ..sharding import is_sharded
-from .checkpoint import load_state, save_state
+from ..sharding import is_partitioned, is_sharded
+from . import adapter_file
 from .linear import LokiLinear
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class Report:
         ]
         lines += [f"skipped {name}: {why}" for name, why in self.skipped.items()]
         if self.fused:
-            lines.append(f"{len(self.fused)} MLPs fused ({', '.join(set(self.fused.values()))})")
+            lines.append(
+                f"{len(self.fused)} MLPs fused ({', '.join(sorted(set(self.fused.values())))})"
+            )
         lines += [f"not fused {name}: {why}" for name, why in self.not_fused.items()]
         return "\n".join(lines)
 
@@ -66,7 +68,7 @@ class Patch:
     model: nn.Module
     rows: RowSelection
     report: Report
-    _layers: list[tuple[str, LokiLinear]] = field(repr=False)
+    _layers: dict[str, LokiLinear] = field(repr=False)
     _undo: ExitStack = field(repr=False)  # puts everything back but the rows
     _active: bool = field(default=True, repr=False)
 
@@ -93,7 +95,8 @@ class Patch:
         exactly: float32 rows over a bfloat16 weight, and low-rank rows. Elsewhere it removes a side
         file, which would be an earlier run's. With sharded parameters every process has to call it.
         """
-        return save_state(self.named_layers(), folder)
+        parts = adapter_file.parts_of(self._layers)
+        return adapter_file.write_side_file(folder, self._layers, parts)
 
     def load_state(self, folder: str | os.PathLike[str]) -> None:
         """Read back what `save_state` wrote.
@@ -107,7 +110,12 @@ class Patch:
                 other weights; nothing is changed then.
             RuntimeError: under ZeRO-3, whose own checkpoints hold the rows.
         """
-        load_state(self.named_layers(), folder)
+        if any(is_partitioned(layer.weight) for layer in self._layers.values()):
+            raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
+        path = Path(folder) / adapter_file.SIDE_FILE
+        reason = adapter_file.load_rows(self._layers, adapter_file.read_rows(path))
+        if reason is not None:
+            raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
 
     def trainer_callback(self) -> SideFileCallback:
         """For HF Trainer: what a Trainer's own saving and loading cannot know.
@@ -120,11 +128,11 @@ class Patch:
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 
-        return SideFileCallback(self.named_layers())
+        return SideFileCallback(self)
 
     def named_layers(self) -> list[tuple[str, LokiLinear]]:
         """(name in the model, layer) of every patched layer."""
-        return list(self._layers)
+        return list(self._layers.items())
 
     def __enter__(self) -> Patch:
         return self
@@ -141,12 +149,12 @@ class Patch:
     def _restore(self, *, trained: bool) -> nn.Module:
         if not self._active:
             raise RuntimeError("this model is no longer patched.")
-        if any(is_sharded(layer.weight) for _, layer in self._layers):
+        if any(is_sharded(layer.weight) for layer in self._layers.values()):
             raise RuntimeError(
                 "the model's weights are sharded; save the checkpoint (model.state_dict() holds "
                 "the trained rows) and load it into a whole model."
             )
-        for _, layer in self._layers:
+        for layer in self._layers.values():
             if trained:
                 layer.weight.data.index_copy_(0, layer.index, layer.merged_rows())
             else:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +80,13 @@ def patch(
     total = sum(math.prod(full_shape(parameter)) for parameter in causal_lm.parameters())
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
         _freeze(causal_lm, undo)
-        layers = [(d.name, _replace_linear(d, index, rank, dtype, undo)) for d, index in selected]
+        layers = {d.name: _replace_linear(d, index, rank, dtype, undo) for d, index in selected}
         for down_proj, gating in gatings:
             if isinstance(gating, Gating):
                 _replace_mlp(causal_lm, down_proj, gating, undo)
         _attach(structure, layers, undo)
         report = Report(
-            patched={name: len(layer.index) for name, layer in layers},
+            patched={name: len(layer.index) for name, layer in layers.items()},
             skipped={
                 d.name: "no row of this layer is selected" for d, rows in by_layer if not len(rows)
             },
@@ -116,7 +116,7 @@ def _selection_to_train(
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:
     if rank is not None:
         return "low-rank rows need the product itself"
-    if is_sharded(down_proj.module.weight):  # type: ignore[arg-type]
+    if is_sharded(cast(nn.Linear, down_proj.module).weight):
         return "its weights are sharded"
     return find_gating(down_proj)
 
@@ -138,13 +138,13 @@ def _replace_linear(
     dtype: torch.dtype | None,
     undo: contextlib.ExitStack,
 ) -> LokiLinear:
-    linear = down_proj.module
+    linear = cast(nn.Linear, down_proj.module)  # check_patchable has seen to it
     layer = LokiLinear.from_linear(linear, index, rank, dtype)
 
     def put_back() -> None:
         # .to() and load_state_dict(assign=True) may have replaced the parameter objects
         linear.weight = layer.weight
-        linear.bias = layer.bias
+        linear.bias = layer.bias  # type: ignore[assignment]  # torch declares no None
         linear.train(layer.training)
         setattr(down_proj.parent, down_proj.attribute, linear)
 
@@ -169,17 +169,17 @@ def _replace_mlp(
 
 
 def _attach(
-    structure: Structure, layers: list[tuple[str, LokiLinear]], undo: contextlib.ExitStack
+    structure: Structure, layers: dict[str, LokiLinear], undo: contextlib.ExitStack
 ) -> None:
     """What a patched model needs outside its layers: for its decoder, its saving, and DDP."""
     model = structure.causal_lm
-    writer = _RowWriter(model, [layer for _, layer in layers if layer.rank is None])
+    writer = _RowWriter(model, [layer for layer in layers.values() if layer.rank is None])
     for hook in writer.attach(structure.decoder):
         undo.callback(hook.remove)
     saver = SavePretrained.attach(model, layers)
     if saver is not None:
         undo.callback(saver.detach)
-    indices = [f"{name}.index" for name, _ in layers]
+    indices = [f"{name}.index" for name in layers]
     ignore_in_ddp(model, indices)
     undo.callback(heed_in_ddp, model, indices)
 

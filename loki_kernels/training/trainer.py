@@ -11,10 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..files import check_folder
 from ..sharding import is_partitioned
-from . import adapter_file
-from .adapter_file import SIDE_FILE, SavedRows
-from .checkpoint import load_state
-from .linear import LokiLinear, low_rank_rows
+from .adapter_file import SIDE_FILE, Layers, SavedRows, read_rows
+from .handle import Patch
+from .linear import low_rank_rows
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +21,13 @@ logger = logging.getLogger(__name__)
 class SideFileCallback(TrainerCallback):
     """What `Patch.trainer_callback` gives."""
 
-    def __init__(self, layers: list[tuple[str, LokiLinear]]) -> None:
-        self.layers = layers
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        assert args.output_dir is not None  # TrainingArguments fills it in
         if args.should_save:
             check_folder(args.output_dir)
         if state.global_step:
@@ -43,16 +43,15 @@ class SideFileCallback(TrainerCallback):
             self._load_side_file([Path(state.best_model_checkpoint)])
 
     def _load_side_file(self, folders: list[Path]) -> None:
-        layers = self.layers
-        if not any(layer.needs_side_file for _, layer in layers) or any(
-            is_partitioned(layer.weight)
-            for _, layer in layers  # DeepSpeed has its own files
-        ):
+        layers = dict(self.patch.named_layers())
+        if not any(layer.needs_side_file for layer in layers.values()):
             return
+        if any(is_partitioned(layer.weight) for layer in layers.values()):
+            return  # DeepSpeed has its own files
         for folder in folders:
             path = folder / SIDE_FILE
-            if path.is_file() and _agree_but_for_rounding(adapter_file.read_adapter(path), layers):
-                load_state(layers, folder)
+            if path.is_file() and _agree_but_for_rounding(read_rows(path), layers):
+                self.patch.load_state(folder)
                 return
         logger.warning(
             "no %s of the checkpoint was found in %s: the rows go on as its weights hold them "
@@ -62,9 +61,9 @@ class SideFileCallback(TrainerCallback):
         )
 
 
-def _agree_but_for_rounding(saved: SavedRows, layers: list[tuple[str, LokiLinear]]) -> bool:
+def _agree_but_for_rounding(saved: SavedRows, layers: Layers) -> bool:
     """Whether the layers hold what was saved, but for rounding: the Trainer has just read that."""
-    for name, layer in layers:
+    for name, layer in layers.items():
         parts, held = saved.layers.get(name, {}), layer.merged_rows().float().cpu()
         if "rows" in parts:
             rows, tolerance = parts["rows"].to(layer.weight.dtype).float(), 0.0

@@ -54,10 +54,10 @@ def test_adapter_holds_the_rows_alone(trained):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    layers = adapter_file.read_adapter(folder / "adapter_model.safetensors").layers
+    layers = adapter_file.read_rows(folder / "adapter_model.safetensors").layers
     assert list(layers) == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
     assert torch.equal(layers[NAME]["index"], torch.tensor([1, 5, 40]))
-    assert torch.equal(layers[NAME]["rows"], model.model.layers[0].mlp.down_proj.rows)
+    assert torch.equal(layers[NAME]["rows"], model.model.layers[0].mlp.down_proj.rows.cpu())
     assert sum(path.stat().st_size for path in folder.iterdir()) < 6 * 112 * 4 + 2000
 
 
@@ -82,7 +82,7 @@ def test_another_base_is_refused(trained, base, message):
     assert_unchanged(model, before)
 
 
-def edit(folder, **changes):
+def edit_config(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -99,7 +99,7 @@ def edit(folder, **changes):
     ],
 )
 def test_configs_that_do_not_fit(trained, changes, message):
-    edit(trained[1], **changes)
+    edit_config(trained[1], **changes)
     model = build_model()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
@@ -114,11 +114,11 @@ def test_damaged_files(trained, tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         loki.load_adapter(build_model(), folder)
-    adapter_file.write_adapter(folder / "adapter_model.safetensors", {"lora_A": torch.zeros(1)})
+    adapter_file.write_tensors(folder / "adapter_model.safetensors", {"lora_A": torch.zeros(1)})
     with pytest.raises(ValueError, match="not a LoKI adapter"):
         loki.load_adapter(build_model(), folder)
     index = {f"base_model.model.{NAME}.loki_index": torch.tensor([1])}
-    adapter_file.write_adapter(folder / "adapter_model.safetensors", index)
+    adapter_file.write_tensors(folder / "adapter_model.safetensors", index)
     with pytest.raises(ValueError, match="is not whole"):
         loki.load_adapter(build_model(), folder)
     (folder / "adapter_config.json").write_text("{")
