@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
 def full_values(parameter: Tensor) -> Tensor:
     """All values of a parameter, detached; of a sharded one every process has to ask."""
     if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
+        return cast(DTensor, parameter.detach()).full_tensor()
     if is_partitioned(parameter):
         import deepspeed
 

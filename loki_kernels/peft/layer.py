@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -65,7 +65,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         Raises:
             UnsupportedModelError: if they are not in memory.
         """
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()  # a linear of any library
         if self.quantization_backend is not None:
             if is_repacked(base):
                 raise UnsupportedModelError(
@@ -84,7 +84,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.loki_index:
-            del self.loki_index[adapter_name]
+            del self.loki_index[adapter_name]  # type: ignore[no-untyped-call]
             delattr(self, original_name(adapter_name))
         super().delete_adapter(adapter_name)
 
@@ -135,12 +135,16 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         if len(names) == 1 and type(base) is nn.Linear and self._is_plain(base.weight):
             a, b = self._update_factors(names[0])
             return row_delta_linear(x, base.weight, a, b, self.loki_index[names[0]], base.bias)
-        y = base(x, *args, **kwargs)
+        y: Tensor = base(x, *args, **kwargs)
         for name in names:
             a, b = self._update_factors(name)
             u = x if b is None else functional.linear(x, b.to(x.dtype))
             y = y.index_add(-1, self.loki_index[name], functional.linear(u, a.to(u.dtype)).to(y))
         return y
+
+    @property
+    def _base_weight(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.get_base_layer().weight)
 
     def _is_plain(self, weight: Tensor) -> bool:
         return self.quantization_backend is None and not weight.is_meta and not is_sharded(weight)
@@ -155,7 +159,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _merged_rows(self, name: str) -> Tensor:
         """In the base's dtype."""
-        original = getattr(self, original_name(name))
+        original: Tensor = getattr(self, original_name(name))
         if name in self.loki_rows:
             return self.loki_rows[name].to(original)
         rows = low_rank_rows(original, self.loki_delta_a[name], self.loki_delta_b[name])
@@ -193,7 +197,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         names = self.check_merge(safe_merge, adapter_names)
         rows = {name: self._merged_rows(name) for name in names}
         if self.quantization_backend is None:
-            weight = self.get_base_layer().weight.data
+            weight = self._base_weight.data
             for name in names:
                 index = self.loki_index[name]
                 self._replaced[name] = weight[index]
@@ -221,13 +225,13 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
         if self._unmerged is not None:
-            device = self.get_base_layer().weight.device
+            device = self._base_weight.device
             self.base_layer, self.quantization_backend = self._unmerged
             self.base_layer.to(device)
             self._unmerged = None
         else:
             for name, rows in self._replaced.items():
-                weight = self.get_base_layer().weight.data
+                weight = self._base_weight.data
                 weight.index_copy_(0, self.loki_index[name], rows.to(weight))
         self._replaced.clear()
         self.merged_adapters.clear()

@@ -29,28 +29,31 @@ def quantization_of(layer: nn.Module, model: nn.Module) -> Any:
     return resolve_quantization_backend(layer, **get_quantization_kwargs(model))
 
 
-def is_repacked(layer: nn.Module) -> bool:
+def is_repacked(layer: Any) -> bool:
     """Whether bitsandbytes has brought 4-bit weights into the layout of AVX512-BF16 kernels."""
-    return getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+    state = getattr(layer.weight, "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def dequantized_weight(layer: nn.Module, backend: Any, dtype: torch.dtype | None) -> Tensor:
+def dequantized_weight(layer: Any, backend: Any, dtype: torch.dtype | None) -> Tensor:
     """The weight of a quantized layer, in the model's dtype (bitsandbytes gives float32)."""
+    weight: Tensor
     if not is_repacked(layer):
-        return backend.get_base_weight(layer).to(dtype)
+        weight = backend.get_base_weight(layer)
+        return weight.to(dtype)
     # bitsandbytes 0.50.2 can multiply such a weight but not dequantize it.
-    identity = torch.eye(layer.in_features, dtype=dtype, device=layer.weight.device)  # type: ignore[arg-type]
+    identity = torch.eye(layer.in_features, dtype=dtype, device=layer.weight.device)
     weight = layer(identity).t()
     return (weight if layer.bias is None else weight - layer.bias[:, None]).contiguous()
 
 
-def plain_linear(weight: Tensor, layer: nn.Module) -> nn.Linear:
+def plain_linear(weight: Tensor, layer: Any) -> nn.Linear:
     """An ``nn.Linear`` of this weight and the layer's bias."""
     linear = nn.Linear(1, 1, bias=False)
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)
     bias = layer.bias
-    linear.bias = None if bias is None else nn.Parameter(bias.detach().to(weight), False)
+    linear.bias = None if bias is None else nn.Parameter(bias.detach().to(weight), False)  # type: ignore[assignment]
     return linear.train(layer.training)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class LokiLinear(nn.Module):
         super().__init__()
         index = _check_index(rows, linear.out_features)
         check_rank(rank)
-        weight = linear.weight
+        weight = cast(nn.Parameter, linear.weight)  # torch declares a Tensor
         if not weight.is_floating_point():
             raise ValueError(
                 f"the weight is {weight.dtype}; only floating-point weights can be trained in rows."
@@ -75,7 +75,7 @@ class LokiLinear(nn.Module):
         self.rank = rank
         # Shared with `linear`, not copied: a patched model is no larger than before.
         self.weight = weight
-        self.bias = linear.bias
+        self.bias = cast("nn.Parameter | None", linear.bias)
         weight.requires_grad_(False)
         if linear.bias is not None:
             linear.bias.requires_grad_(False)

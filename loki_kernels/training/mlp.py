@@ -66,14 +66,15 @@ class FusedMLP(nn.Module):
         gate, up = self.gating.split(self, x)
         layer: LokiLinear = getattr(self, self.down)
         activation = self.gating.activation
-        if torch.compiler.is_compiling():  # the compiler fuses and recomputes what it sees through
-            return layer(traceable_gated_product(gate, up, activation))
         # The fused op works on a written weight, and hooks expect an ordinary call. Below the first
         # trained row nothing is differentiated, and keeping gate and up would cost memory.
         differentiated = gate.requires_grad or up.requires_grad
         if layer.writes_rows and differentiated and not _has_hooks(layer):
             return layer.forward_gated(gate, up, activation)
-        return layer(gated_product(gate, up, activation))
+        # the compiler fuses and recomputes what it sees through
+        product = traceable_gated_product if torch.compiler.is_compiling() else gated_product
+        y: Tensor = layer(product(gate, up, activation))
+        return y
 
     def extra_repr(self) -> str:
         return f"activation={self.gating.activation}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -12,10 +13,7 @@ from .targets import Rows, as_selection, check_fits, check_patchable
 
 
 @contextlib.contextmanager
-def suppress(
-    model: nn.Module,
-    rows: Rows,
-) -> Iterator[nn.Module]:
+def suppress(model: nn.Module, rows: Rows) -> Iterator[nn.Module]:
     """Zero rows of every down-projection inside the block (the paper's ablation, Table 5a).
 
     A row's bias is zeroed too, so that its node is silent. The weights come back bit for bit.
@@ -31,7 +29,8 @@ def suppress(
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         for down_proj, layer_rows in zip(structure.down_projs, selection, strict=True):
-            for parameter in (down_proj.module.weight, down_proj.module.bias):
+            linear = cast(nn.Linear, down_proj.module)  # check_patchable has seen to it
+            for parameter in (linear.weight, linear.bias):
                 if parameter is None:
                     continue
                 index = layer_rows.to(parameter.device)
