@@ -84,7 +84,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.loki_index:
-            del self.loki_index[adapter_name]  # type: ignore[no-untyped-call]
+            del self.loki_index[adapter_name]
             delattr(self, original_name(adapter_name))
         super().delete_adapter(adapter_name)
 
@@ -161,7 +161,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         """In the base's dtype."""
         original: Tensor = getattr(self, original_name(name))
         if name in self.loki_rows:
-            return self.loki_rows[name].to(original)
+            trained: Tensor = self.loki_rows[name]
+            return trained.to(original)
         rows = low_rank_rows(original, self.loki_delta_a[name], self.loki_delta_b[name])
         return rows.to(original)
 

@@ -36,7 +36,7 @@ class LokiModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_check_rows)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_check_rows)
 
     # override: PEFT declares wider arguments than it passes, and None where it returns the model.
 
@@ -158,7 +158,7 @@ def _check_rows(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
     """Refuse a state dict of other rows: PEFT loads one into an adapter without its config."""
     for name, module in model.named_modules():
         if isinstance(module, LokiLayer):
-            for adapter, index in module.loki_index.items():  # type: ignore[no-untyped-call]
+            for adapter, index in module.loki_index.items():
                 key = f"{prefix}{name}.loki_index.{adapter}"
                 other = state_dict.get(key)
                 if other is not None and not torch.equal(other.cpu(), index.cpu()):

@@ -155,7 +155,8 @@ def _base_name(structure: Structure) -> str | None:
 
 def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiLinear]]:
     structure = find_structure(model)
-    layers = {d.name: d.module for d in structure.down_projs if isinstance(d.module, LokiLinear)}
+    modules: dict[str, nn.Module] = {d.name: d.module for d in structure.down_projs}
+    layers = {n: layer for n, layer in modules.items() if isinstance(layer, LokiLinear)}
     if not layers:
         raise ValueError("the model is not patched; call loki_kernels.patch(model) first.")
     return structure, layers

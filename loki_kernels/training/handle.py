@@ -128,7 +128,7 @@ class Patch:
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 
-        return SideFileCallback(self)
+        return SideFileCallback(self._layers, self.load_state)
 
     def named_layers(self) -> list[tuple[str, LokiLinear]]:
         """(name in the model, layer) of every patched layer."""

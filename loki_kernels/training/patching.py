@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ def _selection_to_train(
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:
     if rank is not None:
         return "low-rank rows need the product itself"
-    if is_sharded(cast(nn.Linear, down_proj.module).weight):
+    if is_sharded(down_proj.module.weight):
         return "its weights are sharded"
     return find_gating(down_proj)
 
@@ -138,7 +138,7 @@ def _replace_linear(
     dtype: torch.dtype | None,
     undo: contextlib.ExitStack,
 ) -> LokiLinear:
-    linear = cast(nn.Linear, down_proj.module)  # check_patchable has seen to it
+    linear = down_proj.module
     layer = LokiLinear.from_linear(linear, index, rank, dtype)
 
     def put_back() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ def suppress(model: nn.Module, rows: Rows) -> Iterator[nn.Module]:
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         for down_proj, layer_rows in zip(structure.down_projs, selection, strict=True):
-            linear = cast(nn.Linear, down_proj.module)  # check_patchable has seen to it
+            linear = down_proj.module
             for parameter in (linear.weight, linear.bias):
                 if parameter is None:
                     continue

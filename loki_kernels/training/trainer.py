@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..files import check_folder
 from ..sharding import is_partitioned
 from .adapter_file import SIDE_FILE, Layers, SavedRows, read_rows
-from .handle import Patch
 from .linear import low_rank_rows
 
 logger = logging.getLogger(__name__)
@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 class SideFileCallback(TrainerCallback):
     """What `Patch.trainer_callback` gives."""
 
-    def __init__(self, patch: Patch) -> None:
-        self.patch = patch
+    def __init__(self, layers: Layers, load_state: Callable[[Path], None]) -> None:
+        self.layers = layers
+        self.load_state = load_state
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -43,7 +44,7 @@ class SideFileCallback(TrainerCallback):
             self._load_side_file([Path(state.best_model_checkpoint)])
 
     def _load_side_file(self, folders: list[Path]) -> None:
-        layers = dict(self.patch.named_layers())
+        layers = self.layers
         if not any(layer.needs_side_file for layer in layers.values()):
             return
         if any(is_partitioned(layer.weight) for layer in layers.values()):
@@ -51,7 +52,7 @@ class SideFileCallback(TrainerCallback):
         for folder in folders:
             path = folder / SIDE_FILE
             if path.is_file() and _agree_but_for_rounding(read_rows(path), layers):
-                self.patch.load_state(folder)
+                self.load_state(folder)
                 return
         logger.warning(
             "no %s of the checkpoint was found in %s: the rows go on as its weights hold them "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def unsupported(scores: Tensor, *_: object) -> str | None:
     width, limit = scores.shape[-1], MAX_WIDTH
     if scores.is_cuda:
         # 4 bytes a key and 9 KiB of counters; an A100's block has 163 KiB, smaller chips' 99
-        properties = torch.cuda.get_device_properties(scores.device)
+        properties: Any = torch.cuda.get_device_properties(scores.device)
         limit = min(limit, (properties.shared_memory_per_block_optin - 9 * 1024) // 4)
     if width > limit:
         return f"its kernel takes up to {limit} scores a layer, not {width}."

@@ -33,5 +33,8 @@ def backward(
     dtype = gate.dtype
     grad, gate, up = _wide(grad), _wide(gate), _wide(up)
     active = activate(gate, activation)
-    results = (grad * up).mul_(_slope(gate, activation)), grad * active, active * up
-    return tuple(x.to(dtype).contiguous() for x in results)
+    to_gate, to_up, product = (
+        x.to(dtype).contiguous()
+        for x in ((grad * up).mul_(_slope(gate, activation)), grad * active, active * up)
+    )
+    return to_gate, to_up, product

@@ -96,22 +96,21 @@ class _RowDeltaLinear(torch.autograd.Function):
         x, weight, delta_a, delta_b, index = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, _, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_bias = None
-        selected = flat = through = None
         if needs_x or needs_a or needs_b:
             selected, flat = selected_columns(grad, index), as_matrix(x)
             through = selected @ delta_a.to(x.dtype)  # the gradient of what delta_a multiplies
-        if needs_a:
-            u = flat if delta_b is None else flat @ delta_b.to(x.dtype).t()
-            grad_a = weight_gradient(selected, u, delta_a.dtype)
-        if needs_b:
-            grad_b = weight_gradient(through, flat, delta_b.dtype)
-        if needs_x:
-            grad_x = as_matrix(grad) @ weight
-            if delta_b is None:
-                grad_x = grad_x.add_(through)
-            else:
-                grad_x = torch.addmm(grad_x, through, delta_b.to(x.dtype))
-            grad_x = grad_x.view(x.shape)
+            if needs_a:
+                u = flat if delta_b is None else flat @ delta_b.to(x.dtype).t()
+                grad_a = weight_gradient(selected, u, delta_a.dtype)
+            if needs_b:
+                grad_b = weight_gradient(through, flat, delta_b.dtype)
+            if needs_x:
+                grad_x = as_matrix(grad) @ weight
+                if delta_b is None:
+                    grad_x = grad_x.add_(through)
+                else:
+                    grad_x = torch.addmm(grad_x, through, delta_b.to(x.dtype))
+                grad_x = grad_x.view(x.shape)
         if needs_bias:
             grad_bias = as_matrix(grad).sum(0)
         return grad_x, None, grad_a, grad_b, None, grad_bias, None

@@ -92,7 +92,8 @@ class _SwigluRowMaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
         gate, up, weight, rows, index = ctx.saved_tensors
-        grad_gate = grad_up = product = grad_rows = grad_bias = None
+        grad_gate = grad_up = grad_rows = grad_bias = None
+        product: Any = None
         needs_gate, needs_up, _, needs_rows, _, needs_bias, *_ = ctx.needs_input_grad
         if needs_gate or needs_up:
             grad_gate, grad_up, product = torch.ops.loki_kernels.gated_product_backward(
