@@ -36,7 +36,7 @@ class LokiModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_check_rows)
+        self.register_load_state_dict_pre_hook(_check_rows)  # type: ignore[no-untyped-call]
 
     # override: PEFT declares wider arguments than it passes, and None where it returns the model.
 
