@@ -17,7 +17,7 @@ from tests.models import changed_rows
 pytest.importorskip("axolotl")
 
 
-def run(*command):
+def run_axolotl(*command):
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
         [sys.executable, "-m", "axolotl.cli.main", *map(str, command)],
@@ -48,10 +48,10 @@ def config(base_folder, tmp_path):
 def test_trains_and_merges(config, base_folder, tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text(json.dumps(config))
-    run("train", path, "--launcher", "python")
+    run_axolotl("train", path, "--launcher", "python")
     merge = config | {"lora_model_dir": str(tmp_path / "out"), "merge_method": "legacy"}
     path.write_text(json.dumps(merge))
-    run("merge-lora", path)
+    run_axolotl("merge-lora", path)
     assert changed_rows(tmp_path / "out" / "merged", base_folder) == [1, 5, 40]
 
 

@@ -6,6 +6,7 @@ pip install llamafactory && pip install --no-deps . && pytest tests/test_llamafa
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from tests.models import changed_rows
 pytest.importorskip("llamafactory")
 
 
-def run(*arguments, torchrun=0):
+def run_launched(*arguments, torchrun=0):
     command = [sys.executable, "-m"]
     if torchrun:
         command += [
@@ -27,8 +28,9 @@ def run(*arguments, torchrun=0):
             "-m",
         ]
     result = subprocess.run(
-        [*command, "loki_kernels.launch", *map(str, arguments)], capture_output=True, text=True
-    )
+        [*command, "loki_kernels.launch", *map(str, arguments)],
+        capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -36,7 +38,7 @@ def run(*arguments, torchrun=0):
 def test_trains_and_exports(base_folder, tmp_path, processes):
     (tmp_path / "rows.json").write_text(json.dumps([[1, 5, 40], [0], [7, 3]]))
     adapter, out = tmp_path / "adapter", tmp_path / "out"
-    run("loki_kernels.cli", "adapter", base_folder, tmp_path / "rows.json", adapter)
+    run_launched("loki_kernels.cli", "adapter", base_folder, tmp_path / "rows.json", adapter)
     chats = [{"instruction": "w1 w2 w3", "input": "", "output": f"w{i}"} for i in range(8)]
     (tmp_path / "chats.json").write_text(json.dumps(chats))
     (tmp_path / "dataset_info.json").write_text(json.dumps({"chats": {"file_name": "chats.json"}}))
@@ -55,8 +57,8 @@ def test_trains_and_exports(base_folder, tmp_path, processes):
     for name, content in (("train.yaml", train), ("export.yaml", export)):
         (tmp_path / name).write_text(json.dumps(content))
     if processes:
-        run("llamafactory.launcher", tmp_path / "train.yaml", torchrun=processes)
+        run_launched("llamafactory.launcher", tmp_path / "train.yaml", torchrun=processes)
     else:
-        run("llamafactory.cli", "train", tmp_path / "train.yaml")
-    run("llamafactory.cli", "export", tmp_path / "export.yaml")
+        run_launched("llamafactory.cli", "train", tmp_path / "train.yaml")
+    run_launched("llamafactory.cli", "export", tmp_path / "export.yaml")
     assert changed_rows(tmp_path / "merged", base_folder) == [1, 5, 40]

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from tests import models
 
 ROWS = [[1, 5, 40], [0], [7, 3]]
 
 
-def data(count=16):
+def token_records(count=16):
+    """Records of 9 random tokens, on the CPU, where a DataLoader wants them."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, 97, (count, 9), generator=generator)
-    return [{"input_ids": row, "labels": row} for row in rows]
+    sequences = torch.randint(0, 97, (count, 9), generator=generator)
+    return [{"input_ids": ids, "labels": ids} for ids in sequences]
+
+
+def token_batch(count=1):
+    """Their ids ``[count, 9]``, on the models' device."""
+    return models.to_device(torch.stack([record["input_ids"] for record in token_records(count)]))
+
+
+def load_model(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options).to(models.DEVICE)
 
 
 def train(model, steps=3, lr=0.05):
     """A bare loop over every parameter, with weight decay."""
-    batch = torch.stack([row["input_ids"] for row in data(4)])
+    batch = token_batch(4).to(next(model.parameters()).device)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1
     )
@@ -28,21 +40,23 @@ def train(model, steps=3, lr=0.05):
 
 
 def logits(model):
+    """Of one sequence, on the CPU, whatever the model's device."""
     with torch.no_grad():
-        return model.eval()(input_ids=data(1)[0]["input_ids"][None]).logits
+        ids = token_batch().to(next(model.parameters()).device)
+        return model.eval()(input_ids=ids).logits.cpu()
 
 
-def trainer(model, folder, steps, callbacks=(), **options):
+def tiny_trainer(model, folder, steps, callbacks=(), **options):
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, save_steps=3, learning_rate=0.02,
         lr_scheduler_type="constant", per_device_train_batch_size=2, report_to="none",
-        disable_tqdm=True, use_cpu=True, **options,
+        disable_tqdm=True, use_cpu=models.DEVICE.type == "cpu", **options,
     )  # fmt: skip
     return Trainer(
         model=model,
         args=arguments,
-        train_dataset=data(),
-        eval_dataset=data(4),
+        train_dataset=token_records(),
+        eval_dataset=token_records(4),
         callbacks=list(callbacks),
     )
 

@@ -20,11 +20,11 @@ from loki_kernels.attribution.reference import attribute_reference
 from loki_kernels.attribution.staircase import Staircase
 from loki_kernels.attribution.steering import borrowed
 from loki_kernels.structure import find_structure
-from tests.models import ARCHITECTURES, assert_unchanged, build_model, snapshot
+from tests.models import ARCHITECTURES, DEVICE, assert_unchanged, build_model, snapshot, to_device
 
 
 def norm_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    got, want = got.double(), want.double()
+    got, want = got.cpu().double(), want.cpu().double()
     return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
 
 
@@ -38,7 +38,9 @@ def test_equals_naive_reforward(name, definition, site, prompts):
         result = attribute(model, prompts, definition=definition, site=site)
         for i, prompt in enumerate(prompts):
             want = attribute_reference(
-                model, prompt["input_ids"], definition=replace(DEFINITIONS[definition], site=site)
+                model,
+                to_device(prompt["input_ids"]),
+                definition=replace(DEFINITIONS[definition], site=site),
             )
             assert norm_error(result.scores[i], want) <= tolerance
 
@@ -49,7 +51,7 @@ def test_captum_definition_equals_captum(name, prompts):
     model = build_model(name, torch.float64)
     result = attribute(model, prompts, definition="captum")
     for i, prompt in enumerate(prompts):
-        ids = prompt["input_ids"][None]
+        ids = to_device(prompt["input_ids"][None])
 
         def forward(ids):
             return model(ids, use_cache=False).logits[:, -1].softmax(-1)
@@ -72,7 +74,7 @@ def test_every_override(rule, baseline, path, objective, prompts):
     result = attribute(model, prompts[1:2], steps=5, **options)
     want = attribute_reference(
         model,
-        prompts[1]["input_ids"],
+        to_device(prompts[1]["input_ids"]),
         definition=replace(DEFINITIONS["published"], **options),
         steps=5,
     )
@@ -89,7 +91,7 @@ def test_completeness_shrinks_with_steps(prompts):
         assert fine.completeness.abs().max() < 1e-5
         assert fine.completeness.abs().mean() < 0.2 * coarse.completeness.abs().mean()
     target = model.model.layers[1].mlp.down_proj
-    ids = prompts[2]["input_ids"][None]
+    ids = to_device(prompts[2]["input_ids"][None])
 
     def silence(_module, _args, output):
         output = output.clone()
@@ -149,7 +151,7 @@ def test_target_is_attributed(model, prompts):
     other = attribute(model, prompts, target=(free.targets + 1) % 97)
     assert norm_error(other.scores, free.scores) > 0.1
     want = attribute_reference(
-        model, prompts[2]["input_ids"], target=int((free.targets[2] + 1) % 97)
+        model, to_device(prompts[2]["input_ids"]), target=int((free.targets[2] + 1) % 97)
     )
     assert norm_error(other.scores[2], want) < 1e-5
 
@@ -164,7 +166,7 @@ def test_half_precision_follows_float32(dtype, prompts):
     assert result.scores.dtype == torch.float32
     naive = torch.stack(
         [
-            attribute_reference(half_model, p["input_ids"], target=int(t))
+            attribute_reference(half_model, to_device(p["input_ids"]), target=int(t)).cpu()
             for p, t in zip(prompts, exact.targets, strict=True)
         ]
     )
@@ -232,7 +234,7 @@ def test_patched_model(model, prompts):
 def test_under_autocast_and_from_a_data_loader(model, prompts):
     want = attribute(model, prompts)
     loader = torch.utils.data.DataLoader([p["input_ids"] for p in prompts[1:2]], batch_size=1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         got = attribute(model, ({"input_ids": ids} for ids in loader))
     assert norm_error(got.scores, want.scores[1:2]) < 1e-5
 
@@ -506,7 +508,7 @@ def test_staircase_compiles_whole():
     torch._dynamo.reset()
     structure = find_structure(build_model())
     integral = PathIntegral.resolve("published", {}, 7)
-    batch = Batch([0, 1], torch.arange(18).view(2, 9), torch.tensor([9, 5]))
+    batch = Batch([0, 1], *to_device([torch.arange(18).view(2, 9), torch.tensor([9, 5])]))
     with borrowed(structure):
         prefill = run_prefill(structure, batch, integral.definition)
         staircase = Staircase(structure, batch, prefill, integral)

@@ -16,8 +16,16 @@ import loki_kernels as loki
 import loki_kernels.peft
 from loki_kernels.attribution import cache
 from loki_kernels.peft import LokiConfig, LokiLayer
-from tests.models import ARCHITECTURES, build_model
-from tests.tiny_training import ROWS, WordTokenizer, data, logits, train, trainer
+from tests.models import ARCHITECTURES, DEVICE, build_model, to_device
+from tests.tiny_training import (
+    ROWS,
+    WordTokenizer,
+    load_model,
+    logits,
+    tiny_trainer,
+    token_batch,
+    train,
+)
 
 
 @pytest.fixture
@@ -80,7 +88,7 @@ def test_base_weights_are_never_written():
     layer = down_proj(model).base_layer
     assert torch.equal(layer.weight, start["model.layers.0.mlp.down_proj.weight"])
     want = logits(build_model())
-    batch = data(2)[0]["input_ids"][None]
+    batch = token_batch()
     loss = model(input_ids=batch, labels=batch).loss
     with model.disable_adapter():  # between a forward pass and its backward pass, as DPO does
         assert torch.equal(logits(model), want)
@@ -108,35 +116,29 @@ def test_merging_is_undone_bit_for_bit(rank):
 
 
 def test_saves_and_loads(base, tmp_path):
-    model = peft.get_peft_model(loki_base(base), LokiConfig(rows=ROWS))
+    model = peft.get_peft_model(load_model(base), LokiConfig(rows=ROWS))
     want = logits(train(model))
     model.save_pretrained(tmp_path / "adapter")
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
-    again = peft.PeftModel.from_pretrained(loki_base(base), str(tmp_path / "adapter"))
+    again = peft.PeftModel.from_pretrained(load_model(base), str(tmp_path / "adapter"))
     assert torch.equal(logits(again), want)
     assert not any(p.requires_grad for p in again.parameters())
     auto = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
-    assert torch.equal(logits(auto), want)
-    handle = loki.load_adapter(loki_base(base), tmp_path / "adapter")
+    assert torch.equal(logits(auto.to(DEVICE)), want)
+    handle = loki.load_adapter(load_model(base), tmp_path / "adapter")
     torch.testing.assert_close(logits(handle.model), want)
     with pytest.raises(ValueError, match="another base"):
         peft.PeftModel.from_pretrained(build_model(seed=1), str(tmp_path / "adapter"))
 
 
-def loki_base(folder):
-    import transformers
-
-    return transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-
 def test_reads_what_save_adapter_wrote(base, tmp_path):
     for rank in (None, 2):
-        model = loki_base(base)
+        model = load_model(base)
         loki.patch(model, [ROWS[0], [], ROWS[2]], rank=rank)
         want = logits(train(model))
         folder = str(loki.save_adapter(model, tmp_path / f"adapter-{rank}"))
-        again = peft.PeftModel.from_pretrained(loki_base(base), folder, is_trainable=True)
+        again = peft.PeftModel.from_pretrained(load_model(base), folder, is_trainable=True)
         torch.testing.assert_close(logits(again), want)
         assert any(p.requires_grad for p in again.parameters())
         torch.testing.assert_close(logits(train(again)), logits(train(model)), atol=1e-4, rtol=1e-4)
@@ -170,11 +172,11 @@ def test_several_adapters():
 def test_loads_a_second_adapter(base, tmp_path, low_cpu_mem_usage):
     wants = {}
     for name, rows in (("a", ROWS), ("b", [[2], [9], [8]])):
-        model = peft.get_peft_model(loki_base(base), LokiConfig(rows=rows))
+        model = peft.get_peft_model(load_model(base), LokiConfig(rows=rows))
         wants[name] = logits(train(model))
         model.save_pretrained(tmp_path / name)
     model = peft.PeftModel.from_pretrained(
-        loki_base(base), str(tmp_path / "a"), adapter_name="a", low_cpu_mem_usage=low_cpu_mem_usage
+        load_model(base), str(tmp_path / "a"), adapter_name="a", low_cpu_mem_usage=low_cpu_mem_usage
     )
     model.load_adapter(str(tmp_path / "b"), "b", low_cpu_mem_usage=low_cpu_mem_usage)
     for name, want in wants.items():
@@ -331,13 +333,13 @@ def test_unmerges_in_another_dtype():
 def test_adapters_within_a_batch_are_refused():
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)).eval()
     with pytest.raises(ValueError, match="mixed within a batch"):
-        model(input_ids=data(1)[0]["input_ids"][None], adapter_names=["default"])
+        model(input_ids=token_batch(), adapter_names=["default"])
 
 
 def test_trainer_resumes_bit_exactly(tmp_path):
     def run(folder, steps, resume=False):
         model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
-        trainer(model, folder, steps).train(resume_from_checkpoint=resume)
+        tiny_trainer(model, folder, steps).train(resume_from_checkpoint=resume)
         return {n: p.detach().clone() for n, p in model.named_parameters() if "loki_" in n}
 
     straight = run(tmp_path / "a", 6)
@@ -355,7 +357,7 @@ def test_gradient_checkpointing(use_reentrant):
         if checkpoint:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        batch = data(2)[1]["input_ids"][None]
+        batch = token_batch()
         model(input_ids=batch, labels=batch).loss.backward()
         return down_proj(model).loki_rows["default"].grad
 
@@ -364,8 +366,8 @@ def test_gradient_checkpointing(use_reentrant):
 
 def test_autocast():
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
-    batch = data(2)[1]["input_ids"][None]
-    with torch.autocast("cpu", torch.bfloat16):
+    batch = token_batch()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         loss = model(input_ids=batch, labels=batch).loss
     loss.backward()
     assert down_proj(model).loki_rows["default"].grad.dtype == torch.float32
@@ -380,7 +382,7 @@ def test_compiles_without_breaks():
     run = torch.compile(layer, backend=counter, fullgraph=True)
     optimizer = torch.optim.SGD([layer.loki_rows["default"]], lr=0.1)
     for _ in range(3):
-        x = torch.randn(5, 112)
+        x = to_device(torch.randn(5, 112))
         y = run(x)
         torch.testing.assert_close(y, layer(x))
         y.sum().backward()

@@ -12,14 +12,15 @@ import loki_kernels as loki
 import loki_kernels.peft
 from loki_kernels.attribution import cache
 from loki_kernels.peft import LokiConfig
-from tests.models import GQA, _config
+from tests.models import DEVICE, GQA, _config
 from tests.tiny_training import ROWS, WordTokenizer, logits, train
 
 pytest.importorskip("peft.utils.quantization_utils", reason="needs peft 0.21")
 torchao = pytest.importorskip("torchao.quantization")
 pytest.importorskip("bitsandbytes")
 
-
+# a quantized model cannot be moved
+PLACEMENT = {} if DEVICE.type == "cpu" else {"device_map": {"": DEVICE}}
 QUANTIZATIONS = {
     "torchao int8": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig()),
     "torchao int8 dynamic": lambda: TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig()),
@@ -46,11 +47,15 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(params=QUANTIZATIONS)
 def base(request, checkpoint):
     def load():
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint, quantization_config=QUANTIZATIONS[request.param](), dtype=torch.bfloat16
-        )
+        return load_quantized(checkpoint, QUANTIZATIONS[request.param]())
 
     return load
+
+
+def load_quantized(checkpoint, config):
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=config, dtype=torch.bfloat16, **PLACEMENT
+    )
 
 
 def down_proj(model):
@@ -117,7 +122,7 @@ def test_merging_says_how(base, how, tmp_path):
     assert (types == {torch.Tensor}) == (plain or "Params" in kind.__name__)
     assert hasattr(merged.config, "quantization_config") != plain
     merged.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **PLACEMENT)
     assert distance(logits(again), logits(merged)) < 0.02
 
 
@@ -135,20 +140,16 @@ def test_requantized_rows_are_close_to_the_trained_ones(base):
 def test_repacked_weights_are_refused_or_read_another_way(checkpoint):
     """4-bit weights on a CPU with AVX512-BF16, after a forward pass in evaluation."""
     config = QUANTIZATIONS["bitsandbytes nf4"]()
-
-    def load():
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint, quantization_config=config, dtype=torch.bfloat16
-        )
-
-    model = load()
+    model = load_quantized(checkpoint, config)
     want = logits(model)
     layer = model.model.layers[0].mlp.down_proj
     if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
         pytest.skip("bitsandbytes does not repack weights on this CPU")
     with pytest.raises(loki.UnsupportedModelError, match="before that"):
         peft.get_peft_model(model, LokiConfig(rows=ROWS))
-    model = peft.get_peft_model(load(), LokiConfig(rows=ROWS, quantized_merge="dequantize"))
+    model = peft.get_peft_model(
+        load_quantized(checkpoint, config), LokiConfig(rows=ROWS, quantized_merge="dequantize")
+    )
     assert torch.equal(logits(model), want)
     assert distance(logits(model.merge_and_unload()), want) < 0.02
 

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import loki_kernels as loki
 from tests.models import build_model
+from tests.tiny_training import ROWS
 
-ROWS = [[1, 5, 40], [0], [7, 3]]
 STEPS, BATCH = 4, 4
 
 
@@ -35,7 +35,7 @@ def batches():
     return [torch.randint(0, 97, (BATCH, 9), generator=generator) for _ in range(STEPS)]
 
 
-def prepared(case: str, folder: Path | None = None):
+def patched_or_wrapped(case: str, folder: Path | None = None):
     """(patched model or PeftModel, handle or None); of a checkpoint if a folder is given."""
     dtype = torch.bfloat16 if "bf16" in case else torch.float32
     if folder is None:
@@ -59,7 +59,7 @@ def optimizer_of(model):
     return torch.optim.AdamW(trained, lr=0.02, weight_decay=0.1)
 
 
-def loop(model, optimizer, share, backward=lambda loss: loss.backward(), step=None):
+def train_steps(model, optimizer, share, backward=lambda loss: loss.backward(), step=None):
     """Mean losses over all processes; ``share`` takes this process's part of a batch."""
     losses = []
     for batch in batches():
@@ -79,35 +79,35 @@ def loop(model, optimizer, share, backward=lambda loss: loss.backward(), step=No
     return losses
 
 
-def half(batch):
+def share_of_rank(batch):
     part = BATCH // dist.get_world_size()
     return batch[dist.get_rank() * part :][:part]
 
 
 def plain(case):
-    model, _ = prepared(case)
-    return loop(model, optimizer_of(model), lambda batch: batch), model.state_dict(), None
+    model, _ = patched_or_wrapped(case)
+    return train_steps(model, optimizer_of(model), lambda batch: batch), model.state_dict(), None
 
 
 def ddp(case):
-    model, _ = prepared(case)
+    model, _ = patched_or_wrapped(case)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
 
-    losses = loop(wrapped, optimizer_of(model), half)
+    losses = train_steps(wrapped, optimizer_of(model), share_of_rank)
     return losses, model.state_dict(), model
 
 
 def fsdp(case):
     from torch.distributed.fsdp import fully_shard
 
-    model, _ = prepared(case)
+    model, _ = patched_or_wrapped(case)
     base = model.get_base_model() if "peft" in case else model
     for layer in base.model.layers:
         fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
     fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     start = {k: v.clone() for k, v in get_model_state_dict(model, options=options).items()}
-    losses = loop(model, optimizer_of(model), half)
+    losses = train_steps(model, optimizer_of(model), share_of_rank)
     state = get_model_state_dict(model, options=options)
     if "peft" not in case:
         assert moved_by_reading(model, start, state) > 1e-2 or dist.get_rank()
@@ -130,7 +130,7 @@ def zero(case):
 
     deepspeed.init_distributed("gloo")
     stage = 3 if "3" in case else 2
-    model, _ = prepared(case)
+    model, _ = patched_or_wrapped(case)
     engine, optimizer, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer_of(model),
@@ -141,7 +141,9 @@ def zero(case):
             "zero_force_ds_cpu_optimizer": False,
         },
     )
-    losses = loop(engine, optimizer, half, backward=engine.backward, step=engine.step)
+    losses = train_steps(
+        engine, optimizer, share_of_rank, backward=engine.backward, step=engine.step
+    )
     if stage == 3:
         return losses, engine._zero3_consolidated_16bit_state_dict(), model
     return losses, model.state_dict(), model
@@ -181,7 +183,7 @@ def trainer(case, out):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-    data = [{"input_ids": row, "labels": row} for batch in batches() for row in batch]
+    records = [{"input_ids": ids, "labels": ids} for batch in batches() for ids in batch]
 
     def run(folder, steps, resume=False):
         arguments = TrainingArguments(
@@ -191,12 +193,12 @@ def trainer(case, out):
             disable_tqdm=True, use_cpu=True, train_sampling_strategy="sequential", **engine,
         )  # fmt: skip
         # after the arguments, as users do: under ZeRO-3 the base is sharded as it is loaded
-        model, handle = prepared(case, out / "base")
+        model, handle = patched_or_wrapped(case, out / "base")
         callbacks = [] if handle is None else [handle.trainer_callback()]
-        run = Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
+        run = Trainer(model=model, args=arguments, train_dataset=records, callbacks=callbacks)
         run.train(resume_from_checkpoint=resume)
         run.save_model(str(folder / "last"))
-        return [row["loss"] for row in run.state.log_history if "loss" in row]
+        return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
     run(out / f"{case}-resumed", STEPS // 2)
     run(out / f"{case}-resumed", STEPS, resume=True)

@@ -1,4 +1,7 @@
-"""Two gloo processes on this CPU against one: DDP, FSDP2, ZeRO, plain and in HF Trainer."""
+"""Two gloo processes against one: DDP, FSDP2, ZeRO, plain and in HF Trainer.
+
+On the CPU, whatever --device says.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import loki_kernels as loki
 from tests.models import build_model
+from tests.tiny_training import ROWS
 
 ROOT = Path(__file__).parents[2]
 PLAIN = ["plain", "plain-rank", "plain-bf16", "plain-peft"]
@@ -27,12 +31,14 @@ ZERO_TRAINER = ["trainer-zero3", "trainer-zero3-rank", "trainer-zero3-peft"]
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
-def launch(out: Path, cases: list[str], processes: int = 2) -> Path:
+def launch_worker(out: Path, cases: list[str], processes: int = 2) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes)]
     if processes == 1:
         command = [sys.executable]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"
+    }  # fmt: skip
     result = subprocess.run(
         [*command, "-m", "tests.training.distributed_worker", str(out), *cases],
         cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600,
@@ -44,41 +50,41 @@ def launch(out: Path, cases: list[str], processes: int = 2) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("alone"), PLAIN, processes=1)
+    return launch_worker(tmp_path_factory.mktemp("alone"), PLAIN, processes=1)
 
 
 @pytest.fixture(scope="module")
 def torch_engines(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("torch"), TORCH)
+    return launch_worker(tmp_path_factory.mktemp("torch"), TORCH)
 
 
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("trainer"), TRAINER)
+    return launch_worker(tmp_path_factory.mktemp("trainer"), TRAINER)
 
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("zero"), ZERO)
+    return launch_worker(tmp_path_factory.mktemp("zero"), ZERO)
 
 
 @pytest.fixture(scope="module")
 def zero_trainers(tmp_path_factory):
     out = tmp_path_factory.mktemp("zero_trainer")
     for case in ZERO_TRAINER:  # DeepSpeed's configuration is the process's
-        launch(out, [case])
+        launch_worker(out, [case])
     return out
 
 
-def variant(case: str) -> str:
+def case_of_one_process(case: str) -> str:
     """The case that one process runs."""
-    kind = case.split("-")[-1]
-    return f"plain-{kind}" if kind in ("rank", "bf16", "peft") else "plain"
+    option = case.split("-")[-1]
+    return f"plain-{option}" if option in ("rank", "bf16", "peft") else "plain"
 
 
 def assert_same_losses(alone: Path, out: Path, case: str) -> None:
     got = json.loads((out / f"{case}.json").read_text())
-    want = json.loads((alone / f"{variant(case)}.json").read_text())
+    want = json.loads((alone / f"{case_of_one_process(case)}.json").read_text())
     # of bfloat16 models, sums in another order
     tolerance = 3e-3 if "bf16" in case else 2e-6
     torch.testing.assert_close(got, want, rtol=tolerance, atol=0)
@@ -86,7 +92,7 @@ def assert_same_losses(alone: Path, out: Path, case: str) -> None:
 
 
 def assert_same_weights(alone: Path, case: str, state: dict[str, torch.Tensor]) -> None:
-    want = load_file(alone / f"{variant(case)}.safetensors")
+    want = load_file(alone / f"{case_of_one_process(case)}.safetensors")
     if case.endswith("peft"):
         state = {k.replace(".loki_rows.default", ".loki_rows"): v for k, v in state.items()}
         want = {k.replace(".loki_rows.default", ".loki_rows"): v for k, v in want.items()}
@@ -119,8 +125,8 @@ def test_side_file_of_a_sharded_model(torch_engines, case, rank):
     dtype = torch.bfloat16 if rank is None else torch.float32
     model = AutoModelForCausalLM.from_pretrained(torch_engines / case, dtype=dtype)
     trained = model.state_dict()
-    base = build_model("llama_mlp_bias", dtype=dtype)
-    handle = loki.patch(base, [[1, 5, 40], [0], [7, 3]], rank=rank, dtype=torch.float32)
+    base = build_model("llama_mlp_bias", dtype=dtype, device="cpu")
+    handle = loki.patch(base, ROWS, rank=rank, dtype=torch.float32)
     handle.load_state(torch_engines / case)
     name = "model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(base.state_dict()[name], trained[name], rtol=1e-6, atol=1e-7)
@@ -129,7 +135,7 @@ def test_side_file_of_a_sharded_model(torch_engines, case, rank):
 def test_fsdp1_is_refused_before_training():
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = build_model()
+    model = build_model(device="cpu")
     loki.patch(model, [[1], [2], [3]])
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1

@@ -11,11 +11,11 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import loki_kernels as loki
 from loki_kernels.training.mlp import FusedMLP
-from tests.models import ARCHITECTURES, assert_unchanged, build_model, snapshot
+from tests.models import ARCHITECTURES, assert_unchanged, build_model, snapshot, to_device
+from tests.tiny_training import ROWS
 
-ROWS = [[1, 5, 40], [0], [7, 3]]
 ACTIVATIONS = dict.fromkeys(set(ARCHITECTURES) - {"gpt_neox"}, "silu") | {"gemma2": "gelu_tanh"}
-IDS = torch.arange(18).view(2, 9)
+IDS = to_device(torch.arange(18).view(2, 9))
 
 
 def gradients(model):
@@ -107,7 +107,7 @@ def test_a_copy_has_weights_of_its_own():
 
 def test_attribution_of_a_fused_model():
     model = build_model()
-    prompts = [{"input_ids": IDS[0]}]
+    prompts = [{"input_ids": IDS[0].cpu()}]
     want = loki.attribute(model, prompts).scores
     loki.patch(model, ROWS, fuse_mlp=True)
     torch.testing.assert_close(loki.attribute(model, prompts).scores, want)
@@ -118,7 +118,7 @@ def test_compiles_whole():
     model = build_model()
     handle = loki.patch(model, ROWS, fuse_mlp=True)
     mlp = model.get_submodule(next(iter(handle.report.fused)))
-    x = torch.randn(2, 5, 48, requires_grad=True)  # else the fused op does not run
+    x = to_device(torch.randn(2, 5, 48)).requires_grad_()  # else the fused op does not run
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
     grads = []
     for run in (mlp, compiled):
@@ -149,7 +149,7 @@ def test_an_mlp_with_backward_hooks_is_left():
     assert seen == [1]
 
 
-def change(model, index, **attributes):
+def change_mlp(model, index, **attributes):
     for name, value in attributes.items():
         setattr(model.model.layers[index].mlp, name, value)
     return model
@@ -167,7 +167,7 @@ class Scaled(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.5)
 
 
-def scaled(model):
+def scale_mlp(model):
     model.model.layers[1].mlp = Scaled(model.model.layers[1].mlp)
     return model
 
@@ -175,11 +175,11 @@ def scaled(model):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda m: change(m, 1, act_fn=nn.GELU()), "activation"),
-        (lambda m: change(m, 1, act_fn=nn.ReLU()), "activation"),
-        (lambda m: change(m, 1, norm=nn.LayerNorm(48)), "parameters besides"),
-        (lambda m: change(m, 1, dropout=nn.Dropout(0.1)), "dropout"),
-        (scaled, "does not compute"),
+        (lambda m: change_mlp(m, 1, act_fn=nn.GELU()), "activation"),
+        (lambda m: change_mlp(m, 1, act_fn=nn.ReLU()), "activation"),
+        (lambda m: change_mlp(m, 1, norm=nn.LayerNorm(48)), "parameters besides"),
+        (lambda m: change_mlp(m, 1, dropout=nn.Dropout(0.1)), "dropout"),
+        (scale_mlp, "does not compute"),
     ],
 )
 def test_what_cannot_be_fused_is_left_and_reported(make, reason):

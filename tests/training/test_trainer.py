@@ -7,12 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import loki_kernels as loki
-from tests.models import build_model
-from tests.tiny_training import ROWS, data, logits, train
-
-
-def batch():
-    return torch.stack([row["input_ids"] for row in data(4)])
+from tests.models import DEVICE, build_model, changed_rows
+from tests.tiny_training import ROWS, load_model, logits, token_batch, train
 
 
 def optimizer_of(model, lr=0.05):
@@ -31,7 +27,8 @@ def want():
 def assert_trained(model, want, tolerance=1e-5):
     state = model.state_dict()
     for name, tensor in want.items():
-        torch.testing.assert_close(state[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+        got = state[name].cpu()  # Lightning leaves a model there
+        torch.testing.assert_close(got, tensor.cpu(), rtol=tolerance, atol=tolerance, msg=name)
 
 
 def test_compiled_model_trains_the_same_in_one_graph(want):
@@ -42,7 +39,7 @@ def test_compiled_model_trains_the_same_in_one_graph(want):
     run = torch.compile(model, backend=counter, fullgraph=True)
     optimizer = optimizer_of(model)
     for _ in range(3):
-        run(input_ids=batch(), labels=batch(), use_cache=False).loss.backward()
+        run(input_ids=token_batch(4), labels=token_batch(4), use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert counter.frame_count == 1
@@ -61,23 +58,24 @@ def test_compiled_layers_of_an_eager_model(want):
 
 def test_accelerate(want):
     accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator = accelerate.Accelerator(cpu=DEVICE.type == "cpu")
     model = build_model("llama_mlp_bias")
     loki.patch(model, ROWS)
     prepared, optimizer = accelerator.prepare(model, optimizer_of(model))
     for _ in range(3):
-        accelerator.backward(prepared(input_ids=batch(), labels=batch()).loss)
+        accelerator.backward(prepared(input_ids=token_batch(4), labels=token_batch(4)).loss)
         optimizer.step()
         optimizer.zero_grad()
     assert_trained(accelerator.unwrap_model(prepared), want)
 
 
-def test_device_map(want, tmp_path):
+def test_device_map(want):
     """A model that accelerate has dispatched has hooks on every module."""
     from accelerate import dispatch_model
 
     model = build_model("llama_mlp_bias")
-    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    device = str(model.device)
+    dispatch_model(model, {"": device}, main_device=device, force_hooks=True)
     handle = loki.patch(model, ROWS)
     assert_trained(train(model), want)
     handle.unpatch()
@@ -101,12 +99,13 @@ def test_lightning(want, tmp_path):
 
     def trainer(steps):
         return lightning.Trainer(
-            max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, barebones=False,
+            max_steps=steps, max_epochs=-1, logger=False, barebones=False,
+            accelerator="gpu" if DEVICE.type == "cuda" else "cpu", devices=1,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
             enable_checkpointing=False,
         )  # fmt: skip
 
-    loader = torch.utils.data.DataLoader([row["input_ids"] for row in data(4)], batch_size=4)
+    loader = torch.utils.data.DataLoader(list(token_batch(4).cpu()), batch_size=4)
     module = Module()
     module.model.eval()
     trainer(3).fit(module, loader)
@@ -127,16 +126,13 @@ def test_sft_trainer(base_folder, tmp_path):
     """TRL around a patched model; the checkpoint is an ordinary one."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
 
-    from tests.models import changed_rows
-
-    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = load_model(base_folder)
     loki.patch(model, ROWS)
     texts = [" ".join(f"w{i + j}" for j in range(8)) for i in range(4)]
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=0.01,
-        report_to="none", use_cpu=True, disable_tqdm=True, bf16=False,
+        report_to="none", use_cpu=DEVICE.type == "cpu", disable_tqdm=True, bf16=False,
     )  # fmt: skip
     trainer = trl.SFTTrainer(model, arguments, train_dataset=Dataset.from_dict({"text": texts}))
     trainer.train()
