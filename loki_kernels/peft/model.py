@@ -43,7 +43,7 @@ class LokiModel(BaseTuner):
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: LokiConfig, model_config: dict[str, Any]
     ) -> LokiConfig:
-        if any(layer.merged for layer in self._layers()):
+        if any(layer.merged for layer in self._loki_layers()):
             raise ValueError("an adapter is merged; call unmerge_adapter() before adding another.")
         # what is filled in belongs to this model; the caller may want the config for another
         (name,) = (name for name, config in self.peft_config.items() if config is peft_config)
@@ -60,7 +60,7 @@ class LokiModel(BaseTuner):
         for down_proj, rows in zip(structure.down_projs, selection, strict=True):
             if len(rows):
                 self._rows[names[id(down_proj.module)]] = rows
-                replaced.append(self._layer(down_proj.module).base_rows(rows))
+                replaced.append(self._loki_layer_for(down_proj.module).base_rows(rows))
         found = rows_fingerprint(replaced)
         check_fingerprint(
             peft_config.fingerprint,
@@ -72,10 +72,10 @@ class LokiModel(BaseTuner):
         peft_config.target_modules = set(self._rows)
         return peft_config
 
-    def _layers(self) -> list[LokiLayer]:
+    def _loki_layers(self) -> list[LokiLayer]:
         return [module for module in self.model.modules() if isinstance(module, LokiLayer)]
 
-    def _layer(self, module: nn.Module) -> LokiLayer:
+    def _loki_layer_for(self, module: nn.Module) -> LokiLayer:
         """``module`` if it is one of ours, else one around it."""
         if isinstance(module, LokiLayer):
             return module
@@ -93,7 +93,7 @@ class LokiModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = self._layer(target)
+        layer = self._loki_layer_for(target)
         layer.update_layer(adapter_name, self._rows[current_key], peft_config)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -111,14 +111,14 @@ class LokiModel(BaseTuner):
     # All layers are checked before any is changed.
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        for layer in self._layers():
+        for layer in self._loki_layers():
             layer.check_disjoint([adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        for layer in self._layers():
+        for layer in self._loki_layers():
             layer.check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -130,7 +130,7 @@ class LokiModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         merged: dict[str, LokiConfig] = {}
-        for layer in self._layers() if merge else ():
+        for layer in self._loki_layers() if merge else ():
             for name in (*layer.merged_adapters, *layer.check_merge(safe_merge, adapter_names)):
                 merged[name] = layer.configs[name]
         dequantize = any(c.quantized_merge == "dequantize" for c in merged.values())
@@ -146,7 +146,7 @@ class LokiModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's makes new parameters, which would be trained in an adapter that is not."""
-        parameters = [d for layer in self._layers() for d in layer.parameters_by_adapter()]
+        parameters = [d for layer in self._loki_layers() for d in layer.parameters_by_adapter()]
         parameters = [d for d in parameters if adapter_name in d]
         flags = [d[adapter_name].requires_grad for d in parameters]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

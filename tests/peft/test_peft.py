@@ -292,8 +292,8 @@ def test_errors_of_one_layer_change_no_other():
         down_proj(model, 2).loki_rows["default"][0, 0] = float("inf")
     with pytest.raises(ValueError, match="NaN or infinity"):
         model.merge_adapter(safe_merge=True)
-    assert not any(layer.merged for layer in model.base_model._layers())
-    assert len(model.base_model._layers()) == 3
+    assert not any(layer.merged for layer in model.base_model._loki_layers())
+    assert len(model.base_model._loki_layers()) == 3
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
