@@ -3,38 +3,80 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.__main__ import SUITES
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
-def rehearse(out, *sections):
-    return subprocess.run(
-        ["bash", "benchmarks/gpu.sh", "--dry-run", *sections],
-        cwd=ROOT,
-        env=os.environ | {"OUT": str(out), "PYTHON": sys.executable},
+def rehearse(out, *arguments, **environment):
+    # none of the variables by which an outer pytest speaks to its own workers
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(
+        ["bash", SCRIPT, "--dry-run", *arguments],
+        env=outer | {"OUT": str(out), "PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
     )
+    return run, run.stdout + run.stderr
 
 
-def test_every_section_passes(tmp_path):
-    run = rehearse(tmp_path)
-    assert run.returncode == 0, run.stdout + run.stderr
-    summary = (tmp_path / "gpu-summary.txt").read_text().splitlines()
-    names = [line.split(":")[0] for line in summary if not line.startswith(" ")]
-    assert names == ["build", "tests", "sanitizer", *(f"bench-{s}" for s in SUITES)]
-    environment = (tmp_path / "gpu-environment.txt").read_text().splitlines()
-    assert any(line.startswith("loki_kernels ") for line in environment)
+def sections(out, run):
+    summary = (out / f"gpu-{run}-summary.txt").read_text().splitlines()
+    assert summary[0] == "no GPU, a dry run"
+    found = re.findall(r"^(\w+): (passed|FAILED|out of its)", "\n".join(summary[1:]), re.MULTILINE)
+    return dict(found)
+
+
+def test_check_passes(tmp_path):
+    libraries = {path: path.stat().st_mtime_ns for path in ROOT.glob("loki_kernels/_*.*")}
+    run, output = rehearse(tmp_path, "check")
+    assert run.returncode == 0, output + (tmp_path / "gpu-check.log").read_text()
+    names = ["build", "environment", "self_check", "library", "memcheck", "racecheck", "tests"]
+    assert sections(tmp_path, "check") == dict.fromkeys(names, "passed")
+    assert list(sections(tmp_path, "check")) == names
+    log = (tmp_path / "gpu-check.log").read_text()
+    assert re.search(r"^loki_kernels ", log, re.MULTILINE)  # the environment
+    for tool in ("memcheck", "racecheck"):
+        watched = log.partition(f"== {tool}: compute-sanitizer")[2].partition("\n== ")[0]
+        assert re.search(r"^gated_product +torch +bfloat16 +agrees", watched, re.MULTILINE)
+    assert {path: path.stat().st_mtime_ns for path in libraries} == libraries
+
+
+def test_bench_runs_every_suite(tmp_path):
+    run, output = rehearse(tmp_path, "bench")
+    assert run.returncode == 0, output + (tmp_path / "gpu-bench.log").read_text()
+    assert sections(tmp_path, "bench") == dict.fromkeys(SUITES, "passed")
 
 
 def test_a_failing_section_does_not_stop_the_rest(tmp_path):
-    run = rehearse(tmp_path, "bench", "no_such_suite", "selection")
-    assert run.returncode != 0
-    assert "bench-no_such_suite: FAILED" in run.stdout
-    assert "bench-selection: passed" in run.stdout
-    assert "tests:" not in run.stdout
+    run, output = rehearse(tmp_path, "bench", "no_such_suite", "selection")
+    assert run.returncode == 1
+    assert sections(tmp_path, "bench") == {"no_such_suite": "FAILED", "selection": "passed"}
+    assert "unknown suite no_such_suite" in output
+
+
+def test_a_run_takes_less_than_350_seconds():
+    text = SCRIPT.read_text()
+    build, environment, self_check, library, sanitizer, tests = (
+        int(re.search(rf"section {name} (\d+)", text)[1])
+        for name in ("build", "environment", "self_check", "library", '"\\$tool"', "tests")
+    )
+    assert build + environment + self_check + library + 2 * sanitizer + tests <= 350
+    limits = {name: int(seconds) for name, seconds in re.findall(r"\[(\w+)\]=(\d+)", text)}
+    assert limits.keys() == SUITES.keys()
+    assert build + sum(limits.values()) <= 350
+
+
+@pytest.mark.parametrize("arguments", [(), ("tests",)])
+def test_another_run_is_refused(tmp_path, arguments):
+    run, output = rehearse(tmp_path, *arguments)
+    assert run.returncode == 2
+    assert "usage" in output
