@@ -87,7 +87,7 @@ from loki_kernels.ops import _dispatch
 sys.exit(_dispatch._backend_why_not(sys.argv[1], _dispatch._device_of(sys.argv[1])))
 '
 
-# The seconds of each run add up to less than 350.
+# The seconds of each run add up to less than 350, what is asked between its sections aside.
 check() {
   local tool help workers=$((MAX_JOBS > 4 ? MAX_JOBS - 3 : 1)) options=()
   build
@@ -103,16 +103,17 @@ check() {
   help=$("$PYTHON" -m pytest --help "$tests" 2> /dev/null)
   [[ $help == *--numprocesses* ]] && options+=(-n "$workers" --dist worksteal)
   [[ $help == *--device* ]] && options+=(--device "$device")
-  section tests 105 env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -rf -p no:cacheprovider "${options[@]}" "$tests"
+  section tests 100 env OMP_NUM_THREADS=1 \
+    "$PYTHON" -m pytest -q -rf -p no:cacheprovider "${options[@]}" "$tests"
 }
 
 bench() {
   local suite suites=("$@")
   declare -A limits=(
-    [attribution]=85 [ops]=80 [row_masked_linear]=25 [training_step]=35 [selection]=20 [memory]=25
+    [attribution]=80 [ops]=80 [row_masked_linear]=25 [training_step]=35 [selection]=15 [memory]=25
   )
   if "$PYTHON" -c "$live" "$backend" 2>> "$log"; then
-    spare=80
+    spare=70
   else
     build
   fi
