@@ -64,7 +64,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for another suffix, or a row that is not a question, naming the line.
+        ValueError: for another suffix, or a record that is not a question, naming the line.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):
@@ -79,7 +79,9 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
                     if line.strip()
                 ]
             else:
-                questions = [_from_row(row, f"{path}, line {reader.line_num}") for row in reader]
+                questions = [
+                    _from_csv(fields, f"{path}, line {reader.line_num}") for fields in reader
+                ]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text.") from error
         except csv.Error as error:
@@ -99,7 +101,7 @@ def read_dataset(name: str, split: str = "test") -> list[Question]:
 
     Raises:
         ImportError: without the ``datasets`` extra.
-        ValueError: if its rows are not questions.
+        ValueError: if its records are not questions.
     """
     try:
         import datasets
@@ -108,28 +110,30 @@ def read_dataset(name: str, split: str = "test") -> list[Question]:
             "reading a dataset needs: pip install 'loki-kernels[datasets]'."
         ) from error
     path, _, config = name.partition(":")
-    rows = datasets.load_dataset(path, config or None, split=split)
-    return [_checked(dict(row), f"{name}, row {i}") for i, row in enumerate(rows)]
+    records = datasets.load_dataset(path, config or None, split=split)
+    return [_checked(dict(r), f"{name}, record {i}") for i, r in enumerate(records)]
 
 
 def _from_json(line: str, where: str) -> Question:
     try:
-        row = json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
-    return _checked(row, where)
+    return _checked(record, where)
 
 
-def _from_row(row: list[str], where: str) -> Question:
-    if len(row) != 6:
-        raise ValueError(f"{where} has {len(row)} fields; MMLU's csv has 6.")
-    return _checked({"question": row[0], "choices": row[1:5], "answer": row[5].strip()}, where)
+def _from_csv(fields: list[str], where: str) -> Question:
+    if len(fields) != 6:
+        raise ValueError(f"{where} has {len(fields)} fields; MMLU's csv has 6.")
+    return _checked(
+        {"question": fields[0], "choices": fields[1:5], "answer": fields[5].strip()}, where
+    )
 
 
-def _checked(row: Any, where: str) -> Question:
-    if not isinstance(row, dict):
+def _checked(record: Any, where: str) -> Question:
+    if not isinstance(record, dict):
         raise ValueError(f"{where} is not an object with question, choices and answer.")
-    question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
+    question, choices, answer = record.get("question"), record.get("choices"), record.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{where} has no question.")
     if (
@@ -142,4 +146,4 @@ def _checked(row: Any, where: str) -> Question:
         answer = _LETTERS.index(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < 4:
         raise ValueError(f"{where} must have an answer from 0 to 3 or A to D; it has {answer!r}.")
-    return Question(question, tuple(choices), answer, str(row.get("subject", "")))
+    return Question(question, tuple(choices), answer, str(record.get("subject", "")))

@@ -289,7 +289,7 @@ def test_dataset_rows_are_questions(monkeypatch):
 
 def test_dataset_of_other_rows_raises(monkeypatch):
     fake_datasets(monkeypatch, [GOOD, {"text": "q"}])
-    with pytest.raises(ValueError, match="some/set, row 1 has no question"):
+    with pytest.raises(ValueError, match="some/set, record 1 has no question"):
         read_dataset("some/set")
 
 
@@ -329,5 +329,5 @@ def test_read_dataset_from_a_folder(tmp_path):
     assert [q.answer for q in questions] == [0, 1, 2, 3]
     assert questions[2] == Question("Is it 2?", ("a", "b", "c", "d"), 2, "x")
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0] | {"choices": ["a"]}) + "\n")
-    with pytest.raises(ValueError, match="row 0 must have four choices"):
+    with pytest.raises(ValueError, match="record 0 must have four choices"):
         read_dataset(str(tmp_path))

@@ -34,13 +34,13 @@ class Evaluation:
     answer_log_probability: float
 
 
-def labelled_logits(model: nn.Module, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+def labelled_logits(model: nn.Module, examples: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     """Float32 logits ``[B, P, V]`` and labels ``[B, P]`` at the P positions that predict a label.
 
     The head sees no other position: prompts are long, answers short, and the vocabulary large.
     """
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+    batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
     labels = batch.pop("labels")[:, 1:]
     kept = (labels != -100).any(0).nonzero().squeeze(1)
     logits = model(**batch, use_cache=False, logits_to_keep=kept).logits
@@ -50,18 +50,18 @@ def labelled_logits(model: nn.Module, rows: Sequence[Encoded]) -> tuple[Tensor, 
 @torch.no_grad()
 def token_log_probabilities(
     model: nn.Module,
-    rows: Sequence[Encoded],
+    examples: Sequence[Encoded],
     batch_size: int,
     label: str = "evaluate",
     progress: bool | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """(log-probability, whether it is the most likely) of every labelled token, a pair a row."""
     results: dict[int, tuple[Tensor, Tensor]] = {}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    with progress_bar(len(rows), label, progress, leave=False) as bar:
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    with progress_bar(len(examples), label, progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
-            logits, labels = labelled_logits(model, [rows[i] for i in members])
+            logits, labels = labelled_logits(model, [examples[i] for i in members])
             for i, row_logits, row_labels in zip(members, logits, labels, strict=True):
                 kept = row_labels != -100
                 wanted = row_labels[kept]
@@ -69,7 +69,7 @@ def token_log_probabilities(
                 best = log_p.argmax(-1) == wanted
                 results[i] = (log_p.gather(1, wanted[:, None]).squeeze(1).cpu(), best.cpu())
             bar.update(len(members))
-    return [results[i] for i in range(len(rows))]
+    return [results[i] for i in range(len(examples))]
 
 
 def general_text(tokenizer: Any, windows: int, length: int = 512) -> list[Encoded]:
@@ -82,15 +82,15 @@ def general_text(tokenizer: Any, windows: int, length: int = 512) -> list[Encode
     return [{"input_ids": part, "labels": [-100, *part[1:]]} for part in parts]
 
 
-def question_rows(tokenizer: Any, questions: Sequence[Question]) -> list[Encoded]:
+def question_examples(tokenizer: Any, questions: Sequence[Question]) -> list[Encoded]:
     """Question and right answer, labelled on the answer."""
-    rows = []
+    examples = []
     for question in questions:
         prompt = tokenizer(f"Question: {question.question}\nAnswer:")["input_ids"]
         answer = tokenizer(f" {question.choices[question.answer]}", add_special_tokens=False)
         ids = answer["input_ids"]
-        rows.append({"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids})
-    return rows
+        examples.append({"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids})
+    return examples
 
 
 def evaluate(
@@ -104,8 +104,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure one model on the three sets."""
 
-    def run(rows: Sequence[Encoded], name: str, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        return token_log_probabilities(model, rows, batch_size, f"{label}: {name}", progress)
+    def run(examples: Sequence[Encoded], name: str, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        return token_log_probabilities(model, examples, batch_size, f"{label}: {name}", progress)
 
     calls = run(task, "task", 8)
     task_tokens = torch.cat([log_p for log_p, _ in calls])

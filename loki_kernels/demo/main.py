@@ -25,7 +25,7 @@ from ..questions import Question, load_questions
 from ..selection import RowSelection, select
 from ..training.patching import patch
 from . import verify
-from .evaluation import Evaluation, evaluate, general_text, question_rows
+from .evaluation import Evaluation, evaluate, general_text, question_examples
 from .function_calls import generate_examples
 from .model import NAME, load_smollm2
 from .training import encode, fine_tune
@@ -88,7 +88,7 @@ def run_demo(
     text = general_text(tokenizer, size.windows)
     # the analysis sees the first questions of each subject, the evaluation the last ones
     last = load_questions(size.held_out, skip=CALIBRATION_PER_SUBJECT)[:: size.every]
-    held_out = question_rows(tokenizer, last)
+    held_out = question_examples(tokenizer, last)
     analysed = list(questions or load_questions(size.per_subject)[:: size.every])
 
     def measure(model: nn.Module, name: str) -> Evaluation:

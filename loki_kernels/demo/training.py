@@ -27,11 +27,11 @@ def encode(example: Example, tokenizer: Any) -> Encoded:
 
 def collate(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Right-pad a batch; padding is masked and unlabelled."""
-    ids = [torch.tensor(row["input_ids"]) for row in batch]
-    labels = [torch.tensor(row["labels"]) for row in batch]
+    ids = [torch.tensor(example["input_ids"]) for example in batch]
+    labels = [torch.tensor(example["labels"]) for example in batch]
     return {
         "input_ids": pad_sequence(ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
     }
 
