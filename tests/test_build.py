@@ -148,4 +148,4 @@ def test_code_that_does_not_compile_is_left_out(tmp_path):
     report = json.loads((package / "_build.json").read_text())
     assert report["cpp"].startswith("compiling it failed (")
     assert not list(package.glob("_cpp*"))
-    assert (package / "linear.py").is_file()
+    assert (package / "training" / "linear.py").is_file()

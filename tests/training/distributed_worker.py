@@ -211,6 +211,8 @@ def main(out: Path, cases: list[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     if not dist.is_initialized() or dist.get_rank() == 0:
         build_model("llama_mlp_bias").save_pretrained(out / "base")
+    if dist.is_initialized():
+        dist.barrier()
     for case in cases:
         kind = case.split("-")[0].removesuffix("2").removesuffix("3")
         run = globals()[kind]
