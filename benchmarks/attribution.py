@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from loki_kernels import attribute
 from loki_kernels.attribution.reference import attribute_reference
-from loki_kernels.structure import find_structure
+from loki_kernels.discovery import find_structure
 
 from .measure import (
     DEVICE,

@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--rank", type=int, help="of LoKI*")
     adapter.set_defaults(run=_adapter)
 
+    inspect = commands.add_parser(
+        "inspect", help="what would be trained and attributed in a model, from its config alone"
+    )
+    inspect.add_argument("model", help="folder or hub name of a language model")
+    inspect.set_defaults(run=_inspect)
+
     environment = commands.add_parser("env", help="versions, device and live backends")
     environment.set_defaults(run=_env)
     return parser
@@ -216,6 +222,12 @@ def _adapter(arguments: argparse.Namespace) -> None:
     rows = RowSelection.load(arguments.rows)
     handle = patch(_load_model(arguments.model, "auto"), rows, rank=arguments.rank)
     print(f"{handle.report}\n{rows} -> {save_adapter(handle.model, arguments.out)}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from .inspection import inspect_model
+
+    print(inspect_model(arguments.model))
 
 
 def _env(_arguments: argparse.Namespace) -> None:

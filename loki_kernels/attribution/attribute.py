@@ -10,19 +10,21 @@ from typing import Any, Literal, Unpack, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_choice
+from ..discovery import find_structure
+from ..errors import UnsupportedModelError, check_choice
 from ..options import DEFAULT_CRITERION, DEFAULT_QUOTA, Criterion, DefinitionName, Keep
 from ..progress import progress_bar
 from ..ranking import rows_per_layer
-from ..structure import Structure, find_structure
+from ..structure import Structure
 from .definitions import Overrides, PathIntegral
 from .prefill import Batch, run_prefill
+from .probe import check_model
 from .prompts import Tokens, tokenize_prompts
 from .result import Attribution, AttributionCounts, ScoreFile, describe_run
 from .scores import Counter, Scores
 from .sequence import scaled_prefixes
 from .staircase import Staircase
-from .steering import borrowed
+from .steering import borrowed, why_no_attribution
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +133,7 @@ def attribute(
     """
     integral = PathIntegral.resolve(definition, overrides, steps)
     structure = find_structure(model)
-    structure.head()  # raises where there is none
+    _check_attributable(structure)
     width = structure.width(integral.definition.site)
     counter = _make_counter(keep, quota, criterion, width, out)
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size)
@@ -144,6 +146,7 @@ def attribute(
     bar = progress_bar(len(sequences), "attribute", progress, unit="prompt")
     with file, borrowed(structure), bar:
         for batch in _batches(sequences, targets, batch_size, integral, structure):
+            check_model(structure, batch)
             scores = _attribute_batch(structure, batch, integral)
             if counter is not None:
                 _check_rankable(scores, batch.members)
@@ -153,6 +156,15 @@ def attribute(
     result = _result(file, counter, run)
     _warn_if_unresolved(result)
     return result
+
+
+def _check_attributable(structure: Structure) -> None:
+    """Raise UnsupportedModelError for what can be known before anything runs."""
+    structure.head()
+    structure.every_down_proj()
+    reason = why_no_attribution(structure.decoder)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
 
 
 def _make_counter(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache
 
 from ..errors import UnsupportedModelError
-from ..structure import Structure, first_non_finite
+from ..structure import DownProjection, Structure, first_non_finite
 from .definitions import Definition
-from .steering import Attend, hook_layer_input, hook_site, steered
+from .steering import hook_layer_input, hook_site, hooked, refusing
+
+# layer_idx -> keys and values
+Prefix = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prefill:
-    """What the path's points need from one ordinary forward pass.
+    """What the path's points need from one ordinary forward pass, the model's own.
 
     Attributes:
         logits: ``[B, V]``, at the last token.
@@ -61,44 +65,96 @@ class Prefill:
     logits: Tensor
     target: Tensor
     layer_inputs: list[Tensor]
-    prefix: dict[int, tuple[Tensor, Tensor]]
+    prefix: Prefix
     start: list[Tensor] | None
 
 
 def run_prefill(structure: Structure, batch: Batch, definition: Definition) -> Prefill:
     """The ordinary forward pass, and the baseline's where the definition has one.
 
+    The attention is the model's own, its keys and values come from its cache: what the points are
+    compared with is the model itself.
+
     Raises:
-        UnsupportedModelError: if the attention's keys and values cannot be captured.
+        UnsupportedModelError: if the layers run more than once, a block changes what its
+            down-projection gives, or there are no keys and values to keep.
         ValueError: if the logits are NaN.
     """
     start: list[Tensor] | None = None
     if definition.baseline == "token_zero":
         start = []
         blank = torch.zeros_like(batch.input_ids)
-        _forward(structure, batch, blank, {}, _keep_site(structure, definition.site, start))
+        native_forward(structure, blank, batch, _keep_site(structure, definition.site, start))
     layer_inputs: list[Tensor] = []
-    prefix: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep_last(hidden: Tensor) -> Tensor:
         layer_inputs.append(batch.at_last(hidden))
         return hidden
 
     handles = [hook_layer_input(layer, keep_last) for layer in structure.layers]
-    logits = _forward(structure, batch, batch.input_ids, prefix, handles)
-    if len(layer_inputs) != len(structure.layers) or not prefix:
+    if definition.site == "down_proj":
+        for down_proj in structure.every_down_proj():
+            handles += _check_block(down_proj)
+    logits, prefix = native_forward(structure, batch.input_ids, batch, handles)
+    name = type(structure.causal_lm).__name__
+    if len(layer_inputs) != len(structure.layers):
         raise UnsupportedModelError(
-            f"{type(structure.causal_lm).__name__} does not run its attention through "
-            "transformers' AttentionInterface, so its keys and values cannot be captured."
+            f"{name} runs its {len(structure.layers)} decoder layers {len(layer_inputs)} times in "
+            "one forward pass, so a node has no single value."
         )
     if torch.isnan(logits).any():
-        name = first_non_finite(structure.causal_lm)
-        raise ValueError(
-            "the model's logits are NaN"
-            + (f"; its parameter {name} is not finite." if name else " for these prompts.")
-        )
+        parameter = first_non_finite(structure.causal_lm)
+        reason = f"; its parameter {parameter} is not finite" if parameter else " for these prompts"
+        raise ValueError(f"the model's logits are NaN{reason}.")
     target = logits.argmax(-1) if batch.target is None else batch.target.to(logits.device)
     return Prefill(logits, target, layer_inputs, prefix, start)
+
+
+def native_forward(
+    structure: Structure, input_ids: Tensor, batch: Batch, handles: list[RemovableHandle]
+) -> tuple[Tensor, Prefix]:
+    """Logits ``[B, V]`` at each sample's last token, and every layer's keys and values.
+
+    The hooks ``handles`` are gone afterwards.
+
+    Raises:
+        UnsupportedModelError: if the model does not run on tokens alone, or keeps something else.
+    """
+    model = structure.causal_lm
+    head = model.get_output_embeddings()
+    last_only = head.register_forward_pre_hook(lambda _m, args: (batch.at_last(args[0])[:, None],))
+    cache = DynamicCache()  # without a config: every layer keeps all tokens
+    arguments = inspect.signature(type(model).forward).parameters
+    named = {"cache" if "cache" in arguments else "past_key_values": cache}
+    with hooked([*handles, last_only]), refusing(structure, "its forward pass over the prompt"):
+        output: Any = model(
+            input_ids=input_ids, position_ids=batch.positions, use_cache=True, **named
+        )
+        logits: Tensor = output.logits[:, 0]
+        return logits, _keys_and_values(structure, cache, input_ids.shape[1])
+
+
+def _keys_and_values(structure: Structure, cache: DynamicCache, tokens: int) -> Prefix:
+    name = type(structure.causal_lm).__name__
+    prefix: Prefix = {}
+    for i, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.ndim != 4 or keys.shape[2] != tokens:
+            raise UnsupportedModelError(
+                f"layer {i} of {name} keeps no keys and values of every token; attribution needs "
+                "attention in every layer so far."
+            )
+        if keys.shape != values.shape:
+            raise UnsupportedModelError(
+                f"layer {i} of {name} has keys {list(keys.shape)} and values {list(values.shape)} "
+                "of unequal width (multi-head latent attention), which is not supported yet."
+            )
+        prefix[i] = keys, values
+    if not prefix:
+        raise UnsupportedModelError(
+            f"{name} puts no keys and values into its cache, so they cannot be captured."
+        )
+    return prefix
 
 
 def _keep_site(structure: Structure, site: str, kept: list[Tensor]) -> list[RemovableHandle]:
@@ -108,84 +164,28 @@ def _keep_site(structure: Structure, site: str, kept: list[Tensor]) -> list[Remo
         kept.append(x)
         return x
 
-    return [hook_site(down_proj.module, site, keep) for down_proj in structure.down_projs]
+    return [hook_site(down.module, site, keep) for down in structure.every_down_proj()]
 
 
-def _forward(
-    structure: Structure,
-    batch: Batch,
-    input_ids: Tensor,
-    prefix: dict[int, tuple[Tensor, Tensor]],
-    handles: list[RemovableHandle],
-) -> Tensor:
-    """Logits ``[B, V]`` at each sample's last token; keys and values go into ``prefix``."""
-    head = structure.causal_lm.get_output_embeddings()
-    last_only = head.register_forward_pre_hook(lambda _m, args: (batch.at_last(args[0])[:, None],))
-    with steered(structure, capturing_attention(prefix), [*handles, last_only]):
-        output = structure.causal_lm(
-            input_ids=input_ids, position_ids=batch.positions, use_cache=False
-        )
-    logits: Tensor = output.logits[:, 0]
-    return logits
+def _check_block(down_proj: DownProjection) -> list[RemovableHandle]:
+    """Hooks that raise unless an FFN gives what its down-projection gives."""
+    if down_proj.block is down_proj.module:
+        return []
+    given: list[Tensor] = []
 
+    def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        given.append(output)
 
-def capturing_attention(prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:
-    """Ordinary attention that leaves each layer's keys and values in ``prefix``."""
+    def compare(block: nn.Module, _args: Any, output: Any) -> None:
+        got = output[0] if isinstance(output, tuple) else output
+        want = given.pop() if given else None
+        if got is not want and (want is None or got.shape != want.shape or not got.equal(want)):
+            raise UnsupportedModelError(
+                f"the FFN around {down_proj.name} ({type(block).__name__}) changes what its "
+                "down-projection gives; a node of its output is not supported yet."
+            )
 
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        *,
-        window: int | None,  # the mask has it
-        **options: Any,
-    ) -> Tensor:
-        prefix[module.layer_idx] = (key, value)  # type: ignore[index]
-        return _causal_attention(query, key, value, mask, **options)
-
-    return attend
-
-
-def _causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Ordinary causal attention, with the two features SDPA lacks written out."""
-    groups = query.shape[1] // key.shape[1]
-    length = query.shape[2]
-    if softcap is None and sinks is None:
-        # Padding is on the right, so a batch has one mask for all its samples.
-        mask = None if mask is None else mask[:1]
-        return functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None and length > 1,
-            scale=scale,
-            enable_gqa=groups > 1,
-        )
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(-1, -2)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    else:
-        mask = mask[:1]
-    scores = scores.masked_fill(~mask, float("-inf"))
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if sinks is not None:
-        sink = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, length, 1)
-        weights = torch.softmax(torch.cat([scores, sink], -1), -1, dtype=wide)[..., :-1]
-    else:
-        weights = torch.softmax(scores, -1, dtype=wide)
-    return weights.to(value.dtype) @ value
+    return [
+        down_proj.module.register_forward_hook(keep),
+        down_proj.block.register_forward_hook(compare),
+    ]

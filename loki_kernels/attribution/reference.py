@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..discovery import find_structure
 from ..options import DefinitionName
-from ..structure import find_structure
 from .definitions import DEFINITIONS, Definition, path_rule
 
 
@@ -31,7 +31,7 @@ def attribute_reference(
     structure = find_structure(model)
     alphas, weights = path_rule(definition.rule, steps)
     ids = input_ids[None]
-    sites = [down_proj.module for down_proj in structure.down_projs]
+    sites = [down_proj.module for down_proj in structure.every_down_proj()]
     wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
 
     def hook(module: nn.Module, change: Any) -> Any:

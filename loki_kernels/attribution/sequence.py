@@ -10,20 +10,23 @@ and leave their keys and values, then the last tokens run over those as in the s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+from ..errors import UnsupportedModelError
 from ..structure import Structure
 from .definitions import PathIntegral
 from .path import path_points
-from .prefill import Batch, Prefill, capturing_attention
-from .steering import hook_layer_input, hook_site, steered
+from .prefill import Batch, Prefill, Prefix
+from .steering import Attend, hook_layer_input, hook_site, steered
 
 
 def scaled_prefixes(
     structure: Structure, batch: Batch, prefill: Prefill, integral: PathIntegral, layers: range
-) -> dict[int, tuple[Tensor, Tensor]]:
+) -> Prefix:
     """Keys and values of the ordinary prompt and of every scaled copy of ``layers``.
 
     Returns:
@@ -31,7 +34,7 @@ def scaled_prefixes(
         ``layers``; copy 0 is unperturbed.
     """
     samples, m = batch.input_ids.shape[0], len(integral.alphas)
-    prefix: dict[int, tuple[Tensor, Tensor]] = {}
+    prefix: Prefix = {}
 
     def append_copies(hidden: Tensor) -> Tensor:
         copies = hidden.view(samples, -1, *hidden.shape[1:])  # [B, S, T, hidden_size]
@@ -47,9 +50,85 @@ def scaled_prefixes(
 
         return change
 
-    site = integral.definition.site
+    site, down_projs = integral.definition.site, structure.every_down_proj()
     handles = [hook_layer_input(structure.layers[i], append_copies) for i in layers]
-    handles += [hook_site(structure.down_projs[i].module, site, scale_copies(i)) for i in layers]
-    with steered(structure, capturing_attention(prefix), handles):
+    handles += [hook_site(down_projs[i].module, site, scale_copies(i)) for i in layers]
+    with steered(structure, _capturing_attention(prefix), handles):
         structure.decoder(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
     return prefix
+
+
+def _capturing_attention(prefix: Prefix) -> Attend:
+    """Ordinary attention that leaves each layer's keys and values in ``prefix``."""
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        window: int | None,  # the mask has it
+        **options: Any,
+    ) -> Tensor:
+        prefix[module.layer_idx] = (key, value)  # type: ignore[index]
+        return _causal_attention(query, key, value, mask, **options)
+
+    return attend
+
+
+def _causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Ordinary causal attention, with the two features SDPA lacks written out."""
+    groups = query.shape[1] // key.shape[1]
+    length = query.shape[2]
+    if softcap is None and sinks is None:
+        mask = None if mask is None else _shared_mask(mask)
+        return functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and length > 1,
+            scale=scale,
+            enable_gqa=groups > 1,
+        )
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    else:
+        mask = _shared_mask(mask)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if sinks is not None:
+        sink = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, length, 1)
+        weights = torch.softmax(torch.cat([scores, sink], -1), -1, dtype=wide)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1, dtype=wide)
+    return weights.to(value.dtype) @ value
+
+
+def _shared_mask(mask: Tensor) -> Tensor:
+    """``[1, ...]``: prompts are padded on the right, so that one mask serves all samples.
+
+    It was made for B samples, and the copies that joined are more.
+
+    Raises:
+        UnsupportedModelError: for a model that makes a mask of its own for each sample.
+    """
+    if len(mask) > 1 and not mask.eq(mask[:1]).all():
+        raise UnsupportedModelError(
+            "the model masks each sample in a way of its own; the sequence path needs one mask."
+        )
+    return mask[:1]

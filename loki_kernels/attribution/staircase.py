@@ -30,16 +30,16 @@ from ..ops import (
 from ..structure import Head, Structure
 from .definitions import PathIntegral
 from .path import path_points
-from .prefill import Batch, Prefill
+from .prefill import Batch, Prefill, Prefix
 from .scores import Scores
-from .steering import Attend, hook_layer_input, hook_site, steered
+from .steering import Attend, hook_layer_input, hook_site, refusing, steered
 
 # Largest relative difference allowed between the unperturbed point's logits and the prefill's: the
 # same numbers through products of another shape. Measured on SmolLM2-135M: 2e-6 (float32),
 # 1e-2 (bfloat16).
 _GUARD_TOLERANCE = {
     torch.float64: 1e-9,
-    torch.float32: 1e-3,
+    torch.float32: 1e-4,
     torch.float16: 2e-2,
     torch.bfloat16: 8e-2,
 }
@@ -79,7 +79,7 @@ class Staircase:
     def run(
         self,
         layers: range,
-        prefix: dict[int, tuple[Tensor, Tensor]],
+        prefix: Prefix,
         *,
         prefix_per_point: bool = False,
     ) -> Scores:
@@ -92,14 +92,19 @@ class Staircase:
                 ``[B * N, Hkv, T, d]``, sample-major.
 
         Raises:
-            UnsupportedModelError: if the unperturbed point does not reproduce the prefill.
+            UnsupportedModelError: if the unperturbed point does not reproduce the prefill, or the
+                model's code does not take the points.
         """
         longest = self.batch.input_ids.shape[1] - 1
         prefix = {i: (k[:, :, :longest], v[:, :, :longest]) for i, (k, v) in prefix.items()}
         trace = _Trace()
         attend = self._attend_each if prefix_per_point else self._attend_shared
         handles = self._hook(layers, trace)
-        with torch.enable_grad(), steered(self.structure, attend(prefix), handles):
+        with (
+            refusing(self.structure, "the last token alone over the prompt's keys and values"),
+            torch.enable_grad(),
+            steered(self.structure, attend(prefix), handles),
+        ):
             hidden, values, gradients = self._differentiate(layers, trace)
         self._guard(hidden, trace.layer_inputs)
         return self._integrate(layers, trace.ends, values, gradients)
@@ -131,15 +136,13 @@ class Staircase:
 
             return change
 
-        site = self.integral.definition.site
+        site, down_projs = self.integral.definition.site, structure.every_down_proj()
         handles = [
             hook_layer_input(layer, append_points(i)) for i, layer in enumerate(structure.layers)
         ]
-        return handles + [
-            hook_site(structure.down_projs[i].module, site, set_points(i)) for i in layers
-        ]
+        return handles + [hook_site(down_projs[i].module, site, set_points(i)) for i in layers]
 
-    def _attend_shared(self, prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:
+    def _attend_shared(self, prefix: Prefix) -> Attend:
         """All points of a sample over one prefix."""
 
         def attend(
@@ -158,7 +161,7 @@ class Staircase:
 
         return attend
 
-    def _attend_each(self, prefix: dict[int, tuple[Tensor, Tensor]]) -> Attend:
+    def _attend_each(self, prefix: Prefix) -> Attend:
         """Every point over a prefix of its own."""
 
         def attend(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
+from ..errors import UnsupportedModelError
 from ..structure import Structure
 
 ATTENTION_NAME = "loki_kernels"
@@ -51,31 +53,43 @@ AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
-def _attention_configs(structure: Structure) -> list[Any]:
-    configs = {
+def why_no_attribution(decoder: Any) -> str | None:
+    """What speaks against attributing a text decoder before it runs; None if nothing does."""
+    name = type(decoder).__name__
+    dispatches = getattr(type(decoder), "_can_set_attn_implementation", None)
+    if dispatches is not None and not dispatches():
+        return f"{name} does not run its attention through transformers' AttentionInterface."
+    # Without a config a cache makes a plain layer for each that asks; with it, what they need.
+    for i, layer in enumerate(DynamicCache(config=decoder.config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return (
+                f"layer {i} of {name} keeps another state than keys and values "
+                f"({type(layer).__name__}), which is not supported yet."
+            )
+    return None
+
+
+def _attention_configs(structure: Structure) -> list[tuple[Any, str]]:
+    """(config, its attention now) of every module of the decoder."""
+    configs: dict[int, Any] = {
         id(module.config): module.config
         for module in structure.decoder.modules()
         if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
     }
-    return list(configs.values())
+    return [(config, config._attn_implementation_internal) for config in configs.values()]
 
 
 @contextlib.contextmanager
 def borrowed(structure: Structure) -> Iterator[None]:
-    """The model in evaluation mode, frozen, with our attention; restored whatever happens."""
+    """The model in evaluation mode and frozen; restored whatever happens."""
     model = structure.causal_lm
     training = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    implementations = [
-        (config, config._attn_implementation_internal) for config in _attention_configs(structure)
-    ]
     device = next(model.parameters()).device.type
     try:
         model.eval()
         for parameter, _ in required:
             parameter.requires_grad_(False)
-        for config, _ in implementations:
-            config._attn_implementation_internal = ATTENTION_NAME
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -83,12 +97,48 @@ def borrowed(structure: Structure) -> Iterator[None]:
         ):
             yield
     finally:
-        for config, implementation in implementations:
-            config._attn_implementation_internal = implementation
         for parameter, flag in required:
             parameter.requires_grad_(flag)
         for module, flag in training:
             module.training = flag
+
+
+@contextlib.contextmanager
+def hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are gone afterwards."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def refusing(structure: Structure, what: str) -> Iterator[None]:
+    """A failure of the model's own code is the reason why the model is refused.
+
+    Raises:
+        UnsupportedModelError: for what wrong shapes, types and missing parts raise; being out of
+            memory is no reason.
+    """
+    try:
+        yield
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        summary = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UnsupportedModelError(
+            f"{type(structure.causal_lm).__name__} cannot be attributed: {what} fails "
+            f"({type(error).__name__}: {summary})."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -97,15 +147,16 @@ def steered(
 ) -> Iterator[None]:
     """``attend`` as the decoder's attention; it and the hooks are gone afterwards."""
     configs = _attention_configs(structure)
-    for config in configs:
+    for config, _ in configs:
         setattr(config, _ATTEND, attend)
+        config._attn_implementation_internal = ATTENTION_NAME
     try:
-        yield
+        with hooked(handles):
+            yield
     finally:
-        for config in configs:
+        for config, implementation in configs:
+            config._attn_implementation_internal = implementation
             delattr(config, _ATTEND)
-        for handle in handles:
-            handle.remove()
 
 
 def hook_layer_input(layer: nn.Module, change: Change) -> RemovableHandle:

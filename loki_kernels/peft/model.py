@@ -14,13 +14,13 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
 from ..attribution.cache import cached_attribution
+from ..discovery import find_structure
 from ..fingerprint import rows_fingerprint
 from ..selection import select
 from ..sharding import ignore_in_ddp
-from ..structure import find_structure
 from ..training.adapter_file import check_fingerprint
 from ..training.linear import LokiLinear
-from ..training.targets import as_selection, check_fits
+from ..training.targets import as_selection, assign_rows
 from .config import LokiConfig
 from .layer import LokiLayer, original_name
 from .quantized import dequantize_model
@@ -52,12 +52,11 @@ class LokiModel(BaseTuner):
         if peft_config.rows is None:
             selection = select(cached_attribution(self.model, structure, None), peft_config.quota)
             peft_config.rows = [layer.tolist() for layer in selection]
-        selection = as_selection(peft_config.rows)
-        check_fits(selection, structure)
+        by_layer = assign_rows(structure, as_selection(peft_config.rows))
         names = {id(module): name for name, module in self.model.named_modules()}
         self._rows: dict[str, Tensor] = {}  # of the adapter that is being added
         replaced = []
-        for down_proj, rows in zip(structure.down_projs, selection, strict=True):
+        for down_proj, rows in by_layer:
             if len(rows):
                 self._rows[names[id(down_proj.module)]] = rows
                 replaced.append(self._loki_layer_for(down_proj.module).base_rows(rows))

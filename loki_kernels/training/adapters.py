@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..discovery import find_structure
 from ..files import check_folder
 from ..selection import RowSelection
 from ..sharding import is_distributed
-from ..structure import Structure, find_structure
+from ..structure import Structure
 from . import adapter_file
 from .adapter_file import ADAPTER_FILE, CONFIG_FILE, SIDE_FILE, AdapterConfig
 from .handle import Patch
@@ -37,7 +38,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = AdapterConfig(
         base=_base_name(structure),
         rows=[
-            layers[d.name].index.tolist() if d.name in layers else [] for d in structure.down_projs
+            layers[d.name].index.tolist() if d is not None and d.name in layers else []
+            for d in structure.down_projs
         ],
         rank=next(iter(layers.values())).rank,
         fingerprint=adapter_file.base_fingerprint(layers),
@@ -92,7 +94,7 @@ def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         return load_adapter(model, folder).merge()
     saved = adapter_file.read_rows(folder / SIDE_FILE)
     layers = saved.layers
-    names = [down_proj.name for down_proj in find_structure(model).down_projs]
+    names = [d.name if d is not None else "" for d in find_structure(model).down_projs]
     strangers = layers.keys() - set(names)
     if strangers:
         raise ValueError(f"the side file has rows of {min(strangers)}, which the model lacks.")
@@ -155,7 +157,7 @@ def _base_name(structure: Structure) -> str | None:
 
 def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiLinear]]:
     structure = find_structure(model)
-    modules: dict[str, nn.Module] = {d.name: d.module for d in structure.down_projs}
+    modules: dict[str, nn.Module] = {d.name: d.module for _, d in structure.trainable()}
     layers = {n: layer for n, layer in modules.items() if isinstance(layer, LokiLinear)}
     if not layers:
         raise ValueError("the model is not patched; call loki_kernels.patch(model) first.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..attribution.cache import cached_attribution
+from ..discovery import find_structure
 from ..options import DEFAULT_QUOTA
 from ..ranking import rows_per_layer
 from ..selection import RowSelection, select
@@ -23,12 +24,12 @@ from ..sharding import (
     is_sharded,
     shards_its_weights,
 )
-from ..structure import DownProjection, Structure, find_structure
+from ..structure import DownProjection, Structure
 from .checkpoint import SavePretrained
 from .handle import Patch, Report
 from .linear import LokiLinear, write_rows
 from .mlp import FusedMLP, Gating, find_gating
-from .targets import Rows, as_selection, check_fits, check_patchable
+from .targets import Rows, as_selection, assign_rows, check_patchable
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def patch(
     """
     structure = find_structure(model)
     selection = _selection_to_train(model, structure, rows, tokenizer, quota)
-    by_layer = list(zip(structure.down_projs, selection, strict=True))
+    by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = [(d, _gating_or_reason(d, rank)) for d, _ in selected if fuse_mlp]
     causal_lm = structure.causal_lm
@@ -102,15 +103,12 @@ def patch(
 def _selection_to_train(
     model: nn.Module, structure: Structure, rows: Rows | None, tokenizer: Any, quota: float
 ) -> RowSelection:
-    """The rows to train, which fit the model, of a model that can be patched."""
+    """The rows to train of a model that can be patched."""
     check_patchable(structure)
     if rows is None:
         rows_per_layer(quota, structure.hidden_size)  # a bad quota fails before the analysis
-        selection = select(cached_attribution(model, structure, tokenizer), quota)
-    else:
-        selection = as_selection(rows)
-    check_fits(selection, structure)
-    return selection
+        return select(cached_attribution(model, structure, tokenizer), quota)
+    return as_selection(rows)
 
 
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..structure import find_structure
-from .targets import Rows, as_selection, check_fits, check_patchable
+from ..discovery import find_structure
+from .targets import Rows, as_selection, assign_rows, check_patchable
 
 
 @contextlib.contextmanager
@@ -23,11 +23,10 @@ def suppress(model: nn.Module, rows: Rows) -> Iterator[nn.Module]:
     """
     structure = find_structure(model)
     check_patchable(structure)
-    selection = as_selection(rows)
-    check_fits(selection, structure)
+    by_layer = assign_rows(structure, as_selection(rows))
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
-        for down_proj, layer_rows in zip(structure.down_projs, selection, strict=True):
+        for down_proj, layer_rows in by_layer:
             linear = down_proj.module
             for parameter in (linear.weight, linear.bias):
                 if parameter is None:

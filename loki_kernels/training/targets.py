@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UnsupportedModelError
 from ..selection import RowSelection
-from ..structure import Structure, is_plain_linear
+from ..structure import DownProjection, Structure, is_plain_linear
 from .linear import LokiLinear
 
 # What names rows: a selection, one list a layer, or the path of a row file.
@@ -40,7 +40,7 @@ def check_patchable(structure: Structure) -> None:
         raise ValueError(
             "the model is already patched; call unpatch() or merge() on its Patch handle first."
         )
-    for down_proj in structure.down_projs:
+    for _, down_proj in structure.trainable():
         if not is_plain_linear(down_proj.module):
             weight = getattr(down_proj.module, "weight", None)
             raise UnsupportedModelError(
@@ -59,8 +59,14 @@ def check_patchable(structure: Structure) -> None:
             )
 
 
-def check_fits(selection: RowSelection, structure: Structure) -> None:
-    """Raise ValueError if a selection was made for another model."""
+def assign_rows(
+    structure: Structure, selection: RowSelection
+) -> list[tuple[DownProjection, Tensor]]:
+    """(down-projection, its rows, perhaps none) of every layer that has an FFN.
+
+    Raises:
+        ValueError: if the selection was made for another model.
+    """
     if len(selection) != len(structure.layers):
         raise ValueError(
             f"the selection has {len(selection)} layers, the model {len(structure.layers)}."
@@ -70,9 +76,15 @@ def check_fits(selection: RowSelection, structure: Structure) -> None:
             f"the selection was made for hidden_size {selection.info['width']}; the model has "
             f"{structure.hidden_size}."
         )
-    for layer, rows in enumerate(selection):
+    assigned: list[tuple[DownProjection, Tensor]] = []
+    for layer, (rows, down_proj) in enumerate(zip(selection, structure.down_projs, strict=True)):
         if len(rows) and int(rows[-1]) >= structure.hidden_size:
             raise ValueError(
                 f"row {int(rows[-1])} of layer {layer} is out of range: the model's hidden_size "
                 f"is {structure.hidden_size}."
             )
+        if down_proj is not None:
+            assigned.append((down_proj, rows))
+        elif len(rows):
+            raise ValueError(f"the selection has rows of layer {layer}, which has no FFN.")
+    return assigned

@@ -1,0 +1,74 @@
+"""What this library would do with a model, from its config alone: no weight is loaded."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+import torch
+import transformers
+
+from .attribution.steering import why_no_attribution
+from .discovery import Layer, examine
+from .errors import UnsupportedModelError
+from .sharding import full_shape
+from .structure import is_plain_linear, text_config
+
+
+def inspect_model(name: str | os.PathLike[str]) -> str:
+    """A table: every decoder layer's FFN, its parameter and axis, and what is refused and why.
+
+    Args:
+        name: folder or hub name; its ``config.json`` is read and the model built on the meta
+            device, without weights.
+
+    Raises:
+        ValueError: if transformers knows no language model of this config.
+        OSError: if there is no config.
+    """
+    model = _build(transformers.AutoConfig.from_pretrained(name))
+    kind = type(model).__name__
+    try:
+        decoder, _, layers = examine(model)
+    except UnsupportedModelError as error:
+        return f"{kind}: refused. {error}"
+    reason = why_no_attribution(decoder)
+    attribution = f"refused. {reason}" if reason else "exact, or refused when it first runs"
+    lines = [
+        f"{kind}: {len(layers)} decoder layers, hidden_size {text_config(model).hidden_size}",
+        f"attribution: {attribution}",
+    ]
+    numbered = enumerate(layers)
+    for text, group in itertools.groupby(numbered, lambda item: _describe(*item)):
+        numbers = [i for i, _ in group]
+        span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+        lines.append(f"layer {span:8} {text}")
+    return "\n".join(lines)
+
+
+def _build(config: Any) -> Any:
+    names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    for kind in classes:
+        if type(config) in kind._model_mapping:
+            with torch.device("meta"):
+                return kind.from_config(config)
+    raise ValueError(f"transformers knows no language model of a {type(config).__name__}.")
+
+
+def _describe(number: int, layer: Layer) -> str:
+    """One layer, its own number left out, so that equal layers read alike."""
+
+    def general(text: str) -> str:
+        return text.replace(f"{layer.name}.", "").replace(layer.name, "the layer")
+
+    if layer.reason is not None:
+        return f"refused: {general(layer.reason)}"
+    if layer.down_proj is None:
+        return "no FFN: nothing is trained"
+    module = layer.down_proj.module
+    if not is_plain_linear(module):
+        return f"{general(layer.down_proj.name)} is a {type(module).__name__}: refused"
+    shape = list(full_shape(module.weight))
+    return f"{general(layer.down_proj.name)}.weight {shape}: its rows (axis 0) are trained"
