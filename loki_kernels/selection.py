@@ -89,7 +89,7 @@ class RowSelection(Sequence[Tensor]):
         return shared / max(sum(self.counts), sum(other.counts))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON object: ``rows`` (list of lists) and how they were chosen."""
+        """Write a row file: a JSON object of ``rows`` (list of lists) and how they were chosen."""
         content = {
             "format": _FORMAT,
             **self.info,
