@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..records import RESULTS
-from .compile_triton import KIB, Row, beyond_the_chip, write
+from .compile_triton import KIB, Result, beyond_the_chip, write_table
 
 CSRC = Path(__file__).parents[2] / "csrc"
 FILE = RESULTS / "cuda_kernels.jsonl"
@@ -48,11 +48,11 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def parse(op: str, log: str) -> Iterator[Row]:
-    """The rows in what ``ptxas -v`` printed."""
+def parse(op: str, log: str) -> Iterator[Result]:
+    """The results in what ``ptxas -v`` printed."""
     for entry in _ENTRY.finditer(log):
         static = re.search(r"(\d+) bytes smem", entry["rest"])
-        row = {
+        result = {
             "op": op,
             "kernel": entry["symbol"],
             "arch": int(entry["arch"]),
@@ -60,10 +60,10 @@ def parse(op: str, log: str) -> Iterator[Row]:
             "shared": int(static[1] if static else 0) + DYNAMIC_SHARED.get(op, 0),
             "spilled": int(entry["stores"]) + int(entry["loads"]),
         }
-        yield row | {"failures": beyond_the_chip(row)}
+        yield result | {"failures": beyond_the_chip(result)}
 
 
-def compile_op(nvcc: str, op: str) -> list[Row]:
+def compile_op(nvcc: str, op: str) -> list[Result]:
     targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in TARGETS.values()]
     source = str(CSRC / f"{op}.cu")
     run = subprocess.run(
@@ -73,9 +73,9 @@ def compile_op(nvcc: str, op: str) -> list[Row]:
     )
     if run.returncode != 0:
         raise SystemExit(f"{op}.cu does not compile:\n{run.stdout}{run.stderr}")
-    rows = list(parse(op, run.stderr + run.stdout))
-    names = _demangle([row["kernel"] for row in rows])
-    return [row | {"kernel": name} for row, name in zip(rows, names, strict=True)]
+    results = list(parse(op, run.stderr + run.stdout))
+    names = _demangle([result["kernel"] for result in results])
+    return [result | {"kernel": name} for result, name in zip(results, names, strict=True)]
 
 
 def _demangle(symbols: Sequence[str]) -> list[str]:
@@ -106,18 +106,20 @@ def main() -> None:
         "sources": source_hash(),
     }
     with ThreadPoolExecutor(2) as pool:
-        rows = [row for found in pool.map(lambda op: compile_op(nvcc, op), ops()) for row in found]
-    for row in rows:
+        results = [x for found in pool.map(lambda op: compile_op(nvcc, op), ops()) for x in found]
+    for result in results:
         print(
-            f"sm_{row['arch']:<4}{row['registers']:>4} registers{row['shared']:>8} B shared"
-            f"{row['spilled']:>4} B spilled  {row['kernel']}"
+            f"sm_{result['arch']:<4}{result['registers']:>4} registers"
+            f"{result['shared']:>8} B shared"
+            f"{result['spilled']:>4} B spilled  {result['kernel']}"
         )
-    failed = [row for row in rows if row["failures"]]
-    print(f"\n{len(rows)} compiled, {len(failed)} failed")
-    for row in failed:
-        print(f"{row['kernel']} sm_{row['arch']}: {'; '.join(row['failures'])}", file=sys.stderr)
+    failed = [result for result in results if result["failures"]]
+    print(f"\n{len(results)} compiled, {len(failed)} failed")
+    for result in failed:
+        reasons = "; ".join(result["failures"])
+        print(f"{result['kernel']} sm_{result['arch']}: {reasons}", file=sys.stderr)
     if not arguments.no_write:
-        write(FILE, header, rows)
+        write_table(FILE, header, results)
     if failed:
         raise SystemExit(1)
 

@@ -45,7 +45,7 @@ PRODUCTS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcge
 # Multiples of 16 in real models: strides, and how many nodes there are.
 _ALIGNED = re.compile("_(batch|head|row|token|position|sample|layer|point)$|^width$")
 
-Row = dict[str, Any]
+Result = dict[str, Any]
 
 
 class Task(NamedTuple):
@@ -71,30 +71,34 @@ def kernel_ops() -> list[str]:
     return sorted(p.parent.name for p in paths if "def compilations(" in p.read_text("utf-8"))
 
 
-def beyond_the_chip(row: Row) -> list[str]:
+def beyond_the_chip(result: Result) -> list[str]:
     """Registers spilled and shared memory that no block gets."""
     found = []
-    if row["spilled"]:
-        found.append(f"spills {row['spilled']} bytes")
-    if row["shared"] > SHARED_LIMIT[row["arch"]]:
-        found.append(f"{row['shared']} bytes of shared memory, of {SHARED_LIMIT[row['arch']]}")
+    if result["spilled"]:
+        found.append(f"spills {result['spilled']} bytes")
+    if result["shared"] > SHARED_LIMIT[result["arch"]]:
+        found.append(
+            f"{result['shared']} bytes of shared memory, of {SHARED_LIMIT[result['arch']]}"
+        )
     return found
 
 
-def failures(row: Row) -> list[str]:
+def failures(result: Result) -> list[str]:
     """What is wrong with a compiled kernel; empty if nothing is."""
-    found = beyond_the_chip(row)
-    if row["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
-        found.append(f"{row['tensor_memory']} columns of tensor memory, of {TENSOR_MEMORY_COLUMNS}")
-    if row["tf32"]:
+    found = beyond_the_chip(result)
+    if result["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
+        found.append(
+            f"{result['tensor_memory']} columns of tensor memory, of {TENSOR_MEMORY_COLUMNS}"
+        )
+    if result["tf32"]:
         found.append("multiplies float32 as tf32")
-    if row["tensor_cores"]:
-        products = row["products"]
-        # wgmma multiplies 64 rows by four warps; smaller tiles are left to mma.sync.
-        whole = row["tile"][0] >= 64 and row["warps"] >= 4
+    if result["tensor_cores"]:
+        products = result["products"]
+        # wgmma multiplies 64 results by four warps; smaller tiles are left to mma.sync.
+        whole = result["tile"][0] >= 64 and result["warps"] >= 4
         if not products:
             found.append("no tensor-core instruction")
-        elif row["arch"] == 90 and whole and "wgmma" not in products:
+        elif result["arch"] == 90 and whole and "wgmma" not in products:
             found.append("no wgmma")
     return found
 
@@ -136,10 +140,10 @@ def _start_worker(cache: str) -> None:
     knobs.nvidia.dump_ptxas_log = True
 
 
-def _describe(task: Task) -> tuple[Any, Any, Row]:
+def _describe(task: Task) -> tuple[Any, Any, Result]:
     compilation = _compilations(task.op)[task.compilation]
     config = compilation.configs[task.config]
-    row = {
+    result = {
         "op": task.op,
         "kernel": compilation.kernel.__name__,
         "dtype": compilation.dtype,
@@ -150,7 +154,7 @@ def _describe(task: Task) -> tuple[Any, Any, Row]:
         "stages": config.num_stages,
         "tensor_cores": compilation.tensor_cores,
     }
-    return compilation, config, row
+    return compilation, config, result
 
 
 def _source(compilation: Any, config: Any) -> Any:
@@ -174,12 +178,12 @@ def _source(compilation: Any, config: Any) -> Any:
     )
 
 
-def compile_one(task: Task) -> Row:
-    """One row of the table."""
+def compile_one(task: Task) -> Result:
+    """One result of the table."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    compilation, config, row = _describe(task)
+    compilation, config, result = _describe(task)
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):
@@ -190,10 +194,10 @@ def compile_one(task: Task) -> Row:
             )
     except Exception as error:
         reason = " ".join(str(error).split())[:500]
-        return row | {"failures": [f"does not compile: {type(error).__name__}: {reason}"]}
+        return result | {"failures": [f"does not compile: {type(error).__name__}: {reason}"]}
     ptx = compiled.asm["ptx"]
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
-    row |= {
+    result |= {
         "registers": max(int(n) for n in re.findall(r"Used (\d+) registers", log.getvalue())),
         "shared": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
@@ -201,11 +205,11 @@ def compile_one(task: Task) -> Row:
         "products": {n: c for n, text in PRODUCTS.items() if (c := ptx.count(text))},
         "tf32": ptx.count(".tf32"),
     }
-    return row | {"failures": failures(row)}
+    return result | {"failures": failures(result)}
 
 
-def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Row]:
-    """Their rows, in order."""
+def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Result]:
+    """Their results, in order."""
     with (
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(
@@ -220,20 +224,21 @@ def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Row]:
                 yield _describe(task)[2] | {"failures": [reason]}
 
 
-def _print(row: Row) -> None:
-    tile = "x".join(str(n) for n in row["tile"])
-    products = " ".join(f"{n}:{count}" for n, count in row.get("products", {}).items())
-    numbers = "".join(f"{row.get(n, '?'):>9}" for n in ("registers", "shared", "spilled"))
+def _print(result: Result) -> None:
+    tile = "x".join(str(n) for n in result["tile"])
+    products = " ".join(f"{n}:{count}" for n, count in result.get("products", {}).items())
+    numbers = "".join(f"{result.get(n, '?'):>9}" for n in ("registers", "shared", "spilled"))
     print(
-        f"{row['op']:<24}{row['kernel']:<16}{row['dtype']:<5} {row['constants']:<46}"
-        f"sm_{row['arch']:<4}{tile:>10} w{row['warps']} s{row['stages']}{numbers}  {products}",
+        f"{result['op']:<24}{result['kernel']:<16}{result['dtype']:<5} {result['constants']:<46}"
+        f"sm_{result['arch']:<4}{tile:>10} w{result['warps']} s{result['stages']}"
+        f"{numbers}  {products}",
         flush=True,
     )
 
 
-def write(file: Path, header: Row, rows: Sequence[Row]) -> None:
+def write_table(file: Path, header: Result, results: Sequence[Result]) -> None:
     """Replace a kept table."""
-    lines = [json.dumps(line, separators=(",", ":")) for line in (header, *rows)]
+    lines = [json.dumps(line, separators=(",", ":")) for line in (header, *results)]
     RESULTS.mkdir(exist_ok=True)
     with atomic_path(file) as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -258,19 +263,19 @@ def main() -> None:
         "sources": source_hash(),
     }
     tasks = list(_tasks(arguments.op or kernel_ops(), arguments.quick))
-    rows = []
-    for row in compile_all(tasks, arguments.jobs):
-        _print(row)
-        rows.append(row)
-    failed = [row for row in rows if row["failures"]]
-    print(f"\n{len(rows)} compiled, {len(failed)} failed")
-    for row in failed:
-        _print(row)
-        print("    " + "; ".join(row["failures"]))
+    results = []
+    for result in compile_all(tasks, arguments.jobs):
+        _print(result)
+        results.append(result)
+    failed = [result for result in results if result["failures"]]
+    print(f"\n{len(results)} compiled, {len(failed)} failed")
+    for result in failed:
+        _print(result)
+        print("    " + "; ".join(result["failures"]))
     if not (arguments.quick or arguments.op):
         if source_hash() != header["sources"]:
             raise SystemExit("The kernels changed while they were compiled; run this again.")
-        write(FILE, header, rows)
+        write_table(FILE, header, results)
     if failed:
         raise SystemExit(1)
 

@@ -36,11 +36,11 @@ def test_every_kernel_has_an_op():
 
 def test_the_committed_table_is_of_these_kernels():
     """Run ``python -m benchmarks.ops.compile_cuda`` after a change to a kernel."""
-    header, *rows = map(json.loads, compile_cuda.FILE.read_text(encoding="utf-8").splitlines())
+    header, *results = map(json.loads, compile_cuda.FILE.read_text(encoding="utf-8").splitlines())
     assert header["sources"] == compile_cuda.source_hash()
-    assert [row for row in rows if row["failures"]] == []
-    assert {row["op"] for row in rows} == set(compile_cuda.ops())
-    assert {row["arch"] for row in rows} == {80, 90, 100}
+    assert [result for result in results if result["failures"]] == []
+    assert {result["op"] for result in results} == set(compile_cuda.ops())
+    assert {result["arch"] for result in results} == {80, 90, 100}
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
@@ -70,10 +70,10 @@ def test_bindings_compile_against_this_torch():
     [(0, 232448, None), (8, 0, "spills 8 bytes"), (0, 232449, "232449 bytes of shared memory")],
 )
 def test_what_counts_as_a_failure(spill, shared, message):
-    (row,) = compile_cuda.parse("sync_rows", LOG.format(spill=spill, shared=shared))
-    assert (row["arch"], row["registers"], row["shared"]) == (90, 40, shared)
-    assert len(row["failures"]) == (message is not None)
-    assert message is None or message in row["failures"][0]
+    (result,) = compile_cuda.parse("sync_rows", LOG.format(spill=spill, shared=shared))
+    assert (result["arch"], result["registers"], result["shared"]) == (90, 40, shared)
+    assert len(result["failures"]) == (message is not None)
+    assert message is None or message in result["failures"][0]
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_what_counts_as_a_failure(spill, shared, message):
         ("count_lowest", lambda x, i: (x.mT[None], 1, i, False), "scores must be contiguous"),
         ("count_lowest", lambda x, i: (x[None], 9, i[:3, :8], False), r"k must lie in \[1, 8\]"),
         ("count_lowest", lambda x, i: (x.double()[None], 1, i[:3, :8], False), "must be float32"),
-        ("sync_rows", lambda x, i: ([x], [], []), "as many rows and indices"),
-        ("sync_rows", lambda x, i: ([x], [x], [i[0]]), "rows has the wrong shape"),
+        ("sync_rows", lambda x, i: ([x], [], []), "as many results and indices"),
+        ("sync_rows", lambda x, i: ([x], [x], [i[0]]), "results has the wrong shape"),
     ],
 )
 def test_bindings_refuse_what_does_not_fit(op, arguments, message):

@@ -42,11 +42,11 @@ def test_every_op_with_kernels_is_found():
 
 def test_the_committed_table_is_of_these_kernels():
     """Run ``python -m benchmarks.ops.compile_triton`` after a change to a kernel."""
-    header, *rows = map(json.loads, compile_triton.FILE.read_text(encoding="utf-8").splitlines())
+    header, *results = map(json.loads, compile_triton.FILE.read_text(encoding="utf-8").splitlines())
     assert header["sources"] == compile_triton.source_hash()
-    assert [row for row in rows if row["failures"]] == []
-    assert {row["op"] for row in rows} == set(compile_triton.kernel_ops())
-    assert {row["arch"] for row in rows} == {80, 90, 100}
+    assert [result for result in results if result["failures"]] == []
+    assert {result["op"] for result in results} == set(compile_triton.kernel_ops())
+    assert {result["arch"] for result in results} == {80, 90, 100}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process")
