@@ -37,7 +37,8 @@ def test_every_backend_has_a_record():
 
 
 def test_the_ops_are_those_of_the_package():
-    assert set(suite.OPS) <= set(ops.__all__)
+    functions = {name for name in ops.__all__ if name.islower()}
+    assert functions - {"row_masked_linear"} == set(suite.OPS)  # that has a suite of its own
 
 
 def test_a_wrong_backend_is_not_timed(monkeypatch):
