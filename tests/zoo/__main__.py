@@ -56,7 +56,7 @@ def main() -> int:
 
 def _summary(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> list[str]:
     built = {outcome.name for outcome in outcomes if outcome.not_built is None}
-    lines = ["", *_built_lines(built, mappings)]
+    lines = ["", *_built_lines(outcomes, mappings)]
     for what in ("attribution", "training"):
         verdicts = [getattr(outcome, what) for outcome in outcomes if outcome.name in built]
         counts = Counter(verdict.kind for verdict in verdicts)
@@ -67,11 +67,14 @@ def _summary(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> lis
     return lines
 
 
-def _built_lines(built: set[str], mappings: dict[str, list[str]]) -> list[str]:
-    return [
-        f"{mapping}: {len(built & set(names))} of {len(names)} classes built"
-        for mapping, names in mappings.items()
-    ]
+def _built_lines(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> list[str]:
+    """How many classes of each mapping were built, of those that were tried."""
+    lines = []
+    for mapping, names in mappings.items():
+        tried = [outcome for outcome in outcomes if outcome.name in names]
+        built = sum(outcome.not_built is None for outcome in tried)
+        lines.append(f"{mapping}: {built} of {len(tried)} classes built")
+    return lines
 
 
 def _document(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> list[str]:
@@ -95,7 +98,7 @@ def _document(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> li
         f"loki-kernels {loki_kernels.__version__}, transformers {transformers.__version__}, "
         f"torch {torch.__version__}.",
         "",
-        *(f"- {line}." for line in _built_lines({o.name for o in built}, mappings)),
+        *(f"- {line}." for line in _built_lines(outcomes, mappings)),
         "",
         "| class | attribution | training | reason |",
         "|---|---|---|---|",

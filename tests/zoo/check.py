@@ -131,6 +131,9 @@ def check_training(model: nn.Module) -> Verdict:
     types = {key: type(module) for key, module in model.named_modules()}
     required = {key: p.requires_grad for key, p in model.named_parameters()}
     before = _logits(model, batch)
+    # Molmo2 takes no tokens alone in training mode, and is trained in the other.
+    mode = _logits(model.train(), batch) is not None
+    model.eval()
 
     def difference() -> str | None:
         """What makes the model another than it was, if anything."""
@@ -157,7 +160,7 @@ def check_training(model: nn.Module) -> Verdict:
     patched = _logits(model, batch)
     if patched is None or not torch.allclose(patched, before, rtol=1e-5, atol=1e-5):
         return Verdict("WRONG", "patched, the logits are others before any step")
-    _train(model, batch, generator)
+    _train(model.train(mode), batch, generator)
     wrong = _judge_rows(layers, rows, state, model.state_dict())
     handle.unpatch()
     left = difference()
@@ -234,7 +237,8 @@ def _tokens(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def _logits(model: nn.Module, ids: Tensor) -> Tensor | None:
     """``[B, T, V]`` for ids ``[T]`` or ``[B, T]``; None if the model takes no tokens alone."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)  # a few draw in their forward
             return model(input_ids=torch.atleast_2d(ids), use_cache=False).logits
     except Exception:
         return None
@@ -247,7 +251,6 @@ def _two_rows(layer: Site, index: int) -> list[int]:
 
 
 def _train(model: nn.Module, batch: Tensor, generator: torch.Generator) -> None:
-    model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     for _ in range(3):

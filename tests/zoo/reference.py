@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 _STACKS = ("layers", "h", "blocks", "block", "layer", "decoder_layers", "ffns")
 _OTHER_TOWERS = (
     "vis", "audio", "image", "codec", "vq", "speech", "qformer", "acoustic", "semantic",
-    "patcher", "aligner", "adapter", "talker", "code2wav", "token2wav", "mtp", "protein",
+    "patcher", "aligner", "adapter", "projector", "connector", "resampler", "talker", "code2wav",
+    "token2wav", "mtp", "protein",
 )  # fmt: skip
 
 # What a layer calls its FFN. Several of these in one layer are summed.
@@ -28,7 +29,9 @@ _BRANCHES = (
     "mlp_block", "shared_transf.feed_forward", "shared_transformer.feed_forward",
 )  # fmt: skip
 # Where the FFN's last matrix lies in the layer itself, or in a module that adds the residual.
-_LOOSE = ("fc2", "lin2", "output.dense")
+_LOOSE = (
+    "fc2", "lin2", "output.dense", "feed_forward.output.dense", "layer.2.DenseReluDense.wo",
+)  # fmt: skip
 # What transformers calls the matrix that an FFN or an expert ends with.
 _DOWN = (
     "down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h", "wo", "Wo", "output_linear",
