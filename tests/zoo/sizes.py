@@ -70,7 +70,16 @@ TEXT: dict[str, Any] = _by_value(
     "encoder_layerdrop": 0.0,
     "initializer_range": 0.2,
     "is_decoder": True,
+    # Scales and caps are off 1, where multiplying and dividing agree.
+    "attention_multiplier": 0.4,
+    "embedding_multiplier": 1.3,
+    "final_logit_softcapping": 3.0,
     "lm_head_multiplier": 1.5,
+    "logit_scale": 0.5,
+    "logits_scaling": 3.0,
+    "logits_soft_cap": 3.0,
+    "residual_multiplier": 0.7,
+    "routed_scaling_factor": 1.5,
     "mlp_only_layers": [],
     "rotary_pct": 0.5,
 }
@@ -137,7 +146,21 @@ _QWEN4_EXP = {
     "ple_layer_ids": [],
     "hc_lowrank": 8,
 }
+_SLIDING_FULL = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+_LINEAR_FULL = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_CONV_FULL = {"layer_types": ["conv", "full_attention"] * 2}
+# The last two layers attend to the keys and values of the two before.
+_SHARED_KEYS = _SLIDING_FULL | {"num_kv_shared_layers": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "BailingHybridForCausalLM": _LINEAR_FULL,
+    "Gemma3ForCausalLM": _SLIDING_FULL,
+    "Gemma3ForConditionalGeneration": {"text_config": _SLIDING_FULL},
+    "Gemma3nForCausalLM": _SHARED_KEYS,
+    "Gemma4ForCausalLM": _SHARED_KEYS,
+    "Gemma4ForConditionalGeneration": {"text_config": _SHARED_KEYS},
+    "KimiLinearForCausalLM": _LINEAR_FULL,
+    "Lfm2ForCausalLM": _CONV_FULL,
+    "Lfm2VlForConditionalGeneration": {"text_config": _CONV_FULL},
     "BambaForCausalLM": {"attn_layer_indices": [1, 3]},
     "BltForCausalLM": {
         "encoder_hash_byte_group_vocab": 97,
@@ -171,13 +194,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 0]}}
     },
     "GlmOcrForConditionalGeneration": {"text_config": _MROPE},
-    "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "GraniteMoeHybridForCausalLM": _LINEAR_FULL,
     "HYV4VLForConditionalGeneration": {"text_config": _MROPE},
     "HunYuanVLForConditionalGeneration": {
         "text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 1, 1]}}
     },
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "Lfm2MoeForCausalLM": _CONV_FULL,
     "Mamba2ForCausalLM": {"head_dim": 16},
     "PaddleOCRVLForConditionalGeneration": {"text_config": _MROPE},
     "Qwen2VLForConditionalGeneration": {"text_config": _MROPE},
