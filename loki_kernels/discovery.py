@@ -109,10 +109,13 @@ def examine(causal_lm: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList, list[
             f"{type(causal_lm).__name__} is an encoder-decoder model; only decoder language models "
             "are supported."
         )
+    hidden_size = getattr(config, "hidden_size", None)
+    if not isinstance(hidden_size, int):
+        raise UnsupportedModelError(
+            f"{type(config).__name__} has no hidden_size; the width of a node is unknown."
+        )
     decoder, name, stack = _find_layers(causal_lm)
-    layers = [
-        _examine_layer(layer, f"{name}.{i}", config.hidden_size) for i, layer in enumerate(stack)
-    ]
+    layers = [_examine_layer(layer, f"{name}.{i}", hidden_size) for i, layer in enumerate(stack)]
     return decoder, stack, layers
 
 
@@ -215,6 +218,12 @@ def _branches(layer: nn.Module, layer_name: str) -> list[_Branch]:
 
 
 def _examine_layer(layer: nn.Module, layer_name: str, hidden_size: int) -> Layer:
+    if hasattr(layer, "backward_pass"):
+        return _refused(
+            layer_name,
+            f"{layer_name} ({type(layer).__name__}) is reversible and runs a backward pass of its "
+            "own, which reaches no row while the rest is frozen.",
+        )
     branches = _branches(layer, layer_name)
     linears = [linear for branch in branches for linear in branch.linears]
     candidates: list[_Linear] = []
@@ -244,7 +253,10 @@ def _examine_layer(layer: nn.Module, layer_name: str, hidden_size: int) -> Layer
             f"its mixers with out_features = hidden_size = {hidden_size} that another linear "
             f"feeds, in {', '.join(branch.name for branch in branches)}.",
         )
-    # A narrow second branch beside the FFN, such as Gemma-4's per-layer input, is none.
+    # A second branch beside a gated FFN that is not gated, such as Gemma-3n's low-rank residual and
+    # Gemma-4's per-layer input, is none; nor is a narrower one beside a plain FFN.
+    gated = [linear for linear in candidates if _is_gated(linear, linears)]
+    candidates = gated or candidates
     widest = max(linear.module.in_features for linear in candidates)
     best = [linear for linear in candidates if linear.module.in_features == widest]
     if len(best) > 1:
@@ -270,6 +282,13 @@ def _is_down(linear: _Linear, hidden_size: int, linears: list[_Linear]) -> bool:
     return linear.module.out_features == hidden_size and any(
         other.module.out_features in (inner, 2 * inner) for other in linears if other is not linear
     )
+
+
+def _is_gated(down: _Linear, linears: list[_Linear]) -> bool:
+    """Whether two linears beside it feed it, or one that fuses gate and up."""
+    inner, path = down.module.in_features, down.name.rpartition(".")[0] + "."
+    widths = [x.module.out_features for x in linears if x is not down and x.name.startswith(path)]
+    return widths.count(inner) >= 2 or 2 * inner in widths
 
 
 def _refused(layer_name: str, reason: str) -> Layer:
