@@ -81,34 +81,37 @@ void count_lowest_op(const Tensor& scores, int64_t k, Tensor counts, bool magnit
                               counts.stride(1), current_stream(check.device)));
 }
 
-void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> rows,
-                  std::vector<Tensor> indices) {
+void sync_rows_op(std::vector<Tensor> weights, std::vector<Tensor> base,
+                  std::vector<Tensor> updates, std::vector<Tensor> indices) {
   if (weights.empty()) return;
   const Checks check("sync_rows", weights[0]);
-  STD_TORCH_CHECK(rows.size() == weights.size() && indices.size() == weights.size(), check.op,
-                  ": as many rows and indices as weights are needed");
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(base.size() == count && updates.size() == count && indices.size() == count,
+                  check.op, ": as many bases, updates and indices as weights are needed");
   std::vector<RowSegment> segments;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor &weight = weights[i], &layer_rows = rows[i], &index = indices[i];
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor &weight = weights[i], &from = base[i], &update = updates[i], &index = indices[i];
     STD_TORCH_CHECK(weight.dim() == 2 && index.dim() == 1, check.op,
                     ": a weight must be [out, in], an index [k]");
     const int64_t k = index.size(0), width = weight.size(1);
     check.of(weight, "weight", {weight.size(0), width}, weights[0].scalar_type());
-    check.of(layer_rows, "rows", {k, width}, rows[0].scalar_type());
+    check.of(from, "base", {k, width}, weights[0].scalar_type());
+    check.of(update, "update", {k, width}, updates[0].scalar_type());
     check.of(index, "index", {k}, ScalarType::Long);
     check.unit_stride(weight, "weight");
-    check.unit_stride(layer_rows, "rows");
+    check.unit_stride(from, "base");
+    check.unit_stride(update, "update");
     check.unit_stride(index, "index");
     if (k == 0 || width == 0) continue;
-    segments.push_back({weight.mutable_data_ptr(), layer_rows.const_data_ptr(), numbers(index),
-                        weight.stride(0), layer_rows.stride(0), static_cast<int>(k),
-                        static_cast<int>(width)});
+    segments.push_back({weight.mutable_data_ptr(), from.const_data_ptr(), update.const_data_ptr(),
+                        numbers(index), weight.stride(0), from.stride(0), update.stride(0),
+                        static_cast<int>(k), static_cast<int>(width)});
   }
   if (segments.empty()) return;
   const DeviceGuard guard(check.device);
   check.launched(sync_rows(segments.data(), static_cast<int>(segments.size()),
                            dtype_of(weights[0], check.op, "weights"),
-                           dtype_of(rows[0], check.op, "rows"), current_stream(check.device)));
+                           dtype_of(updates[0], check.op, "updates"), current_stream(check.device)));
 }
 
 }  // namespace

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,56 @@ def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
-def rows_fingerprint(layers: Iterable[Tensor]) -> str:
-    """A hash of rows of each layer, ``[k, in_features]``.
+@dataclass(frozen=True)
+class BaseRows:
+    """What is kept of the rows that an update is added to, to know them again.
 
-    Of their bfloat16 values, leaving out the smallest, so that it does not depend on whether the
-    model was loaded in float32, bfloat16 or (from a bfloat16 checkpoint) float16.
+    Attributes:
+        fingerprint: of their bfloat16 values, leaving out the smallest, so that it does not depend
+            on whether the model was loaded in float32, bfloat16 or (from a bfloat16 checkpoint)
+            float16.
+        dtype: ``"float32"``, ``"bfloat16"``, ...; ``"quantized"``. None in files of version 0.1.
+        sketch: of each layer's rows, four sums of all numbers with fixed signs. Those of two copies
+            differ in relative size as much as the rows do. None in files of version 0.1.
     """
+
+    fingerprint: str
+    dtype: str | None = None
+    sketch: list[list[float]] | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[Tensor], *, quantized: bool = False) -> BaseRows:
+        """Of rows ``[k, in_features]`` of each layer; of dequantized ones with ``quantized``."""
+        dtype = "quantized" if quantized else str(layers[0].dtype).removeprefix("torch.")
+        return cls(_fingerprint(layers), dtype, [_sketch(rows.detach()) for rows in layers])
+
+    def why_other(self, present: BaseRows) -> str | None:
+        """Why ``present`` are not these rows, nor a copy of them in another dtype."""
+        if self.fingerprint == present.fingerprint:
+            return None
+        if self.sketch is None or present.sketch is None or self.dtype == present.dtype:
+            return "the rows that the update is added to have other values in this model"
+        ours, theirs = torch.tensor(self.sketch), torch.tensor(present.sketch)
+        if ours.shape != theirs.shape:
+            return "the update is of other layers"
+        difference = float((ours - theirs).norm() / ours.norm().clamp_min(1e-30))
+        allowed = _QUANTIZED if "quantized" in (self.dtype, present.dtype) else _ROUNDED
+        if difference <= allowed:
+            return None
+        return (
+            f"the rows that the update is added to were {self.dtype} and are {present.dtype} in "
+            f"this model, and differ by {difference:.0%}; copies of one model differ by less than "
+            f"{allowed:.0%}"
+        )
+
+
+# How far copies of one model may be apart: 4-bit types are off by 8 to 13 % (nf4, int4), float16
+# and bfloat16 by under .5 %; rows of two models by over 100 %.
+_QUANTIZED = 0.25
+_ROUNDED = 0.01
+
+
+def _fingerprint(layers: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for rows in layers:
         digest.update(str(tuple(rows.shape)).encode())
@@ -51,6 +96,20 @@ def rows_fingerprint(layers: Iterable[Tensor]) -> str:
             coarse = coarse.masked_fill(coarse.abs() < _FLOAT16_TINY, 0.0)
             digest.update(" ".join(map(str, _bit_sums(coarse))).encode())
     return digest.hexdigest()
+
+
+def _sketch(rows: Tensor) -> list[float]:
+    k, width = rows.shape
+    sums = rows.float() @ _signs(width, rows.device)
+    return [float(x) for x in (sums * _signs(k, rows.device)).sum(0)]
+
+
+def _signs(count: int, device: torch.device) -> Tensor:
+    """``[count, 4]`` of 1 and -1, the same everywhere: bits of a multiplicative hash."""
+    places = torch.arange(1, count + 1, device=device)
+    hashed = (places * 2654435761) % 2**32
+    bits = torch.stack([(hashed >> shift) & 1 for shift in (13, 17, 21, 25)], dim=1)
+    return (2 * bits - 1).float()
 
 
 def _bit_sums(tensor: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`sync_rows` of a whole model: a tenth of every down-projection's rows written back."""
+"""`sync_rows` of a whole model: the updates of a tenth of every down-projection's rows written."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from .suite import Case, Work, normal, some_of
 
 _MODEL = {"layers": 32, "in_features": 14336, "out_features": 4096}
 SHAPES = {
-    "cuda": [{**_MODEL, "rows_dtype": name} for name in ("float32", "bfloat16")],
-    "cpu": [{"layers": 8, "in_features": 1536, "out_features": 576, "rows_dtype": "float32"}],
-    "dry": [{"layers": 2, "in_features": 12, "out_features": 20, "rows_dtype": "float32"}],
+    "cuda": [_MODEL],
+    "cpu": [{"layers": 8, "in_features": 1536, "out_features": 576}],
+    "dry": [{"layers": 2, "in_features": 12, "out_features": 20}],
 }
 
 
-def make_case(layers: int, in_features: int, out_features: int, rows_dtype: str) -> Case:
-    k, dtype = out_features // 10, getattr(torch, rows_dtype)
+def make_case(layers: int, in_features: int, out_features: int) -> Case:
+    k = out_features // 10
     inputs = {
         "weights": [normal(out_features, in_features) for _ in range(layers)],
-        "rows": [normal(k, in_features, dtype=dtype) for _ in range(layers)],
+        "base": [normal(k, in_features) for _ in range(layers)],
+        "updates": [normal(k, in_features, dtype=torch.float32) for _ in range(layers)],
         "indices": [some_of(out_features, k) for _ in range(layers)],
     }
-    return Case(inputs, Work(0, layers * k * in_features * (dtype.itemsize + DTYPE.itemsize)))
+    return Case(inputs, Work(0, layers * k * in_features * (4 + 2 * DTYPE.itemsize)))

@@ -1,11 +1,11 @@
-"""The format of trained rows on disk: tensors named as PEFT names them, files, fingerprints."""
+"""The format of a trained update on disk: tensors named as PEFT names them, files, the base."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,24 @@ import torch
 from torch import Tensor
 
 from ..files import atomic_path, read_safetensors, write_safetensors
-from ..fingerprint import rows_fingerprint
+from ..fingerprint import BaseRows
 from ..sharding import full_shape, full_values, shard_like
 from .linear import TRAINED, LokiLinear
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-# Beside a merged checkpoint that cannot hold the trained rows exactly. Not `ADAPTER_FILE`: together
+# Beside a merged checkpoint, which does not hold the update exactly. Not `ADAPTER_FILE`: together
 # with a config transformers would load that by itself.
 SIDE_FILE = "loki_rows.safetensors"
 
-_KEY = re.compile(rf"base_model\.model\.(.+)\.loki_(index|{'|'.join(TRAINED)})")
+# Version 0.1 kept the rows themselves and no update of them.
+_ABSOLUTE = "rows"
+_PREFIX = "base_model.model."
+_KEY = re.compile(rf"(.+)\.loki_(index|{'|'.join((*TRAINED, _ABSOLUTE))})")
 
 # The patched layers of a model by their names.
 Layers = Mapping[str, LokiLinear]
-# What is kept of a layer: "index", and "rows" or "delta_a" and "delta_b".
+# What is kept of a layer: "index", and "update" or "delta_a" and "delta_b".
 Parts = dict[str, Tensor]
 
 
@@ -40,13 +43,15 @@ class AdapterConfig:
         base: name or path of the model the rows were trained on.
         rows: the rows of each layer.
         rank: of LoKI*, or None.
-        fingerprint: of the rows that were replaced.
+        base_rows: what the update is added to.
+        modules_to_save: modules that were trained whole beside the rows.
     """
 
     base: str | None
     rows: list[list[int]]
     rank: int | None
-    fingerprint: str | None
+    base_rows: BaseRows | None
+    modules_to_save: list[str] | None = None
 
     @classmethod
     def load(cls, folder: Path) -> AdapterConfig:
@@ -68,7 +73,8 @@ class AdapterConfig:
                 content.get("base_model_name_or_path"),
                 content["rows"],
                 content.get("rank"),
-                content.get("fingerprint"),
+                base_rows_of(content),
+                content.get("modules_to_save"),
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not an adapter's config: {error!r}.") from error
@@ -80,22 +86,64 @@ class AdapterConfig:
             "base_model_name_or_path": self.base,
             "rows": self.rows,
             "rank": self.rank,
-            "fingerprint": self.fingerprint,
+            "modules_to_save": self.modules_to_save,
+            **base_rows_content(self.base_rows),
         }
 
 
+def base_rows_of(content: Mapping[str, Any]) -> BaseRows | None:
+    """What a config, or the metadata of a side file, says of the rows an update is added to."""
+    if content.get("fingerprint") is None:
+        return None
+    sketch = content.get("base_sketch")
+    if isinstance(sketch, str):  # metadata are strings
+        sketch = json.loads(sketch)
+    return BaseRows(content["fingerprint"], content.get("base_dtype"), sketch)
+
+
+def base_rows_content(base: BaseRows | None) -> dict[str, Any]:
+    """What `base_rows_of` reads."""
+    if base is None:
+        return {}
+    return {
+        "fingerprint": base.fingerprint,
+        "base_dtype": base.dtype,
+        "base_sketch": base.sketch,
+    }
+
+
 @dataclass(frozen=True)
-class SavedRows:
+class SavedUpdate:
     """What `ADAPTER_FILE` or `SIDE_FILE` holds.
 
     Attributes:
         layers: layer name -> its parts.
-        fingerprint: of the rows that were replaced, in a side file; an adapter has it in its
-            config.
+        others: name in the model -> a parameter that was trained whole beside the rows.
+        base_rows: what the update is added to, in a side file; an adapter has it in its config.
     """
 
     layers: dict[str, Parts]
-    fingerprint: str | None
+    others: dict[str, Tensor]
+    base_rows: BaseRows | None
+
+    def rows_of(self, names: Sequence[str | None]) -> list[list[int]]:
+        """The rows of each layer of a model whose down-projections have these names.
+
+        Raises:
+            ValueError: if there is an update of a layer that is none of them.
+        """
+        strangers = self.layers.keys() - set(names)
+        if strangers:
+            raise ValueError(f"it has an update of {min(strangers)}, which the model lacks.")
+        return [
+            self.layers[name]["index"].tolist() if name in self.layers else [] for name in names
+        ]
+
+    @property
+    def rank(self) -> int | None:
+        """Of LoKI*, or None."""
+        ranks = {parts["delta_a"].shape[1] for parts in self.layers.values() if "delta_a" in parts}
+        return min(ranks, default=None)
 
 
 def layer_parts(layer: LokiLinear) -> Parts:
@@ -111,7 +159,7 @@ def parts_of(layers: Layers) -> dict[str, Parts]:
 def adapter_tensors(parts_by_layer: Mapping[str, Parts]) -> dict[str, Tensor]:
     """The tensors of a file, on the host; with sharded parameters every process has to ask."""
     return {
-        f"base_model.model.{name}.loki_{part}": full_values(tensor).cpu()
+        f"{_PREFIX}{name}.loki_{part}": full_values(tensor).cpu()
         for name, parts in parts_by_layer.items()
         for part, tensor in parts.items()
     }
@@ -122,11 +170,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> No
     write_safetensors(path, tensors, {"format": "pt", **metadata})
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+def other_tensors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters that are trained whole, named as PEFT names them."""
+    return {f"{_PREFIX}{name}": full_values(p).cpu() for name, p in parameters.items()}
+
+
+def write_adapter(
+    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], task_type: str | None
+) -> None:
     """Write the two files of an adapter for PEFT, of this method or another."""
     folder.mkdir(exist_ok=True)
     write_tensors(folder / ADAPTER_FILE, tensors)
-    content = config | {"task_type": "CAUSAL_LM", "inference_mode": True}
+    content = config | {"task_type": task_type, "inference_mode": True}
     with atomic_path(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
@@ -136,70 +191,91 @@ def write_side_file(
 ) -> Path:
     """Write `SIDE_FILE`: these parts of the layers, and what they are an update of."""
     path = Path(folder) / SIDE_FILE
-    fingerprint = base_fingerprint(layers)
-    write_tensors(path, adapter_tensors(parts_by_layer), fingerprint=fingerprint)
+    metadata = base_rows_content(base_rows(layers))
+    metadata["base_sketch"] = json.dumps(metadata["base_sketch"])
+    write_tensors(path, adapter_tensors(parts_by_layer), **metadata)
     return path
 
 
-def read_rows(path: str | os.PathLike[str]) -> SavedRows:
+def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
     """Read `ADAPTER_FILE` or `SIDE_FILE`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or holds anything but trained rows.
+        ValueError: if it is damaged, or no such file.
     """
     tensors, metadata = read_safetensors(path, "pt")
     layers: dict[str, Parts] = {}
+    others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
+        name = key.removeprefix(_PREFIX)
+        if name == key:
             raise ValueError(f"{path} is not a LoKI adapter: it holds {key}.")
-        layers.setdefault(match[1], {})[match[2]] = tensor
+        match = _KEY.fullmatch(name)
+        if match is not None:
+            layers.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            others[name] = tensor
+    if not layers:
+        raise ValueError(f"{path} is not a LoKI adapter: it holds no trained rows.")
     for name, parts in layers.items():
-        if set(parts) not in ({"index", "rows"}, {"index", "delta_a", "delta_b"}):
+        whole = {"index", "update"}, {"index", "delta_a", "delta_b"}, {"index", _ABSOLUTE}
+        if set(parts) not in whole:
             raise ValueError(f"{path} is not whole: of {name} it has {', '.join(sorted(parts))}.")
-    return SavedRows(layers, metadata.get("fingerprint"))
+    # rows are the same on any base
+    absolute = any(_ABSOLUTE in parts for parts in layers.values())
+    return SavedUpdate(layers, others, None if absolute else base_rows_of(metadata))
 
 
-def load_rows(layers: Layers, saved: SavedRows) -> str | None:
-    """Copy what was saved into layers of the same rows; else change nothing and say why not."""
+def load_update(layers: Layers, saved: SavedUpdate, base: BaseRows | None) -> str | None:
+    """Copy what was saved into layers of the same rows; else change nothing and say why not.
+
+    ``base`` is what the update was trained on; None leaves that unchecked.
+    """
     if saved.layers.keys() != layers.keys():
         return "it has rows of other layers"
+    updates = {name: update_of(saved.layers[name], layers[name].base_rows) for name in layers}
     for name, layer in layers.items():
-        held, parts = layer_parts(layer), saved.layers[name]
+        held, parts = layer_parts(layer), updates[name]
         if not torch.equal(parts["index"], layer.index.cpu()):
             return f"{name} has other rows there"
         if held.keys() != parts.keys() or any(
             tuple(parts[part].shape) != full_shape(held[part]) for part in held
         ):
             return f"{name} has another rank or width there"
-    # rows are the same on any base; an update would be added to a checkpoint that has it already
-    low_rank = saved.fingerprint is not None and any(x.rank is not None for x in layers.values())
-    if low_rank and saved.fingerprint != base_fingerprint(layers):
-        return (
-            "its low-rank update is of other weights; load the model that was patched, not the "
-            "checkpoint beside the file, which holds the update"
-        )
+    reason = base.why_other(base_rows(layers)) if base is not None else None
+    if reason is not None:
+        return reason
     with torch.no_grad():
         for name, layer in layers.items():
             for part, parameter in layer.trained_parameters():
-                parameter.copy_(shard_like(saved.layers[name][part].to(parameter.dtype), parameter))
+                parameter.copy_(shard_like(updates[name][part].to(parameter.dtype), parameter))
+            layer.merged_alone = False
     return None
 
 
-def base_fingerprint(layers: Layers) -> str:
-    """Of the rows that the layers replaced."""
-    return rows_fingerprint(layer.original_rows for layer in layers.values())
+def update_of(parts: Parts, rows: Tensor) -> Parts:
+    """Parts of a layer that version 0.1 wrote turned into an update of its base rows."""
+    trained = parts.get(_ABSOLUTE)
+    if trained is None or trained.shape != rows.shape:
+        return parts
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return {"index": parts["index"], "update": trained.to(wide) - rows.to(trained.device, wide)}
 
 
-def check_fingerprint(
-    wanted: str | None, found: str, trained_on: str | None, loading: str | None
+def base_rows(layers: Layers) -> BaseRows:
+    """What the layers' updates are added to."""
+    return BaseRows.of([layer.base_rows for layer in layers.values()])
+
+
+def check_base(
+    wanted: BaseRows | None, present: BaseRows, trained_on: str | None, loading: str | None
 ) -> None:
-    """Raise ValueError if rows would replace others than those they were trained to replace."""
-    if wanted is None or wanted == found:
-        return
-    raise ValueError(
-        f"the adapter was trained on another base ({trained_on or 'a model without a name'}): the "
-        f"rows it replaces have other values in this one ({loading or 'without a name'}). Load the "
-        "base it was trained on, with its revision, dtype and quantization."
-    )
+    """Raise ValueError if an update would be added to other rows than it was trained on."""
+    reason = wanted.why_other(present) if wanted is not None else None
+    if reason is not None:
+        raise ValueError(
+            f"the adapter was trained on another base ({trained_on or 'a model without a name'}) "
+            f"than this one ({loading or 'without a name'}): {reason}. Load the model it was "
+            "trained on, of the same revision; its dtype and quantization may differ."
+        )

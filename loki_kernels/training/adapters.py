@@ -1,8 +1,10 @@
-"""Adapters: the trained rows alone, in PEFT's file format; and as a LoRA adapter."""
+"""Adapters: the trained update alone, in PEFT's file format; and as a LoRA adapter."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,22 +13,28 @@ from torch import Tensor, nn
 from ..discovery import find_structure
 from ..files import check_folder
 from ..selection import RowSelection
-from ..sharding import is_distributed
+from ..sharding import full_values, is_distributed
 from ..structure import Structure
 from . import adapter_file
-from .adapter_file import ADAPTER_FILE, CONFIG_FILE, SIDE_FILE, AdapterConfig
+from .adapter_file import ADAPTER_FILE, CONFIG_FILE, AdapterConfig, SavedUpdate
 from .handle import Patch
 from .linear import LokiLinear
 from .patching import patch
+from .targets import trained_whole
+
+logger = logging.getLogger(__name__)
+
+# The largest rank of a LoRA adapter that vLLM 0.11 serves (``--max-lora-rank``).
+_LARGEST_SERVED = 512
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write the trained rows of a patched model, and nothing else of it.
+    """Write the trained update of a patched model, and nothing else of it.
 
-    The folder gets ``adapter_model.safetensors`` (rows and their indices, in the dtype they were
-    trained in) and ``adapter_config.json``. `load_adapter` reads it, and so does PEFT once
-    ``loki_kernels.peft`` is imported. In distributed training call it in every process; the first
-    one writes.
+    The folder gets ``adapter_model.safetensors`` (the update and its rows' numbers, in float32, and
+    modules that were trained whole) and ``adapter_config.json``. `load_adapter` reads it, and so
+    does PEFT once ``loki_kernels.peft`` is imported. It fits any copy of the base, in another
+    dtype or quantized. In distributed training call it in every process; the first one writes.
 
     Raises:
         ValueError: if the model is not patched.
@@ -34,7 +42,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     structure, layers = _patched_layers(model)
     path = check_folder(folder)
+    others = trained_whole(structure.causal_lm)
     tensors = adapter_file.adapter_tensors(adapter_file.parts_of(layers))
+    tensors |= adapter_file.other_tensors(others)
     config = AdapterConfig(
         base=_base_name(structure),
         rows=[
@@ -42,17 +52,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             for d in structure.down_projs
         ],
         rank=next(iter(layers.values())).rank,
-        fingerprint=adapter_file.base_fingerprint(layers),
+        base_rows=adapter_file.base_rows(layers),
+        modules_to_save=_modules_of(others),
     )
     if not is_distributed() or torch.distributed.get_rank() == 0:
-        adapter_file.write_adapter(path, tensors, config.content())
+        adapter_file.write_adapter(path, tensors, config.content(), _task_type(structure))
     return path
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
-    """Patch a base model with saved rows: what `save_adapter` or PEFT wrote.
+    """Patch a base model with a saved update: what `save_adapter` or PEFT wrote.
 
     ``merge()`` of the handle that is returned makes a plain model of it, ``unpatch()`` undoes it.
+    The base may be in another dtype than the one that was trained on, or whole where that was
+    quantized. Adapters of version 0.1, which hold rows, are read too.
 
     Raises:
         FileNotFoundError: if the folder is not an adapter.
@@ -61,19 +74,22 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
     """
     folder = Path(folder)
     config = AdapterConfig.load(folder)
-    saved = adapter_file.read_rows(folder / ADAPTER_FILE)
-    trained = [t for parts in saved.layers.values() for part, t in parts.items() if part != "index"]
-    dtype = trained[0].dtype if trained else None
-    handle = patch(model, RowSelection(config.rows), rank=config.rank, dtype=dtype)
+    saved = adapter_file.read_update(folder / ADAPTER_FILE)
+    handle = patch(
+        model,
+        RowSelection(config.rows),
+        rank=config.rank,
+        modules_to_save=config.modules_to_save or (),
+    )
     layers = dict(handle.named_layers())
     try:
-        adapter_file.check_fingerprint(
-            config.fingerprint,
-            adapter_file.base_fingerprint(layers),
+        adapter_file.check_base(
+            config.base_rows,
+            adapter_file.base_rows(layers),
             config.base,
             getattr(handle.model, "name_or_path", None),
         )
-        reason = adapter_file.load_rows(layers, saved)
+        reason = _load_all(handle.model, layers, saved)
         if reason is not None:
             raise ValueError(f"{folder}: {ADAPTER_FILE} and {CONFIG_FILE} do not agree: {reason}.")
     except BaseException:
@@ -82,8 +98,23 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
     return handle
 
 
+def _load_all(model: nn.Module, layers: Mapping[str, LokiLinear], saved: SavedUpdate) -> str | None:
+    """Load rows and whole modules; else change nothing and say why not."""
+    others = trained_whole(model)
+    if saved.others.keys() != others.keys():
+        return "it has other modules beside the rows"
+    if any(saved.others[name].shape != parameter.shape for name, parameter in others.items()):
+        return "a module beside the rows has another shape there"
+    reason = adapter_file.load_update(layers, saved, saved.base_rows)
+    if reason is None:
+        with torch.no_grad():
+            for name, parameter in others.items():
+                parameter.copy_(saved.others[name])
+    return reason
+
+
 def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Put the rows of an adapter, or of a checkpoint's side file, into its base model.
+    """Put the update of an adapter, or of a checkpoint's side file, into its base model.
 
     Raises:
         FileNotFoundError: if the folder has neither.
@@ -92,67 +123,118 @@ def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
         return load_adapter(model, folder).merge()
-    saved = adapter_file.read_rows(folder / SIDE_FILE)
-    layers = saved.layers
-    names = [d.name if d is not None else "" for d in find_structure(model).down_projs]
-    strangers = layers.keys() - set(names)
-    if strangers:
-        raise ValueError(f"the side file has rows of {min(strangers)}, which the model lacks.")
-    rows = [layers[name]["index"].tolist() if name in layers else [] for name in names]
-    ranks = {parts["delta_a"].shape[1] for parts in layers.values() if "delta_a" in parts}
-    with patch(model, rows, rank=min(ranks, default=None), dtype=torch.float32) as handle:
-        reason = adapter_file.load_rows(dict(handle.named_layers()), saved)
-        if reason is not None:
-            raise ValueError(f"{folder / SIDE_FILE}: {reason}.")
-        return handle.merge()
+    handle = patch(model, folder)
+    return handle.merge()
 
 
-def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write the update of a patched model's rows as an exact LoRA adapter, for servers of those.
+def export_lora(
+    model: nn.Module, folder: str | os.PathLike[str], *, max_rank: int | None = None
+) -> Path:
+    """Write the update of a patched model's rows as a LoRA adapter, for servers of those.
 
     An update of k rows is the matrix that puts row i in place S_i times the k differences:
     ``lora_B`` ``[out_features, k]`` of zeros and ones and ``lora_A`` ``[k, in_features]``, of rank
-    k and scale 1. With LoKI* it has the rank of LoKI*. In float32; the base must be the one that
-    was trained.
+    k and scale 1. With LoKI* it has the rank of LoKI*. All layers have one rank, the largest of
+    them, since servers divide one ``lora_alpha`` by it; the others are filled up with zeros. In
+    float32; the base must be the one that was trained.
+
+    Args:
+        model: a patched model.
+        folder: to write to.
+        max_rank: of the adapter; a larger update is written as its best approximation of this rank
+            in the Frobenius norm, and its relative error is logged. None writes it exactly.
 
     Raises:
-        ValueError: if the model is not patched.
+        ValueError: if the model is not patched, or max_rank is below 1.
         OSError: if the folder cannot be created or written.
     """
     structure, layers = _patched_layers(model)
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"max_rank must be positive; it is {max_rank}.")
     path = check_folder(folder)
+    exact = max(len(factors[0]) for factors in map(_lora_factors, layers.values()))
+    rank = exact if max_rank is None else min(exact, max_rank)
+    if rank > _LARGEST_SERVED:
+        logger.warning(
+            "the adapter has rank %d, and vLLM serves ranks up to %d; export_lora(..., "
+            "max_rank=%d) writes the best approximation of that rank.",
+            rank, _LARGEST_SERVED, _LARGEST_SERVED,
+        )  # fmt: skip
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    lost = total = 0.0
     for name, layer in layers.items():
-        placement = torch.zeros(layer.out_features, len(layer.index))
-        placement[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
-        parts = {n: p.detach().float().cpu() for n, p in layer.trained_parameters()}
-        if layer.rank is None:
-            a, b = parts["rows"] - layer.original_rows.float(), placement
-        else:
-            a, b = parts["delta_b"], placement @ parts["delta_a"]
+        a, b = _lora_factors(layer)
+        if rank < exact:
+            total += float((b @ a).square().sum())
+        if len(a) > rank:
+            a, b, error = _truncated(a, b, rank)
+            lost += error
+        missing = rank - len(a)
+        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+        b = torch.cat([b, b.new_zeros(len(b), missing)], dim=1)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-        ranks[name] = len(a)
-    rank = max(ranks.values())
-    uneven = {name: r for name, r in ranks.items() if r != rank}
+    if lost:
+        logger.warning(
+            "the adapter of rank %d holds an update of rank %d but for a relative error of %.2g.",
+            rank, exact, (lost / total) ** 0.5,
+        )  # fmt: skip
+    others = trained_whole(structure.causal_lm)
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": _base_name(structure),
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": uneven,
-        "alpha_pattern": uneven,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(layers),
+        "modules_to_save": _modules_of(others),
         "lora_dropout": 0.0,
         "bias": "none",
     }
-    adapter_file.write_adapter(path, tensors, config)
+    tensors |= adapter_file.other_tensors(others)
+    adapter_file.write_adapter(path, tensors, config, _task_type(structure))
     return path
+
+
+def _lora_factors(layer: LokiLinear) -> tuple[Tensor, Tensor]:
+    """(A ``[r, in_features]``, B ``[out_features, r]``) whose product is the update."""
+    placement = torch.zeros(layer.out_features, len(layer.index))
+    placement[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
+    parts = {n: full_values(p).float().cpu() for n, p in layer.trained_parameters()}
+    if layer.rank is None:
+        return parts["update"], placement
+    return parts["delta_b"], placement @ parts["delta_a"]
+
+
+def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best factors of this rank, and the square of what they lose in the Frobenius norm."""
+    # After this what is decomposed has as many rows as A, and not as the weight.
+    q, r = torch.linalg.qr(b)
+    u, s, vh = torch.linalg.svd(r @ a, full_matrices=False)
+    return (
+        s[:rank, None] * vh[:rank],
+        q @ u[:, :rank],
+        float(s[rank:].square().sum()),
+    )
 
 
 def _base_name(structure: Structure) -> str | None:
     return getattr(structure.causal_lm, "name_or_path", None) or None
+
+
+def _task_type(structure: Structure) -> str | None:
+    """PEFT's word for what the model is for; it chooses the class around an adapter's base."""
+    kinds = {
+        "ForCausalLM": "CAUSAL_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }
+    name = type(structure.causal_lm).__name__
+    return next((kind for end, kind in kinds.items() if name.endswith(end)), "CAUSAL_LM")
+
+
+def _modules_of(parameters: Mapping[str, Tensor]) -> list[str] | None:
+    return sorted({name.rpartition(".")[0] for name in parameters}) or None
 
 
 def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiLinear]]:

@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..sharding import is_sharded
+from ..sharding import is_partitioned
 from . import adapter_file
-from .adapter_file import SIDE_FILE, Layers, Parts
-from .linear import TRAINED, low_rank_rows
+from .adapter_file import Layers, Parts
+from .linear import TRAINED, updated_rows
 
 
 @dataclass(eq=False)
 class SavePretrained:
     """An instance's ``save_pretrained``, for what the class's own cannot know.
 
-    It writes a side file where a merged checkpoint cannot hold the trained rows, and merges a state
-    dict that an engine collected parameter by parameter (ZeRO-3). It lies in the model's
+    It writes the update to a side file and merged weights alone to the checkpoint, and merges a
+    state dict that an engine collected parameter by parameter (ZeRO-3). It lies in the model's
     ``__dict__`` and is copied and pickled with it.
     """
 
@@ -45,44 +45,33 @@ class SavePretrained:
         **kwargs: Any,
     ) -> Any:
         parts = adapter_file.parts_of(self.layers)
-        if state_dict is not None:
-            state_dict = _merge_trained(state_dict, parts)
-        needs_side_file = any(layer.needs_side_file for layer in self.layers.values())
-        is_main_process = kwargs.get("is_main_process", True)
-        needed = needs_side_file and is_main_process
-        # what FSDP shards is gathered when every process makes the state dict
-        sharded = any(is_sharded(layer.weight) for layer in self.layers.values())
-        gathered = state_dict is not None or not sharded
-        if needed and gathered:  # before the class's own, which may upload the folder
+        if state_dict is None:  # where the model is sharded, every process makes it
+            state_dict = self.model.state_dict()
+        state_dict = self._merge_trained(state_dict, parts)
+        if kwargs.get("is_main_process", True):
+            # before the class's own, which may upload the folder
             self._write_side_file(save_directory, parts)
-        elif not needs_side_file and is_main_process:  # an earlier run's would be read for ours
-            (Path(save_directory) / SIDE_FILE).unlink(missing_ok=True)
         save = type(self.model).save_pretrained
-        result = save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)
-        if needed and not gathered:
-            self._write_side_file(save_directory, parts)
-        return result
+        return save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)
 
     def _write_side_file(self, folder: str | os.PathLike[str], parts: dict[str, Parts]) -> None:
         for name, layer in self.layers.items():
-            parts[name] |= layer.gathered or {}
+            parts[name] = (layer.gathered or {}) | parts[name]
         Path(folder).mkdir(parents=True, exist_ok=True)
         adapter_file.write_side_file(folder, self.layers, parts)
 
-
-def _merge_trained(state_dict: dict[str, Tensor], parts: dict[str, Parts]) -> dict[str, Tensor]:
-    """Move trained parameters that a state dict may hold into its weights, and into ``parts``."""
-    merged = dict(state_dict)
-    for name, layer_parts in parts.items():
-        found = {p: merged.pop(f"{name}.{p}") for p in TRAINED if f"{name}.{p}" in merged}
-        if not found:
-            continue
-        layer_parts |= found
-        weight = merged[f"{name}.weight"]
-        index = layer_parts["index"].to(weight.device)
-        if "rows" in found:
-            rows = found["rows"]
-        else:
-            rows = low_rank_rows(weight[index], found["delta_a"], found["delta_b"])
-        merged[f"{name}.weight"] = weight.index_copy(0, index, rows.to(weight))
-    return merged
+    def _merge_trained(
+        self, state_dict: dict[str, Tensor], parts: dict[str, Parts]
+    ) -> dict[str, Tensor]:
+        """Take the trained parameters out of a state dict, into its weights and ``parts``."""
+        merged = dict(state_dict)
+        for name, layer in self.layers.items():
+            found = {p: merged.pop(f"{name}.{p}") for p in TRAINED if f"{name}.{p}" in merged}
+            merged.pop(f"{name}.index", None)
+            if is_partitioned(layer.weight) and found:  # its weight was collected unmerged
+                weight = merged[f"{name}.weight"]
+                index = layer.index.to(weight.device)
+                rows = updated_rows(weight[index], *found.values())
+                merged[f"{name}.weight"] = weight.index_copy(0, index, rows)
+            parts[name] |= found
+        return merged

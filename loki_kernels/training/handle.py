@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from ..selection import RowSelection
 from ..sharding import is_partitioned, is_sharded
 from . import adapter_file
 from .linear import LokiLinear
+from .writer import RowWriter
 
 if TYPE_CHECKING:
     from .trainer import SideFileCallback
@@ -29,6 +30,8 @@ class Report:
         skipped: layer name -> why it was left alone.
         fused: MLP name -> activation of those that recompute their activation product.
         not_fused: MLP name -> why not, of the others, if ``fuse_mlp`` was asked for.
+        whole: module name -> dtype of those that are trained whole beside the rows.
+        notes: what else a user should know.
         trainable: trained parameters.
         total: parameters of the model, the trained rows counted once.
     """
@@ -37,6 +40,8 @@ class Report:
     skipped: dict[str, str]
     fused: dict[str, str]
     not_fused: dict[str, str]
+    whole: dict[str, str]
+    notes: list[str]
     trainable: int
     total: int
 
@@ -46,6 +51,8 @@ class Report:
             f"{len(self.patched)} down-projections patched, {self.trainable:,} of {self.total:,} "
             f"parameters trained ({share:.2f} %)"
         ]
+        lines += [f"{name} is trained whole, in {dtype}" for name, dtype in self.whole.items()]
+        lines += self.notes
         lines += [f"skipped {name}: {why}" for name, why in self.skipped.items()]
         if self.fused:
             lines.append(
@@ -69,6 +76,7 @@ class Patch:
     rows: RowSelection
     report: Report
     _layers: dict[str, LokiLinear] = field(repr=False)
+    _writer: RowWriter = field(repr=False)
     _undo: ExitStack = field(repr=False)  # puts everything back but the rows
     _active: bool = field(default=True, repr=False)
 
@@ -89,31 +97,30 @@ class Patch:
         return self._restore(trained=False)
 
     def save_state(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the trained parameters in their own dtype beside a checkpoint.
+        """Write the update of the rows beside a checkpoint, as ``model.save_pretrained`` does.
 
-        ``model.save_pretrained`` does this by itself where the merged checkpoint does not hold them
-        exactly: float32 rows over a bfloat16 weight, and low-rank rows. Elsewhere it removes a side
-        file, which would be an earlier run's. With sharded parameters every process has to call it.
+        With sharded parameters every process has to call it.
         """
         parts = adapter_file.parts_of(self._layers)
         return adapter_file.write_side_file(folder, self._layers, parts)
 
     def load_state(self, folder: str | os.PathLike[str]) -> None:
-        """Read back what `save_state` wrote.
+        """Read back what `save_state` or ``save_pretrained`` wrote.
 
-        Low-rank rows are an update of the model that was patched first: load that one, not the
-        checkpoint beside the file, which already holds the update.
+        It is an update of the model that was patched first: patch that one, not the checkpoint
+        beside the file, which already holds the update.
 
         Raises:
             FileNotFoundError: if the folder has no side file.
-            ValueError: if it is damaged, belongs to another selection, or has low-rank rows of
-                other weights; nothing is changed then.
+            ValueError: if it is damaged, belongs to another selection, or is an update of other
+                weights; nothing is changed then.
             RuntimeError: under ZeRO-3, whose own checkpoints hold the rows.
         """
         if any(is_partitioned(layer.weight) for layer in self._layers.values()):
             raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
         path = Path(folder) / adapter_file.SIDE_FILE
-        reason = adapter_file.load_rows(self._layers, adapter_file.read_rows(path))
+        saved = adapter_file.read_update(path)
+        reason = adapter_file.load_update(self._layers, saved, saved.base_rows)
         if reason is not None:
             raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
 
@@ -121,14 +128,22 @@ class Patch:
         """For HF Trainer: what a Trainer's own saving and loading cannot know.
 
         At the start it raises OSError if ``output_dir`` cannot be written; on a resumed run and for
-        ``load_best_model_at_end`` it reads the checkpoint's side file, so that float32 rows over a
-        bfloat16 weight and low-rank rows go on bit for bit. A checkpoint outside ``output_dir`` it
-        finds only if ``TrainingArguments`` names it too (``resume_from_checkpoint``), and warns
-        where it finds none.
+        ``load_best_model_at_end`` it reads the update beside the checkpoint's merged weights, so
+        that training goes on bit for bit. A checkpoint outside ``output_dir`` it finds only if
+        ``TrainingArguments`` names it too (``resume_from_checkpoint``). Without it, resuming raises
+        RuntimeError, unless the model was patched with ``rows=<checkpoint folder>``.
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 
         return SideFileCallback(self._layers, self.load_state)
+
+    def inference(self) -> AbstractContextManager[None]:
+        """A context in which the rows are written once, not at every forward pass.
+
+        For generation, a token a pass. What changes the update inside, training above all, is not
+        seen; a training step raises RuntimeError.
+        """
+        return self._writer.hold()
 
     def named_layers(self) -> list[tuple[str, LokiLinear]]:
         """(name in the model, layer) of every patched layer."""

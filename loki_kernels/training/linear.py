@@ -15,24 +15,27 @@ from ..ops.gated_product import Activation
 from ..sharding import full_shape, full_values, is_partitioned, is_sharded, shard_like
 
 # Names of the parameters that are trained; a merged state dict has none of them.
-TRAINED = ("rows", "delta_a", "delta_b")
+TRAINED = ("update", "delta_a", "delta_b")
 
 
 class LokiLinear(nn.Module):
-    """``y = x @ W.T + b`` with rows ``index`` of W trained, every other entry frozen.
+    """``y = x @ W.T + b`` with an update of rows ``index`` of W trained, the rest frozen.
 
-    ``weight`` is one dense frozen parameter. Without a rank the trained ``rows`` are a parameter of
-    their own, written into ``weight`` at every forward pass in eager mode (k * in_features
-    elements, about 1 % of the product at 4,096 tokens and 10 % of the rows), so the product is one
-    dense GEMM on the merged weight whoever changed the rows: an optimizer, ``load_state_dict``,
-    ``.to()``. Where the weight must not be written, the difference to its rows is added to the
+    ``weight`` is one dense frozen parameter. Without a rank the trained ``update``, zero at first,
+    is a float32 parameter of its own: small steps survive 16-bit weights, and weight decay pulls
+    to the base. In eager mode ``base_rows + update`` is written into ``weight`` at every forward
+    pass (k * in_features elements, about 1 % of the product at 4,096 tokens and 10 % of the rows),
+    so the product is one dense GEMM on the merged weight whoever changed the update: an optimizer,
+    ``load_state_dict``, ``.to()``. Where the weight must not be written, the update is added to the
     output instead, k / out_features more arithmetic (the delta form): under ``torch.compile``,
     which would have to copy a weight that changes in the graph for the backward pass, and where
     the weight is sharded (FSDP, ZeRO-3) and a whole one exists only while a layer runs. With a
-    rank r the rows are the frozen ones plus ``delta_a @ delta_b`` (LoKI*), always so.
+    rank r the update is ``delta_a @ delta_b`` (LoKI*), always so.
 
-    ``state_dict`` holds one merged ``weight`` and the bias, like ``nn.Linear``'s, and
-    ``load_state_dict`` reads the rows out of such a weight.
+    ``state_dict`` holds the merged ``weight`` and the bias, as ``nn.Linear``'s does, and beside
+    them ``index`` and the trained parameters, so that training goes on bit for bit. A state dict of
+    the merged weight alone can be read too, to evaluate; it does not hold the update exactly, and
+    training from it raises.
 
     `patch` writes the rows of all layers in one launch before the decoder runs; a layer called by
     itself writes its own.
@@ -41,25 +44,22 @@ class LokiLinear(nn.Module):
         weight: ``[out_features, in_features]``, frozen; use `merged_weight` to read it.
         bias: ``[out_features]`` or None, frozen.
         index: int64 ``[k]``, sorted.
-        rows: ``[k, in_features]``, trained (rank None).
+        base_rows: ``[k, in_features]`` in the weight's dtype, the rows as they were.
+        update: ``[k, in_features]``, trained (rank None); float64 over a float64 weight.
         delta_a: ``[k, r]``, zero at first, trained (LoKI*).
         delta_b: ``[r, in_features]``, normal with variance 1 / in_features, trained (LoKI*).
     """
 
     weight: nn.Parameter
     index: Tensor
-    original_rows: Tensor
+    base_rows: Tensor
     in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
+    written = False  # whether the weight may hold an update
+    merged_alone = False  # whether what was loaded last held the merged weight without its update
     gathered: dict[str, Tensor] | None = None  # what a side file needs, of a sharded model
     sharded = False  # whether the decoder's last forward pass found the weight sharded
 
-    def __init__(
-        self,
-        linear: nn.Linear,
-        rows: Tensor,
-        rank: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, linear: nn.Linear, rows: Tensor, rank: int | None = None) -> None:
         super().__init__()
         index = _check_index(rows, linear.out_features)
         check_rank(rank)
@@ -68,9 +68,6 @@ class LokiLinear(nn.Module):
             raise ValueError(
                 f"the weight is {weight.dtype}; only floating-point weights can be trained in rows."
             )
-        dtype = weight.dtype if dtype is None else dtype
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type; it is {dtype}.")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.rank = rank
         # Shared with `linear`, not copied: a patched model is no larger than before.
@@ -80,12 +77,11 @@ class LokiLinear(nn.Module):
         if linear.bias is not None:
             linear.bias.requires_grad_(False)
         index = index.to(weight.device)
-        self.register_buffer("index", index, persistent=False)
-        selected = full_values(weight)[index]
-        # On the host, for it is seldom read, and no buffer, which DDP would broadcast every step.
-        self.original_rows = selected.cpu()
+        self.register_buffer("index", index)
+        self.register_buffer("base_rows", full_values(weight)[index], persistent=False)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         if rank is None:
-            self.rows = nn.Parameter(selected.to(dtype, copy=True))
+            self.update = nn.Parameter(torch.zeros_like(self.base_rows, dtype=dtype))
         else:
             a, b = initial_factors(len(index), rank, self.in_features)
             self.delta_a = nn.Parameter(a.to(index.device, dtype))
@@ -94,20 +90,14 @@ class LokiLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        rows: Tensor | list[int],
-        rank: int | None = None,
-        dtype: torch.dtype | None = None,
+        cls, linear: nn.Linear, rows: Tensor | list[int], rank: int | None = None
     ) -> LokiLinear:
         """Take over ``linear``'s weight (shared, frozen) and train ``rows`` of it.
 
         Args:
             linear: floating-point ``nn.Linear``.
             rows: distinct row numbers in [0, out_features).
-            rank: None trains the rows themselves, r a rank-r update of them.
-            dtype: of the trained parameters; the weight's by default. float32 over a bfloat16
-                weight keeps master weights.
+            rank: None trains the update of the rows itself, r one of rank r.
 
         Raises:
             TypeError: if ``linear`` is not an ``nn.Linear``.
@@ -115,7 +105,7 @@ class LokiLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"LokiLinear takes over an nn.Linear, not a {type(linear).__name__}.")
-        return cls(linear, torch.as_tensor(rows), rank, dtype)
+        return cls(linear, torch.as_tensor(rows), rank)
 
     @property
     def writes_rows(self) -> bool:
@@ -123,42 +113,49 @@ class LokiLinear(nn.Module):
         return self.rank is None and not self.sharded and not torch.compiler.is_compiling()
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_loaded()
         if not self.writes_rows:
             return row_delta_linear(x, self.weight, *self._update_factors(), self.index, self.bias)
         self._write_rows()
-        return row_masked_linear(x, self.weight, self.rows, self.index, self.bias)
+        return row_masked_linear(x, self.weight, self.update, self.index, self.bias)
+
+    def check_loaded(self) -> None:
+        """Raise RuntimeError if what was loaded last is not enough for what is asked now."""
+        if self.merged_alone and (
+            self.rank is not None or (self.training and torch.is_grad_enabled())
+        ):
+            raise RuntimeError(_MERGED_ALONE)
 
     def _update_factors(self) -> tuple[Tensor, Tensor | None]:
-        """The update of the rows: a product, or the difference itself and None."""
+        """The update of what the weight holds: a product, or the difference itself and None."""
         if self.rank is not None:
             return self.delta_a, self.delta_b
-        # to what the weight holds now, trained or not: zero exactly before the first step
-        return self.rows - self.weight.detach()[self.index].to(self.rows.dtype), None
+        if self.written:
+            return self.update + (self.base_rows.to(self.update) - self._weight_rows()), None
+        return self.update, None
+
+    def _weight_rows(self) -> Tensor:
+        return self.weight.detach()[self.index].to(self.update.dtype)
 
     def forward_gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """``self(act(gate) * up)`` without keeping the product, where the layer ``writes_rows``."""
+        self.check_loaded()
         self._write_rows()
         return swiglu_row_masked_linear(
-            gate, up, self.weight, self.rows, self.index, self.bias, activation=activation
+            gate, up, self.weight, self.update, self.index, self.bias, activation=activation
         )
 
-    @property
-    def needs_side_file(self) -> bool:
-        """Whether a merged weight does not hold the trained parameters exactly."""
-        return self.rank is not None or self.rows.dtype != self.weight.dtype
-
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of ``rows``, or of ``delta_a`` and ``delta_b``."""
+        """(name, parameter) of ``update``, or of ``delta_a`` and ``delta_b``."""
         return [(name, p) for name, p in self.named_parameters(recurse=False) if name in TRAINED]
 
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, ``[k, in_features]`` in the weight's dtype."""
+        if self.rank is not None:
+            self.check_loaded()
         with torch.no_grad():
-            if self.rank is None:
-                return full_values(self.rows).to(self.weight.dtype)
-            frozen = self._selected_rows(full_values(self.weight))
-            rows = low_rank_rows(frozen, full_values(self.delta_a), full_values(self.delta_b))
-            return rows.to(self.weight.dtype)
+            factors = [full_values(parameter) for _, parameter in self.trained_parameters()]
+            return updated_rows(self.base_rows, *factors)
 
     def merged_weight(self) -> Tensor:
         """The weight as trained so far, ``[out_features, in_features]``, sharded if it is."""
@@ -170,10 +167,6 @@ class LokiLinear(nn.Module):
         merged = weight.index_copy(0, index, self.merged_rows().to(weight.device))
         return shard_like(merged, self.weight)
 
-    def _selected_rows(self, weight: Tensor) -> Tensor:
-        # FSDP with weights offloaded to the host leaves the index where the layer computes
-        return weight[self.index.to(weight.device)]
-
     def _write_rows(self) -> None:
         if not self.in_step:
             write_rows([self])
@@ -181,11 +174,9 @@ class LokiLinear(nn.Module):
     def reset_rows(self) -> None:
         """Put the rows back to what they were before training."""
         with torch.no_grad():
-            if self.rank is not None:
-                self.delta_a.zero_()
-                return
-            self.rows.copy_(self.original_rows)
-            self.weight.data.index_copy_(0, self.index, self.original_rows.to(self.weight))
+            (self.update if self.rank is None else self.delta_a).zero_()
+            self.weight.data.index_copy_(0, self.index, self.base_rows)
+        self.written = self.merged_alone = False
 
     def extra_repr(self) -> str:
         return (
@@ -194,17 +185,15 @@ class LokiLinear(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if is_partitioned(self.weight):  # DeepSpeed keeps every parameter's parts by itself
-            super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         weight = self.merged_weight()
-        if isinstance(self.weight, DTensor) and self.needs_side_file:
+        if isinstance(self.weight, DTensor):
             # every process is here; the one that writes the side file will be alone
             self.gathered = {name: full_values(p).cpu() for name, p in self.trained_parameters()}
-        merged_in_place = self.rank is None and not is_sharded(self.weight)
-        destination[prefix + "weight"] = self.weight if keep_vars and merged_in_place else weight
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        if self.rank is not None or is_sharded(self.weight):
+            destination[prefix + "weight"] = weight
 
     def _load_from_state_dict(
         self,
@@ -216,72 +205,76 @@ class LokiLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if is_partitioned(self.weight):
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+        own = {prefix + name for name in ("index", *TRAINED)}
+        weight = state_dict.get(prefix + "weight")
+        partitioned = is_partitioned(self.weight)
+        error = self._why_not_load(state_dict, prefix) if not partitioned else None
+        if error is not None:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
         missing: list[str] = []
         errors = len(error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        trained = {prefix + name for name in TRAINED}
-        missing_keys += [name for name in missing if name not in trained]
-        if strict:
-            # torch.distributed.checkpoint puts a model's own parameters into what it loads
-            own = {prefix + name: parameter for name, parameter in self.trained_parameters()}
-            unexpected_keys += [
-                name
-                for name in sorted(trained & state_dict.keys())
-                if state_dict[name] is not own.get(name)
-            ]
-        if prefix + "weight" not in state_dict or len(error_msgs) > errors:
+        missing_keys += [name for name in missing if name not in own]
+        if weight is None or partitioned or len(error_msgs) > errors:
             return
         with torch.no_grad():
-            weight = full_values(self.weight)
-            loaded = self._selected_rows(weight)
-            if self.rank is None:
-                self.rows.copy_(shard_like(loaded.to(self.rows.dtype), self.rows))
-            if self.rank is not None or isinstance(self.weight, DTensor):
-                # The delta form rounds by what the weight holds: it must be what it was before.
-                index, original = self.index.to(weight.device), self.original_rows.to(loaded)
-                restored = weight.index_copy(0, index, original)
-                if local_metadata.get("assign_to_params_buffers") and self.rank is not None:
-                    # else the caller's state dict would change
-                    self.weight = nn.Parameter(self.weight.detach().clone(), False)
-                self.weight.data.copy_(shard_like(restored, self.weight))
-            if self.rank is None:
+            merged = full_values(self.weight)
+            rows = merged[self.index.to(merged.device)].to(self.base_rows.device)
+            self.merged_alone = False
+            self.merged_alone = bool(own & set(missing)) and not same_rows(rows, self.merged_rows())
+            if self.rank is None and self.merged_alone:
+                update = rows.to(self.update.dtype) - self.base_rows.to(self.update.dtype)
+                self.update.copy_(shard_like(update, self.update))
+            if self.rank is None and not isinstance(self.weight, DTensor):
+                self.written = True
                 return
-            error = self._load_delta(loaded.float() - self.original_rows.to(loaded).float())
-            if error is not None:
-                error_msgs.append(f"{prefix}weight: {error}")
+            # In the delta form what the weight holds is the base.
+            index = self.index.to(merged.device)
+            restored = merged.index_copy(0, index, self.base_rows.to(merged))
+            if local_metadata.get("assign_to_params_buffers") and self.rank is not None:
+                # else the caller's state dict would change
+                self.weight = nn.Parameter(self.weight.detach().clone(), False)
+            self.weight.data.copy_(shard_like(restored, self.weight))
 
-    def _load_delta(self, delta: Tensor) -> str | None:
-        """Factor a merged update; the exact factors come from the checkpoint's side file."""
-        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-        kept = min(self.rank or 0, len(s))
-        lost, norm = float(s[kept:].norm()), float(s.norm())
-        rounding = torch.finfo(self.weight.dtype).eps * float(self.original_rows.float().norm())
-        if lost > 0.05 * norm + rounding:
-            return (
-                f"its trained rows differ from this model's by more than rank {self.rank} can "
-                "hold; load the checkpoint into the plain model and patch that."
-            )
-        a, b = torch.zeros(full_shape(self.delta_a)), torch.zeros(full_shape(self.delta_b))
-        if norm > 0:
-            root = s[:kept].sqrt().cpu()
-            a[:, :kept] = u[:, :kept].cpu() * root
-            b[:kept] = root[:, None] * vh[:kept].cpu()
-            self.delta_b.copy_(shard_like(b.to(self.delta_b.dtype), self.delta_b))
-        self.delta_a.copy_(shard_like(a.to(self.delta_a.dtype), self.delta_a))
-        return None
+    def _why_not_load(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why an update that was saved is none of this layer's rows, or of other base rows."""
+        index = state_dict.get(prefix + "index")
+        if index is not None and not torch.equal(index.cpu(), self.index.cpu()):
+            return "the rows that were trained are others than this model's; patch it with those."
+        weight = state_dict.get(prefix + "weight")
+        factors = [state_dict.get(prefix + name) for name, _ in self.trained_parameters()]
+        if weight is None or any(factor is None for factor in factors):
+            return None
+        if tuple(weight.shape) != full_shape(self.weight) or any(
+            tuple(f.shape) != full_shape(p)
+            for f, (_, p) in zip(factors, self.trained_parameters(), strict=True)
+        ):
+            return None  # torch says so
+        rows = full_values(weight)[self.index.to(weight.device)].to(self.base_rows.device)
+        if same_rows(rows, updated_rows(self.base_rows, *map(full_values, factors))):
+            return None
+        return (
+            "the update that was saved is of other base weights; patch the model it was trained "
+            "on, not a merged one."
+        )
+
+
+_MERGED_ALONE = (
+    "the weights that were loaded hold trained rows merged into them and not the update itself, so "
+    "training would go on from a rounding. Read the update beside the checkpoint: with "
+    "handle.trainer_callback() for HF Trainer, loki_kernels.patch(model, rows=<checkpoint folder>) "
+    "or handle.load_state(<checkpoint folder>). To start anew from these weights, merge and patch."
+)
+
+
+def same_rows(got: Tensor, want: Tensor) -> bool:
+    """Whether rows are the same but for a rounding to the coarser of the two dtypes."""
+    eps = max(torch.finfo(x.dtype).eps for x in (got, want))
+    difference = got.float() - want.to(got.device).float()
+    return float(difference.norm()) <= eps * float(want.float().norm())
 
 
 def check_rank(rank: object) -> None:
@@ -298,23 +291,30 @@ def initial_factors(count: int, rank: int, in_features: int) -> tuple[Tensor, Te
     )
 
 
-def low_rank_rows(frozen: Tensor, delta_a: Tensor, delta_b: Tensor) -> Tensor:
-    """LoKI*'s rows, ``frozen + delta_a @ delta_b`` in float32, where ``frozen`` lies."""
-    return frozen.float() + (delta_a.float() @ delta_b.float()).to(frozen.device)
+def updated_rows(base: Tensor, delta_a: Tensor, delta_b: Tensor | None = None) -> Tensor:
+    """``base + delta_a @ delta_b`` (``base + delta_a`` without a second factor), rounded once.
+
+    In the base's dtype, where the base lies.
+    """
+    wide = torch.promote_types(torch.promote_types(base.dtype, delta_a.dtype), torch.float32)
+    delta = delta_a if delta_b is None else delta_a.to(wide) @ delta_b.to(delta_a.device, wide)
+    return (base.to(wide) + delta.to(base.device)).to(base.dtype)
 
 
 def write_rows(layers: Sequence[LokiLinear]) -> None:
-    """Put the trained rows of layers without a rank into their weights."""
+    """Put base plus update into the weights of layers without a rank."""
     groups: dict[Any, list[LokiLinear]] = {}
     for layer in layers:
-        key = layer.weight.device, layer.weight.dtype, layer.rows.dtype
+        key = layer.weight.device, layer.weight.dtype, layer.update.dtype
         groups.setdefault(key, []).append(layer)
+        layer.written = True
     for group in groups.values():
-        # Through .data: the values a pending backward pass reads do not change unless `rows` did,
+        # Through .data: the values a pending backward pass reads do not change unless `update` did,
         # which row_masked_linear notices, so the weights' versions must not.
         sync_rows(
             [layer.weight.data for layer in group],
-            [layer.rows.data for layer in group],
+            [layer.base_rows for layer in group],
+            [layer.update.data for layer in group],
             [layer.index for layer in group],
         )
 

@@ -5,31 +5,37 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from transformers import AutoConfig
 
 from ..attribution.cache import cached_attribution
 from ..discovery import find_structure
 from ..options import DEFAULT_QUOTA
 from ..ranking import rows_per_layer
 from ..selection import RowSelection, select
-from ..sharding import (
-    full_shape,
-    heed_in_ddp,
-    ignore_in_ddp,
-    is_sharded,
-    shards_its_weights,
-)
-from ..structure import DownProjection, Structure
+from ..sharding import full_shape, heed_in_ddp, ignore_in_ddp, is_distributed, is_sharded
+from ..structure import DownProjection, Structure, embedding_weight
+from . import adapter_file
+from .adapter_file import SavedUpdate
 from .checkpoint import SavePretrained
 from .handle import Patch, Report
-from .linear import LokiLinear, write_rows
+from .linear import LokiLinear
 from .mlp import FusedMLP, Gating, find_gating
-from .targets import Rows, as_selection, assign_rows, check_patchable
+from .targets import (
+    Rows,
+    agree_on_rows,
+    as_selection,
+    assign_rows,
+    check_patchable,
+    find_modules,
+    new_heads,
+)
+from .writer import RowWriter
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +47,30 @@ def patch(
     tokenizer: Any = None,
     quota: float = DEFAULT_QUOTA,
     rank: int | None = None,
-    dtype: torch.dtype | None = None,
+    modules_to_save: Sequence[str] = (),
     fuse_mlp: bool = False,
 ) -> Patch:
-    """Make a model train some rows of its FFN down-projections and nothing else.
+    """Make a model train an update of some rows of its FFN down-projections.
 
-    Every ``down_proj`` of this instance becomes a `LokiLinear` and every other parameter is frozen.
-    Train with any trainer; ``state_dict`` and ``save_pretrained`` give an ordinary checkpoint.
+    Every ``down_proj`` of this instance becomes a `LokiLinear`, whose update of its rows is trained
+    in float32, and every other parameter is frozen, but for ``modules_to_save`` and a new head
+    (``AutoModelForSequenceClassification``). Train with any trainer; ``save_pretrained`` gives an
+    ordinary checkpoint, with the update in a file beside it.
 
     Args:
         model: a transformers causal language model.
-        rows: a `RowSelection`, one list of rows a layer, or the path of a row file. None
-            analyses the model on the bundled questions (`attribute`, then `select`); the result is
-            kept in ``$LOKI_KERNELS_CACHE`` (``~/.cache/loki_kernels``) by a fingerprint of the
-            weights.
+        rows: a `RowSelection`, one list of rows a layer, or the path of a row file; or a
+            checkpoint's folder, to go on from the rows and the update saved there (``model`` is the
+            base). None analyses the model on the bundled questions (`attribute`, then `select`);
+            the result is kept in ``$LOKI_KERNELS_CACHE`` (``~/.cache/loki_kernels``) by a
+            fingerprint of the weights. In distributed training the first process's selection
+            reaches all.
         tokenizer: for that analysis; by default the one of ``model.name_or_path``.
         quota: percentage of rows for that analysis.
-        rank: train the rows as a rank-r update instead (LoKI*).
-        dtype: of the trained parameters; the weights' by default.
+        rank: train an update of rank r instead (LoKI*).
+        modules_to_save: names of modules to train whole beside the rows, in the checkpoint's own
+            dtype, such as ``["embed_tokens"]`` for new tokens; as in PEFT, the end of a name is
+            enough.
         fuse_mlp: where the MLP is ``down_proj(act(gate(x)) * up(x))`` with SiLU or
             tanh-approximated GELU, keep gate and up alone for the backward pass, not act(gate) and
             the product: half of the MLP's activation memory. The report says where.
@@ -68,12 +80,21 @@ def patch(
 
     Raises:
         ValueError: for rows out of range, duplicated, or of another layer count; a selection of
-            ``ffn_neurons``; a quota outside (0, 100]; a model that is already patched; a damaged
-            row file. The model is unchanged.
+            ``ffn_neurons``; a quota outside (0, 100]; a model that is already patched or has a PEFT
+            adapter; unknown ``modules_to_save``; a damaged file, or an update of another base;
+            processes with different rows. The model is unchanged.
         UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
     """
     structure = find_structure(model)
-    selection = _selection_to_train(model, structure, rows, tokenizer, quota)
+    check_patchable(structure)
+    whole = _modules_to_train(structure, modules_to_save)
+    saved = _saved_update(rows)
+    if saved is None:
+        selection = _selection_to_train(model, structure, rows, tokenizer, quota)
+    else:
+        names = [d.name if d is not None else None for d in structure.down_projs]
+        selection, rank = RowSelection(saved.rows_of(names)), saved.rank
+    selection = agree_on_rows(selection, analysed=rows is None)
     by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = [(d, _gating_or_reason(d, rank)) for d, _ in selected if fuse_mlp]
@@ -81,11 +102,22 @@ def patch(
     total = sum(math.prod(full_shape(parameter)) for parameter in causal_lm.parameters())
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
         _freeze(causal_lm, undo)
-        layers = {d.name: _replace_linear(d, index, rank, dtype, undo) for d, index in selected}
+        for module in whole.values():
+            module.requires_grad_(True)
+        notes = [
+            f"{d.name} had a forward of its own, which is not called while the model is patched"
+            for d, _ in selected
+            if "forward" in d.module.__dict__
+        ]
+        layers = {d.name: _replace_linear(d, index, rank, undo) for d, index in selected}
         for down_proj, gating in gatings:
             if isinstance(gating, Gating):
                 _replace_mlp(causal_lm, down_proj, gating, undo)
-        _attach(structure, layers, undo)
+        writer = _attach(structure, layers, undo)
+        if saved is not None:
+            reason = adapter_file.load_update(layers, saved, saved.base_rows)
+            if reason is not None:
+                raise ValueError(f"the update in {rows} is none of this model's: {reason}.")
         report = Report(
             patched={name: len(layer.index) for name, layer in layers.items()},
             skipped={
@@ -93,18 +125,66 @@ def patch(
             },
             fused={_mlp_name(d): g.activation for d, g in gatings if isinstance(g, Gating)},
             not_fused={_mlp_name(d): g for d, g in gatings if isinstance(g, str)},
+            whole=_dtypes(whole),
+            notes=notes + _frozen_tokens(structure),
             trainable=sum(p.numel() for p in causal_lm.parameters() if p.requires_grad),
             total=total,
         )
         logger.info("%s", report)
-        return Patch(causal_lm, selection, report, layers, undo.pop_all())
+        return Patch(causal_lm, selection, report, layers, writer, undo.pop_all())
+
+
+def _saved_update(rows: Rows | None) -> SavedUpdate | None:
+    """What a checkpoint's folder holds, if ``rows`` names one."""
+    if not isinstance(rows, (str, os.PathLike)) or not Path(rows).is_dir():
+        return None
+    return adapter_file.read_update(Path(rows) / adapter_file.SIDE_FILE)
+
+
+def _modules_to_train(structure: Structure, names: Sequence[str]) -> dict[str, nn.Module]:
+    """What is trained whole: the modules that are named, and a new head."""
+    if isinstance(names, str):
+        raise ValueError(f"modules_to_save must be a list of names; it is {names!r}.")
+    found = find_modules(structure.causal_lm, [*names, *new_heads(structure)])
+    for name, module in found.items():
+        inside = [d.name for _, d in structure.trainable() if d.module in set(module.modules())]
+        if inside:
+            raise ValueError(
+                f"modules_to_save names {name}, which holds {inside[0]}; its rows are trained."
+            )
+    return found
+
+
+def _dtypes(modules: dict[str, nn.Module]) -> dict[str, str]:
+    return {
+        name: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in m.parameters()}))
+        for name, m in modules.items()
+    }
+
+
+def _frozen_tokens(structure: Structure) -> list[str]:
+    """A note on tokens that the model has and its checkpoint has not, unless they are trained."""
+    weight = embedding_weight(structure.causal_lm)
+    name = getattr(structure.causal_lm, "name_or_path", None)
+    if weight.requires_grad or not name:
+        return []
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        return []
+    known = getattr(config.get_text_config(), "vocab_size", structure.vocab_size)
+    if structure.vocab_size <= known:
+        return []
+    return [
+        f"the embeddings of tokens {known} to {structure.vocab_size - 1} are new and frozen; "
+        "modules_to_save names what to train"
+    ]
 
 
 def _selection_to_train(
     model: nn.Module, structure: Structure, rows: Rows | None, tokenizer: Any, quota: float
 ) -> RowSelection:
-    """The rows to train of a model that can be patched."""
-    check_patchable(structure)
+    """The rows to train."""
     if rows is None:
         rows_per_layer(quota, structure.hidden_size)  # a bad quota fails before the analysis
         return select(cached_attribution(model, structure, tokenizer), quota)
@@ -133,11 +213,12 @@ def _replace_linear(
     down_proj: DownProjection,
     index: Tensor,
     rank: int | None,
-    dtype: torch.dtype | None,
     undo: contextlib.ExitStack,
 ) -> LokiLinear:
     linear = down_proj.module
-    layer = LokiLinear.from_linear(linear, index, rank, dtype)
+    layer = LokiLinear.from_linear(linear, index, rank)
+    for hooks in _HOOKS:  # the same objects, so that a handle removes its hook from both
+        setattr(layer, hooks, getattr(linear, hooks))
 
     def put_back() -> None:
         # .to() and load_state_dict(assign=True) may have replaced the parameter objects
@@ -149,6 +230,19 @@ def _replace_linear(
     setattr(down_proj.parent, down_proj.attribute, layer)
     undo.callback(put_back)
     return layer
+
+
+# What a module calls around its forward pass, in torch 2.11 to 2.13.
+_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 def _replace_mlp(
@@ -168,49 +262,16 @@ def _replace_mlp(
 
 def _attach(
     structure: Structure, layers: dict[str, LokiLinear], undo: contextlib.ExitStack
-) -> None:
+) -> RowWriter:
     """What a patched model needs outside its layers: for its decoder, its saving, and DDP."""
     model = structure.causal_lm
-    writer = _RowWriter(model, [layer for layer in layers.values() if layer.rank is None])
+    writer = RowWriter(model, list(layers.values()), agreed=is_distributed())
     for hook in writer.attach(structure.decoder):
         undo.callback(hook.remove)
     saver = SavePretrained.attach(model, layers)
     if saver is not None:
         undo.callback(saver.detach)
-    indices = [f"{name}.index" for name in layers]
-    ignore_in_ddp(model, indices)
-    undo.callback(heed_in_ddp, model, indices)
-
-
-@dataclass
-class _RowWriter:
-    """Writes the rows of all layers into their weights when the decoder starts, in one launch.
-
-    Where an engine shards the weights it tells the layers so, and writes nothing.
-    """
-
-    model: nn.Module
-    layers: list[LokiLinear]
-
-    def attach(self, decoder: nn.Module) -> list[RemovableHandle]:
-        if not self.layers:
-            return []
-        return [
-            decoder.register_forward_pre_hook(self.before_forward),
-            decoder.register_forward_hook(self.after_forward, always_call=True),
-        ]
-
-    def before_forward(self, _decoder: nn.Module, _inputs: Any) -> None:
-        if torch.compiler.is_compiling():  # there the weight is not written
-            return
-        sharded = shards_its_weights(self.model)
-        if not sharded:
-            write_rows(self.layers)
-        for layer in self.layers:
-            layer.sharded = sharded
-            layer.in_step = not sharded
-
-    def after_forward(self, _decoder: nn.Module, _inputs: Any, _output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            for layer in self.layers:
-                layer.in_step = False
+    buffers = [f"{name}.{buffer}" for name in layers for buffer in ("index", "base_rows")]
+    ignore_in_ddp(model, buffers)
+    undo.callback(heed_in_ddp, model, buffers)
+    return writer

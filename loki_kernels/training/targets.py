@@ -1,17 +1,22 @@
-"""What a user names rows by, and whether those rows of this model can be trained."""
+"""What a user names to be trained, and whether that can be trained in this model."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import UnsupportedModelError
 from ..selection import RowSelection
+from ..sharding import is_distributed, is_partitioned
 from ..structure import DownProjection, Structure, is_plain_linear
-from .linear import LokiLinear
+from .linear import TRAINED, LokiLinear
 
 # What names rows: a selection, one list a layer, or the path of a row file.
 Rows = RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str]
@@ -40,6 +45,13 @@ def check_patchable(structure: Structure) -> None:
         raise ValueError(
             "the model is already patched; call unpatch() or merge() on its Patch handle first."
         )
+    adapter = _peft_layer(structure.causal_lm)
+    if adapter is not None:
+        raise ValueError(
+            f"the model has a PEFT adapter ({adapter}), which patching would freeze; call "
+            "merge_and_unload() or unload() on it first, or train rows beside other adapters with "
+            "loki_kernels.peft.LokiConfig."
+        )
     for _, down_proj in structure.trainable():
         if not is_plain_linear(down_proj.module):
             weight = getattr(down_proj.module, "weight", None)
@@ -51,6 +63,11 @@ def check_patchable(structure: Structure) -> None:
         if isinstance(down_proj.module.weight, DTensor):
             raise UnsupportedModelError(
                 f"the weight of {down_proj.name} is sharded; patch the model before fully_shard."
+            )
+        if is_partitioned(down_proj.module.weight):
+            raise UnsupportedModelError(
+                f"the weight of {down_proj.name} is partitioned by ZeRO-3; patch the model before "
+                "deepspeed.initialize, outside deepspeed.zero.Init."
             )
         if down_proj.module.weight.is_meta:
             raise UnsupportedModelError(
@@ -88,3 +105,96 @@ def assign_rows(
         elif len(rows):
             raise ValueError(f"the selection has rows of layer {layer}, which has no FFN.")
     return assigned
+
+
+def _peft_layer(model: nn.Module) -> str | None:
+    """The name of the first layer that PEFT has put into a model."""
+    if "peft" not in sys.modules:  # no layer of it can be there
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return next((n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)), None)
+
+
+def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules that ``names`` mean, by their full name or its end, as PEFT reads them.
+
+    Raises:
+        ValueError: if a name means none, or one that holds an FFN's trained rows.
+    """
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        matches = {
+            full: module
+            for full, module in model.named_modules()
+            if full == name or full.endswith(f".{name}")
+        }
+        if not matches:
+            raise ValueError(f"modules_to_save names {name!r}, which the model lacks.")
+        found |= matches
+    return found
+
+
+def new_heads(structure: Structure) -> list[str]:
+    """Names of the modules beside the base model of a class that has no language-model head.
+
+    ``AutoModelForSequenceClassification`` and its like put a new one there, which learns nothing
+    unless it is trained.
+    """
+    model = structure.causal_lm
+    if model.get_output_embeddings() is not None:
+        return []
+    return [
+        name
+        for name, module in model.named_children()
+        if not any(part is structure.decoder for part in module.modules())
+        and any(True for _ in module.parameters())
+    ]
+
+
+def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters of a patched model that are no update of rows."""
+    own = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, LokiLinear)
+        for part in TRAINED
+    }
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and n not in own}
+
+
+def agree_on_rows(selection: RowSelection, *, analysed: bool) -> RowSelection:
+    """One selection for all processes: the first one's, if each has analysed by itself.
+
+    Raises:
+        ValueError: if processes were given different rows.
+    """
+    if not is_distributed():
+        return selection
+    if analysed:  # a near-tie is enough for two devices to differ
+        content = [(selection.info, [rows.tolist() for rows in selection])]
+        torch.distributed.broadcast_object_list(content, src=0)
+        info, rows = content[0]
+        return RowSelection(rows, info)
+    check_rows_agree(selection)
+    return selection
+
+
+def check_rows_agree(rows: Iterable[Tensor]) -> None:
+    """Raise ValueError if another process trains other rows; each checks the same models in turn.
+
+    By the group's key-value store and not by a collective, in which a process that trains alone
+    would wait for the others.
+    """
+    digest = hashlib.sha256(repr([layer.tolist() for layer in rows]).encode()).hexdigest()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    key = f"loki_kernels/rows/{next(_checks)}"
+    if store.compare_set(key, "", digest).decode() != digest:
+        raise ValueError(
+            "this process trains other rows than another one, so their gradients are of different "
+            "weights. Give every process the same row file (rows=...), or patch after "
+            "torch.distributed is initialised, where one selection reaches all."
+        )
+
+
+_checks = itertools.count()

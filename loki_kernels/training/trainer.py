@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import check_folder
-from ..sharding import is_partitioned
-from .adapter_file import SIDE_FILE, Layers, SavedRows, read_rows
-from .linear import low_rank_rows
-
-logger = logging.getLogger(__name__)
+from .adapter_file import SIDE_FILE, Layers, SavedUpdate, read_update, update_of
+from .linear import same_rows, updated_rows
 
 
 class SideFileCallback(TrainerCallback):
@@ -44,39 +39,33 @@ class SideFileCallback(TrainerCallback):
             self._load_side_file([Path(state.best_model_checkpoint)])
 
     def _load_side_file(self, folders: list[Path]) -> None:
-        layers = self.layers
-        if not any(layer.needs_side_file for layer in layers.values()):
+        """Read the update of the merged weights that the Trainer has just loaded.
+
+        Where a state dict held it already (FSDP, DeepSpeed) there is nothing to do.
+        """
+        if not any(layer.merged_alone for layer in self.layers.values()):
             return
-        if any(is_partitioned(layer.weight) for layer in layers.values()):
-            return  # DeepSpeed has its own files
         for folder in folders:
             path = folder / SIDE_FILE
-            if path.is_file() and _agree_but_for_rounding(read_rows(path), layers):
+            if path.is_file() and _is_of_these_weights(read_update(path), self.layers):
                 self.load_state(folder)
                 return
-        logger.warning(
-            "no %s of the checkpoint was found in %s: the rows go on as its weights hold them "
-            "(a checkpoint elsewhere is found by TrainingArguments(resume_from_checkpoint=...))",
-            SIDE_FILE,
-            " or ".join(map(str, folders)),
+        raise RuntimeError(
+            f"no {SIDE_FILE} of the checkpoint's weights was found in "
+            f"{' or '.join(map(str, folders))}, so training cannot go on from its update. A "
+            "checkpoint elsewhere is found by TrainingArguments(resume_from_checkpoint=...)."
         )
 
 
-def _agree_but_for_rounding(saved: SavedRows, layers: Layers) -> bool:
-    """Whether the layers hold what was saved, but for rounding: the Trainer has just read that."""
+def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
+    """Whether the update gives the merged rows that the layers were just loaded with."""
     for name, layer in layers.items():
-        parts, held = saved.layers.get(name, {}), layer.merged_rows().float().cpu()
-        if "rows" in parts:
-            rows, tolerance = parts["rows"].to(layer.weight.dtype).float(), 0.0
-        elif "delta_a" in parts:  # what was read back has been factored anew
-            original = layer.original_rows.float()
-            if (len(parts["delta_a"]), parts["delta_b"].shape[1]) != original.shape:
-                return False
-            rows = low_rank_rows(original, parts["delta_a"], parts["delta_b"])
-            rounding = torch.finfo(layer.weight.dtype).eps * float(original.norm())
-            tolerance = 0.06 * float((rows - original).norm()) + rounding
-        else:
+        parts = update_of(saved.layers.get(name, {}), layer.base_rows)
+        if layer.rank is not None:
+            continue  # what was loaded is not kept: it has no factors
+        update = parts.get("update")
+        if update is None or update.shape != layer.base_rows.shape:
             return False
-        if rows.shape != held.shape or float((rows - held).norm()) > tolerance:
+        if not same_rows(updated_rows(layer.base_rows.cpu(), update), layer.merged_rows().cpu()):
             return False
     return True

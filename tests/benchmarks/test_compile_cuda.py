@@ -85,8 +85,8 @@ def test_what_counts_as_a_failure(spill, shared, message):
         ("count_lowest", lambda x, i: (x.mT[None], 1, i, False), "scores must be contiguous"),
         ("count_lowest", lambda x, i: (x[None], 9, i[:3, :8], False), r"k must lie in \[1, 8\]"),
         ("count_lowest", lambda x, i: (x.double()[None], 1, i[:3, :8], False), "must be float32"),
-        ("sync_rows", lambda x, i: ([x], [], []), "as many rows and indices"),
-        ("sync_rows", lambda x, i: ([x], [x], [i[0]]), "rows has the wrong shape"),
+        ("sync_rows", lambda x, i: ([x], [x], [], []), "as many bases, updates and indices"),
+        ("sync_rows", lambda x, i: ([x], [x], [x], [i[0]]), "base has the wrong shape"),
     ],
 )
 def test_bindings_refuse_what_does_not_fit(op, arguments, message):

@@ -12,25 +12,35 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYERS = [(9, 33, 4), (12, 264, 12), (7, 33, 0), (3, 1, 2), (5, 2057, 3)]
 
 
-def make(weight_dtype, rows_dtype, layers=LAYERS):
+def make(weight_dtype, update_dtype, layers=LAYERS):
+    """weights, base, updates and indices."""
     torch.manual_seed(0)
     weights = [torch.randn(m, n).to(weight_dtype) for m, n, _ in layers]
-    rows = [torch.randn(k, n).to(rows_dtype) for _, n, k in layers]
-    return weights, rows, [torch.randperm(m)[:k] for m, _, k in layers]
+    base = [torch.randn(k, n).to(weight_dtype) for _, n, k in layers]
+    updates = [0.01 * torch.randn(k, n).to(update_dtype) for _, n, k in layers]
+    return weights, base, updates, [torch.randperm(m)[:k] for m, _, k in layers]
 
 
-def assert_equals_reference(weights, rows, indices):
-    want = sync_rows_reference([w.clone() for w in weights], rows, indices)
+def assert_equals_reference(weights, *rest):
+    want = sync_rows_reference([w.clone() for w in weights], *rest)
     got = [w.clone(memory_format=torch.preserve_format) for w in weights]
-    returned = sync_rows(got, rows, indices)
+    returned = sync_rows(got, *rest)
     assert all(r is g for r, g in zip(returned, got, strict=True))
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES)
-@pytest.mark.parametrize("rows_dtype", DTYPES)
-def test_equals_reference(weight_dtype, rows_dtype):
-    assert_equals_reference(*make(weight_dtype, rows_dtype))
+@pytest.mark.parametrize("update_dtype", DTYPES)
+def test_equals_reference(weight_dtype, update_dtype):
+    assert_equals_reference(*make(weight_dtype, update_dtype))
+
+
+def test_a_small_update_survives_a_coarse_weight():
+    """2^-12 of 1 is lost in bfloat16 at each of a thousand steps, and not in their sum."""
+    weight, base = torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(1, 8, dtype=torch.bfloat16)
+    update = torch.full((1, 8), 1000 * 2.0**-12)
+    sync_rows([weight], [base], [update], [torch.zeros(1, dtype=torch.int64)])
+    assert torch.equal(weight, torch.full_like(weight, 1.2441))
 
 
 def test_more_layers_than_a_launch_takes():
@@ -39,24 +49,24 @@ def test_more_layers_than_a_launch_takes():
 
 
 def test_non_contiguous():
-    weights, rows, indices = make(torch.bfloat16, torch.float32)
+    weights, base, updates, indices = make(torch.bfloat16, torch.float32)
     wide = [torch.zeros(w.shape[0], w.shape[1] + 3, dtype=w.dtype)[:, 1:-2] for w in weights]
     for target, weight in zip(wide, weights, strict=True):
         target.copy_(weight)
-    rows = [r.t().contiguous().t() for r in rows]
+    base, updates = ([r.t().contiguous().t() for r in rows] for rows in (base, updates))
     indices = [i.repeat_interleave(2)[::2] for i in indices]
-    want = sync_rows_reference([w.clone() for w in weights], rows, indices)
-    sync_rows(wide, rows, indices)  # in place: a clone would be contiguous
+    want = sync_rows_reference([w.clone() for w in weights], base, updates, indices)
+    sync_rows(wide, base, updates, indices)  # in place: a clone would be contiguous
     assert all(torch.equal(g, w) for g, w in zip(wide, want, strict=True))
     columns_first = [w.t().contiguous().t() for w in weights]
-    assert_equals_reference(columns_first, rows, indices)
+    assert_equals_reference(columns_first, base, updates, indices)
 
 
 def test_what_is_not_finite_stays():
     inf = float("inf")
-    rows = torch.tensor([[inf, -inf, float("nan"), 0.0, -0.0, 3.4e38, 1e-40, -1e-40]])
-    weight = torch.zeros(1, 8, dtype=torch.bfloat16)
-    sync_rows([weight], [rows], [torch.zeros(1, dtype=torch.int64)])
+    update = torch.tensor([[inf, -inf, float("nan"), 0.0, -0.0, 3.4e38, 1e-40, -1e-40]])
+    weight, base = torch.zeros(2, 1, 8, dtype=torch.bfloat16)
+    sync_rows([weight], [base], [update], [torch.zeros(1, dtype=torch.int64)])
     assert weight[0, 0] == inf
     assert weight[0, 1] == -inf
     assert weight[0, 2].isnan()
@@ -65,14 +75,15 @@ def test_what_is_not_finite_stays():
 
 
 def test_no_gradient():
-    weight, rows = torch.zeros(4, 3), torch.ones(1, 3, requires_grad=True)
-    sync_rows([weight], [rows], [torch.tensor([2])])
+    weight, base = torch.zeros(4, 3), torch.zeros(1, 3)
+    update = torch.ones(1, 3, requires_grad=True)
+    sync_rows([weight], [base], [update], [torch.tensor([2])])
     assert not weight.requires_grad
     assert weight[2].tolist() == [1, 1, 1]
 
 
 def test_no_layers():
-    assert sync_rows([], [], []) == []
+    assert sync_rows([], [], [], []) == []
 
 
 def test_registration():
@@ -86,28 +97,31 @@ def test_registration():
 
 def test_compiles_whole():
     torch._dynamo.reset()
-    weights, rows, indices = make(torch.bfloat16, torch.float32)
-    want = sync_rows_reference([w.clone() for w in weights], rows, indices)
-    torch.compile(sync_rows, fullgraph=True, backend="aot_eager")(weights, rows, indices)
+    weights, *rest = make(torch.bfloat16, torch.float32)
+    want = sync_rows_reference([w.clone() for w in weights], *rest)
+    torch.compile(sync_rows, fullgraph=True, backend="aot_eager")(weights, *rest)
     assert all(torch.equal(g, w) for g, w in zip(weights, want, strict=True))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": []}, "equally many"),
+        ({"updates": []}, "equally many"),
         ({"weights": [torch.zeros(9)]}, "a weight must be"),
-        ({"rows": [torch.zeros(4, 32)]}, "rows must be"),
-        ({"indices": [torch.zeros(3, dtype=torch.int64)]}, "rows must be"),
+        ({"base": [torch.zeros(4, 32)]}, "base must be"),
+        ({"updates": [torch.zeros(4, 32)]}, "update must be"),
+        ({"indices": [torch.zeros(3, dtype=torch.int64)]}, "base must be"),
+        ({"base": [torch.zeros(4, 33)]}, "weights and base must share a device and a dtype"),
     ],
 )
 def test_bad_input_raises(change, message):
-    weights, rows, indices = make(torch.bfloat16, torch.float32, LAYERS[:1])
+    names = "weights", "base", "updates", "indices"
+    given = dict(zip(names, make(torch.bfloat16, torch.float32, LAYERS[:1]), strict=True))
     with pytest.raises(ValueError, match=message):
-        sync_rows(**{"weights": weights, "rows": rows, "indices": indices} | change)
+        sync_rows(**given | change)
 
 
 def test_mixed_dtypes_raise():
-    weights, rows, indices = make(torch.bfloat16, torch.float32, LAYERS[:2])
-    with pytest.raises(ValueError, match="weights must share a device and a dtype"):
-        sync_rows([weights[0], weights[1].float()], rows, indices)
+    weights, *rest = make(torch.bfloat16, torch.float32, LAYERS[:2])
+    with pytest.raises(ValueError, match="weights and base must share a device and a dtype"):
+        sync_rows([weights[0], weights[1].float()], *rest)

@@ -1,0 +1,91 @@
+"""What happens in a patched model when its decoder starts and ends a forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..sharding import is_distributed, shards_its_weights
+from .linear import LokiLinear, write_rows
+from .targets import check_rows_agree
+
+
+@dataclass
+class RowWriter:
+    """Writes the rows of all layers into their weights when the decoder starts, in one launch.
+
+    Where an engine shards the weights it tells the layers so, and writes nothing. Before a training
+    step it raises if nothing would be trained, or in a process other rows than in the others.
+    """
+
+    model: nn.Module
+    layers: list[LokiLinear]
+    agreed: bool = False  # whether the processes train the same rows
+    held: bool = field(default=False, init=False)  # whether the rows stay as they were written
+
+    def attach(self, decoder: nn.Module) -> list[RemovableHandle]:
+        return [
+            decoder.register_forward_pre_hook(self.before_forward),
+            decoder.register_forward_hook(self.after_forward, always_call=True),
+        ]
+
+    def before_forward(self, decoder: nn.Module, _inputs: Any) -> None:
+        if torch.compiler.is_compiling():  # there the weight is not written
+            return
+        if decoder.training and torch.is_grad_enabled():
+            self._check_training()
+        if self.held:
+            return
+        sharded = shards_its_weights(self.model)
+        written = [layer for layer in self.layers if layer.rank is None and not sharded]
+        write_rows(written)
+        for layer in self.layers:
+            layer.sharded = sharded
+        for layer in written:
+            layer.in_step = True
+
+    def after_forward(self, _decoder: nn.Module, _inputs: Any, _output: Any) -> None:
+        if not torch.compiler.is_compiling() and not self.held:
+            for layer in self.layers:
+                layer.in_step = False
+
+    def _check_training(self) -> None:
+        if self.held:
+            raise RuntimeError(
+                "the model trains inside handle.inference(), where the rows are not written anew; "
+                "leave it first."
+            )
+        if not any(p.requires_grad for x in self.layers for _, p in x.trained_parameters()):
+            raise RuntimeError(
+                "the rows of this patched model are frozen: something (get_peft_model, "
+                "prepare_model_for_kbit_training, requires_grad_(False)) has frozen all parameters "
+                "after loki_kernels.patch. Patch last, or use one method: rows beside another "
+                "adapter are trained with loki_kernels.peft.LokiConfig."
+            )
+        if not self.agreed and is_distributed():
+            check_rows_agree(layer.index for layer in self.layers)
+            self.agreed = True
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """The rows are written now, and not again at every forward pass."""
+        if self.held or shards_its_weights(self.model):
+            yield
+            return
+        layers = [layer for layer in self.layers if layer.rank is None]
+        write_rows(layers)
+        self.held = True
+        try:
+            for layer in layers:
+                layer.in_step = True
+            yield
+        finally:
+            self.held = False
+            for layer in layers:
+                layer.in_step = False
