@@ -250,7 +250,7 @@ def load_update(layers: Layers, saved: SavedUpdate, base: BaseRows | None) -> st
         for name, layer in layers.items():
             for part, parameter in layer.trained_parameters():
                 parameter.copy_(shard_like(updates[name][part].to(parameter.dtype), parameter))
-            layer.merged_alone = False
+            layer.merged_alone = None
     return None
 
 

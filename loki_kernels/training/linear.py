@@ -55,7 +55,7 @@ class LokiLinear(nn.Module):
     base_rows: Tensor
     in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
     written = False  # whether the weight may hold an update
-    merged_alone = False  # whether what was loaded last held the merged weight without its update
+    merged_alone: Tensor | None = None  # rows of a merged weight that was loaded without its update
     gathered: dict[str, Tensor] | None = None  # what a side file needs, of a sharded model
     sharded = False  # whether the decoder's last forward pass found the weight sharded
 
@@ -121,7 +121,7 @@ class LokiLinear(nn.Module):
 
     def check_loaded(self) -> None:
         """Raise RuntimeError if what was loaded last is not enough for what is asked now."""
-        if self.merged_alone and (
+        if self.merged_alone is not None and (
             self.rank is not None or (self.training and torch.is_grad_enabled())
         ):
             raise RuntimeError(_MERGED_ALONE)
@@ -176,7 +176,7 @@ class LokiLinear(nn.Module):
         with torch.no_grad():
             (self.update if self.rank is None else self.delta_a).zero_()
             self.weight.data.index_copy_(0, self.index, self.base_rows)
-        self.written = self.merged_alone = False
+        self.written, self.merged_alone = False, None
 
     def extra_repr(self) -> str:
         return (
@@ -223,9 +223,10 @@ class LokiLinear(nn.Module):
         with torch.no_grad():
             merged = full_values(self.weight)
             rows = merged[self.index.to(merged.device)].to(self.base_rows.device)
-            self.merged_alone = False
-            self.merged_alone = bool(own & set(missing)) and not same_rows(rows, self.merged_rows())
-            if self.rank is None and self.merged_alone:
+            self.merged_alone = None
+            if own & set(missing) and not same_rows(rows, self.merged_rows()):
+                self.merged_alone = rows.cpu()
+            if self.rank is None and self.merged_alone is not None:
                 update = rows.to(self.update.dtype) - self.base_rows.to(self.update.dtype)
                 self.update.copy_(shard_like(update, self.update))
             if self.rank is None and not isinstance(self.weight, DTensor):

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import check_folder
+from ..sharding import full_shape
 from .adapter_file import SIDE_FILE, Layers, SavedUpdate, read_update, update_of
 from .linear import same_rows, updated_rows
 
@@ -43,7 +44,7 @@ class SideFileCallback(TrainerCallback):
 
         Where a state dict held it already (FSDP, DeepSpeed) there is nothing to do.
         """
-        if not any(layer.merged_alone for layer in self.layers.values()):
+        if not any(layer.merged_alone is not None for layer in self.layers.values()):
             return
         for folder in folders:
             path = folder / SIDE_FILE
@@ -60,12 +61,15 @@ class SideFileCallback(TrainerCallback):
 def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
     """Whether the update gives the merged rows that the layers were just loaded with."""
     for name, layer in layers.items():
-        parts = update_of(saved.layers.get(name, {}), layer.base_rows)
-        if layer.rank is not None:
-            continue  # what was loaded is not kept: it has no factors
-        update = parts.get("update")
-        if update is None or update.shape != layer.base_rows.shape:
+        base = layer.base_rows.cpu()
+        parts = update_of(saved.layers.get(name, {}), base)
+        factors = [parts.get(part) for part, _ in layer.trained_parameters()]
+        if any(
+            factor is None or tuple(factor.shape) != full_shape(p)
+            for factor, (_, p) in zip(factors, layer.trained_parameters(), strict=True)
+        ):
             return False
-        if not same_rows(updated_rows(layer.base_rows.cpu(), update), layer.merged_rows().cpu()):
+        rows = layer.merged_rows().cpu() if layer.merged_alone is None else layer.merged_alone
+        if not same_rows(updated_rows(base, *(f for f in factors if f is not None)), rows):
             return False
     return True

@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -41,9 +42,12 @@ def test_trains_only_the_rows_and_unpatches(name, rank):
     assert list(handle.report.patched.values()) == [3, 1, 2]
     train(model)
     trained = {k: v.clone() for k, v in model.state_dict().items()}
-    assert trained.keys() == before["weights"].keys()
+    own = {k for k in trained if k.rpartition(".")[2] in ("index", "update", "delta_a", "delta_b")}
+    assert trained.keys() - own == before["weights"].keys()
+    assert len(own) == 3 * (2 if rank is None else 3)
     names = list(handle.report.patched)
-    for key, tensor in trained.items():
+    for key in before["weights"]:
+        tensor = trained[key]
         changed = (tensor != before["weights"][key]).nonzero()[:, :1].unique().tolist()
         layer = [i for i, n in enumerate(names) if key == f"{n}.weight"]
         assert changed == (sorted(ROWS[layer[0]]) if layer else []), key
@@ -89,7 +93,7 @@ def test_checkpoint_is_ordinary(tmp_path):
     loki.patch(model, ROWS)
     want = logits(train(model))
     model.save_pretrained(tmp_path)
-    assert not (tmp_path / "loki_rows.safetensors").exists()
+    assert (tmp_path / "loki_rows.safetensors").exists()
     torch.save(want, tmp_path / "want.pt")
     script = f"""
         import sys, torch, transformers
@@ -121,11 +125,15 @@ def test_checkpoint_is_ordinary(tmp_path):
         {"bf16": True},
     ],
 )
-def test_trainer_resumes_bit_exactly(tmp_path, options):
+@pytest.mark.parametrize("by", ["callback", "rows"])
+def test_trainer_resumes_bit_exactly(tmp_path, options, by):
     def run(folder, steps, resume=False):
         model = build_model("llama_mlp_bias")
-        loki.patch(model, ROWS)
-        tiny_trainer(model, folder, steps, **options).train(resume_from_checkpoint=resume)
+        rows = folder / "checkpoint-3" if resume and by == "rows" else ROWS
+        handle = loki.patch(model, rows)
+        callbacks = [handle.trainer_callback()] if by == "callback" else []
+        run = tiny_trainer(model, folder, steps, callbacks, **options)
+        run.train(resume_from_checkpoint=resume)
         return model.state_dict()
 
     straight = run(tmp_path / "a", 6)
@@ -137,13 +145,15 @@ def test_trainer_resumes_bit_exactly(tmp_path, options):
     assert not torch.equal(straight["model.layers.0.mlp.down_proj.weight"][1], start[1])
 
 
-@pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, torch.float32)])
-def test_trainer_callback_resumes_what_a_checkpoint_rounds(tmp_path, rank, dtype):
+@pytest.mark.parametrize("by", ["callback", "rows"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_trainer_resumes_what_a_checkpoint_rounds(tmp_path, rank, by):
     def run(folder, steps, resume=False):
         torch.manual_seed(3)
         model = build_model(dtype=torch.bfloat16)
-        handle = loki.patch(model, ROWS, rank=rank, dtype=dtype)
-        callbacks = [handle.trainer_callback()]
+        rows = folder / "checkpoint-3" if resume and by == "rows" else ROWS
+        handle = loki.patch(model, rows, rank=rank)
+        callbacks = [handle.trainer_callback()] if by == "callback" else []
         tiny_trainer(model, folder, steps, callbacks).train(resume_from_checkpoint=resume)
         return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
@@ -155,10 +165,24 @@ def test_trainer_callback_resumes_what_a_checkpoint_rounds(tmp_path, rank, dtype
         assert torch.equal(tensor, resumed[name]), name
 
 
-def test_trainer_callback_reads_no_side_file_of_another_run(tmp_path, caplog):
+@pytest.mark.parametrize("rank", [None, 2])
+def test_resuming_without_the_update_is_an_error(tmp_path, rank):
+    def start(steps):
+        torch.manual_seed(3)
+        model = build_model(dtype=torch.bfloat16)
+        loki.patch(model, ROWS, rank=rank)
+        return tiny_trainer(model, tmp_path, steps)
+
+    start(3).train()
+    run = start(6)
+    with pytest.raises(RuntimeError, match=r"handle\.trainer_callback\(\)"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_trainer_callback_reads_no_side_file_of_another_run(tmp_path):
     def patched():
         model = build_model(dtype=torch.bfloat16)
-        return model, loki.patch(model, ROWS, dtype=torch.float32)
+        return model, loki.patch(model, ROWS)
 
     model, _ = patched()
     tiny_trainer(model, tmp_path / "mine", 3).train()
@@ -167,27 +191,20 @@ def test_trainer_callback_reads_no_side_file_of_another_run(tmp_path, caplog):
     other.save_pretrained(tmp_path / "out" / "checkpoint-3")  # lies where the Trainer would look
     model, handle = patched()
     run = tiny_trainer(model, tmp_path / "out", 6, [handle.trainer_callback()])
-    run.train(resume_from_checkpoint=str(tmp_path / "mine" / "checkpoint-3"))
-    assert "go on as its weights hold them" in caplog.text
-    straight, _ = patched()
-    tiny_trainer(straight, tmp_path / "straight", 6).train()
-    layer, want = (m.model.layers[0].mlp.down_proj for m in (model, straight))
-    assert (layer.rows - want.rows).abs().max() < 0.01  # not the other run's, 0.15 away
+    with pytest.raises(RuntimeError, match="TrainingArguments"):
+        run.train(resume_from_checkpoint=str(tmp_path / "mine" / "checkpoint-3"))
 
 
-@pytest.mark.parametrize("std", [1e-5, 1e-4, 1e-3])
-def test_low_rank_rows_over_bfloat16_are_read_back_at_any_size(std):
-    """Rounding the merged rows is not taken for a lost rank."""
-    linear_layer = torch.nn.Linear(256, 64, bias=False).to(DEVICE, torch.bfloat16)
-    twin = copy.deepcopy(linear_layer)
-    rows = torch.arange(51)
-    layer = loki.LokiLinear.from_linear(linear_layer, rows, rank=4, dtype=torch.float32)
-    with torch.no_grad():
-        layer.delta_a.normal_(std=std)
-    again = loki.LokiLinear.from_linear(twin, rows, rank=4, dtype=torch.float32)
-    again.load_state_dict(layer.state_dict())
-    want, got = (x.merged_weight().float() for x in (layer, again))
-    assert (got - want).norm() < 0.02 * want.norm()
+def test_a_resumed_run_of_other_rows_is_refused(tmp_path):
+    def start(rows, steps):
+        model = build_model()
+        handle = loki.patch(model, rows)
+        return tiny_trainer(model, tmp_path, steps, [handle.trainer_callback()])
+
+    start(ROWS, 3).train()
+    run = start([[1, 5, 41], [0], [7, 3]], 6)
+    with pytest.raises(RuntimeError, match="of the checkpoint's weights"):
+        run.train(resume_from_checkpoint=True)
 
 
 def test_assigned_state_dicts_stay_as_they_are(model):
@@ -201,10 +218,10 @@ def test_assigned_state_dicts_stay_as_they_are(model):
     torch.testing.assert_close(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_load_best_model_at_end(tmp_path, dtype):
+@pytest.mark.parametrize("rank", [None, 2])
+def test_load_best_model_at_end(tmp_path, rank):
     model = build_model(dtype=torch.bfloat16)
-    handle = loki.patch(model, ROWS, dtype=dtype)
+    handle = loki.patch(model, ROWS, rank=rank)
     run = tiny_trainer(
         model, tmp_path, 6, [handle.trainer_callback()], load_best_model_at_end=True,
         eval_strategy="steps", eval_steps=3,
@@ -214,13 +231,12 @@ def test_load_best_model_at_end(tmp_path, dtype):
     evaluate = run.evaluate
     run.evaluate = lambda *a, **k: (evaluate(*a, **k), {"eval_loss": next(losses)})[1]
     run.train()
-    best = load_model(tmp_path / "checkpoint-3", dtype=torch.bfloat16)
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
-    again = loki.patch(best, ROWS, dtype=dtype)
-    if dtype is not None:
-        again.load_state(tmp_path / "checkpoint-3")
+    again = loki.patch(build_model(dtype=torch.bfloat16), tmp_path / "checkpoint-3")
     for (_, a), (_, b) in zip(handle.named_layers(), again.named_layers(), strict=True):
-        assert torch.equal(a.rows, b.rows)
+        for (name, p), (_, q) in zip(a.trained_parameters(), b.trained_parameters(), strict=True):
+            assert torch.equal(p, q), name
+        assert torch.equal(a.merged_weight(), b.merged_weight())
 
 
 def test_trainer_callback_finds_an_unwritable_output_before_training(tmp_path, monkeypatch):
@@ -234,25 +250,23 @@ def test_trainer_callback_finds_an_unwritable_output_before_training(tmp_path, m
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, None), (2, torch.float32)])
-def test_side_file_restores_what_the_checkpoint_rounds(tmp_path, rank, dtype):
+@pytest.mark.parametrize("rank", [None, 2])
+def test_side_file_restores_what_the_checkpoint_rounds(tmp_path, rank):
     model = build_model(dtype=torch.bfloat16)
-    handle = loki.patch(model, ROWS, rank=rank, dtype=dtype)
+    handle = loki.patch(model, ROWS, rank=rank)
     train(model, lr=0.01)
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "loki_rows.safetensors").exists()
     again = build_model(dtype=torch.bfloat16)
-    second = loki.patch(again, ROWS, rank=rank, dtype=dtype)
+    second = loki.patch(again, ROWS, rank=rank)
     second.load_state(tmp_path)
     for (_, a), (_, b) in zip(handle.named_layers(), second.named_layers(), strict=True):
-        trained = [name for name, p in a.named_parameters() if p.requires_grad]
-        assert trained
-        for name in trained:
-            assert torch.equal(getattr(a, name), getattr(b, name))
+        assert a.trained_parameters()
+        for name, parameter in a.trained_parameters():
+            assert torch.equal(parameter, getattr(b, name))
     assert torch.equal(logits(again), logits(model))
 
     other = build_model(dtype=torch.bfloat16)
-    third = loki.patch(other, [[1], [2], [3]], rank=rank, dtype=dtype)
+    third = loki.patch(other, [[1], [2], [3]], rank=rank)
     with pytest.raises(ValueError, match="other rows"):
         third.load_state(tmp_path)
     with pytest.raises(FileNotFoundError):
@@ -261,18 +275,38 @@ def test_side_file_restores_what_the_checkpoint_rounds(tmp_path, rank, dtype):
     assert "save_pretrained" not in model.__dict__
 
 
-def test_float32_rows_keep_updates_bfloat16_would_lose():
-    moved = {}
-    for dtype in (None, torch.float32):
-        model = build_model(dtype=torch.bfloat16)
-        handle = loki.patch(model, ROWS, dtype=dtype)
-        start = handle.named_layers()[0][1].rows.detach().clone()
-        batch = token_batch()
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        moved[dtype] = not torch.equal(handle.named_layers()[0][1].rows, start)
-    assert moved == {None: False, torch.float32: True}
+def test_a_side_file_of_version_0_1_is_read(tmp_path):
+    """It holds the rows themselves."""
+    model = build_model()
+    handle = loki.patch(model, ROWS)
+    train(model)
+    old = {}
+    for name, layer in handle.named_layers():
+        key = f"base_model.model.{name}.loki_"
+        old |= {f"{key}index": layer.index, f"{key}rows": layer.merged_rows()}
+    safetensors.torch.save_file(old, tmp_path / "loki_rows.safetensors", {"format": "pt"})
+    again = build_model()
+    loki.patch(again, tmp_path)
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_update_fits_the_base_in_another_dtype(tmp_path, dtype):
+    model = build_model(dtype=torch.bfloat16)
+    handle = loki.patch(model, ROWS)
+    train(model)
+    model.save_pretrained(tmp_path)
+    again = build_model(dtype=torch.bfloat16).to(dtype)
+    second = loki.patch(again, tmp_path)
+    for (_, a), (_, b) in zip(handle.named_layers(), second.named_layers(), strict=True):
+        assert torch.equal(a.update, b.update)
+    other = build_model(dtype=dtype)
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="copies of one model differ by less"):
+        loki.patch(other, tmp_path)
+    assert_unchanged(other, before)
 
 
 def test_empty_layers_are_skipped(model):
@@ -297,7 +331,9 @@ def test_row_file(model, tmp_path):
         ([[1, 1], [1], [1]], {}, "row 1 twice"),
         ([[], [], []], {}, "empty in every layer"),
         (ROWS, {"rank": 0}, "rank"),
-        (ROWS, {"dtype": torch.int8}, "floating-point"),
+        (ROWS, {"modules_to_save": ["nowhere"]}, "which the model lacks"),
+        (ROWS, {"modules_to_save": ["mlp"]}, "its rows are trained"),
+        (ROWS, {"modules_to_save": "lm_head"}, "must be a list"),
         (None, {"quota": 0}, "quota"),
         (None, {"quota": 101}, "quota"),
         (None, {}, "pass tokenizer="),
@@ -360,12 +396,29 @@ def test_selection_of_neurons_or_another_width(model, prompts):
         loki.patch(model, wide)
 
 
-def test_peft_wrapped_down_proj_is_refused(model):
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_a_model_with_a_peft_adapter_is_refused(model, targets):
+    """Patching would freeze the adapter."""
     import peft
 
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2))
-    with pytest.raises(loki.UnsupportedModelError, match="not a plain"):
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2))
+    with pytest.raises(ValueError, match="has a PEFT adapter"):
         loki.patch(wrapped, ROWS)
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_freezing_after_patching_is_an_error(model):
+    import peft
+
+    handle = loki.patch(model, ROWS)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    batch = token_batch()
+    with pytest.raises(RuntimeError, match="Patch last"):
+        wrapped.train()(input_ids=batch, labels=batch)
+    wrapped.eval()(input_ids=batch)
+    with torch.no_grad():
+        wrapped.train()(input_ids=batch)
+    assert handle.report.trainable
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_mlp_bias"])
@@ -425,57 +478,95 @@ def test_plain_llama_structure_is_kept(model, tmp_path):
     assert not hasattr(config, "auto_map")
 
 
-@pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, None)])
-def test_merge_side_file(tmp_path, rank, dtype):
+@pytest.mark.parametrize("rank", [None, 2])
+def test_merge_side_file(tmp_path, rank):
     model = build_model(dtype=torch.bfloat16)
-    loki.patch(model, [[1, 5], [], [2]], rank=rank, dtype=dtype)
+    loki.patch(model, [[1, 5], [], [2]], rank=rank)
     train(model, lr=0.01)
     model.save_pretrained(tmp_path)
-    merged = merge_folder(build_model(dtype=torch.bfloat16), tmp_path)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(merged.state_dict()[name], tensor), name
+    merged = merge_folder(build_model(dtype=torch.bfloat16), tmp_path).state_dict()
+    saved = model.state_dict()
+    for name, tensor in merged.items():
+        assert torch.equal(saved[name], tensor), name
     with pytest.raises(ValueError, match="which the model lacks"):
         merge_folder(build_model("gpt_neox"), tmp_path)
 
 
-def test_a_low_rank_update_is_not_added_twice(tmp_path):
+@pytest.mark.parametrize("rank", [None, 2])
+def test_an_update_is_not_added_twice(tmp_path, rank):
     """A saved folder holds the merged rows and the update: the update goes onto the base."""
     model = build_model()
-    loki.patch(model, ROWS, rank=2)
+    loki.patch(model, ROWS, rank=rank)
     train(model).save_pretrained(tmp_path)
     merged = load_model(tmp_path)
     before = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
-    with pytest.raises(ValueError, match="load the model that was patched"):
+    with pytest.raises(ValueError, match="have other values in this model"):
         merge_folder(merged, tmp_path)
-    handle = loki.patch(merged, ROWS, rank=2)
-    with pytest.raises(ValueError, match="load the model that was patched"):
+    handle = loki.patch(merged, ROWS, rank=rank)
+    with pytest.raises(ValueError, match="have other values in this model"):
         handle.load_state(tmp_path)
     for name, tensor in handle.unpatch().state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
-def test_saving_removes_the_side_file_of_an_earlier_run(tmp_path):
-    model = build_model(dtype=torch.bfloat16)
-    with loki.patch(model, ROWS, dtype=torch.float32):
-        model.save_pretrained(tmp_path)
-        assert (tmp_path / "loki_rows.safetensors").exists()
-    with loki.patch(model, ROWS):
-        model.save_pretrained(tmp_path)
-        assert not (tmp_path / "loki_rows.safetensors").exists()
+def test_a_new_head_is_trained_and_others_on_demand(model):
+    config = model.config
+    classifier = transformers.LlamaForSequenceClassification(config).to(DEVICE)
+    handle = loki.patch(classifier, ROWS)
+    assert handle.report.whole == {"score": "float32"}
+    trained = {n for n, p in classifier.named_parameters() if p.requires_grad}
+    assert trained == {"score.weight"} | {f"{n}.update" for n, _ in handle.named_layers()}
+    assert "score is trained whole" in str(handle.report)
+    handle.unpatch()
+    handle = loki.patch(model, ROWS, modules_to_save=["embed_tokens"])
+    assert model.model.embed_tokens.weight.requires_grad
+    assert not model.model.norm.weight.requires_grad
+    train(model)
 
 
-def test_trainer_callback_passes_over_a_side_file_of_other_shapes(tmp_path, caplog):
-    def run(steps, resume=False):
-        model = build_model(dtype=torch.bfloat16)
-        callbacks = [loki.patch(model, ROWS, rank=2).trainer_callback()]
-        tiny_trainer(model, tmp_path, steps, callbacks).train(resume_from_checkpoint=resume)
+def test_new_tokens_that_stay_frozen_are_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    grown = load_model(tmp_path)
+    size = grown.get_input_embeddings().weight.shape[0]
+    grown.resize_token_embeddings(size + 2)
+    with loki.patch(grown, ROWS) as handle:
+        assert handle.report.notes == [
+            f"the embeddings of tokens {size} to {size + 1} are new and frozen; modules_to_save "
+            "names what to train"
+        ]
+    with loki.patch(grown, ROWS, modules_to_save=["embed_tokens"]) as handle:
+        assert handle.report.notes == []
 
-    run(3)
-    other = build_model(dtype=torch.bfloat16)
-    handle = loki.patch(other, [[1, 5], [0], [7, 3]], rank=2)
-    handle.save_state(tmp_path / "checkpoint-3")
-    run(6, resume=True)
-    assert "go on as its weights hold them" in caplog.text
+
+def test_hooks_on_what_is_replaced_go_on(model):
+    seen = []
+    down_proj = model.model.layers[0].mlp.down_proj
+    early = down_proj.register_forward_hook(lambda *_: seen.append("early"))
+    handle = loki.patch(model, ROWS)
+    logits(model)
+    assert seen == ["early"]
+    late = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+        lambda *_: seen.append("late")
+    )
+    early.remove()
+    logits(model)
+    assert seen == ["early", "late"]
+    handle.unpatch()
+    logits(model)
+    assert seen == ["early", "late", "late"]
+    late.remove()
+    logits(model)
+    assert seen == ["early", "late", "late"]
+
+
+def test_a_forward_of_its_own_is_named(model):
+    down_proj = model.model.layers[1].mlp.down_proj
+    down_proj.forward = type(down_proj).forward.__get__(down_proj)
+    with loki.patch(model, ROWS) as handle:
+        assert handle.report.notes == [
+            "model.layers.1.mlp.down_proj had a forward of its own, which is not called while the "
+            "model is patched"
+        ]
 
 
 @pytest.fixture
@@ -503,9 +594,24 @@ def test_rows_of_all_layers_are_written_in_one_launch(model, writes):
 def test_a_layer_by_itself_writes_its_rows(model, writes):
     loki.patch(model, ROWS)
     layer = model.model.layers[0].mlp.down_proj
-    layer.rows.data.zero_()
+    layer.update.data.copy_(-layer.base_rows)
     assert not layer(to_device(torch.ones(1, 112)))[0, [1, 5, 40]].any()
     assert writes == [1]
+
+
+def test_inference_writes_once(model, writes):
+    handle = loki.patch(model, ROWS)
+    train(model)
+    ids = token_batch()
+    want = model.generate(ids, max_new_tokens=5, do_sample=False)
+    writes.clear()
+    with handle.inference():
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), want)
+        assert writes == [3]
+        with pytest.raises(RuntimeError, match="leave it first"):
+            train(model.train())
+    train(model)
+    assert len(writes) > 1
 
 
 def test_rows_are_written_after_a_forward_pass_that_raised(model, writes):
@@ -515,7 +621,7 @@ def test_rows_are_written_after_a_forward_pass_that_raised(model, writes):
         logits(model)
     broken.remove()
     layer = model.model.layers[2].mlp.down_proj
-    layer.rows.data.zero_()
+    layer.update.data.copy_(-layer.base_rows)
     assert not layer(to_device(torch.ones(1, 112)))[0, [7, 3]].any()
 
 
@@ -523,7 +629,7 @@ def test_a_copy_writes_its_own_rows(model, writes):
     loki.patch(model, ROWS)
     twin = copy.deepcopy(model)
     layer = twin.model.layers[0].mlp.down_proj
-    layer.rows.data.zero_()
+    layer.update.data.copy_(-layer.base_rows)
     before = model.model.layers[0].mlp.down_proj.weight.clone()
     logits(twin)
     assert not layer.weight[[1, 5, 40]].any()
@@ -548,8 +654,6 @@ def test_hooks_go_with_the_patch(model):
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
     assert not decoder._forward_pre_hooks
     assert not decoder._forward_hooks
-    with loki.patch(model, ROWS, rank=2):
-        assert not decoder._forward_pre_hooks  # low-rank rows are not written
 
 
 def test_a_copy_saves_itself(model, tmp_path):
