@@ -31,16 +31,14 @@ ZERO_TRAINER = ["trainer-zero3", "trainer-zero3-rank", "trainer-zero3-peft"]
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
-def launch_worker(out: Path, cases: list[str], processes: int = 2) -> Path:
+def launch_worker(out: Path, cases: list[str]) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes)]
-    if processes == 1:
-        command = [sys.executable]
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"
     }  # fmt: skip
     result = subprocess.run(
-        [*command, "-m", "tests.training.distributed_worker", str(out), *cases],
+        [*command, "--nproc-per-node", "2", "-m", "tests.training.distributed_worker",
+         str(out), *cases],
         cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600,
     )  # fmt: skip
     errors = [line for line in result.stderr.splitlines() if line.startswith("[rank")]
@@ -48,32 +46,30 @@ def launch_worker(out: Path, cases: list[str], processes: int = 2) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return launch_worker(tmp_path_factory.mktemp("alone"), PLAIN, processes=1)
-
-
+# Two starts for all cases: a process imports for ten seconds before it trains for two.
 @pytest.fixture(scope="module")
 def torch_engines(tmp_path_factory):
-    return launch_worker(tmp_path_factory.mktemp("torch"), TORCH)
-
-
-@pytest.fixture(scope="module")
-def trainers(tmp_path_factory):
-    return launch_worker(tmp_path_factory.mktemp("trainer"), TRAINER)
+    return launch_worker(tmp_path_factory.mktemp("torch"), PLAIN + TORCH + TRAINER)
 
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
-    return launch_worker(tmp_path_factory.mktemp("zero"), ZERO)
+    return launch_worker(tmp_path_factory.mktemp("zero"), ZERO + ZERO_TRAINER)
 
 
 @pytest.fixture(scope="module")
-def zero_trainers(tmp_path_factory):
-    out = tmp_path_factory.mktemp("zero_trainer")
-    for case in ZERO_TRAINER:  # DeepSpeed's configuration is the process's
-        launch_worker(out, [case])
-    return out
+def alone(torch_engines):
+    return torch_engines
+
+
+@pytest.fixture(scope="module")
+def trainers(torch_engines):
+    return torch_engines
+
+
+@pytest.fixture(scope="module")
+def zero_trainers(zero):
+    return zero
 
 
 def case_of_one_process(case: str) -> str:
