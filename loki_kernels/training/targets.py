@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UnsupportedModelError
 from ..selection import RowSelection
-from ..sharding import is_distributed, is_partitioned
+from ..sharding import is_distributed
 from ..structure import DownProjection, Structure, is_plain_linear
 from .linear import TRAINED, LokiLinear
 
@@ -63,11 +63,6 @@ def check_patchable(structure: Structure) -> None:
         if isinstance(down_proj.module.weight, DTensor):
             raise UnsupportedModelError(
                 f"the weight of {down_proj.name} is sharded; patch the model before fully_shard."
-            )
-        if is_partitioned(down_proj.module.weight):
-            raise UnsupportedModelError(
-                f"the weight of {down_proj.name} is partitioned by ZeRO-3; patch the model before "
-                "deepspeed.initialize, outside deepspeed.zero.Init."
             )
         if down_proj.module.weight.is_meta:
             raise UnsupportedModelError(

@@ -50,7 +50,7 @@ def patched_or_wrapped(case: str, folder: Path | None = None):
         from loki_kernels.peft import LokiConfig
 
         return peft.get_peft_model(model, LokiConfig(rows=ROWS, rank=rank)), None
-    handle = loki.patch(model, ROWS, rank=rank, dtype=torch.float32 if "bf16" in case else None)
+    handle = loki.patch(model, ROWS, rank=rank)
     return model, handle
 
 

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import peft
 import pytest
+import safetensors.torch
 import torch
+import transformers
 
 import loki_kernels as loki
-from loki_kernels.fingerprint import rows_fingerprint
+from loki_kernels.fingerprint import BaseRows
 from loki_kernels.training import adapter_file
-from tests.models import assert_unchanged, build_model, snapshot
-from tests.tiny_training import ROWS, logits, train
+from tests.models import DEVICE, assert_unchanged, build_model, snapshot
+from tests.tiny_training import ROWS, logits, token_batch, train
 
 NAME = "model.layers.0.mlp.down_proj"
 
@@ -24,41 +27,86 @@ def trained(tmp_path):
     return model, loki.save_adapter(model, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize(
-    ("rank", "dtype", "base"),
-    [
-        (None, None, torch.float32),
-        (None, torch.float32, torch.bfloat16),
-        (2, None, torch.float32),
-        (2, torch.float32, torch.bfloat16),
-    ],
-)
-def test_adapter_restores_the_model_bit_for_bit(tmp_path, rank, dtype, base):
-    model = build_model("llama_mlp_bias", dtype=base)
-    loki.patch(model, [ROWS[0], [], ROWS[2]], rank=rank, dtype=dtype)
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapter_restores_the_model_bit_for_bit(tmp_path, rank, dtype):
+    model = build_model("llama_mlp_bias", dtype=dtype)
+    loki.patch(model, [ROWS[0], [], ROWS[2]], rank=rank)
     train(model, lr=0.01)
     loki.save_adapter(model, tmp_path)
-    handle = loki.load_adapter(build_model("llama_mlp_bias", dtype=base), tmp_path)
+    handle = loki.load_adapter(build_model("llama_mlp_bias", dtype=dtype), tmp_path)
     assert torch.equal(logits(handle.model), logits(model))
     layer = handle.model.model.layers[0].mlp.down_proj
-    trained = layer.rows if rank is None else layer.delta_a
-    assert trained.dtype == (dtype or base)
-    merged = handle.merge()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(merged.state_dict()[name], tensor), name
+    trained = layer.update if rank is None else layer.delta_a
+    assert trained.dtype == torch.float32
+    merged = handle.merge().state_dict()
+    saved = model.state_dict()
+    for name, tensor in merged.items():
+        assert torch.equal(saved[name], tensor), name
 
 
-def test_adapter_holds_the_rows_alone(trained):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_an_adapter_fits_a_copy_in_another_dtype(trained, dtype):
+    """Its update is added to that copy's own rows."""
+    model, folder = trained
+    base = build_model().to(dtype)
+    want = base.state_dict()[f"{NAME}.weight"].clone()
+    handle = loki.load_adapter(base, folder)
+    update = model.get_submodule(NAME).update.detach()
+    merged = handle.merge().state_dict()[f"{NAME}.weight"]
+    want[ROWS[0]] = (want[ROWS[0]].to(torch.promote_types(dtype, torch.float32)) + update).to(dtype)
+    assert torch.equal(merged, want)
+
+
+def test_an_adapter_of_version_0_1_is_read(trained):
+    """It holds the rows themselves, and a fingerprint alone of what they replaced."""
+    model, folder = trained
+    file = folder / "adapter_model.safetensors"
+    tensors = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, loki.LokiLinear):
+            continue
+        key = f"base_model.model.{name}.loki_"
+        tensors |= {f"{key}index": layer.index, f"{key}rows": layer.merged_rows()}
+    adapter_file.write_tensors(file, tensors)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for new in ("base_dtype", "base_sketch", "modules_to_save"):
+        del config[new]
+    path.write_text(json.dumps(config))
+    handle = loki.load_adapter(build_model(), folder)
+    torch.testing.assert_close(logits(handle.model), logits(model))
+
+
+def test_a_new_head_goes_with_the_adapter(tmp_path):
+    config = build_model().config
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(config).to(DEVICE)
+    base = copy.deepcopy(model)
+    loki.patch(model, ROWS)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    batch = token_batch()
+    for _ in range(2):
+        model(input_ids=batch, labels=torch.zeros(len(batch), dtype=torch.int64)).loss.backward()
+        optimizer.step()
+    assert not torch.equal(model.score.weight, base.score.weight)
+    loki.save_adapter(model, tmp_path)
+    again = loki.load_adapter(copy.deepcopy(base), tmp_path).model
+    assert torch.equal(again.score.weight, model.score.weight)
+    assert torch.equal(again(input_ids=batch).logits, model(input_ids=batch).logits)
+
+
+def test_adapter_holds_the_update_alone(trained):
     model, folder = trained
     assert {path.name for path in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    layers = adapter_file.read_rows(folder / "adapter_model.safetensors").layers
+    layers = adapter_file.read_update(folder / "adapter_model.safetensors").layers
     assert list(layers) == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
     assert torch.equal(layers[NAME]["index"], torch.tensor([1, 5, 40]))
-    assert torch.equal(layers[NAME]["rows"], model.model.layers[0].mlp.down_proj.rows.cpu())
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 6 * 112 * 4 + 2000
+    assert torch.equal(layers[NAME]["update"], model.model.layers[0].mlp.down_proj.update.cpu())
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6 * 112 * 4 + 2500
 
 
 def test_a_trained_adapter_can_be_trained_further(trained):
@@ -155,16 +203,87 @@ def test_lora_export_is_exact(tmp_path, rank, rows):
     torch.testing.assert_close(logits(merged), want, atol=1e-5, rtol=1e-5)
 
 
+def fingerprint(layers):
+    return BaseRows.of(layers).fingerprint
+
+
 def test_fingerprint_does_not_see_the_dtype_a_model_was_loaded_in():
     rows = torch.randn(50, 64)
     rows[0, :8] = torch.tensor([0.0, -0.0, 1e-5, -6e-8, 2.0**-14, -(2.0**-14), 3e-5, 65000.0])
     checkpoint = rows.to(torch.bfloat16)
-    want = rows_fingerprint([checkpoint])
-    assert rows_fingerprint([checkpoint.float()]) == want
-    assert rows_fingerprint([checkpoint.half()]) == want
-    assert rows_fingerprint([rows]) == rows_fingerprint([rows.to(torch.bfloat16)])
+    want = fingerprint([checkpoint])
+    assert fingerprint([checkpoint.float()]) == want
+    assert fingerprint([checkpoint.half()]) == want
+    assert fingerprint([rows]) == fingerprint([rows.to(torch.bfloat16)])
     other = checkpoint.clone()
     other[3, 5] *= 1.01
-    assert rows_fingerprint([other]) != want
-    assert rows_fingerprint([checkpoint.flip(0)]) != want
-    assert rows_fingerprint([checkpoint[:20], checkpoint[20:]]) != want
+    assert fingerprint([other]) != want
+    assert fingerprint([checkpoint.flip(0)]) != want
+    assert fingerprint([checkpoint[:20], checkpoint[20:]]) != want
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_sketch_knows_a_quantized_copy_from_another_model(bits):
+    torch.manual_seed(0)
+    layers = [0.02 * torch.randn(51, 333) for _ in range(6)]
+
+    def quantized(rows):
+        scale = rows.abs().unflatten(1, (-1, 37)).amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
+        return (rows.unflatten(1, (-1, 37)) / scale).round().mul(scale).flatten(1)
+
+    base = BaseRows.of(layers)
+    copied = BaseRows.of([quantized(rows) for rows in layers], quantized=True)
+    assert base.fingerprint != copied.fingerprint
+    assert base.why_other(copied) is None
+    assert copied.why_other(base) is None
+    other = BaseRows.of([quantized(rows.roll(1, 0)) for rows in layers], quantized=True)
+    assert "copies of one model differ by less than 25%" in base.why_other(other)
+    assert "other layers" in base.why_other(BaseRows.of(layers[:3], quantized=True))
+    near = BaseRows.of([rows + 1e-3 for rows in layers])  # of one dtype copies are equal
+    assert "have other values" in base.why_other(near)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_lora_export_has_one_rank(tmp_path, rank):
+    """Servers divide one alpha by the rank that they read off each tensor."""
+    model = build_model()
+    loki.patch(model, [[1, 5, 40], [], [7]], rank=rank)
+    train(model)
+    loki.export_lora(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == (3 if rank is None else 2)
+    assert "rank_pattern" not in config
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert {len(t) for n, t in tensors.items() if "lora_A" in n} == {config["r"]}
+    assert {t.shape[1] for n, t in tensors.items() if "lora_B" in n} == {config["r"]}
+
+
+def test_lora_export_of_a_smaller_rank_is_the_best(tmp_path, caplog):
+    model = build_model()
+    loki.patch(model, [[1, 5, 40], [0], [7, 3]])
+    train(model)
+    loki.export_lora(model, tmp_path, max_rank=2)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    lost = total = 0.0
+    for name, layer in model.named_modules():
+        if isinstance(layer, loki.LokiLinear):
+            key = f"base_model.model.{name}.lora_"
+            want = torch.zeros(48, 112)
+            want[layer.index.cpu()] = layer.update.detach().cpu()
+            got = tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
+            least = torch.linalg.svdvals(want)[2:].square().sum()
+            torch.testing.assert_close((got - want).square().sum(), least, atol=1e-7, rtol=1e-3)
+            lost, total = lost + float(least), total + float(want.square().sum())
+    assert f"relative error of {(lost / total) ** 0.5:.2g}" in caplog.text
+    with pytest.raises(ValueError, match="max_rank must be positive"):
+        loki.export_lora(model, tmp_path, max_rank=0)
+
+
+def test_lora_export_names_a_rank_that_is_not_served(tmp_path, caplog, monkeypatch):
+    model = build_model()
+    loki.patch(model, ROWS)
+    loki.export_lora(model, tmp_path)
+    assert caplog.text == ""
+    monkeypatch.setattr("loki_kernels.training.adapters._LARGEST_SERVED", 2)
+    loki.export_lora(model, tmp_path)
+    assert "vLLM serves ranks up to 2" in caplog.text
