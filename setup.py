@@ -131,9 +131,11 @@ def write_build_info(flags: list[str]) -> Path:
     import torch
 
     cuda = "cuda" not in reasons
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    revision = ""
+    with contextlib.suppress(FileNotFoundError):  # there is no git
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if cuda and not architectures:
         major, minor = torch.cuda.get_device_capability()
