@@ -7,6 +7,7 @@ a GPU has: alignment, limits, races within a warp, speed.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -38,15 +39,17 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def load() -> None:
+def load() -> ctypes.CDLL:
     """Compile it, unless this source already was, and give torch its operators."""
-    torch.ops.load_library(_build())
+    library = _build()
+    torch.ops.load_library(library)
+    return ctypes.CDLL(str(library))
 
 
 def _build() -> Path:
     sources = [*sorted(CSRC.glob("*.cu")), CSRC / "cuda_bindings.cpp", HERE / "emulator.cpp"]
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted([*CSRC.iterdir(), *HERE.glob("*.h"), *sources]):
+    for path in sorted([*CSRC.iterdir(), *HERE.glob("*.h"), Path(__file__), *sources]):
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_emulator" / digest.hexdigest()[:16]
     library = folder / "cuda_emulated.so"
@@ -69,7 +72,8 @@ def _build() -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     linked = own / library.name
-    link = ["-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu"]
+    # -Bsymbolic: where torch has brought CUDA's own runtime, the emulator's is called all the same
+    link = ["-Wl,-Bsymbolic", "-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu"]
     subprocess.run(["g++", "-shared", *objects, "-o", str(linked), *link], check=True)
     linked.replace(library)
     shutil.rmtree(own)

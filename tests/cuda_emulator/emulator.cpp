@@ -40,6 +40,7 @@ thread_local int current_number = 0, threads = 0;
 thread_local jmp_buf scheduler;
 thread_local const std::function<void()>* body = nullptr;
 thread_local uint64_t slots[kMaxBlockThreads];
+bool refuses_launches = false;
 
 void leave(State state) {
   current->state = state;
@@ -123,8 +124,8 @@ uint64_t& slot(int lane) { return slots[current_number / kWarp * kWarp + lane]; 
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const auto product = [](dim3 d) { return uint64_t{d.x} * d.y * d.z; };
-  if (product(block) == 0 || product(block) > kMaxBlockThreads || product(grid) == 0 ||
-      grid.y > 65535 || grid.z > 65535) {
+  if (refuses_launches || product(block) == 0 || product(block) > kMaxBlockThreads ||
+      product(grid) == 0 || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
   threads = static_cast<int>(product(block));
@@ -160,6 +161,8 @@ unsigned __ballot_sync(unsigned, int predicate) {
 }
 
 extern "C" {
+
+void emulator_refuses_launches(bool refuses) { emulator::refuses_launches = refuses; }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
