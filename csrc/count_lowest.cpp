@@ -10,7 +10,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <vector>
+
+#include "failure.hpp"
 
 namespace loki {
 namespace {
@@ -119,26 +122,30 @@ void run(const Tensor& scores, int64_t k, Tensor& counts, bool magnitude) {
   });
 }
 
-void count_lowest(const Tensor& scores, int64_t k, Tensor counts, bool magnitude) {
+std::string count_lowest(const Tensor& scores, int64_t k, Tensor counts, bool magnitude) {
   using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(scores.is_cpu() && counts.is_cpu(), "count_lowest: both tensors must be on a CPU");
-  STD_TORCH_CHECK(scores.dim() == 3, "count_lowest: scores must be [N, L, D]");
-  STD_TORCH_CHECK(counts.dim() == 2 && counts.size(0) == scores.size(1) &&
-                      counts.size(1) == scores.size(2) &&
-                      counts.scalar_type() == ScalarType::Long,
-                  "count_lowest: counts must be int64 [L, D]");
-  STD_TORCH_CHECK(0 < k && k <= scores.size(2), "count_lowest: k must lie in [1, D]");
+  LOKI_CHECK(scores.is_cpu() && counts.is_cpu(), "count_lowest: both tensors must be on a CPU");
+  LOKI_CHECK(scores.dim() == 3, "count_lowest: scores must be [N, L, D]");
+  LOKI_CHECK(counts.dim() == 2 && counts.size(0) == scores.size(1) &&
+                 counts.size(1) == scores.size(2) &&
+                 counts.scalar_type() == ScalarType::Long,
+             "count_lowest: counts must be int64 [L, D]");
+  LOKI_CHECK(0 < k && k <= scores.size(2), "count_lowest: k must lie in [1, D]");
   switch (scores.scalar_type()) {
     case ScalarType::Float:
-      return run<float, float>(scores, k, counts, magnitude);
+      run<float, float>(scores, k, counts, magnitude);
+      return {};
     case ScalarType::Double:
-      return run<double, double>(scores, k, counts, magnitude);
+      run<double, double>(scores, k, counts, magnitude);
+      return {};
     case ScalarType::Half:
-      return run<torch::headeronly::Half, float>(scores, k, counts, magnitude);
+      run<torch::headeronly::Half, float>(scores, k, counts, magnitude);
+      return {};
     case ScalarType::BFloat16:
-      return run<torch::headeronly::BFloat16, float>(scores, k, counts, magnitude);
+      run<torch::headeronly::BFloat16, float>(scores, k, counts, magnitude);
+      return {};
     default:
-      STD_TORCH_CHECK(false, "count_lowest: scores must be float64, float32, float16 or bfloat16");
+      return "count_lowest: scores must be float64, float32, float16 or bfloat16";
   }
 }
 
@@ -146,5 +153,5 @@ void count_lowest(const Tensor& scores, int64_t k, Tensor counts, bool magnitude
 }  // namespace loki
 
 STABLE_TORCH_LIBRARY_IMPL(loki_kernels_cpp, CompositeExplicitAutograd, m) {
-  m.impl("count_lowest", TORCH_BOX(&loki::count_lowest));
+  m.impl("count_lowest", TORCH_BOX(&loki::Caught<&loki::count_lowest>::call));
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +29,24 @@ COMMAND = (
 _schemas: dict[Library, torch.library.Library] = {}
 
 
-def define(library: Library, schema: str) -> Any:
-    """The operator ``loki_kernels_<library>::<schema>``, which compiled code implements."""
+def define(library: Library, schema: str) -> Callable[..., None]:
+    """The operator ``loki_kernels_<library>::<schema>``, which compiled code implements.
+
+    ``schema`` ends in ``-> ()``. The compiled operator returns a message where it fails, since it
+    must not throw (``csrc/failure.hpp``); what is returned here raises it as a RuntimeError.
+    """
     if library not in _schemas:
         _schemas[library] = torch.library.Library(f"loki_kernels_{library}", "DEF")
-    _schemas[library].define(schema)
+    _schemas[library].define(f"{schema.removesuffix('()')}str")
     namespace = getattr(torch.ops, f"loki_kernels_{library}")
-    return getattr(namespace, schema.partition("(")[0])
+    operator = getattr(namespace, schema.partition("(")[0])
+
+    def call(*arguments: Any) -> None:
+        message = operator(*arguments)
+        if message:
+            raise RuntimeError(message)
+
+    return call
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,11 +100,35 @@ def test_bindings_refuse_what_does_not_fit(op, arguments, message):
         cuda_emulator.load()
     else:
         pytest.skip(str(cuda_emulator.why_not()))
-    _dispatch._module(op, "cuda")  # defines the schema
+    module = _dispatch._module(op, "cuda")  # defines the schema
     x = torch.zeros(3, 8, device=device)
     index = torch.zeros(3, 9, dtype=torch.int64, device=device)
     with pytest.raises(RuntimeError, match=f"{op}: .*{message}"):
-        getattr(torch.ops.loki_kernels_cuda, op)(*arguments(x, index))
+        getattr(module, f"_{op}")(*arguments(x, index))
+    # what the binary does: an exception from it ended the process on torch 2.11 with a GPU
+    returned = getattr(torch.ops.loki_kernels_cuda, op)(*arguments(x, index))
+    assert re.match(f"{op}: .*{message}", returned)
+
+
+@pytest.mark.skipif(cuda_emulator.why_not() is not None, reason=str(cuda_emulator.why_not()))
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("count_lowest", lambda x, i: (x[None], 1, i, False)),
+        ("sync_rows", lambda x, i: ([x], [x[:1]], [i[0, :1]])),
+    ],
+)
+def test_a_launch_that_fails_raises(op, arguments):
+    emulator = cuda_emulator.load()
+    call = getattr(_dispatch._module(op, "cuda"), f"_{op}")
+    x, index = torch.zeros(3, 8), torch.zeros(3, 8, dtype=torch.int64)
+    emulator.emulator_refuses_launches(True)
+    try:
+        with pytest.raises(RuntimeError, match=f"^{op}: the emulator refused the launch$"):
+            call(*arguments(x, index))
+    finally:
+        emulator.emulator_refuses_launches(False)
+    call(*arguments(x, index))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process")
