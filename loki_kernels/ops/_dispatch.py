@@ -15,7 +15,8 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -190,40 +191,100 @@ def _gpu_why_not(device: torch.device) -> str | None:
     return None
 
 
-_checks: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+_Key = tuple[str, str, torch.device, torch.dtype]  # op, backend, device, dtype
+_checks: dict[_Key, str | None] = {}
 _check_lock = threading.Lock()
+_postponed: dict[_Key, tuple[float, float]] = {}  # not before this time; how long that wait was
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 64.0  # seconds
+# What libraries say of full memory. Not Triton's OutOfResources: that is the kernel's own size.
+_MEMORY_FULL = (
+    "out of memory",
+    "can't allocate memory",
+    "cudaErrorMemoryAllocation",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def _self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None once the kernel has agreed with the reference here; otherwise what went wrong.
 
     Runs once a process, device and dtype. It runs in a thread of its own, which has none of the
-    caller's autograd, autocast, inference-mode or tracing state.
+    caller's autograd, autocast, inference-mode or tracing state. Full memory is no verdict: the
+    check runs again after a second, and then after twice the last wait. Nor does it start while a
+    CUDA graph is captured, where it would be recorded or end the capture.
     """
     key = (op, backend, device, dtype)
     if key in _checks:
         return _checks[key]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "it is not checked yet, and a CUDA graph is being captured."
     with _check_lock:
-        if key not in _checks:
-            thread = threading.Thread(
-                target=lambda: _checks.__setitem__(key, _compare(op, backend, device, dtype))
-            )
+        due, wait = _postponed.get(key, (0.0, _FIRST_WAIT / 2))
+        if key not in _checks and time.monotonic() >= due:
+            thread = threading.Thread(target=_check, args=(key, min(2 * wait, _LONGEST_WAIT)))
             thread.start()
             thread.join()
-            if _checks[key] is not None:
-                logger.warning(
-                    "the %s kernel of %s failed its self-check on %s in %s (%s); torch runs "
-                    "instead. Please report this.",
-                    backend,
-                    op,
-                    device,
-                    dtype,
-                    _checks[key],
-                )
-        return _checks[key]
+        return _checks.get(key, "memory was full when it was checked.")
+
+
+def _check(key: _Key, wait: float) -> None:
+    """Put the verdict into `_checks`; after full memory there is none for ``wait`` seconds."""
+    op, backend, device, dtype = key
+    try:
+        result = _compare(op, backend, device, dtype)
+    except Exception as error:
+        logger.warning(
+            "memory was full when the %s kernel of %s was to be checked on %s in %s (%s: %s); "
+            "torch runs instead, and the check again in %g s at the earliest.",
+            backend,
+            op,
+            device,
+            dtype,
+            type(error).__name__,
+            error,
+            wait,
+        )
+        _postponed[key] = time.monotonic() + wait, wait
+        return
+    _checks[key] = result
+    if result is not None:
+        logger.warning(
+            "the %s kernel of %s failed its self-check on %s in %s (%s); torch runs instead. "
+            "Please report this.",
+            backend,
+            op,
+            device,
+            dtype,
+            result,
+        )
+
+
+def warm_up(ops: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Check now what ``auto`` would check at the first call of each op on ``device`` in ``dtype``.
+
+    That call may come while a CUDA graph is captured or memory is full. Does nothing where a
+    backend is named or ``auto`` has torch alone.
+    """
+    if device.type == "cuda" and device.index is None:  # as tensors there say it
+        device = torch.device("cuda", torch.cuda.current_device())
+    if _preferred(device) is not None:
+        return
+    for op in ops:
+        for backend in _candidates(device):
+            if _no_kernel(op, backend, device) is None and (
+                _self_check(op, backend, device, dtype) is None
+            ):
+                break
+
+
+def _memory_is_full(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in _MEMORY_FULL
+    )
 
 
 def _compare(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What `_self_check` returns. Raises only when memory is full."""
     try:
         public = getattr(importlib.import_module(__package__), op)
         definition = getattr(_reference(op), f"{op}_reference")
@@ -236,6 +297,8 @@ def _compare(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
             if not error <= allowed:
                 return f"result {i}: relative error {error:.2g}, allowed {allowed:.2g}"
     except Exception as error:  # a kernel that does not compile here must not end the training
+        if _memory_is_full(error):
+            raise
         return f"{type(error).__name__}: {error}"
     return None
 

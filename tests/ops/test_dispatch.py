@@ -169,6 +169,120 @@ def test_environment_variable_wins_over_auto(accelerator):
     assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.triton
 
 
+class Check:
+    """In the place of a kernel's self-check: raises what `errors` has left, then agrees."""
+
+    def __init__(self, *errors):
+        self.errors, self.calls = list(errors), []
+
+    def __call__(self, *key):
+        self.calls.append(key)
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+@pytest.fixture
+def clock(accelerator):
+    """Time that stands still unless a test moves it."""
+    now = SimpleNamespace(seconds=1000.0)
+    accelerator.monkeypatch.setattr(_dispatch, "_postponed", {})
+    accelerator.monkeypatch.setattr(_dispatch.time, "monotonic", lambda: now.seconds)
+    return now
+
+
+def test_full_memory_is_no_verdict(accelerator, clock, caplog):
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    check = Check(full, full)
+    accelerator.monkeypatch.setattr(_dispatch, "_compare", check)
+    for seconds, calls, kernel in [
+        (0, 1, accelerator.torch),
+        (0.5, 1, accelerator.torch),  # not at every call
+        (1.5, 2, accelerator.torch),
+        (3, 2, accelerator.torch),  # and each time after a longer while
+        (4, 3, accelerator.triton),
+        (4, 3, accelerator.triton),
+    ]:
+        clock.seconds = 1000 + seconds
+        assert _dispatch.choose(OP, None, inputs("meta")) is kernel
+        assert len(check.calls) == calls
+        failed = "failed" in _dispatch._state(OP, "triton", torch.device("meta"))
+        assert not failed
+    assert len(caplog.records) == 2
+    assert "memory was full when the triton kernel" in caplog.records[0].getMessage()
+    assert "Please report" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (
+            RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            True,
+        ),
+        (RuntimeError("cudaErrorMemoryAllocation"), True),
+        (RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_which_errors_are_full_memory(error, transient, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(_dispatch, "_evaluate", fails)
+    arguments = ("count_lowest", "torch", torch.device("cpu"), torch.float32)
+    if transient:
+        with pytest.raises(type(error)):
+            _dispatch._compare(*arguments)
+    else:
+        assert str(error) in _dispatch._compare(*arguments)
+
+
+def test_no_self_check_starts_inside_a_graphs_capture(accelerator, clock):
+    check, device = Check(), torch.device("cuda", 0)
+    accelerator.monkeypatch.setattr(_dispatch, "_compare", check)
+    accelerator.monkeypatch.setattr(_dispatch, "_first_tensor", lambda _: x)
+    capturing = [True]
+    accelerator.monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    x = SimpleNamespace(device=device, dtype=torch.float32)
+    assert _dispatch.choose(OP, None, [x]) is accelerator.torch
+    assert check.calls == []
+    assert _dispatch._state(OP, "triton", device) == "checked at first use"
+    capturing[0] = False
+    assert _dispatch.choose(OP, None, [x]) is accelerator.triton
+    capturing[0] = True  # with a verdict
+    assert _dispatch.choose(OP, None, [x]) is accelerator.triton
+    assert len(check.calls) == 1
+
+
+def test_warm_up_checks_what_the_first_call_would(accelerator, clock):
+    check, meta = Check(), torch.device("meta")
+    accelerator.monkeypatch.setattr(_dispatch, "_compare", check)
+    accelerator.monkeypatch.setenv("LOKI_KERNELS_BACKEND", "torch")
+    _dispatch.warm_up([OP], meta, torch.float32)
+    assert check.calls == []  # a backend named is not checked
+    accelerator.monkeypatch.delenv("LOKI_KERNELS_BACKEND")
+    for _ in range(2):
+        _dispatch.warm_up([OP, "gated_product"], meta, torch.bfloat16)
+    wanted = [(op, "triton", meta, torch.bfloat16) for op in (OP, "gated_product")]
+    assert check.calls == wanted
+    half = [inputs("meta")[0].bfloat16()]
+    assert _dispatch.choose(OP, None, half) is accelerator.triton
+    assert check.calls == wanted
+
+
+def test_warm_up_does_nothing_where_auto_has_torch_alone(monkeypatch):
+    def fails(*_):
+        raise AssertionError("nothing is to be checked")
+
+    monkeypatch.setattr(_dispatch, "_compare", fails)
+    _dispatch.warm_up([OP, "count_lowest"], torch.device("meta"), torch.float32)
+    _dispatch.warm_up([OP], torch.device("cpu"), torch.float32)
+
+
 def test_self_check_has_none_of_the_callers_state(accelerator):
     seen = []
 
