@@ -61,7 +61,7 @@ def test_evaluation_ignores_padding():
     together = evaluate(model, rows, rows, rows)
     losses = []
     for row in rows:
-        batch = collate([row])
+        batch = {name: tensor.to(model.device) for name, tensor in collate([row]).items()}
         losses.append(float(model(**batch).loss.detach()) * (len(row["input_ids"]) - 1))
     tokens = sum(len(row["input_ids"]) - 1 for row in rows)
     assert together.task_loss == pytest.approx(sum(losses) / tokens, rel=1e-5)

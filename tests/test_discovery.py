@@ -107,7 +107,7 @@ def test_the_text_tower_is_patched_beside_a_vision_tower_of_equal_depth():
     with loki.patch(model, [[1, 5], [0], [7]]) as handle:
         assert list(handle.report.patched) == names
         model(**{k: torch.tensor([v]) for k, v in PROMPT[0].items()}).logits.sum().backward()
-        assert all(layer.rows.grad.abs().sum() > 0 for _, layer in handle.named_layers())
+        assert all(layer.update.grad.abs().sum() > 0 for _, layer in handle.named_layers())
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_hybrids_train_from_given_rows(build):
         optimizer.step()
         optimizer.zero_grad()
     trained = model.state_dict()
-    changed = {n: (t != before[n]).nonzero()[:, :1].unique().tolist() for n, t in trained.items()}
+    changed = {n: (trained[n] != t).nonzero()[:, :1].unique().tolist() for n, t in before.items()}
     assert {n: rows for n, rows in changed.items() if rows} == {
         f"{name}.weight": rows
         for name, rows in zip(handle.report.patched, [[1, 5], [0], [7]], strict=True)

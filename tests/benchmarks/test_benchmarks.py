@@ -34,6 +34,7 @@ def test_short_calls_are_repeated():
 
 
 def test_host_and_device_seconds(monkeypatch):
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cpu"))
     host, device = measure.interleave_host_and_device({"ours": lambda: sum(range(99))}, 2)
     assert host == device
     assert len(host["ours"]) == 2

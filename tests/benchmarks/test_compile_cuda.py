@@ -115,7 +115,7 @@ def test_bindings_refuse_what_does_not_fit(op, arguments, message):
     ("op", "arguments"),
     [
         ("count_lowest", lambda x, i: (x[None], 1, i, False)),
-        ("sync_rows", lambda x, i: ([x], [x[:1]], [i[0, :1]])),
+        ("sync_rows", lambda x, i: ([x], [x[:1]], [x[:1]], [i[0, :1]])),
     ],
 )
 def test_a_launch_that_fails_raises(op, arguments):

@@ -121,7 +121,7 @@ def moved_by_reading(model, read, before):
     set_model_state_dict(model, {k: v.clone() for k, v in read.items()}, options=options)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     after = get_model_state_dict(model, options=options)
-    return max((float((after[k] - before[k]).norm()) for k in after), default=0.0)
+    return max((float((after[k] - before[k]).float().norm()) for k in after), default=0.0)
 
 
 def zero(case):
