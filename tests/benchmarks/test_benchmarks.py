@@ -1,4 +1,4 @@
-"""What the benchmarks' numbers are made of. The suites themselves run in `test_gpu_script`."""
+"""What the benchmarks' numbers are made of, and every suite at its smallest size."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import measure, records, report
-from benchmarks.__main__ import _line
-
-ROOT = Path(__file__).parents[2]
+from benchmarks.__main__ import SUITES, _line, main
+from benchmarks.training import memory
 
 
 def test_contenders_take_turns():
@@ -186,8 +184,28 @@ def test_every_committed_record_is_json():
             json.loads(line)
 
 
-def test_an_unknown_suite_is_refused():
-    command = [sys.executable, "-m", "benchmarks", "selection", "speed"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "unknown suite speed" in run.stderr
+@pytest.mark.parametrize("suite", sorted({*SUITES} - {"ops"}))  # test_ops_suite runs that
+def test_a_suite_runs(suite, monkeypatch, capsys):
+    started = subprocess.run
+
+    def run(command, **options):
+        """Of memory's processes, which import for ten seconds each, one is started."""
+        if "benchmarks.training.memory" not in command or "ours" in command:
+            return started(command, **options)
+        method, name, *sizes = command[3:]
+        peak = memory._measure(method, name, *map(int, sizes))
+        return SimpleNamespace(returncode=0, stdout=json.dumps(peak))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    # Measuring them takes five seconds, and test_gpu_script does.
+    monkeypatch.setattr(measure, "ceilings", lambda: measure.Ceilings(1e12, 1e10))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--dry-run"])
+    main()
+    assert f"{suite} " in capsys.readouterr().out
+
+
+def test_an_unknown_suite_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "selection", "speed"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "unknown suite speed" in capsys.readouterr().err

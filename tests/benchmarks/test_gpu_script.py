@@ -51,9 +51,17 @@ def test_check_passes(tmp_path):
 
 
 def test_bench_runs_every_suite(tmp_path):
-    run, output = rehearse(tmp_path, "bench")
+    """By a stand-in for Python; `test_benchmarks` runs the suites themselves."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    run, output = rehearse(tmp_path, "bench", PYTHON=str(python))
     assert run.returncode == 0, output + (tmp_path / "gpu-bench.log").read_text()
     assert sections(tmp_path, "bench") == dict.fromkeys(SUITES, "passed")
+    log = (tmp_path / "gpu-bench.log").read_text().splitlines()
+    assert [x for x in log if x.startswith("-m")] == [
+        f"-m benchmarks {s} --dry-run" for s in SUITES
+    ]
 
 
 def test_a_failing_section_does_not_stop_the_rest(tmp_path):
