@@ -80,12 +80,12 @@ def find_structure(model: nn.Module) -> Structure:
             f"no decoder layer of {type(causal_lm).__name__} has an FFN; LoKI trains rows of its "
             "down-projection."
         )
-    weights = [id(down_proj.module) for down_proj in found]
-    if len(set(weights)) < len(weights):
-        raise UnsupportedModelError(
-            f"decoder layers of {type(causal_lm).__name__} share one FFN, so a row has no layer of "
-            "its own."
-        )
+    for shared in ([d.module for d in found], [getattr(d.module, "weight", d) for d in found]):
+        if len(set(map(id, shared))) < len(found):
+            raise UnsupportedModelError(
+                f"decoder layers of {type(causal_lm).__name__} share one FFN's weight, so a row "
+                "has no layer of its own."
+            )
     return Structure(
         causal_lm=causal_lm,
         decoder=decoder,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .errors import UnsupportedModelError
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,13 +107,24 @@ class Structure:
         """The output projection, with the logit scale and soft-cap its config names.
 
         Raises:
-            UnsupportedModelError: if there is no linear one.
+            UnsupportedModelError: if there is no linear one, or not all of it is in this process.
         """
         module = self.causal_lm.get_output_embeddings()
         weight = getattr(module, "weight", None)
+        name = type(self.causal_lm).__name__
+        if isinstance(weight, Tensor) and is_sharded(weight):
+            raise UnsupportedModelError(
+                f"the output head of {name} is split between processes (FSDP, ZeRO-3, tensor "
+                "parallelism); attribute the whole model, before an engine is put around it."
+            )
+        if isinstance(weight, Tensor) and weight.is_meta:
+            raise UnsupportedModelError(
+                f"the output head of {name} is not in memory (offloaded, or on the meta device); "
+                "load the model without offloading."
+            )
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise UnsupportedModelError(
-                f"{type(self.causal_lm).__name__} has no linear output head; "
+                f"{name} has no linear output head; "
                 "attribution needs a causal language model with one."
             )
         config = text_config(self.causal_lm)

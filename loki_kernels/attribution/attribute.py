@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..discovery import find_structure
 from ..errors import UnsupportedModelError, check_choice
+from ..ops._dispatch import warm_up
 from ..options import DEFAULT_CRITERION, DEFAULT_QUOTA, Criterion, DefinitionName, Keep
 from ..progress import progress_bar
 from ..ranking import rows_per_layer
@@ -144,6 +145,7 @@ def attribute(
     complete = integral.definition.completes
     file = ScoreFile(out, shape, run, complete=complete, scores=counter is None)
     bar = progress_bar(len(sequences), "attribute", progress, unit="prompt")
+    _warm_up(structure)
     with file, borrowed(structure), bar:
         for batch in _batches(sequences, targets, batch_size, integral, structure):
             check_model(structure, batch)
@@ -165,6 +167,12 @@ def _check_attributable(structure: Structure) -> None:
     reason = why_no_attribution(structure.decoder)
     if reason is not None:
         raise UnsupportedModelError(reason)
+
+
+def _warm_up(structure: Structure) -> None:
+    """Check the kernels that the points will use, before memory is full."""
+    weight = structure.head().weight
+    warm_up(("shared_prefix_attention", "target_probability"), weight.device, weight.dtype)
 
 
 def _make_counter(

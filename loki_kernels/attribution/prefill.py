@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import DynamicCache
 from ..errors import UnsupportedModelError
 from ..structure import DownProjection, Structure, first_non_finite
 from .definitions import Definition
-from .steering import hook_layer_input, hook_site, hooked, refusing
+from .steering import hook_layer_input, hook_site, hooking, refusing
 
 # layer_idx -> keys and values
 Prefix = dict[int, tuple[Tensor, Tensor]]
@@ -91,11 +92,14 @@ def run_prefill(structure: Structure, batch: Batch, definition: Definition) -> P
         layer_inputs.append(batch.at_last(hidden))
         return hidden
 
-    handles = [hook_layer_input(layer, keep_last) for layer in structure.layers]
-    if definition.site == "down_proj":
-        for down_proj in structure.every_down_proj():
-            handles += _check_block(down_proj)
-    logits, prefix = native_forward(structure, batch.input_ids, batch, handles)
+    def hooks() -> Iterator[RemovableHandle]:
+        for layer in structure.layers:
+            yield hook_layer_input(layer, keep_last)
+        if definition.site == "down_proj":
+            for down_proj in structure.every_down_proj():
+                yield from _check_block(down_proj)
+
+    logits, prefix = native_forward(structure, batch.input_ids, batch, hooks())
     name = type(structure.causal_lm).__name__
     if len(layer_inputs) != len(structure.layers):
         raise UnsupportedModelError(
@@ -111,22 +115,26 @@ def run_prefill(structure: Structure, batch: Batch, definition: Definition) -> P
 
 
 def native_forward(
-    structure: Structure, input_ids: Tensor, batch: Batch, handles: list[RemovableHandle]
+    structure: Structure, input_ids: Tensor, batch: Batch, handles: Iterable[RemovableHandle]
 ) -> tuple[Tensor, Prefix]:
     """Logits ``[B, V]`` at each sample's last token, and every layer's keys and values.
 
-    The hooks ``handles`` are gone afterwards.
+    ``handles`` registers hooks, which are gone afterwards.
 
     Raises:
         UnsupportedModelError: if the model does not run on tokens alone, or keeps something else.
     """
     model = structure.causal_lm
     head = model.get_output_embeddings()
-    last_only = head.register_forward_pre_hook(lambda _m, args: (batch.at_last(args[0])[:, None],))
+
+    def hooks() -> Iterator[RemovableHandle]:
+        yield from handles
+        yield head.register_forward_pre_hook(lambda _m, args: (batch.at_last(args[0])[:, None],))
+
     cache = DynamicCache()  # without a config: every layer keeps all tokens
     arguments = inspect.signature(type(model).forward).parameters
     named = {"cache" if "cache" in arguments else "past_key_values": cache}
-    with hooked([*handles, last_only]), refusing(structure, "its forward pass over the prompt"):
+    with hooking(hooks()), refusing(structure, "its forward pass over the prompt"):
         output: Any = model(
             input_ids=input_ids, position_ids=batch.positions, use_cache=True, **named
         )
@@ -157,20 +165,21 @@ def _keys_and_values(structure: Structure, cache: DynamicCache, tokens: int) -> 
     return prefix
 
 
-def _keep_site(structure: Structure, site: str, kept: list[Tensor]) -> list[RemovableHandle]:
-    """Hooks that leave every layer's attributed activation in ``kept``."""
+def _keep_site(structure: Structure, site: str, kept: list[Tensor]) -> Iterator[RemovableHandle]:
+    """Register hooks that leave every layer's attributed activation in ``kept``."""
 
     def keep(x: Tensor) -> Tensor:
         kept.append(x)
         return x
 
-    return [hook_site(down.module, site, keep) for down in structure.every_down_proj()]
+    for down in structure.every_down_proj():
+        yield hook_site(down.module, site, keep)
 
 
-def _check_block(down_proj: DownProjection) -> list[RemovableHandle]:
-    """Hooks that raise unless an FFN gives what its down-projection gives."""
+def _check_block(down_proj: DownProjection) -> Iterator[RemovableHandle]:
+    """Register hooks that raise unless an FFN gives what its down-projection gives."""
     if down_proj.block is down_proj.module:
-        return []
+        return
     given: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -185,7 +194,5 @@ def _check_block(down_proj: DownProjection) -> list[RemovableHandle]:
                 "down-projection gives; a node of its output is not supported yet."
             )
 
-    return [
-        down_proj.module.register_forward_hook(keep),
-        down_proj.block.register_forward_hook(compare),
-    ]
+    yield down_proj.module.register_forward_hook(keep)
+    yield down_proj.block.register_forward_hook(compare)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
 from ..structure import Structure
@@ -48,10 +50,14 @@ def check_model(structure: Structure, batch: Batch) -> None:
     input_ids = torch.stack([tokens, changed])
     lengths = torch.full((2,), _TOKENS, device=input_ids.device)
     hidden = _large_hidden(head.weight)
-    replace = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _module, _args: (hidden.expand(2, _TOKENS, -1),)
-    )
-    logits, prefix = native_forward(structure, input_ids, Batch([], input_ids, lengths), [replace])
+
+    def put_hidden() -> Iterator[RemovableHandle]:
+        yield model.get_output_embeddings().register_forward_pre_hook(
+            lambda _module, _args: (hidden.expand(2, _TOKENS, -1),)
+        )
+
+    batch = Batch([], input_ids, lengths)
+    logits, prefix = native_forward(structure, input_ids, batch, put_hidden())
     tolerance = _TOLERANCE[head.weight.dtype]
     name = type(model).__name__
     for layer, (keys, values) in prefix.items():

@@ -9,6 +9,7 @@ and leave their keys and values, then the last tokens run over those as in the s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,9 @@ def scaled_prefixes(
         return change
 
     site, down_projs = integral.definition.site, structure.every_down_proj()
-    handles = [hook_layer_input(structure.layers[i], append_copies) for i in layers]
-    handles += [hook_site(down_projs[i].module, site, scale_copies(i)) for i in layers]
-    with steered(structure, _capturing_attention(prefix), handles):
+    inputs = (hook_layer_input(structure.layers[i], append_copies) for i in layers)
+    sites = (hook_site(down_projs[i].module, site, scale_copies(i)) for i in layers)
+    with steered(structure, _capturing_attention(prefix), itertools.chain(inputs, sites)):
         structure.decoder(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
     return prefix
 

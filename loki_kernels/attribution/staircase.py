@@ -13,7 +13,7 @@ implementation registered with transformers attends to the prefix.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,11 +99,10 @@ class Staircase:
         prefix = {i: (k[:, :, :longest], v[:, :, :longest]) for i, (k, v) in prefix.items()}
         trace = _Trace()
         attend = self._attend_each if prefix_per_point else self._attend_shared
-        handles = self._hook(layers, trace)
         with (
             refusing(self.structure, "the last token alone over the prompt's keys and values"),
             torch.enable_grad(),
-            steered(self.structure, attend(prefix), handles),
+            steered(self.structure, attend(prefix), self._hook(layers, trace)),
         ):
             hidden, values, gradients = self._differentiate(layers, trace)
         self._guard(hidden, trace.layer_inputs)
@@ -114,8 +113,8 @@ class Staircase:
         start = self.prefill.start
         return None if start is None else self.batch.at_last(start[layer])
 
-    def _hook(self, layers: range, trace: _Trace) -> list[RemovableHandle]:
-        """The hooks that make the decoder run the points of ``layers``."""
+    def _hook(self, layers: range, trace: _Trace) -> Iterator[RemovableHandle]:
+        """Register the hooks that make the decoder run the points of ``layers``."""
         structure, m = self.structure, len(self.integral.alphas)
 
         def append_points(layer: int) -> Callable[[Tensor], Tensor]:
@@ -137,10 +136,10 @@ class Staircase:
             return change
 
         site, down_projs = self.integral.definition.site, structure.every_down_proj()
-        handles = [
-            hook_layer_input(layer, append_points(i)) for i, layer in enumerate(structure.layers)
-        ]
-        return handles + [hook_site(down_projs[i].module, site, set_points(i)) for i in layers]
+        for i, layer in enumerate(structure.layers):
+            yield hook_layer_input(layer, append_points(i))
+        for i in layers:
+            yield hook_site(down_projs[i].module, site, set_points(i))
 
     def _attend_shared(self, prefix: Prefix) -> Attend:
         """All points of a sample over one prefix."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -104,12 +105,14 @@ def borrowed(structure: Structure) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Hooks that are gone afterwards."""
+def hooking(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """The hooks of an iterable that registers them, gone afterwards and if it fails midway."""
+    registered: list[RemovableHandle] = []
     try:
+        registered.extend(handles)
         yield
     finally:
-        for handle in handles:
+        for handle in registered:
             handle.remove()
 
 
@@ -143,20 +146,33 @@ def refusing(structure: Structure, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def steered(
-    structure: Structure, attend: Attend, handles: Sequence[RemovableHandle]
+    structure: Structure, attend: Attend, handles: Iterable[RemovableHandle]
 ) -> Iterator[None]:
-    """``attend`` as the decoder's attention; it and the hooks are gone afterwards."""
+    """``attend`` as the decoder's attention; it and the hooks are gone afterwards.
+
+    Raises:
+        RuntimeError: if another attribution runs through a config of this model.
+    """
     configs = _attention_configs(structure)
-    for config, _ in configs:
-        setattr(config, _ATTEND, attend)
-        config._attn_implementation_internal = ATTENTION_NAME
+    with _steering:
+        if any(hasattr(config, _ATTEND) for config, _ in configs):
+            raise RuntimeError(
+                "another attribution of this model, or of one that shares its config, is running; "
+                "attribute in one thread, or give each thread a model with a config of its own."
+            )
+        for config, _ in configs:
+            setattr(config, _ATTEND, attend)
+            config._attn_implementation_internal = ATTENTION_NAME
     try:
-        with hooked(handles):
+        with hooking(handles):
             yield
     finally:
         for config, implementation in configs:
             config._attn_implementation_internal = implementation
             delattr(config, _ATTEND)
+
+
+_steering = threading.Lock()
 
 
 def hook_layer_input(layer: nn.Module, change: Change) -> RemovableHandle:

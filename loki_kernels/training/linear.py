@@ -246,9 +246,10 @@ class LokiLinear(nn.Module):
         if index is not None and not torch.equal(index.cpu(), self.index.cpu()):
             return "the rows that were trained are others than this model's; patch it with those."
         weight = state_dict.get(prefix + "weight")
-        factors = [state_dict.get(prefix + name) for name, _ in self.trained_parameters()]
-        if weight is None or any(factor is None for factor in factors):
+        names = [prefix + name for name, _ in self.trained_parameters()]
+        if weight is None or not state_dict.keys() >= set(names):
             return None
+        factors: list[Tensor] = [state_dict[name] for name in names]
         if tuple(weight.shape) != full_shape(self.weight) or any(
             tuple(f.shape) != full_shape(p)
             for f, (_, p) in zip(factors, self.trained_parameters(), strict=True)

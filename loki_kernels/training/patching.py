@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 
 from ..attribution.cache import cached_attribution
 from ..discovery import find_structure
+from ..ops._dispatch import warm_up
 from ..options import DEFAULT_QUOTA
 from ..ranking import rows_per_layer
 from ..selection import RowSelection, select
@@ -97,20 +99,16 @@ def patch(
     selection = agree_on_rows(selection, analysed=rows is None)
     by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
-    gatings = [(d, _gating_or_reason(d, rank)) for d, _ in selected if fuse_mlp]
+    gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
     causal_lm = structure.causal_lm
-    total = sum(math.prod(full_shape(parameter)) for parameter in causal_lm.parameters())
+    report = _plan(structure, by_layer, gatings, whole)
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
         _freeze(causal_lm, undo)
         for module in whole.values():
             module.requires_grad_(True)
-        notes = [
-            f"{d.name} had a forward of its own, which is not called while the model is patched"
-            for d, _ in selected
-            if "forward" in d.module.__dict__
-        ]
         layers = {d.name: _replace_linear(d, index, rank, undo) for d, index in selected}
-        for down_proj, gating in gatings:
+        for down_proj, _ in selected:
+            gating = gatings.get(down_proj.name)
             if isinstance(gating, Gating):
                 _replace_mlp(causal_lm, down_proj, gating, undo)
         writer = _attach(structure, layers, undo)
@@ -118,20 +116,48 @@ def patch(
             reason = adapter_file.load_update(layers, saved, saved.base_rows)
             if reason is not None:
                 raise ValueError(f"the update in {rows} is none of this model's: {reason}.")
-        report = Report(
-            patched={name: len(layer.index) for name, layer in layers.items()},
-            skipped={
-                d.name: "no row of this layer is selected" for d, rows in by_layer if not len(rows)
-            },
-            fused={_mlp_name(d): g.activation for d, g in gatings if isinstance(g, Gating)},
-            not_fused={_mlp_name(d): g for d, g in gatings if isinstance(g, str)},
-            whole=_dtypes(whole),
-            notes=notes + _frozen_tokens(structure),
-            trainable=sum(p.numel() for p in causal_lm.parameters() if p.requires_grad),
-            total=total,
-        )
+        trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
+        report = replace(report, trainable=trained)
         logger.info("%s", report)
+        _warm_up(layers, fused=any(isinstance(gating, Gating) for gating in gatings.values()))
         return Patch(causal_lm, selection, report, layers, writer, undo.pop_all())
+
+
+def _plan(
+    structure: Structure,
+    by_layer: list[tuple[DownProjection, Tensor]],
+    gatings: dict[str, Gating | str],
+    whole: dict[str, nn.Module],
+) -> Report:
+    """What will be done, of a model that is not yet changed; ``trainable`` is counted later."""
+    mlps = {name.rpartition(".")[0]: gating for name, gating in gatings.items()}
+    notes = [
+        f"{d.name} had a forward of its own, which is not called while the model is patched"
+        for d, index in by_layer
+        if len(index) and "forward" in d.module.__dict__
+    ]
+    tokens = embedding_weight(structure.causal_lm)
+    if not any(p is tokens for module in whole.values() for p in module.parameters()):
+        notes += _new_tokens(structure)
+    return Report(
+        patched={d.name: len(index) for d, index in by_layer if len(index)},
+        skipped={d.name: "no row of this layer is selected" for d, i in by_layer if not len(i)},
+        fused={name: g.activation for name, g in mlps.items() if isinstance(g, Gating)},
+        not_fused={name: g for name, g in mlps.items() if isinstance(g, str)},
+        whole=_dtypes(whole),
+        notes=notes,
+        trainable=0,
+        total=sum(math.prod(full_shape(p)) for p in structure.causal_lm.parameters()),
+    )
+
+
+def _warm_up(layers: dict[str, LokiLinear], *, fused: bool) -> None:
+    """Check the kernels that training will use, where the model lies now."""
+    ops = ["sync_rows", *(["gated_product"] if fused else [])]
+    for device, dtype in {
+        (layer.base_rows.device, layer.base_rows.dtype) for layer in layers.values()
+    }:
+        warm_up(ops, device, dtype)
 
 
 def _saved_update(rows: Rows | None) -> SavedUpdate | None:
@@ -162,11 +188,10 @@ def _dtypes(modules: dict[str, nn.Module]) -> dict[str, str]:
     }
 
 
-def _frozen_tokens(structure: Structure) -> list[str]:
-    """A note on tokens that the model has and its checkpoint has not, unless they are trained."""
-    weight = embedding_weight(structure.causal_lm)
+def _new_tokens(structure: Structure) -> list[str]:
+    """A note on tokens that the model has and its checkpoint has not."""
     name = getattr(structure.causal_lm, "name_or_path", None)
-    if weight.requires_grad or not name:
+    if not name:
         return []
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=True)
@@ -197,10 +222,6 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
     if is_sharded(down_proj.module.weight):
         return "its weights are sharded"
     return find_gating(down_proj)
-
-
-def _mlp_name(down_proj: DownProjection) -> str:
-    return down_proj.name.rpartition(".")[0]
 
 
 def _freeze(model: nn.Module, undo: contextlib.ExitStack) -> None:
@@ -248,7 +269,7 @@ _HOOKS = (
 def _replace_mlp(
     model: nn.Module, down_proj: DownProjection, gating: Gating, undo: contextlib.ExitStack
 ) -> None:
-    owner_name, _, attribute = _mlp_name(down_proj).rpartition(".")
+    owner_name, _, attribute = down_proj.name.rpartition(".")[0].rpartition(".")
     owner, mlp = model.get_submodule(owner_name), down_proj.parent
     fused = FusedMLP(mlp, down_proj.attribute, gating)
 

@@ -36,7 +36,8 @@ def row_masked_linear(
     Args:
         x: ``[..., in_features]``.
         weight: ``[out_features, in_features]``, merged; it gets no gradient.
-        rows: ``[k, in_features]``, of any floating dtype; its gradient has its dtype.
+        rows: ``[k, in_features]``, of any floating dtype; its gradient has its dtype. Its values
+            are not read, so that it may as well be an update that the weight already holds.
         index: ``[k]`` int64 in [0, out_features), distinct, in any order.
         bias: ``[out_features]`` or None.
 

@@ -41,7 +41,8 @@ def swiglu_row_masked_linear(
         gate: ``[..., in_features]``.
         up: of gate's shape and dtype.
         weight: ``[out_features, in_features]``, merged; it gets no gradient.
-        rows: ``[k, in_features]``, of any floating dtype; its gradient has its dtype.
+        rows: ``[k, in_features]``, of any floating dtype; its gradient has its dtype. Its values
+            are not read, so that it may as well be an update that the weight already holds.
         index: ``[k]`` int64 in [0, out_features), distinct, in any order.
         bias: ``[out_features]`` or None.
         activation: ``"silu"`` or ``"gelu_tanh"``.
