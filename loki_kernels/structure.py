@@ -191,6 +191,20 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class's forward pass.
+
+    Its hooks, or a ``forward`` of the instance's own, as accelerate's hooks are.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def first_non_finite(model: nn.Module) -> str | None:
     """The name of the first parameter holding NaN or infinity."""
     for name, parameter in model.named_parameters():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops import gated_product
 from ..ops.gated_product import Activation
 from ..ops.gated_product.torch_impl import forward as traceable_gated_product
-from ..structure import DownProjection, is_linear_like
+from ..structure import DownProjection, has_hooks, is_linear_like
 from .linear import LokiLinear
 
 # Largest relative difference allowed between the MLP and what we take it for, on random input: the
@@ -69,7 +69,7 @@ class FusedMLP(nn.Module):
         # The fused op works on a written weight, and hooks expect an ordinary call. Below the first
         # trained row nothing is differentiated, and keeping gate and up would cost memory.
         differentiated = gate.requires_grad or up.requires_grad
-        if layer.writes_rows and differentiated and not _has_hooks(layer):
+        if layer.writes_rows and differentiated and not has_hooks(layer):
             return layer.forward_gated(gate, up, activation)
         # the compiler fuses and recomputes what it sees through
         product = traceable_gated_product if torch.compiler.is_compiling() else gated_product
@@ -96,7 +96,7 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
     own_state = [*mlp.parameters(recurse=False), *mlp.buffers(recurse=False)]
     if own_state or any(True for m in others for _ in m.parameters()):
         return "it has parameters besides its linears"
-    if _has_hooks(mlp):
+    if has_hooks(mlp):
         return "it has hooks"
     if down.weight.is_meta:
         return "its weights are not loaded"
@@ -122,15 +122,6 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
             if float((got - want).norm()) <= _TOLERANCE[weight.dtype] * float(want.norm()):
                 return gating
     return unknown
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _known_activation(activation: nn.Module) -> Activation | None:
