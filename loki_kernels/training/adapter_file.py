@@ -29,6 +29,9 @@ _ABSOLUTE = "rows"
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"(.+)\.loki_(index|{'|'.join((*TRAINED, _ABSOLUTE))})")
 
+# PEFT saves a resized embedding that is trained whole under its own name and under these.
+_PEFT_COPY = re.compile(r"\.(original_module|modules_to_save)\.")
+
 # The patched layers of a model by their names.
 Layers = Mapping[str, LokiLinear]
 # What is kept of a layer: "index", and "update" or "delta_a" and "delta_b".
@@ -214,7 +217,7 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
         match = _KEY.fullmatch(name)
         if match is not None:
             layers.setdefault(match[1], {})[match[2]] = tensor
-        else:
+        elif not _PEFT_COPY.search(name):
             others[name] = tensor
     if not layers:
         raise ValueError(f"{path} is not a LoKI adapter: it holds no trained rows.")

@@ -69,17 +69,24 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
 
     Raises:
         FileNotFoundError: if the folder is not an adapter.
-        ValueError: if it is damaged, or was made for another base. The model is unchanged.
+        ValueError: if it is damaged, was made for another base, or has embeddings of single tokens
+            (PEFT's ``trainable_token_indices``). The model is unchanged.
         UnsupportedModelError: if the model cannot be patched.
     """
     folder = Path(folder)
     config = AdapterConfig.load(folder)
     saved = adapter_file.read_update(folder / ADAPTER_FILE)
+    if any(".token_adapter." in name for name in saved.others):
+        raise ValueError(
+            f"{folder} has embeddings of single tokens (trainable_token_indices), which only PEFT "
+            "can load: import loki_kernels.peft and call PeftModel.from_pretrained; its "
+            "merge_and_unload() gives an ordinary model."
+        )
     handle = patch(
         model,
         RowSelection(config.rows),
         rank=config.rank,
-        modules_to_save=config.modules_to_save or (),
+        modules_to_save=_modules_of(saved.others) or (),  # a config names more, as PEFT writes it
     )
     layers = dict(handle.named_layers())
     try:
