@@ -51,23 +51,32 @@ class LokiConfig(PeftConfig):
         rows: path of a row file, which is read at once and not needed again, or one list of rows a
             layer. None analyses the model on the bundled questions, as `loki_kernels.patch` does.
         quota: percentage of rows for that analysis.
-        rank: train the rows as a rank-r update (LoKI*).
+        rank: train an update of rank r (LoKI*).
         quantized_merge: how to merge into a quantized base: ``"dequantize"`` makes the merged
             model an ordinary one, ``"requantize"`` rounds the merged weights as the base's were.
-        fingerprint: of the rows that are replaced; filled in by itself, and checked when the
-            adapter is loaded onto a model.
+        modules_to_save: names of modules to train whole beside the rows, as for ``LoraConfig``; a
+            new classification head by itself, with ``task_type="SEQ_CLS"`` and its like.
+        trainable_token_indices: tokens whose embeddings are trained, as for ``LoraConfig``.
+        fingerprint: of the rows that the update is added to. This, ``base_dtype`` and
+            ``base_sketch`` (of `BaseRows`) are filled in by themselves, and checked when the
+            adapter is loaded onto a model, which may be of another dtype, quantized or not.
         positions: the old name of ``rows`` for a path; it goes with the next release.
 
     Raises:
         ValueError: for a damaged row file, rows that are negative, duplicated or of FFN neurons,
-            both ``rows`` and ``positions``, a rank below 1, or an unknown ``quantized_merge``.
+            both ``rows`` and ``positions``, a rank below 1, an unknown ``quantized_merge``, or
+            ``modules_to_save`` that are no list.
     """
 
     rows: str | list[list[int]] | None = None
     quota: float = DEFAULT_QUOTA
     rank: int | None = None
     quantized_merge: str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     fingerprint: str | None = None
+    base_dtype: str | None = None
+    base_sketch: list[list[float]] | None = field(default=None, repr=False)
     target_modules: set[str] | None = field(default=None, repr=False)
     # no field: of what older versions saved it is read, and null there
     positions: InitVar[str | None] = None
@@ -79,6 +88,10 @@ class LokiConfig(PeftConfig):
         check_rank(self.rank)
         if self.quantized_merge is not None:
             check_choice("quantized_merge", self.quantized_merge, MERGES)
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                f"modules_to_save must be a list of names; it is {self.modules_to_save!r}."
+            )
         if positions is not None:
             if self.rows is not None:
                 raise ValueError("give rows or its old name positions, not both.")

@@ -1,9 +1,9 @@
-"""`LokiLayer`: a down-projection with one set of trained rows an adapter."""
+"""`LokiLayer`: a down-projection with one update of some rows an adapter."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -14,15 +14,24 @@ from torch.nn import functional
 from ..errors import UnsupportedModelError, check_choice
 from ..ops import row_delta_linear
 from ..sharding import full_values, is_sharded
-from ..training.linear import initial_factors, low_rank_rows
+from ..structure import has_hooks
+from ..training.linear import initial_factors, updated_rows
 from .config import MERGES, LokiConfig
 from .quantized import dequantized_weight, is_repacked, plain_linear, quantization_of
 
 
 class LokiLayer(nn.Module, BaseTunerLayer):
-    """A down-projection with one set of trained rows an adapter."""
+    """A down-projection with one update of some rows an adapter.
 
-    adapter_layer_names = ("loki_rows", "loki_delta_a", "loki_delta_b")
+    Attributes:
+        loki_index: int64 ``[k]`` by adapter, sorted.
+        loki_update: ``[k, in_features]`` by adapter, zero at first; float32, float64 over a float64
+            base.
+        loki_delta_a: ``[k, r]`` instead of it, zero at first (LoKI*).
+        loki_delta_b: ``[r, in_features]`` (LoKI*).
+    """
+
+    adapter_layer_names = ("loki_update", "loki_delta_a", "loki_delta_b")
 
     def __init__(self, base_layer: nn.Module, model: nn.Module) -> None:
         super().__init__()
@@ -31,7 +40,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self.out_features: int = base_layer.out_features  # type: ignore[assignment]
         self.quantization_backend = quantization_of(base_layer, model)
         self.dequantized_dtype = getattr(model, "dtype", None)
-        self.loki_rows = nn.ParameterDict()
+        self.loki_update = nn.ParameterDict()
         self.loki_delta_a = nn.ParameterDict()
         self.loki_delta_b = nn.ParameterDict()
         self.loki_index = BufferDict(persistent=True)
@@ -42,22 +51,19 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self._unmerged: tuple[nn.Module, Any] | None = None
 
     def update_layer(self, adapter_name: str, rows: Tensor, config: LokiConfig) -> None:
-        """Give the layer one more adapter, whose rows are those of the base."""
-        rank = config.rank
+        """Give the layer one more adapter, whose update is zero."""
         self.configs[adapter_name] = config
-        original = self.base_rows(rows)
-        if self.quantization_backend is not None:
-            original = original.to(self.dequantized_dtype)
-        index = rows.to(original.device)
+        weight = self._base_weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        index = rows.to(weight.device)
         self.loki_index[adapter_name] = index
-        # of no dict of adapters: PEFT would turn it to float32
-        self.register_buffer(original_name(adapter_name), original, persistent=False)
-        if rank is None:
-            self.loki_rows[adapter_name] = nn.Parameter(original.clone())
+        if config.rank is None:
+            update = torch.zeros(len(index), self.in_features, dtype=dtype, device=index.device)
+            self.loki_update[adapter_name] = nn.Parameter(update)
         else:
-            a, b = initial_factors(len(index), rank, self.in_features)
-            self.loki_delta_a[adapter_name] = nn.Parameter(a.to(original))
-            self.loki_delta_b[adapter_name] = nn.Parameter(b.to(original))
+            a, b = initial_factors(len(index), config.rank, self.in_features)
+            self.loki_delta_a[adapter_name] = nn.Parameter(a.to(index.device, dtype))
+            self.loki_delta_b[adapter_name] = nn.Parameter(b.to(index.device, dtype))
 
     def base_rows(self, rows: Tensor) -> Tensor:
         """Rows of the base's weight; of a quantized one as precise as it gives them.
@@ -85,23 +91,19 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.loki_index:
             del self.loki_index[adapter_name]
-            delattr(self, original_name(adapter_name))
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # not PEFT's own, which casts to the base's dtype too: float32 rows would lose their updates
+        # not PEFT's own, which casts to the base's dtype too: an update would lose small steps
         if adapter_name not in self.loki_index:
             return
-        device = device or getattr(self, original_name(adapter_name)).device
+        device = device or self._base_weight.device
         self.loki_index[adapter_name] = self.loki_index[adapter_name].to(device)
-        for parameters in self.parameters_by_adapter():
-            if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
-
-    def parameters_by_adapter(self) -> list[nn.ParameterDict]:
-        return [getattr(self, name) for name in self.adapter_layer_names]
+        for held in (self.loki_update, self.loki_delta_a, self.loki_delta_b):
+            if adapter_name in held and not held[adapter_name].is_meta:
+                held[adapter_name].data = held[adapter_name].data.to(device)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -109,7 +111,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode)
 
     def check_disjoint(self, names: list[str]) -> None:
-        """Raise ValueError if two of these adapters replace one row."""
+        """Raise ValueError if two of these adapters train one row."""
         names = self._adapters_here(names)
         if len(names) < 2:  # without reading an index: enabling an adapter comes here too
             return
@@ -118,8 +120,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             rows = set(self.loki_index[name].tolist())
             if seen & rows:
                 raise ValueError(
-                    f"adapter {name!r} replaces row {min(seen & rows)} of a layer that another "
-                    "active adapter replaces too; activate one of them at a time."
+                    f"adapter {name!r} trains row {min(seen & rows)} of a layer that another "
+                    "active adapter trains too; activate one of them at a time."
                 )
             seen |= rows
 
@@ -132,7 +134,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         inactive = self.disable_adapters or self.merged
         names = [] if inactive else self._adapters_here(self.active_adapters)
         base = self.base_layer
-        if len(names) == 1 and type(base) is nn.Linear and self._is_plain(base.weight):
+        if len(names) == 1 and self._is_plain(base):
             a, b = self._update_factors(names[0])
             return row_delta_linear(x, base.weight, a, b, self.loki_index[names[0]], base.bias)
         y: Tensor = base(x, *args, **kwargs)
@@ -146,32 +148,52 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     def _base_weight(self) -> nn.Parameter:
         return cast(nn.Parameter, self.get_base_layer().weight)
 
-    def _is_plain(self, weight: Tensor) -> bool:
-        return self.quantization_backend is None and not weight.is_meta and not is_sharded(weight)
+    def _is_plain(self, base: nn.Module) -> TypeGuard[nn.Linear]:
+        """Whether a call of the base is nothing but a product with a weight that is here."""
+        return (
+            type(base) is nn.Linear
+            and self.quantization_backend is None
+            and not base.weight.is_meta
+            and not is_sharded(base.weight)
+            and not has_hooks(base)
+        )
 
     def _update_factors(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The update of an adapter's rows, as a product unless it is the second's absence."""
+        """The update of an adapter's rows: a product, or the update itself and None."""
         if name in self.loki_delta_a:
             return self.loki_delta_a[name], self.loki_delta_b[name]
-        rows = self.loki_rows[name]
-        return rows - getattr(self, original_name(name)).to(rows), None
+        return self.loki_update[name], None
+
+    def _whole_weight(self) -> Tensor:
+        """The base's weight; of a quantized one in the model's dtype."""
+        if self.quantization_backend is None:
+            return self._base_weight.data
+        return dequantized_weight(
+            self.get_base_layer(), self.quantization_backend, self.dequantized_dtype
+        )
 
     @torch.no_grad()
-    def _merged_rows(self, name: str) -> Tensor:
-        """In the base's dtype."""
-        original: Tensor = getattr(self, original_name(name))
-        if name in self.loki_rows:
-            trained: Tensor = self.loki_rows[name]
-            return trained.to(original)
-        rows = low_rank_rows(original, self.loki_delta_a[name], self.loki_delta_b[name])
-        return rows.to(original)
+    def _merged_rows(self, name: str, weight: Tensor) -> Tensor:
+        """The weight's rows with an adapter's update, in the weight's dtype."""
+        return updated_rows(weight[self.loki_index[name]], *self._update_factors(name))
+
+    @torch.no_grad()
+    def update_from_rows(self, name: str, trained: Tensor) -> Tensor:
+        """The update that turns the base's rows into the ones that version 0.1 kept."""
+        base = self.base_rows(self.loki_index[name])
+        if self.quantization_backend is not None:
+            base = base.to(self.dequantized_dtype)  # what version 0.1 started from
+        wide = self.loki_update[name].dtype
+        return trained.to(wide) - base.to(trained.device, wide)
 
     def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
         """The adapters that `merge` would merge; raises what it would raise."""
         names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
         self.check_disjoint([*self.merged_adapters, *names])
-        if safe_merge and not all(torch.isfinite(self._merged_rows(n)).all() for n in names):
-            raise ValueError(f"there is NaN or infinity in the rows of {', '.join(names)}.")
+        if safe_merge and names:
+            weight = self._whole_weight()
+            if not all(torch.isfinite(self._merged_rows(name, weight)).all() for name in names):
+                raise ValueError(f"there is NaN or infinity in the rows of {', '.join(names)}.")
         if names and self.quantization_backend is not None:
             self._how_to_merge(names)
         return names
@@ -189,31 +211,28 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         return str(how)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put adapters' rows into the base weight.
+        """Add adapters' updates to their rows of the base weight.
 
         Raises:
             ValueError: for adapters of common rows, non-finite rows with ``safe_merge``, or a
                 quantized base where ``LokiConfig.quantized_merge`` does not say how.
         """
         names = self.check_merge(safe_merge, adapter_names)
-        rows = {name: self._merged_rows(name) for name in names}
         if self.quantization_backend is None:
             weight = self._base_weight.data
             for name in names:
                 index = self.loki_index[name]
                 self._replaced[name] = weight[index]
-                weight.index_copy_(0, index, rows[name])
+                weight.index_copy_(0, index, self._merged_rows(name, weight))
         elif names:
-            self._merge_quantized(rows)
+            self._merge_quantized(names)
         self.merged_adapters.extend(names)
 
-    def _merge_quantized(self, rows: dict[str, Tensor]) -> None:
-        how = self._how_to_merge(list(rows))
-        weight = dequantized_weight(
-            self.get_base_layer(), self.quantization_backend, self.dequantized_dtype
-        ).clone()
-        for name, own in rows.items():
-            weight.index_copy_(0, self.loki_index[name], own.to(weight))
+    def _merge_quantized(self, names: list[str]) -> None:
+        how = self._how_to_merge(names)
+        weight = self._whole_weight().clone()
+        for name in names:
+            weight.index_copy_(0, self.loki_index[name], self._merged_rows(name, weight))
         if self._unmerged is None:
             self._unmerged = self.base_layer, self.quantization_backend
         if how == "dequantize":
@@ -236,8 +255,3 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 weight.index_copy_(0, self.loki_index[name], rows.to(weight))
         self._replaced.clear()
         self.merged_adapters.clear()
-
-
-def original_name(adapter_name: str) -> str:
-    """Name of the buffer with the rows that an adapter replaces."""
-    return f"loki_original_{adapter_name}"

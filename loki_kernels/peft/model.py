@@ -9,20 +9,29 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
 from ..attribution.cache import cached_attribution
 from ..discovery import find_structure
-from ..fingerprint import rows_fingerprint
-from ..selection import select
-from ..sharding import ignore_in_ddp
-from ..training.adapter_file import check_fingerprint
+from ..fingerprint import BaseRows
+from ..selection import RowSelection, select
+from ..sharding import ignore_in_ddp, is_distributed
+from ..structure import Structure
+from ..training.adapter_file import base_rows_content, base_rows_of, check_base
 from ..training.linear import LokiLinear
-from ..training.targets import as_selection, assign_rows
+from ..training.targets import (
+    agree_on_rows,
+    as_selection,
+    assign_rows,
+    check_rows_agree,
+    find_modules,
+    new_heads,
+)
 from .config import LokiConfig
-from .layer import LokiLayer, original_name
+from .layer import LokiLayer
 from .quantized import dequantize_model
 
 logger = logging.getLogger(__name__)
@@ -35,8 +44,10 @@ class LokiModel(BaseTuner):
     tuner_layer_cls = LokiLayer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._agreed: set[str] = set()  # adapters that have the same rows in every process
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_check_rows)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_read_saved)  # type: ignore[no-untyped-call]
+        self.register_forward_pre_hook(_check_ranks)
 
     # override: PEFT declares wider arguments than it passes, and None where it returns the model.
 
@@ -49,27 +60,50 @@ class LokiModel(BaseTuner):
         (name,) = (name for name, config in self.peft_config.items() if config is peft_config)
         self.peft_config[name] = peft_config = copy.copy(peft_config)
         structure = find_structure(self.model)
-        if peft_config.rows is None:
-            selection = select(cached_attribution(self.model, structure, None), peft_config.quota)
-            peft_config.rows = [layer.tolist() for layer in selection]
-        by_layer = assign_rows(structure, as_selection(peft_config.rows))
+        _check_modules(structure, peft_config)
+        selection = self._select(structure, name, peft_config)
+        peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}
         self._rows: dict[str, Tensor] = {}  # of the adapter that is being added
-        replaced = []
-        for down_proj, rows in by_layer:
+        base_rows, quantized = [], False
+        for down_proj, rows in assign_rows(structure, selection):
             if len(rows):
+                layer = self._loki_layer_for(down_proj.module)
                 self._rows[names[id(down_proj.module)]] = rows
-                replaced.append(self._loki_layer_for(down_proj.module).base_rows(rows))
-        found = rows_fingerprint(replaced)
-        check_fingerprint(
-            peft_config.fingerprint,
-            found,
+                base_rows.append(layer.base_rows(rows))
+                quantized |= layer.quantization_backend is not None
+        present = BaseRows.of(base_rows, quantized=quantized)
+        trained_on = base_rows_of(vars(peft_config))
+        check_base(
+            trained_on,
+            present,
             peft_config.base_model_name_or_path,
             getattr(self.model, "name_or_path", None),
         )
-        peft_config.fingerprint = found
+        if trained_on is None or trained_on.sketch is None:
+            vars(peft_config).update(base_rows_content(present))
         peft_config.target_modules = set(self._rows)
         return peft_config
+
+    def _select(self, structure: Structure, name: str, config: LokiConfig) -> RowSelection:
+        """The rows of a new adapter, the same in every process that trains it."""
+        if config.rows is None:
+            selection = select(cached_attribution(self.model, structure, None), config.quota)
+        else:
+            selection = as_selection(config.rows)
+        self._agreed.discard(name)
+        if is_distributed() and not config.inference_mode:  # others may evaluate other adapters
+            selection = agree_on_rows(selection, analysed=config.rows is None)
+            self._agreed.add(name)
+        return selection
+
+    def check_ranks(self) -> None:
+        """Raise ValueError if another process trains other rows."""
+        for name in self.active_adapters:
+            if name not in self._agreed:
+                config: Any = self.peft_config[name]  # which knows its rows by now
+                check_rows_agree(as_selection(config.rows))
+                self._agreed.add(name)
 
     def _loki_layers(self) -> list[LokiLayer]:
         return [module for module in self.model.modules() if isinstance(module, LokiLayer)]
@@ -97,9 +131,13 @@ class LokiModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         # DDP will see a PeftModel
-        prefix = f"base_model.model.{current_key}"
-        buffers = f"loki_index.{adapter_name}", original_name(adapter_name)
-        ignore_in_ddp(self.model, [f"{prefix}.{name}" for name in buffers])
+        ignore_in_ddp(self.model, [f"base_model.model.{current_key}.loki_index.{adapter_name}"])
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT's own sets the weight anew too, which fails for embeddings with trained tokens
+        setattr(parent, child_name, new_module)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -143,28 +181,65 @@ class LokiModel(BaseTuner):
             logger.info("the merged model is quantized as its base was")
         return model
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's makes new parameters, which would be trained in an adapter that is not."""
-        parameters = [d for layer in self._loki_layers() for d in layer.parameters_by_adapter()]
-        parameters = [d for d in parameters if adapter_name in d]
-        flags = [d[adapter_name].requires_grad for d in parameters]
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for d, flag in zip(parameters, flags, strict=True):
-            d[adapter_name].requires_grad_(flag)
+
+def _check_modules(structure: Structure, config: LokiConfig) -> None:
+    """Raise ValueError for modules that PEFT would leave untrained, or untie, without a word."""
+    model = structure.causal_lm
+    names = config.modules_to_save or []
+    if config.task_type == TaskType.CAUSAL_LM:
+        heads = new_heads(structure)
+        if heads:
+            raise ValueError(
+                f"{type(model).__name__} has no language-model head but {', '.join(heads)}, which "
+                "would not be trained; say what it is for: LokiConfig(task_type='SEQ_CLS'), "
+                "'TOKEN_CLS' or 'QUESTION_ANS'."
+            )
+    else:  # PEFT has added the usual names of such heads
+        names = [n for n in names if any(full.endswith(n) for full, _ in model.named_modules())]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, module in find_modules(model, names).items():
+        inside = [d.name for _, d in structure.trainable() if d.module in set(module.modules())]
+        if inside:
+            raise ValueError(
+                f"modules_to_save names {name}, which holds {inside[0]}; its rows are trained."
+            )
+        own = {id(parameter) for parameter in module.parameters()}
+        tied = [n for n, p in parameters.items() if id(p) in own and not n.startswith(f"{name}.")]
+        if tied:
+            raise ValueError(
+                f"modules_to_save names {name}, whose weight is {tied[0]} too; PEFT would train a "
+                "copy of it apart. For new tokens use trainable_token_indices; to train it all, "
+                "loki_kernels.patch(model, modules_to_save=...)."
+            )
 
 
-def _check_rows(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict of other rows: PEFT loads one into an adapter without its config."""
-    for name, module in model.named_modules():
-        if isinstance(module, LokiLayer):
-            for adapter, index in module.loki_index.items():
-                key = f"{prefix}{name}.loki_index.{adapter}"
-                other = state_dict.get(key)
-                if other is not None and not torch.equal(other.cpu(), index.cpu()):
-                    raise ValueError(
-                        f"{name} trains other rows in adapter {adapter!r} than those that were "
-                        "saved; load them as an adapter of their own."
-                    )
+def _check_ranks(model: LokiModel, _inputs: Any) -> None:
+    if torch.compiler.is_compiling() or not is_distributed():
+        return
+    if model.training and torch.is_grad_enabled():
+        model.check_ranks()
+
+
+def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict of other rows: PEFT loads one into an adapter without its config.
+
+    Rows that version 0.1 kept are turned into an update of the base's.
+    """
+    layers = [(f"{prefix}{n}", m) for n, m in model.named_modules() if isinstance(m, LokiLayer)]
+    for name, layer in layers:
+        for adapter, index in layer.loki_index.items():
+            other = state_dict.get(f"{name}.loki_index.{adapter}")
+            if other is not None and not torch.equal(other.cpu(), index.cpu()):
+                raise ValueError(
+                    f"{name.removeprefix(prefix)} trains other rows in adapter {adapter!r} than "
+                    "those that were saved; load them as an adapter of their own."
+                )
+    for name, layer in layers:
+        for adapter in layer.loki_update:
+            rows = state_dict.pop(f"{name}.loki_rows.{adapter}", None)
+            if rows is not None:
+                update = layer.update_from_rows(adapter, rows)
+                state_dict[f"{name}.loki_update.{adapter}"] = update
 
 
 register_peft_method(name="loki", config_cls=LokiConfig, model_cls=LokiModel)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 import loki_kernels as loki
 import loki_kernels.peft
 from loki_kernels.attribution import cache
+from loki_kernels.cli import main
 from loki_kernels.peft import LokiConfig
 from tests.models import DEVICE, GQA, _config
 from tests.tiny_training import ROWS, WordTokenizer, logits, train
@@ -70,7 +71,7 @@ def test_starts_as_the_base_and_learns(base, tmp_path):
     want = logits(base())
     model = peft.get_peft_model(base(), LokiConfig(rows=ROWS))
     assert torch.equal(logits(model), want)
-    assert down_proj(model).loki_rows["default"].dtype == torch.float32
+    assert down_proj(model).loki_update["default"].dtype == torch.float32
     learned = logits(train(model, lr=0.02))
     assert distance(learned, want) > 0.1
     model.save_pretrained(tmp_path)
@@ -130,11 +131,54 @@ def test_requantized_rows_are_close_to_the_trained_ones(base):
     model = peft.get_peft_model(base(), LokiConfig(rows=ROWS, quantized_merge="requantize"))
     train(model, lr=0.02)
     layer = down_proj(model)
-    want = layer.loki_rows["default"].detach()
-    start = layer.loki_original_default.float()
+    rows = torch.tensor([1, 5, 40])
+    start = layer.base_rows(rows).float()
+    update = layer.loki_update["default"].detach()
     model.merge_adapter()
-    got = layer.base_rows(torch.tensor([1, 5, 40])).float()
-    assert (got - want).norm() < 0.5 * (start - want).norm()
+    got = layer.base_rows(rows).float()
+    assert (got - start - update).norm() < 0.5 * update.norm()
+
+
+@pytest.mark.parametrize("way", ["peft", "load_adapter", "merge"])
+def test_merges_into_the_full_base(base, checkpoint, tmp_path, way):
+    model = train(peft.get_peft_model(base(), LokiConfig(rows=ROWS)), lr=0.02)
+    model.save_pretrained(tmp_path / "adapter")
+    update = down_proj(model).loki_update["default"].cpu()
+    full = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    rows = full.model.layers[0].mlp.down_proj.weight[[1, 5, 40]].detach().clone()
+    folder = str(tmp_path / "adapter")
+    if way == "peft":
+        merged = peft.PeftModel.from_pretrained(full, folder).merge_and_unload()
+    elif way == "load_adapter":
+        merged = loki.load_adapter(full, folder).merge()
+    else:
+        main(["merge", str(checkpoint), folder, str(tmp_path / "merged")])
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    got = merged.model.layers[0].mlp.down_proj.weight[[1, 5, 40]]
+    assert torch.equal(got, (rows.double() + update.double()).to(rows.dtype))
+
+
+def test_an_update_of_the_full_base_is_loaded_over_a_quantized_one(base, checkpoint, tmp_path):
+    full = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    trained = train(peft.get_peft_model(full, LokiConfig(rows=ROWS)), lr=0.02)
+    trained.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(base(), str(tmp_path))
+    update = down_proj(model).loki_update["default"].cpu()
+    assert torch.equal(update, down_proj(trained).loki_update["default"])
+    assert distance(logits(model), logits(trained)) < 0.5
+    config = model.peft_config["default"]
+    assert config.base_dtype == "float32"  # what it was trained on
+
+
+def test_another_model_is_refused(base, checkpoint, tmp_path):
+    peft.get_peft_model(base(), LokiConfig(rows=ROWS)).save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    with pytest.raises(ValueError, match="another base"):
+        peft.PeftModel.from_pretrained(other, str(tmp_path))
+    with pytest.raises(ValueError, match="another base"):
+        loki.load_adapter(other, tmp_path)
 
 
 def test_repacked_weights_are_refused_or_read_another_way(checkpoint):
