@@ -200,6 +200,13 @@ def test_a_shared_down_projection_is_refused(model):
         loki.patch(model, [[1]] * 3)
 
 
+def test_a_shared_weight_is_refused(model):
+    """Two layers would each write their own rows into it."""
+    model.model.layers[2].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    with pytest.raises(loki.UnsupportedModelError, match="share one FFN's weight"):
+        loki.patch(model, [[1]] * 3)
+
+
 def test_encoder_decoders_are_refused():
     config = transformers.T5Config(
         vocab_size=97, d_model=48, d_ff=112, num_layers=2, num_heads=4, d_kv=12

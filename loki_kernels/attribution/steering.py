@@ -82,8 +82,21 @@ def _attention_configs(structure: Structure) -> list[tuple[Any, str]]:
 
 @contextlib.contextmanager
 def borrowed(structure: Structure) -> Iterator[None]:
-    """The model in evaluation mode and frozen; restored whatever happens."""
+    """The model in evaluation mode, frozen and claimed; restored whatever happens.
+
+    Raises:
+        RuntimeError: if another attribution runs through a config of this model.
+    """
     model = structure.causal_lm
+    configs = [config for config, _ in _attention_configs(structure)]
+    with _claiming:
+        if any(hasattr(config, _ATTEND) for config in configs):
+            raise RuntimeError(
+                "another attribution of this model, or of one that shares its config, is running; "
+                "attribute in one thread, or give each thread a model with a config of its own."
+            )
+        for config in configs:
+            setattr(config, _ATTEND, None)
     training = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     device = next(model.parameters()).device.type
@@ -102,6 +115,11 @@ def borrowed(structure: Structure) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, flag in training:
             module.training = flag
+        for config in configs:
+            delattr(config, _ATTEND)
+
+
+_claiming = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -148,31 +166,18 @@ def refusing(structure: Structure, what: str) -> Iterator[None]:
 def steered(
     structure: Structure, attend: Attend, handles: Iterable[RemovableHandle]
 ) -> Iterator[None]:
-    """``attend`` as the decoder's attention; it and the hooks are gone afterwards.
-
-    Raises:
-        RuntimeError: if another attribution runs through a config of this model.
-    """
+    """``attend`` as a borrowed decoder's attention; it and the hooks are gone afterwards."""
     configs = _attention_configs(structure)
-    with _steering:
-        if any(hasattr(config, _ATTEND) for config, _ in configs):
-            raise RuntimeError(
-                "another attribution of this model, or of one that shares its config, is running; "
-                "attribute in one thread, or give each thread a model with a config of its own."
-            )
+    try:
         for config, _ in configs:
             setattr(config, _ATTEND, attend)
             config._attn_implementation_internal = ATTENTION_NAME
-    try:
         with hooking(handles):
             yield
     finally:
         for config, implementation in configs:
             config._attn_implementation_internal = implementation
-            delattr(config, _ATTEND)
-
-
-_steering = threading.Lock()
+            setattr(config, _ATTEND, None)
 
 
 def hook_layer_input(layer: nn.Module, change: Change) -> RemovableHandle:

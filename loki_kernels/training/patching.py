@@ -6,11 +6,13 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -51,6 +53,7 @@ def patch(
     rank: int | None = None,
     modules_to_save: Sequence[str] = (),
     fuse_mlp: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Patch:
     """Make a model train an update of some rows of its FFN down-projections.
 
@@ -76,6 +79,7 @@ def patch(
         fuse_mlp: where the MLP is ``down_proj(act(gate(x)) * up(x))`` with SiLU or
             tanh-approximated GELU, keep gate and up alone for the backward pass, not act(gate) and
             the product: half of the MLP's activation memory. The report says where.
+        dtype: read no more, since every update is float32; it goes with the next release.
 
     Returns:
         A `Patch` handle.
@@ -87,6 +91,13 @@ def patch(
             processes with different rows. The model is unchanged.
         UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
     """
+    if dtype is not None:
+        warnings.warn(
+            "patch(dtype=...) is read no more and goes with the next release: what is trained is "
+            "a float32 update, whatever the weights are.",
+            FutureWarning,
+            stacklevel=2,
+        )
     structure = find_structure(model)
     check_patchable(structure)
     whole = _modules_to_train(structure, modules_to_save)

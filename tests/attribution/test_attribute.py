@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import loki_kernels as loki
-from loki_kernels.attribution import DEFINITIONS, attribute
+from loki_kernels.attribution import DEFINITIONS, attribute, steering
 from loki_kernels.attribution.definitions import PathIntegral, path_rule
 from loki_kernels.attribution.prefill import Batch, run_prefill
 from loki_kernels.attribution.reference import attribute_reference
@@ -43,6 +43,48 @@ def test_equals_naive_reforward(name, definition, site, prompts):
                 definition=replace(DEFINITIONS[definition], site=site),
             )
             assert norm_error(result.scores[i], want) <= tolerance
+
+
+def test_hooks_go_if_registering_one_fails(prompts):
+    """Of the second layer: the first one's hook is there already."""
+    model = build_model()
+    before = snapshot(model)
+    structure = find_structure(model)
+    broken = structure.layers[1]
+    broken.register_forward_pre_hook = lambda *_, **__: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        attribute(model, prompts)
+    del broken.register_forward_pre_hook
+    assert_unchanged(model, before)
+
+
+def test_two_attributions_through_one_config_are_an_error(prompts):
+    model = build_model()
+    entered = []
+
+    def attribute_inside(*_):
+        if not entered:
+            entered.append(True)
+            with pytest.raises(RuntimeError, match="another attribution of this model"):
+                attribute(model, prompts)
+
+    before = snapshot(model)
+    hook = model.model.layers[2].register_forward_hook(
+        lambda *_: attribute_inside() if hasattr(model.config, steering._ATTEND) else None
+    )
+    attribute(model, prompts)
+    hook.remove()
+    assert entered
+    assert_unchanged(model, before)
+
+
+def test_an_output_head_that_is_not_here_is_named(prompts):
+    from accelerate import cpu_offload
+
+    model = build_model()
+    cpu_offload(model)
+    with pytest.raises(loki.UnsupportedModelError, match="is not in memory"):
+        attribute(model, prompts)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import loki_kernels as loki
+from loki_kernels.training import patching
 from tests.models import build_model
 from tests.tiny_training import ROWS
 
@@ -205,6 +206,39 @@ def trainer(case, out):
     return run(out / case, STEPS), None, None
 
 
+EARLY = []  # a model that was patched before there was a group, each process with rows of its own
+
+
+def ranks(case):
+    """What is said where processes would train different rows: a list a process of messages."""
+    rank = dist.get_rank()
+
+    def scores_of_this_process(*_):
+        return torch.randn(4, 3, 48, generator=torch.Generator().manual_seed(rank))
+
+    real, patching.cached_attribution = patching.cached_attribution, scores_of_this_process
+    handle = loki.patch(build_model())
+    patching.cached_attribution = real
+    chosen = [rows.tolist() for rows in handle.rows]
+    layers = [layer.index.tolist() for _, layer in handle.named_layers()]
+    said = [str(chosen == layers)]
+    ids = batches()[0]
+
+    def train_early():
+        EARLY[0].train()(input_ids=ids, labels=ids).loss.backward()
+
+    for attempt in (lambda: loki.patch(build_model(), [[1 + rank], [2], [3]]), train_early):
+        try:
+            attempt()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+        dist.barrier()
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [chosen, *said])
+    return everyone, None, None
+
+
 def do_not_compile_shared_memory():
     """DeepSpeed would spend two minutes on a C++ extension that gloo does without."""
     import deepspeed
@@ -219,6 +253,9 @@ def main(out: Path, cases: list[str]) -> None:
     if os.environ["RANK"] == "0":
         build_model("llama_mlp_bias").save_pretrained(out / "base")
         run_cases(out, [case for case in cases if case.startswith("plain")])
+    if "ranks" in cases:
+        EARLY.append(build_model())
+        loki.patch(EARLY[0], [[1 + int(os.environ["RANK"])], [2], [3]])
     dist.init_process_group("gloo")
     dist.barrier()
     run_cases(out, [case for case in cases if not case.startswith("plain")])

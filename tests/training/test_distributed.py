@@ -49,7 +49,7 @@ def launch_worker(out: Path, cases: list[str]) -> Path:
 # Two starts for all cases: a process imports for ten seconds before it trains for two.
 @pytest.fixture(scope="module")
 def torch_engines(tmp_path_factory):
-    return launch_worker(tmp_path_factory.mktemp("torch"), PLAIN + TORCH + TRAINER)
+    return launch_worker(tmp_path_factory.mktemp("torch"), PLAIN + TORCH + TRAINER + ["ranks"])
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,18 @@ def test_side_file_of_a_sharded_model(torch_engines, case, rank, dtype):
     handle.load_state(torch_engines / case)
     name = "model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(base.state_dict()[name], trained[name], rtol=1e-6, atol=1e-7)
+
+
+def test_all_processes_train_the_same_rows(torch_engines):
+    """Each analyses by itself: the first one's rows. Each is given others: an error, in time."""
+    first, second = json.loads((torch_engines / "ranks.json").read_text())
+    assert first[:2] == second[:2]
+    assert first[1] == "True"
+    assert [len(rows) for rows in first[0]] == [4, 4, 4]
+    for given_to_patch in (True, False):
+        said = [process[2 if given_to_patch else 3] for process in (first, second)]
+        assert sorted(map(bool, said)) == [False, True]  # whoever comes second
+        assert "trains other rows than another" in "".join(said)
 
 
 def test_fsdp1_is_refused_before_training():
