@@ -5,8 +5,10 @@
     loki_rows: rows.json  # leave it out, and the model is analysed first
     loki_rank: 8          # for LoKI*
 
-``lora_model_dir`` continues an adapter, as for Axolotl's own. An unknown ``adapter`` is an error
-there, so a run cannot train everything because this plugin was missing.
+``lora_model_dir`` continues an adapter, and ``lora_modules_to_save`` and
+``peft_trainable_token_indices`` name what is trained beside the rows, as for Axolotl's own. An
+unknown ``adapter`` is an error there, so a run cannot train everything because this plugin was
+missing.
 """
 
 from __future__ import annotations
@@ -56,7 +58,14 @@ class LokiPlugin(BasePlugin):
             )
             rows = cfg.loki_positions
         quota = DEFAULT_QUOTA if cfg.loki_quota is None else cfg.loki_quota
-        config = LokiConfig(rows=rows, quota=quota, rank=cfg.loki_rank)
+        config = LokiConfig(
+            rows=rows,
+            quota=quota,
+            rank=cfg.loki_rank,
+            modules_to_save=cfg.lora_modules_to_save or None,
+            trainable_token_indices=cfg.peft_trainable_token_indices or None,
+            task_type=_task_type(model),
+        )
         if config_only:
             return None, config
         if cfg.lora_model_dir:
@@ -65,3 +74,13 @@ class LokiPlugin(BasePlugin):
             )
             return model, model.peft_config["default"]
         return peft.get_peft_model(model, config), config
+
+
+def _task_type(model: Any) -> peft.TaskType:
+    """What Axolotl would tell PEFT for its own adapters."""
+    kind = type(model).__name__
+    if "SequenceClassification" in kind:
+        return peft.TaskType.SEQ_CLS
+    if "TokenClassification" in kind:
+        return peft.TaskType.TOKEN_CLS
+    return peft.TaskType.CAUSAL_LM

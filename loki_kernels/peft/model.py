@@ -226,19 +226,24 @@ def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: A
     Rows that version 0.1 kept are turned into an update of the base's.
     """
     layers = [(f"{prefix}{n}", m) for n, m in model.named_modules() if isinstance(m, LokiLayer)]
-    for name, layer in layers:
-        for adapter, index in layer.loki_index.items():
-            other = state_dict.get(f"{name}.loki_index.{adapter}")
-            if other is not None and not torch.equal(other.cpu(), index.cpu()):
-                raise ValueError(
-                    f"{name.removeprefix(prefix)} trains other rows in adapter {adapter!r} than "
-                    "those that were saved; load them as an adapter of their own."
-                )
-    for name, layer in layers:
-        for adapter in layer.loki_update:
-            rows = state_dict.pop(f"{name}.loki_rows.{adapter}", None)
-            if rows is not None:
-                update = layer.update_from_rows(adapter, rows)
+    saved = [
+        (name, layer, adapter)
+        for name, layer in layers
+        for adapter in layer.loki_index
+        if f"{name}.loki_index.{adapter}" in state_dict
+    ]
+    for name, layer, adapter in saved:
+        other = state_dict[f"{name}.loki_index.{adapter}"]
+        if not torch.equal(other.cpu(), layer.loki_index[adapter].cpu()):
+            raise ValueError(
+                f"{name.removeprefix(prefix)} trains other rows in adapter {adapter!r} than those "
+                "that were saved; load them as an adapter of their own."
+            )
+    for name, layer, adapter in saved:
+        # peft 0.18 puts the adapter's name to this key, 0.21 does not
+        for key in (f"{name}.loki_rows.{adapter}", f"{name}.loki_rows"):
+            if key in state_dict and adapter in layer.loki_update:
+                update = layer.update_from_rows(adapter, state_dict.pop(key))
                 state_dict[f"{name}.loki_update.{adapter}"] = update
 
 

@@ -142,11 +142,13 @@ def _plan(
 ) -> Report:
     """What will be done, of a model that is not yet changed; ``trainable`` is counted later."""
     mlps = {name.rpartition(".")[0]: gating for name, gating in gatings.items()}
-    notes = [
-        f"{d.name} had a forward of its own, which is not called while the model is patched"
-        for d, index in by_layer
-        if len(index) and "forward" in d.module.__dict__
-    ]
+    own = [d.name for d, index in by_layer if len(index) and "forward" in d.module.__dict__]
+    notes = []
+    if own:  # accelerate's hooks, for one
+        notes = [
+            f"{len(own)} of the down-projections ({own[0]}, ...) had a forward of their own, which "
+            "is not called while the model is patched"
+        ]
     tokens = embedding_weight(structure.causal_lm)
     if not any(p is tokens for module in whole.values() for p in module.parameters()):
         notes += _new_tokens(structure)

@@ -99,7 +99,9 @@ def assert_same_weights(alone: Path, case: str, state: dict[str, torch.Tensor]) 
         want = {k: v for k, v in want.items() if not k.endswith(OWN)}
     assert want
     for name, tensor in want.items():
-        if "bf16" in case and tensor.is_floating_point():  # AdamW's first steps are as large for a gradient of rounding errors
+        if (
+            "bf16" in case and tensor.is_floating_point()
+        ):  # AdamW's first steps are as large for a gradient of rounding errors
             assert (state[name].float() - tensor.float()).norm() < 0.02 * tensor.float().norm()
         else:
             torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5, msg=name)

@@ -570,8 +570,8 @@ def test_a_forward_of_its_own_is_named(model):
     down_proj.forward = type(down_proj).forward.__get__(down_proj)
     with loki.patch(model, ROWS) as handle:
         assert handle.report.notes == [
-            "model.layers.1.mlp.down_proj had a forward of its own, which is not called while the "
-            "model is patched"
+            "1 of the down-projections (model.layers.1.mlp.down_proj, ...) had a forward of their "
+            "own, which is not called while the model is patched"
         ]
 
 

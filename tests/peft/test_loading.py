@@ -1,0 +1,211 @@
+"""Adapters of version 0.1, of bases in another dtype, and what a layer keeps and calls."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import loki_kernels as loki
+from loki_kernels.fingerprint import BaseRows
+from loki_kernels.peft import LokiConfig
+from tests.models import build_model, to_device
+from tests.tiny_training import ROWS, load_model, logits, token_batch, train
+
+SORTED = [sorted(rows) for rows in ROWS]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    build_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def down_projs(model):
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [layer.mlp.down_proj for layer in model.model.layers]
+
+
+def write_old_adapter(folder, base, *, dtype, rank=None):
+    """As version 0.1 did: rows, not an update of them; their fingerprint alone. Returns them."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, trained, replaced = {}, [], []
+    for i, (rows, linear) in enumerate(zip(SORTED, down_projs(base), strict=True)):
+        original = linear.weight[rows].detach().cpu()
+        prefix = f"base_model.model.model.layers.{i}.mlp.down_proj.loki_"
+        a = 0.1 * torch.randn(len(rows), rank or original.shape[1], generator=generator)
+        b = torch.randn(rank or 1, original.shape[1], generator=generator)
+        tensors[prefix + "index"] = torch.tensor(rows)
+        if rank is None:
+            tensors[prefix + "rows"] = (original.float() + a).to(dtype)
+            trained.append(tensors[prefix + "rows"])
+        else:
+            tensors |= {prefix + "delta_a": a.to(dtype), prefix + "delta_b": b.to(dtype)}
+            trained.append(original.float() + a @ b)
+        replaced.append(original)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {
+        "peft_type": "LOKI", "task_type": "CAUSAL_LM", "base_model_name_or_path": "a model",
+        "inference_mode": True, "rows": SORTED, "rank": rank, "positions": None, "quota": 10,
+        "quantized_merge": None, "target_modules": None,
+        "fingerprint": BaseRows.of(replaced).fingerprint,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return trained
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_an_adapter_of_version_0_1(tmp_path, rank, dtype, low_cpu_mem_usage):
+    def base():
+        return build_model(dtype=dtype)
+
+    trained = write_old_adapter(tmp_path / "old", base(), dtype=torch.float32, rank=rank)
+    model = peft.PeftModel.from_pretrained(
+        base(), str(tmp_path / "old"), low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert not any(p.requires_grad for p in model.parameters())
+    want = logits(model)
+    assert not torch.equal(want, logits(base()))
+    for layer, linear, rows, wanted in zip(
+        down_projs(model), down_projs(base()), SORTED, trained, strict=True
+    ):
+        if rank is None:
+            update = wanted - linear.weight[rows].float().cpu()
+            assert torch.equal(layer.loki_update["default"].cpu(), update)
+    model.save_pretrained(tmp_path / "new")
+    again = peft.PeftModel.from_pretrained(base(), str(tmp_path / "new"))
+    torch.testing.assert_close(logits(again), want)
+    assert again.peft_config["default"].base_sketch is not None
+    for linear, rows, wanted in zip(
+        down_projs(model.merge_and_unload()), SORTED, trained, strict=True
+    ):
+        torch.testing.assert_close(linear.weight[rows].float().cpu(), wanted.to(dtype).float())
+
+
+def test_an_adapter_of_version_0_1_in_16_bits(tmp_path):
+    base = build_model(dtype=torch.bfloat16)
+    trained = write_old_adapter(tmp_path / "old", base, dtype=torch.bfloat16)
+    model = peft.PeftModel.from_pretrained(base, str(tmp_path / "old")).merge_and_unload()
+    for linear, rows, wanted in zip(down_projs(model), SORTED, trained, strict=True):
+        assert torch.equal(linear.weight[rows].cpu(), wanted)
+
+
+def test_an_adapter_of_version_0_1_goes_on(tmp_path):
+    """Read into an adapter that is there, as a Trainer does that resumes."""
+    write_old_adapter(tmp_path / "old", build_model(), dtype=torch.float32)
+    want = logits(peft.PeftModel.from_pretrained(build_model(), str(tmp_path / "old")))
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    model.load_adapter(str(tmp_path / "old"), "default", is_trainable=True)
+    assert torch.equal(logits(model), want)
+    assert not torch.equal(want, logits(build_model()))
+    assert not torch.equal(logits(train(model)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_update_fits_a_base_of_another_dtype(checkpoint, tmp_path, dtype):
+    model = peft.get_peft_model(load_model(checkpoint, dtype=torch.bfloat16), LokiConfig(rows=ROWS))
+    train(model, lr=0.01).save_pretrained(tmp_path / "adapter")
+    for way in (peft.PeftModel.from_pretrained, loki.load_adapter):
+        other = load_model(checkpoint, dtype=dtype)
+        rows = down_projs(other)[0].weight[SORTED[0]].detach().clone()
+        loaded = way(other, str(tmp_path / "adapter"))
+        merged = (
+            loaded.merge_and_unload() if hasattr(loaded, "merge_and_unload") else loaded.merge()
+        )
+        update = down_projs(model)[0].loki_update["default"].detach()
+        want = (rows.double() + update.double()).to(dtype)
+        assert torch.equal(down_projs(merged)[0].weight[SORTED[0]], want)
+
+
+def test_another_model_of_another_dtype_is_refused(tmp_path):
+    model = peft.get_peft_model(build_model(dtype=torch.bfloat16), LokiConfig(rows=ROWS))
+    model.save_pretrained(tmp_path)
+    other = build_model(seed=1)
+    with pytest.raises(ValueError, match="another base"):
+        peft.PeftModel.from_pretrained(other, str(tmp_path))
+    assert all(type(layer) is torch.nn.Linear for layer in down_projs(other))
+
+
+def test_decay_pulls_to_the_base():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    train(model, steps=1)
+    update = down_projs(model)[0].loki_update["default"]
+    before = update.detach().clone()
+    optimizer = torch.optim.SGD([update], lr=0.1, weight_decay=1.0)
+    update.grad = torch.zeros_like(update)
+    optimizer.step()
+    torch.testing.assert_close(update.detach(), 0.9 * before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_second_copy_of_the_rows_is_kept(dtype):
+    model = peft.get_peft_model(build_model(dtype=dtype), LokiConfig(rows=ROWS))
+    layer = down_projs(model)[0]
+    assert [name for name, _ in layer.named_buffers()] == ["loki_index.default"]
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    x = to_device(torch.randn(7, layer.in_features, dtype=dtype))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x).sum().backward()
+    update = layer.loki_update["default"]
+    rows = [t for t in saved if t.shape == update.shape]
+    assert {t.untyped_storage().data_ptr() for t in rows} == {update.data_ptr()}
+    assert math.prod(update.grad.shape) == update.numel()
+
+
+@pytest.mark.parametrize("kind", ["hook", "forward"])
+def test_hooks_of_the_base_are_called(kind):
+    model = build_model()
+    linear = down_projs(model)[0]
+    calls = []
+    if kind == "hook":
+        linear.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    else:  # as accelerate's hooks are
+        plain = linear.forward
+        linear.forward = lambda x: calls.append(x) or plain(x)
+    wrapped = peft.get_peft_model(model, LokiConfig(rows=ROWS))
+    twin = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    for trained in (wrapped, twin):
+        train(trained)
+    assert len(calls) == 3
+    torch.testing.assert_close(logits(wrapped), logits(twin), atol=1e-4, rtol=1e-4)
+
+
+def test_lora_on_a_patched_model_says_so_before_training():
+    model = build_model()
+    loki.patch(model, ROWS)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    wrapped = lora(model, config).train()
+    batch = token_batch()
+    with pytest.raises(RuntimeError, match="the rows of this patched model are frozen"):
+        wrapped(input_ids=batch, labels=batch)
+
+
+def test_patch_refuses_a_model_with_an_adapter():
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    model = lora(build_model(), config)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match="has a PEFT adapter"):
+        loki.patch(model, ROWS)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    wrapped = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    with pytest.raises(ValueError, match="has a PEFT adapter"):
+        loki.patch(wrapped, ROWS)
+
+
+def lora(model, config):
+    try:
+        return peft.get_peft_model(model, config)
+    except ImportError as error:  # peft 0.18 beside a new torchao
+        pytest.skip(str(error))
