@@ -69,6 +69,35 @@ def test_accelerate(want):
     assert_trained(accelerator.unwrap_model(prepared), want)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_accelerate_resumes_bit_exactly(tmp_path, rank):
+    """``save_state`` and ``load_state`` alone, over a bfloat16 model."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def start():
+        torch.manual_seed(0)
+        accelerator = accelerate.Accelerator(cpu=DEVICE.type == "cpu")
+        model = build_model(dtype=torch.bfloat16)
+        loki.patch(model, ROWS, rank=rank)
+        return accelerator, *accelerator.prepare(model, optimizer_of(model))
+
+    def step(accelerator, model, optimizer):
+        accelerator.backward(model(input_ids=token_batch(4), labels=token_batch(4)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    accelerator, model, optimizer = start()
+    step(accelerator, model, optimizer)
+    accelerator.save_state(str(tmp_path))
+    step(accelerator, model, optimizer)
+    again, resumed, other = start()
+    again.load_state(str(tmp_path))
+    step(again, resumed, other)
+    want = accelerator.unwrap_model(model).state_dict()
+    for name, tensor in again.unwrap_model(resumed).state_dict().items():
+        assert torch.equal(tensor, want[name]), name
+
+
 def test_device_map(want):
     """A model that accelerate has dispatched has hooks on every module."""
     from accelerate import dispatch_model
