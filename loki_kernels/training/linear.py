@@ -208,7 +208,7 @@ class LokiLinear(nn.Module):
         own = {prefix + name for name in ("index", *TRAINED)}
         weight = state_dict.get(prefix + "weight")
         partitioned = is_partitioned(self.weight)
-        error = self._why_not_load(state_dict, prefix) if not partitioned else None
+        error = self._why_not_load(state_dict, prefix)
         if error is not None:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
@@ -247,7 +247,7 @@ class LokiLinear(nn.Module):
             return "the rows that were trained are others than this model's; patch it with those."
         weight = state_dict.get(prefix + "weight")
         names = [prefix + name for name, _ in self.trained_parameters()]
-        if weight is None or not state_dict.keys() >= set(names):
+        if weight is None or is_partitioned(self.weight) or not state_dict.keys() >= set(names):
             return None
         factors: list[Tensor] = [state_dict[name] for name in names]
         if tuple(weight.shape) != full_shape(self.weight) or any(
