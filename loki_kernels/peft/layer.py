@@ -50,12 +50,11 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self._replaced: dict[str, Tensor] = {}
         self._unmerged: tuple[nn.Module, Any] | None = None
 
-    def update_layer(self, adapter_name: str, rows: Tensor, config: LokiConfig) -> None:
-        """Give the layer one more adapter, whose update is zero."""
+    def update_layer(
+        self, adapter_name: str, index: Tensor, dtype: torch.dtype, config: LokiConfig
+    ) -> None:
+        """Give the layer one more adapter, whose update is zero, where ``index`` lies."""
         self.configs[adapter_name] = config
-        weight = self._base_weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        index = rows.to(weight.device)
         self.loki_index[adapter_name] = index
         if config.rank is None:
             update = torch.zeros(len(index), self.in_features, dtype=dtype, device=index.device)
@@ -99,7 +98,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         # not PEFT's own, which casts to the base's dtype too: an update would lose small steps
         if adapter_name not in self.loki_index:
             return
-        device = device or self._base_weight.device
+        device = device or next(self.get_base_layer().parameters()).device
         self.loki_index[adapter_name] = self.loki_index[adapter_name].to(device)
         for held in (self.loki_update, self.loki_delta_a, self.loki_delta_b):
             if adapter_name in held and not held[adapter_name].is_meta:

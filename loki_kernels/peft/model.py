@@ -64,13 +64,16 @@ class LokiModel(BaseTuner):
         selection = self._select(structure, name, peft_config)
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}
-        self._rows: dict[str, Tensor] = {}  # of the adapter that is being added
+        # index and dtype of the update by layer, of the adapter that is being added
+        self._added: dict[str, tuple[Tensor, torch.dtype]] = {}
         base_rows, quantized = [], False
         for down_proj, rows in assign_rows(structure, selection):
             if len(rows):
                 layer = self._loki_layer_for(down_proj.module)
-                self._rows[names[id(down_proj.module)]] = rows
-                base_rows.append(layer.base_rows(rows))
+                own = layer.base_rows(rows)
+                dtype = torch.promote_types(own.dtype, torch.float32)
+                self._added[names[id(down_proj.module)]] = rows.to(own.device), dtype
+                base_rows.append(own)
                 quantized |= layer.quantization_backend is not None
         present = BaseRows.of(base_rows, quantized=quantized)
         trained_on = base_rows_of(vars(peft_config))
@@ -82,7 +85,7 @@ class LokiModel(BaseTuner):
         )
         if trained_on is None or trained_on.sketch is None:
             vars(peft_config).update(base_rows_content(present))
-        peft_config.target_modules = set(self._rows)
+        peft_config.target_modules = set(self._added)
         return peft_config
 
     def _select(self, structure: Structure, name: str, config: LokiConfig) -> RowSelection:
@@ -127,7 +130,7 @@ class LokiModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = self._loki_layer_for(target)
-        layer.update_layer(adapter_name, self._rows[current_key], peft_config)
+        layer.update_layer(adapter_name, *self._added[current_key], peft_config)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         # DDP will see a PeftModel
