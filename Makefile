@@ -30,7 +30,7 @@ test: .venv/.dev
 	$(PY) -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops $(ARGS)
 	$(PY) -m pip install -q --no-deps --upgrade --target .venv/old-peft 'peft==$(OLD_PEFT)'
-	PYTHONPATH=.venv/old-peft $(PY) -m pytest tests/peft/test_peft.py $(ARGS)
+	PYTHONPATH=.venv/old-peft $(PY) -m pytest tests/peft $(ARGS)
 
 # What a user gets from the sdist, in a clean environment without nvcc: pure Python at first, then
 # with the C++ implementations.

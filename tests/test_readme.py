@@ -60,7 +60,7 @@ def run(block, names, **more):
 def test_every_block_has_a_test():
     assert set(BLOCKS) == {
         "HF Trainer.", "TRL", "PEFT.", "accelerate", "Lightning.", "torch.compile.",
-        "A quantized base", "Several GPUs.", "Only the rows", "A server that takes LoRA",
+        "A quantized base", "Several GPUs.", "Only the update", "A server that takes LoRA",
     }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def test_compile(names, monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda m: compile_(m, backend="aot_eager"))
     run("torch.compile.", names)
-    assert names["model"].model.layers[0].mlp.down_proj.rows.grad.any()
+    assert names["model"].model.layers[0].mlp.down_proj.update.grad.any()
 
 
 def test_quantized(names, base_folder):
@@ -144,7 +144,7 @@ def test_several_gpus(names):
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         run("Several GPUs.", names, fully_shard=lambda module: fully_shard(module, mesh=mesh))
         names["model"](input_ids=names["ids"], labels=names["ids"]).loss.backward()
-        assert names["model"].model.layers[0].mlp.down_proj.rows.grad is not None
+        assert names["model"].model.layers[0].mlp.down_proj.update.grad is not None
     finally:
         torch.distributed.destroy_process_group()
 
@@ -152,8 +152,8 @@ def test_several_gpus(names):
 def test_adapter_and_lora(names, base_folder):
     loki.patch(names["model"], "rows.json")
     with torch.no_grad():
-        names["model"].model.layers[0].mlp.down_proj.rows += 0.1
-    run("Only the rows", names)
+        names["model"].model.layers[0].mlp.down_proj.update += 0.1
+    run("Only the update", names)
     assert changed_rows(names["out"], base_folder) == [1, 5, 40]
     want = names["model"](names["ids"]).logits
     fresh = AutoModelForCausalLM.from_pretrained(base_folder)

@@ -43,6 +43,11 @@ from .writer import RowWriter
 
 logger = logging.getLogger(__name__)
 
+_NO_DTYPE = (
+    "patch(dtype=...) is read no more and goes with the next release: what is trained is a float32 "
+    "update, whatever the weights are."
+)
+
 
 def patch(
     model: nn.Module,
@@ -92,31 +97,24 @@ def patch(
         UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
     """
     if dtype is not None:
-        warnings.warn(
-            "patch(dtype=...) is read no more and goes with the next release: what is trained is "
-            "a float32 update, whatever the weights are.",
-            FutureWarning,
-            stacklevel=2,
-        )
+        warnings.warn(_NO_DTYPE, FutureWarning, stacklevel=2)
     structure = find_structure(model)
     check_patchable(structure)
     whole = _modules_to_train(structure, modules_to_save)
     saved = _saved_update(rows)
-    if saved is None:
-        selection = _selection_to_train(model, structure, rows, tokenizer, quota)
-    else:
-        names = [d.name if d is not None else None for d in structure.down_projs]
-        selection, rank = RowSelection(saved.rows_of(names)), saved.rank
-    selection = agree_on_rows(selection, analysed=rows is None)
+    if saved is not None:
+        rows, rank = (
+            saved.rows_of([d.name if d else None for d in structure.down_projs]),
+            saved.rank,
+        )
+    selection = _selection_to_train(model, structure, rows, tokenizer, quota)
     by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
     causal_lm = structure.causal_lm
     report = _plan(structure, by_layer, gatings, whole)
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
-        _freeze(causal_lm, undo)
-        for module in whole.values():
-            module.requires_grad_(True)
+        _freeze(causal_lm, undo, but=whole)
         layers = {d.name: _replace_linear(d, index, rank, undo) for d, index in selected}
         for down_proj, _ in selected:
             gating = gatings.get(down_proj.name)
@@ -124,9 +122,7 @@ def patch(
                 _replace_mlp(causal_lm, down_proj, gating, undo)
         writer = _attach(structure, layers, undo)
         if saved is not None:
-            reason = adapter_file.load_update(layers, saved, saved.base_rows)
-            if reason is not None:
-                raise ValueError(f"the update in {rows} is none of this model's: {reason}.")
+            _load(layers, saved)
         trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
         report = replace(report, trainable=trained)
         logger.info("%s", report)
@@ -222,11 +218,12 @@ def _new_tokens(structure: Structure) -> list[str]:
 def _selection_to_train(
     model: nn.Module, structure: Structure, rows: Rows | None, tokenizer: Any, quota: float
 ) -> RowSelection:
-    """The rows to train."""
-    if rows is None:
-        rows_per_layer(quota, structure.hidden_size)  # a bad quota fails before the analysis
-        return select(cached_attribution(model, structure, tokenizer), quota)
-    return as_selection(rows)
+    """The rows to train, the same in every process."""
+    if rows is not None:
+        return agree_on_rows(as_selection(rows), analysed=False)
+    rows_per_layer(quota, structure.hidden_size)  # a bad quota fails before the analysis
+    selection = select(cached_attribution(model, structure, tokenizer), quota)
+    return agree_on_rows(selection, analysed=True)
 
 
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:
@@ -237,10 +234,18 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
     return find_gating(down_proj)
 
 
-def _freeze(model: nn.Module, undo: contextlib.ExitStack) -> None:
+def _load(layers: dict[str, LokiLinear], saved: SavedUpdate) -> None:
+    reason = adapter_file.load_update(layers, saved, saved.base_rows)
+    if reason is not None:
+        raise ValueError(f"the update that was saved is none of this model's: {reason}.")
+
+
+def _freeze(model: nn.Module, undo: contextlib.ExitStack, but: dict[str, nn.Module]) -> None:
     for parameter in model.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
         parameter.requires_grad_(False)
+    for module in but.values():
+        module.requires_grad_(True)
 
 
 def _replace_linear(
