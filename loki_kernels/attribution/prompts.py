@@ -7,34 +7,58 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 Tokens = np.ndarray  # one prompt: int64 [T]
 
+_OURS = frozenset({"tokenize", "return_dict", "return_tensors", "tokenizer_kwargs"})
 
-def tokenize_prompts(prompts: Iterable[Any], tokenizer: Any, vocab_size: int) -> list[Tokens]:
+
+def tokenize_prompts(
+    prompts: Iterable[Any],
+    tokenizer: Any,
+    vocab_size: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Tokens]:
     """Every prompt as an int64 array of its tokens, padding removed.
 
     Args:
         prompts: strings, chat-message lists, or mappings with ``input_ids`` (``[T]`` or ``[B, T]``)
-            and optionally ``attention_mask``.
-        tokenizer: needed for strings and messages; messages go through its chat template with the
-            generation prompt appended.
+            and optionally ``attention_mask`` and ``position_ids``. Token ids are taken as they are,
+            and so are special tokens that a string or a template names.
+        tokenizer: needed for strings and messages, a transformers tokenizer or a processor with
+            one; messages go through its chat template with the generation prompt appended.
         vocab_size: ids must be below it.
+        chat_template_kwargs: what the chat template takes, such as ``enable_thinking``.
 
     Raises:
-        ValueError: for no or empty prompts, ids out of range, or a mask with holes.
+        ValueError: for no or empty prompts, ids out of range, a mask with holes or of another kind,
+            positions that are not 0 to T - 1, a chat without a template or one that it refuses, or
+            options for chats where there is none.
         TypeError: for anything that is not a prompt, or text without a tokenizer.
     """
     if isinstance(prompts, (str, Mapping)):
         raise TypeError("prompts must be a list or another iterable of prompts, not one prompt.")
+    options = dict(chat_template_kwargs or {})
+    reserved = sorted(_OURS & set(options))
+    if reserved:
+        raise ValueError(
+            f"chat_template_kwargs names {reserved[0]}, which is not for the template."
+        )
     sequences: list[Tokens] = []
+    chats = False
     for prompt in prompts:
+        i = len(sequences)
         if isinstance(prompt, Mapping):
-            sequences += _from_mapping(prompt, len(sequences))
-        else:
-            sequences.append(_from_text(prompt, tokenizer, len(sequences)))
+            sequences += _from_mapping(prompt, i)
+            continue
+        chats |= not isinstance(prompt, str)
+        sequences.append(_from_text(prompt, tokenizer, i, options))
     if not sequences:
         raise ValueError("prompts is empty; there is nothing to attribute.")
+    if options and not chats:
+        raise ValueError("chat_template_kwargs is given, but no prompt is a chat.")
     for i, tokens in enumerate(sequences):
         if tokens.size == 0:
             raise ValueError(f"prompt {i} is empty: it has no token.")
@@ -46,7 +70,7 @@ def tokenize_prompts(prompts: Iterable[Any], tokenizer: Any, vocab_size: int) ->
     return sequences
 
 
-def _from_text(prompt: Any, tokenizer: Any, i: int) -> Tokens:
+def _from_text(prompt: Any, tokenizer: Any, i: int, options: dict[str, Any]) -> Tokens:
     is_chat = isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)
     if not isinstance(prompt, str) and not is_chat:
         raise TypeError(
@@ -54,44 +78,134 @@ def _from_text(prompt: Any, tokenizer: Any, i: int) -> Tokens:
             "mappings with input_ids."
         )
     if tokenizer is None:
-        raise TypeError("prompts are text, so a tokenizer is needed: pass tokenizer=...")
+        raise TypeError(f"prompt {i} is text, so a tokenizer is needed: pass tokenizer=...")
+    template = getattr(tokenizer, "chat_template", None)  # a processor may have one of its own
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not callable(tokenizer):
+        raise TypeError(
+            f"prompt {i} is text, and tokenizer= is a {type(tokenizer).__name__}; pass a "
+            "transformers tokenizer, or a processor that has one."
+        )
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
+        ids = _from_string(prompt, tokenizer)
     elif not prompt:
         ids = []
-    elif getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(f"prompt {i} is a chat, but the tokenizer has no chat template.")
     else:
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+        ids = _from_chat(prompt, tokenizer, template, i, options)
     return np.asarray(ids, dtype=np.int64)
+
+
+def _from_string(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of ``text`` after what the tokenizer puts in front of it, such as BOS.
+
+    What it appends is left out: after an EOS of its own the next token is another document's, and
+    would be attributed. What it puts in front is left out where the text begins with it, as one
+    that a chat template has written.
+    """
+    ids: list[int] = list(tokenizer(text)["input_ids"])
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # what else can be called adds nothing
+        return ids
+    plain: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for start in range(len(ids) - len(plain) + 1):
+        if ids[start : start + len(plain)] == plain:
+            added = ids[:start]
+            return plain if plain[:start] == added else added + plain
+    return ids
+
+
+def _from_chat(
+    chat: Sequence[Any], tokenizer: Any, template: Any, i: int, options: dict[str, Any]
+) -> list[int]:
+    own = getattr(tokenizer, "chat_template", None)
+    options = {"add_generation_prompt": True} | options
+    if own is None and template is not None:
+        options.setdefault("chat_template", template)
+    if own is None and options.get("chat_template") is None:
+        raise ValueError(
+            f"prompt {i} is a chat, but the tokenizer has no chat template; give strings, or set "
+            "tokenizer.chat_template."
+        )
+    try:  # tokenized without special tokens: the template names those it wants
+        ids: list[int] = tokenizer.apply_chat_template(
+            chat, tokenize=True, return_dict=True, **options
+        )["input_ids"]
+    except Exception as error:  # the template is a program: roles out of order, an unknown field
+        raise ValueError(
+            f"prompt {i} is refused by the chat template ({type(error).__name__}: {error})."
+        ) from error
+    return ids
 
 
 def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
     if "input_ids" not in batch:
         raise ValueError(f"batch at prompt {first} has no input_ids; it has {sorted(batch)}.")
-    ids = torch.as_tensor(batch["input_ids"]).cpu()
+    ids = _as_tensor(batch["input_ids"], "input_ids", first)
     ids = ids if ids.numel() else ids.to(torch.int64)  # an empty list becomes a float tensor
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).cpu()
     if ids.is_floating_point() or ids.ndim not in (1, 2):
         raise ValueError(
             f"input_ids of prompt {first} must be integers [T] or [B, T]; "
             f"they are {ids.dtype} {tuple(ids.shape)}."
         )
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} of prompt "
-            f"{first} differ in shape."
-        )
+    mask = _beside(batch, "attention_mask", ids, first)
+    positions = _beside(batch, "position_ids", ids, first)
+    ids = torch.atleast_2d(ids)
     sequences: list[Tokens] = []
-    for tokens, kept in zip(torch.atleast_2d(ids), torch.atleast_2d(mask) != 0, strict=True):
-        where = kept.nonzero().flatten()
-        if len(where) and int(where[-1] - where[0]) + 1 != len(where):
-            raise ValueError(
-                f"the attention mask of prompt {first + len(sequences)} has holes; only padding "
-                "on the left or the right is understood."
-            )
+    for row, tokens in enumerate(ids):
+        i = first + row
+        kept = torch.ones_like(tokens, dtype=torch.bool)
+        if mask is not None:
+            kept = _kept(mask[row], i)
+        if positions is not None:
+            _check_positions(positions[row][kept], i)
         sequences.append(tokens[kept].to(torch.int64).numpy())
     return sequences
+
+
+def _as_tensor(values: Any, name: str, first: int) -> Tensor:
+    try:
+        return torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} of prompt {first} is no tensor: {error}.") from error
+
+
+def _beside(batch: Mapping[str, Any], name: str, ids: Tensor, first: int) -> Tensor | None:
+    """What lies beside ``input_ids``, a number for each token, ``[B, T]``; None if nothing does."""
+    if batch.get(name) is None:
+        return None
+    values = _as_tensor(batch[name], name, first)
+    if name == "position_ids" and values.ndim == 2 and ids.ndim == 2 and len(values) == 1:
+        values = values.expand(len(ids), -1)  # one for all
+    if values.shape != ids.shape:
+        raise ValueError(
+            f"{name} {tuple(values.shape)} and input_ids {tuple(ids.shape)} of prompt {first} "
+            "differ in shape; only one number for each token is understood."
+        )
+    return torch.atleast_2d(values)
+
+
+def _kept(mask: Tensor, i: int) -> Tensor:
+    """Which tokens of a prompt are no padding, bool ``[T]``."""
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"the attention mask of prompt {i} holds {mask[(mask != 0) & (mask != 1)][0].item()}; "
+            "1 is a token and 0 padding. Give each document of a packed prompt by itself."
+        )
+    where = mask.nonzero().flatten()
+    if len(where) and int(where[-1] - where[0]) + 1 != len(where):
+        raise ValueError(
+            f"the attention mask of prompt {i} has holes; only padding on the left or the right is "
+            "understood."
+        )
+    return mask != 0
+
+
+def _check_positions(positions: Tensor, i: int) -> None:
+    wrong = (positions != torch.arange(len(positions))).nonzero().flatten()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            f"the position_ids of prompt {i} do not count from 0 to {len(positions) - 1}: token "
+            f"{at} has position {positions[at].item()}. Give each document of a packed prompt by "
+            "itself."
+        )

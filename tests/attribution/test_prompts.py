@@ -1,0 +1,157 @@
+"""What a tokenizer, a chat template and a collator do to prompts before they are attributed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+
+from loki_kernels.attribution.prompts import tokenize_prompts
+
+BOS, EOS, A, B = 1, 2, 3, 4
+# A generation prompt that an option changes, as enable_thinking does.
+CHAT = (
+    "<s>{% for m in messages %} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %} b{% if enable_thinking is false %} b{% endif %}{% endif %}"
+)
+
+
+def tokenizer(adds="<s> $A", chat_template=None):
+    """Words a and b; ``adds`` is what it puts around text by itself."""
+    words = Tokenizer(WordLevel({"[UNK]": 0, "<s>": BOS, "</s>": EOS, "a": A, "b": B}, "[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(
+        single=adds, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="[UNK]",
+        chat_template=chat_template,
+    )
+
+
+def tokens(prompt, *arguments, **options):
+    (sequence,) = tokenize_prompts([prompt], *arguments, 97, **options)
+    return sequence.tolist()
+
+
+@pytest.mark.parametrize("adds", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("text", ["a a", "<s> a a", "<s> </s>", "</s>", "a </s>"])
+def test_a_tokenizer_neither_doubles_the_first_token_nor_ends_the_prompt(adds, text):
+    named = [{"a": A, "<s>": BOS, "</s>": EOS}[word] for word in text.split()]
+    first = [BOS] if adds.startswith("<s>") and named[0] != BOS else []
+    assert tokens(text, tokenizer(adds)) == first + named
+
+
+@pytest.mark.parametrize("adds", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_a_chat_is_what_its_template_says(adds):
+    chat = [{"role": "user", "content": "a"}]
+    assert tokens(chat, tokenizer(adds, CHAT)) == [BOS, A, B]
+
+
+CHAT_OF_A = [{"role": "user", "content": "a"}]
+
+
+def test_options_reach_the_chat_template():
+    chat = tokenizer(chat_template=CHAT)
+    assert tokens(CHAT_OF_A, chat, chat_template_kwargs={"enable_thinking": False}) == [
+        BOS,
+        A,
+        B,
+        B,
+    ]
+    options = {"add_generation_prompt": False}
+    assert tokens(CHAT_OF_A, chat, chat_template_kwargs=options) == [BOS, A]
+    assert tokens(CHAT_OF_A, tokenizer(), chat_template_kwargs={"chat_template": CHAT})[-1] == B
+
+
+def test_a_processor_stands_for_its_tokenizer():
+    assert tokens("a", SimpleNamespace(tokenizer=tokenizer())) == [BOS, A]
+    processor = SimpleNamespace(tokenizer=tokenizer(), chat_template=CHAT)
+    assert tokens(CHAT_OF_A, processor) == [BOS, A, B]
+    processor.tokenizer = tokenizer(chat_template=CHAT)
+    processor.chat_template = None
+    assert tokens(CHAT_OF_A, processor) == [BOS, A, B]
+
+
+def test_token_ids_are_taken_as_they_are():
+    ids = [BOS, BOS, A, EOS]
+    assert tokens({"input_ids": ids}, None) == ids
+    assert tokens({"input_ids": ids}, tokenizer("<s> $A </s>")) == ids
+
+
+IDS = [[A, B, A, B], [A, B, A, B]]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"position_ids": [[0, 1, 2, 3]]},
+        {"position_ids": [[0, 1, 2, 3], [0, 1, 2, 3]]},
+        {"attention_mask": [[1, 1, 1, 1]] * 2, "position_ids": None},
+        {"attention_mask": torch.ones(2, 4, dtype=torch.bool)},
+    ],
+)
+def test_ordinary_masks_and_positions(beside):
+    got = tokenize_prompts([{"input_ids": IDS, **beside}], None, 97)
+    assert [sequence.tolist() for sequence in got] == IDS
+
+
+def test_positions_of_padded_prompts():
+    batch = {
+        "input_ids": [[0, 0, A, B], [A, B, A, 0]],
+        "attention_mask": [[0, 0, 1, 1], [1, 1, 1, 0]],
+        "position_ids": [[1, 1, 0, 1], [0, 1, 2, 1]],
+    }
+    got = tokenize_prompts([batch], None, 97)
+    assert [sequence.tolist() for sequence in got] == [[A, B], [A, B, A]]
+
+
+WHOLE = torch.ones(2, 4)
+REFUSED = "{{ raise_exception('roles must alternate') }}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error", "message"),
+    [
+        ({"input_ids": IDS, "position_ids": [[0, 1, 2, 3], [0, 1, 0, 1]]}, {}, ValueError,
+         "prompt 2 do not count from 0 to 3: token 2 has position 0"),
+        ({"input_ids": IDS[0], "position_ids": [5, 6, 7, 8]}, {}, ValueError,
+         "prompt 1 do not count from 0 to 3: token 0 has position 5"),
+        ({"input_ids": IDS, "position_ids": torch.zeros(3, 2, 4)}, {}, ValueError,
+         r"position_ids \(3, 2, 4\) and input_ids \(2, 4\) of prompt 1"),
+        ({"input_ids": IDS, "attention_mask": WHOLE[:, None]}, {}, ValueError,
+         r"attention_mask \(2, 1, 4\) .* of prompt 1"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 4, 4)}, {}, ValueError,
+         r"attention_mask \(2, 1, 4, 4\) .* of prompt 1"),
+        ({"input_ids": IDS, "attention_mask": [[1, 1, 1, 1], [1, 1, 2, 2]]}, {}, ValueError,
+         "mask of prompt 2 holds 2; 1 is a token"),
+        ({"input_ids": IDS, "attention_mask": WHOLE - 1e9}, {}, ValueError, "of prompt 1 holds -"),
+        ({"input_ids": [[A, B], [A]]}, {}, ValueError, "input_ids of prompt 1 is no tensor"),
+        ({"input_ids": "a a"}, {}, ValueError, "input_ids of prompt 1 is no tensor"),
+        (CHAT_OF_A, {"tokenizer": tokenizer()}, ValueError,
+         "prompt 1 is a chat, but the tokenizer"),
+        (CHAT_OF_A, {"tokenizer": tokenizer(chat_template=REFUSED)}, ValueError,
+         "prompt 1 is refused by the chat template .*roles must alternate"),
+        ("a", {}, TypeError, "prompt 1 is text, so a tokenizer is needed"),
+        ("a", {"tokenizer": tokenizer().backend_tokenizer}, TypeError,
+         "prompt 1 is text, and tokenizer= is a Tokenizer"),
+        ("", {"tokenizer": tokenizer()}, ValueError, "prompt 1 is empty"),
+        ("a", {"tokenizer": tokenizer(), "chat_template_kwargs": {"enable_thinking": False}},
+         ValueError, "no prompt is a chat"),
+        (CHAT_OF_A, {"chat_template_kwargs": {"return_tensors": "pt"}}, ValueError,
+         "names return_tensors"),
+    ],
+)  # fmt: skip
+def test_what_is_no_prompt_is_named(prompt, options, error, message):
+    options = {"tokenizer": None} | options
+    with pytest.raises(error, match=message):
+        tokenize_prompts([{"input_ids": [A]}, prompt], vocab_size=97, **options)
