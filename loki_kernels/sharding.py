@@ -52,6 +52,13 @@ def shards_its_weights(module: nn.Module) -> bool:
     )
 
 
+def has_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 looks after some of a model's weights."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
 def ignore_in_ddp(model: nn.Module, names: Collection[str]) -> None:
     """Make DDP leave buffers alone that are the same in every process.
 

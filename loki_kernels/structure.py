@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .errors import UnsupportedModelError
-from .sharding import is_sharded
+from .sharding import has_fsdp, is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,8 +114,8 @@ class Structure:
         name = type(self.causal_lm).__name__
         if isinstance(weight, Tensor) and is_sharded(weight):
             raise UnsupportedModelError(
-                f"the output head of {name} is split between processes (FSDP, ZeRO-3, tensor "
-                "parallelism); attribute the whole model, before an engine is put around it."
+                f"the output head of {name} is split between processes (FSDP, ZeRO-3); attribute "
+                "the whole model, before an engine is put around it."
             )
         if isinstance(weight, Tensor) and weight.is_meta:
             raise UnsupportedModelError(
@@ -135,6 +135,30 @@ class Structure:
             scale = 1.0 / float(config.logits_scaling)
         softcap = getattr(config, "final_logit_softcapping", None)
         return Head(weight, getattr(module, "bias", None), scale, softcap)
+
+
+def refuse_tensor_parallelism(structure: Structure) -> None:
+    """Raise UnsupportedModelError if a process holds parts of rows, and not some of them whole.
+
+    transformers gives every process a part of down_proj's in_features, as a DTensor or, in earlier
+    versions, as a smaller plain tensor; FSDP's own shards are of dimension 0, unless it is told
+    others.
+    """
+    model = structure.causal_lm
+    split = (getattr(model, "_tp_size", None) or 1) > 1
+    weights = (getattr(down.module, "weight", None) for _, down in structure.trainable())
+    for weight in weights:
+        if isinstance(weight, DTensor):
+            split |= "tp" in (weight.device_mesh.mesh_dim_names or ())
+            across = any(p.is_shard(1) or p.is_shard(-1) for p in weight.placements)
+            split |= across and not has_fsdp(model)
+    if split:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is split by tensor parallelism (tp_plan, parallelize_module), "
+            "which patch and attribute do not support: each process holds a part of every row. "
+            "Load it without tp_plan; to train it on several GPUs patch it and then shard it with "
+            'FSDP2 (fully_shard), to attribute it across GPUs load it with device_map="auto".'
+        )
 
 
 def text_config(model: nn.Module) -> Any:

@@ -16,7 +16,7 @@ from ..ops._dispatch import warm_up
 from ..options import DEFAULT_CRITERION, DEFAULT_QUOTA, Criterion, DefinitionName, Keep
 from ..progress import progress_bar
 from ..ranking import rows_per_layer
-from ..structure import Structure
+from ..structure import Structure, refuse_tensor_parallelism
 from .definitions import Overrides, PathIntegral
 from .prefill import Batch, run_prefill
 from .probe import check_model
@@ -162,6 +162,7 @@ def attribute(
 
 def _check_attributable(structure: Structure) -> None:
     """Raise UnsupportedModelError for what can be known before anything runs."""
+    refuse_tensor_parallelism(structure)
     structure.head()
     structure.every_down_proj()
     reason = why_no_attribution(structure.decoder)

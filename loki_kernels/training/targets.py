@@ -15,7 +15,12 @@ from torch.distributed.tensor import DTensor
 from ..errors import UnsupportedModelError
 from ..selection import RowSelection
 from ..sharding import is_distributed
-from ..structure import DownProjection, Structure, is_plain_linear
+from ..structure import (
+    DownProjection,
+    Structure,
+    is_plain_linear,
+    refuse_tensor_parallelism,
+)
 from .linear import TRAINED, LokiLinear
 
 # What names rows: a selection, one list a layer, or the path of a row file.
@@ -52,6 +57,7 @@ def check_patchable(structure: Structure) -> None:
             "merge_and_unload() or unload() on it first, or train rows beside other adapters with "
             "loki_kernels.peft.LokiConfig."
         )
+    refuse_tensor_parallelism(structure)
     for _, down_proj in structure.trainable():
         if not is_plain_linear(down_proj.module):
             weight = getattr(down_proj.module, "weight", None)
