@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--steps", type=int, default=7)
     attribute.add_argument("--site", choices=get_args(Site), default="down_proj")
     attribute.add_argument("--batch-size", type=int)
+    attribute.add_argument(
+        "--chat-template-kwargs", type=_json_object, metavar="JSON",
+        help="for the tokenizer's chat template, such as '{\"enable_thinking\": false}'",
+    )  # fmt: skip
     attribute.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     attribute.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     attribute.add_argument("--heatmap", help="also draw this .png")
@@ -93,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     environment = commands.add_parser("env", help="versions, device and live backends")
     environment.set_defaults(run=_env)
     return parser
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    return value
 
 
 def _add_selection_options(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +173,7 @@ def _attribute(arguments: argparse.Namespace) -> None:
         model,
         [question.prompt(tokenizer) for question in questions],
         tokenizer=tokenizer,
+        chat_template_kwargs=arguments.chat_template_kwargs,
         definition=arguments.definition,
         steps=arguments.steps,
         batch_size=arguments.batch_size,

@@ -54,6 +54,18 @@ def test_attribute_then_select(folder, capsys, suffix):
     assert "3 layers, 12 rows each" in capsys.readouterr().out
 
 
+def test_options_of_the_chat_template(folder, capsys):
+    questions, out = folder / "mine.jsonl", folder / "scores.safetensors"
+    questions.write_text('{"question": "Is it?", "choices": ["a", "b", "c", "d"], "answer": 1}\n')
+    command = ["attribute", str(folder / "model"), str(out), "--questions", str(questions)]
+    # This tokenizer has no chat template, which the options would be for.
+    assert main([*command, "--chat-template-kwargs", '{"enable_thinking": false}']) == 1
+    assert "no prompt is a chat" in capsys.readouterr().err
+    for text in ("[1]", "{"):
+        with pytest.raises(SystemExit):
+            main([*command, "--chat-template-kwargs", text])
+
+
 def test_counts_are_a_selection_in_the_making(folder, capsys):
     questions, counts, rows = folder / "mine.jsonl", folder / "c.safetensors", folder / "rows.json"
     questions.write_text('{"question": "Is it?", "choices": ["a", "b", "c", "d"], "answer": 1}\n')

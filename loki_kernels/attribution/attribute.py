@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Unpack, get_args, overload
 
 import torch
@@ -18,6 +19,7 @@ from ..progress import progress_bar
 from ..ranking import rows_per_layer
 from ..structure import Structure, refuse_tensor_parallelism
 from .definitions import Overrides, PathIntegral
+from .placement import accelerator
 from .prefill import Batch, run_prefill
 from .probe import check_model
 from .prompts import Tokens, tokenize_prompts
@@ -33,6 +35,11 @@ logger = logging.getLogger(__name__)
 # not resolved at all; SmolLM2-135M has 0.1 to 0.6 at m = 7, post-norm models (Gemma-2) 10 and more.
 _UNRESOLVED = 1.0
 
+# A target that this share of at least so many prompts have in common says little of the prompts.
+_ONE_TARGET, _ENOUGH_PROMPTS = 0.9, 20
+
+_LONG = 60.0  # seconds, from which it is said how long an attribution takes
+
 
 @overload
 def attribute(
@@ -40,6 +47,7 @@ def attribute(
     prompts: Iterable[Any],
     *,
     tokenizer: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     definition: DefinitionName = "published",
     steps: int = 7,
     batch_size: int | None = None,
@@ -55,6 +63,7 @@ def attribute(
     prompts: Iterable[Any],
     *,
     tokenizer: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     definition: DefinitionName = "published",
     steps: int = 7,
     batch_size: int | None = None,
@@ -71,6 +80,7 @@ def attribute(
     prompts: Iterable[Any],
     *,
     tokenizer: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     definition: DefinitionName = "published",
     steps: int = 7,
     batch_size: int | None = None,
@@ -87,6 +97,7 @@ def attribute(
     prompts: Iterable[Any],
     *,
     tokenizer: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     definition: DefinitionName = "published",
     steps: int = 7,
     batch_size: int | None = None,
@@ -106,8 +117,10 @@ def attribute(
 
     Args:
         model: a transformers causal language model, or a PEFT model around one.
-        prompts: strings or chat-message lists (with ``tokenizer``, a transformers tokenizer), or
-            mappings with ``input_ids`` and ``attention_mask``, padded on either side.
+        prompts: strings or chat-message lists (with ``tokenizer``, a transformers tokenizer or a
+            processor), or mappings with ``input_ids`` and ``attention_mask``, padded on either
+            side. A prompt whose own last token is EOS is attributed at the token after it.
+        chat_template_kwargs: for the chat template, such as ``{"enable_thinking": False}``.
         definition: ``"published"``, ``"paper"`` or ``"captum"``.
         steps: path points m.
         batch_size: prompts at a time; by default as many as fit 1,024 prompt tokens and 512 path
@@ -137,17 +150,17 @@ def attribute(
     _check_attributable(structure)
     width = structure.width(integral.definition.site)
     counter = _make_counter(keep, quota, criterion, width, out)
-    sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size)
+    sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)
     targets = _check_target(target, len(sequences), structure.vocab_size)
     _check_batch_size(batch_size)
     run = describe_run(model, definition, integral.definition, steps)
-    shape = (len(sequences), len(structure.layers), width)
-    complete = integral.definition.completes
+    shape, complete = (len(sequences), len(structure.layers), width), integral.definition.completes
     file = ScoreFile(out, shape, run, complete=complete, scores=counter is None)
     bar = progress_bar(len(sequences), "attribute", progress, unit="prompt")
     _warm_up(structure)
     with file, borrowed(structure), bar:
-        for batch in _batches(sequences, targets, batch_size, integral, structure):
+        batches = _batches(sequences, targets, batch_size, integral, structure)
+        for batch in _announced(batches, sequences, structure):
             check_model(structure, batch)
             scores = _attribute_batch(structure, batch, integral)
             if counter is not None:
@@ -157,6 +170,7 @@ def attribute(
             bar.update(len(batch.members))
     result = _result(file, counter, run)
     _warn_if_unresolved(result)
+    _warn_of_one_target(result, targets, tokenizer)
     return result
 
 
@@ -247,6 +261,31 @@ def _batches(
         )
 
 
+def _announced(
+    batches: Iterator[Batch], sequences: list[Tokens], structure: Structure
+) -> Iterator[Batch]:
+    """The batches; after the first, how long the others will take, if that is over a minute."""
+    start = time.perf_counter()
+    first = next(batches)
+    yield first
+    tokens = int(first.lengths.sum())
+    seconds = (time.perf_counter() - start) / tokens * (sum(map(len, sequences)) - tokens)
+    if seconds > _LONG:
+        length = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
+        logger.info("%d prompts take about %s more", len(sequences) - len(first.members), length)
+        beside = accelerator() if structure.device.type == "cpu" else None
+        if beside is not None:
+            logger.warning(
+                "The attribution runs on the CPU, for about %s more, beside %s with %.1f GB free; "
+                "a model that fits there is attributed faster: model.to(%r).",
+                length,
+                beside[0],
+                beside[1] / 1e9,
+                str(beside[0]),
+            )
+    yield from batches
+
+
 def _attribute_batch(structure: Structure, batch: Batch, integral: PathIntegral) -> Scores:
     prefill = run_prefill(structure, batch, integral.definition)
     staircase = Staircase(structure, batch, prefill, integral)
@@ -296,4 +335,26 @@ def _warn_if_unresolved(result: Attribution | AttributionCounts) -> None:
             "singular at zero, and only another baseline helps.",
             error,
             change,
+        )
+
+
+def _warn_of_one_target(
+    result: Attribution | AttributionCounts, targets: Tensor | None, tokenizer: Any
+) -> None:
+    """A model that thinks, or one that repeats the question, begins every answer the same way."""
+    predicted = result.targets
+    if targets is not None or len(predicted) < _ENOUGH_PROMPTS:
+        return
+    token = int(predicted.mode().values)
+    share = (predicted == token).double().mean().item()
+    if share > _ONE_TARGET:
+        decode = getattr(tokenizer, "decode", None)
+        logger.warning(
+            "Token %d%s is the model's prediction for %.0f %% of the prompts, so the scores are of "
+            "it and hardly of what the prompts ask. If the model begins its answers with it, as "
+            "one that thinks does, pass chat_template_kwargs={'enable_thinking': False} (what its "
+            "chat template knows) or target=, the tokens to attribute.",
+            token,
+            f" ({decode([token])!r})" if callable(decode) else "",
+            100 * share,
         )

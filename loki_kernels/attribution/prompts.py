@@ -164,9 +164,10 @@ def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
 
 def _as_tensor(values: Any, name: str, first: int) -> Tensor:
     try:
-        return torch.as_tensor(values).cpu()
+        tensor: Tensor = torch.as_tensor(values).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} of prompt {first} is no tensor: {error}.") from error
+    return tensor
 
 
 def _beside(batch: Mapping[str, Any], name: str, ids: Tensor, first: int) -> Tensor | None:
@@ -181,7 +182,7 @@ def _beside(batch: Mapping[str, Any], name: str, ids: Tensor, first: int) -> Ten
             f"{name} {tuple(values.shape)} and input_ids {tuple(ids.shape)} of prompt {first} "
             "differ in shape; only one number for each token is understood."
         )
-    return torch.atleast_2d(values)
+    return values.view(-1, values.shape[-1])
 
 
 def _kept(mask: Tensor, i: int) -> Tensor:

@@ -1,0 +1,109 @@
+"""Where the analysis of `patch` runs: on the accelerator, if the model waits on the CPU for it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..sharding import is_sharded
+
+logger = logging.getLogger(__name__)
+
+# Beside the weights: a fifth for what a small batch keeps, and what CUDA and its libraries take.
+_MARGIN = 1.2
+_LEAST_FREE = 2 * 10**9
+
+
+def accelerator() -> tuple[torch.device, int] | None:
+    """This process's accelerator and its free bytes; None if there is none that tells them."""
+    if not torch.accelerator.is_available():
+        return None
+    kind = torch.accelerator.current_accelerator()
+    ask = getattr(torch.get_device_module(kind), "mem_get_info", None)  # MPS has none
+    if kind is None or ask is None:
+        return None
+    index = torch.accelerator.current_device_index()
+    if index == 0:  # perhaps not chosen yet: a launcher's processes have one each
+        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
+    return torch.device(kind.type, index), int(ask(index)[0])
+
+
+@contextlib.contextmanager
+def on_accelerator(model: nn.Module) -> Iterator[None]:
+    """A model that lies on the CPU, on the accelerator if it fits there; put back whatever happens.
+
+    The tensors on the CPU are kept and put back as they were, so that whatever shares them still
+    does. A model that something else has placed, split or quantized stays where it is.
+    """
+    device = _device_for(model)
+    if device is None:
+        yield
+        return
+    homes = [(tensor, tensor.data) for tensor in _tensors(model)]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    index = device.index
+    current = contextlib.nullcontext() if index is None else torch.accelerator.device_index(index)
+    try:
+        for tensor, home in homes:
+            tensor.data = _copy(home, device)
+        with current:
+            yield
+    finally:
+        for tensor, home in homes:
+            tensor.data = home
+        for now, before in buffers:  # rotary embeddings may register new ones as they run
+            now.clear()
+            now.update(before)
+        torch.accelerator.empty_cache()  # other processes may want it
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device)
+
+
+def _device_for(model: nn.Module) -> torch.device | None:
+    """Where a model should be moved; None for one that stays."""
+    tensors = _tensors(model)
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    found = accelerator()
+    if found is None:
+        return None
+    device, free = found
+    reason = _why_it_stays(model, tensors)
+    if reason is None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if size * _MARGIN + _LEAST_FREE <= free:
+            logger.info("analysing on %s; the model goes back to the CPU afterwards", device)
+            return device
+        reason = f"its {size / 1e9:.1f} GB do not fit the {free / 1e9:.1f} GB that are free there"
+    logger.warning("the model is analysed on the CPU and not on %s: %s", device, reason)
+    return None
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Each parameter and buffer once, however many modules share it."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def _why_it_stays(model: nn.Module, tensors: list[Tensor]) -> str | None:
+    """What speaks against moving a model by its tensors."""
+    modules = list(model.modules())
+    if any(getattr(module, "hf_device_map", None) for module in modules):
+        return "it has a device map"
+    if any(hasattr(module, "_hf_hook") for module in modules):
+        return "accelerate's hooks place its tensors"
+    if any(getattr(module, "is_quantized", False) is True for module in modules):
+        return "it is quantized"
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
+        return "DistributedDataParallel is around it"
+    if any(map(is_sharded, tensors)):
+        return "its weights are split between processes"
+    plain = (Tensor, nn.Parameter)
+    other = [t for t in tensors if type(t) not in plain or type(t.data) is not Tensor]
+    return f"it has weights of type {type(other[0]).__name__}" if other else None
