@@ -6,16 +6,22 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._version import __version__
 from ..fingerprint import model_fingerprint
+from ..options import DefinitionName
 from ..questions import load_questions
 from ..structure import Structure, text_config
 from .attribute import attribute
+from .definitions import Overrides, resolve_definition
+from .placement import on_accelerator
+from .prompts import Tokens, tokenize_prompts
 from .result import Attribution
 
 logger = logging.getLogger(__name__)
@@ -31,25 +37,52 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loki_kernels"
 
 
-def cached_attribution(model: nn.Module, structure: Structure, tokenizer: Any) -> Attribution:
-    """The default attribution of ``model`` on the bundled questions, from the cache if it is there.
+class AnalysisOptions(Overrides, total=False):
+    """What `patch` passes to its own `attribute`; ``prompts`` replace the bundled questions."""
+
+    prompts: Iterable[Any]
+    chat_template_kwargs: Mapping[str, Any] | None
+    definition: DefinitionName
+    steps: int
+    batch_size: int | None
+    target: Sequence[int] | Tensor | None
+    progress: bool | None
+
+
+def check_analysis_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for what `AnalysisOptions` has not, or what cannot choose rows."""
+    unknown = sorted(set(options) - set(get_type_hints(AnalysisOptions)))
+    if unknown:
+        raise ValueError(
+            f"analysis has no option {unknown[0]}; it has "
+            f"{', '.join(sorted(get_type_hints(AnalysisOptions)))}."
+        )
+    if options.get("site", "down_proj") != "down_proj":
+        raise ValueError("analysis chooses rows to train, so its site is 'down_proj'.")
+
+
+def cached_attribution(
+    model: nn.Module,
+    structure: Structure,
+    tokenizer: Any,
+    analysis: AnalysisOptions | None = None,
+) -> Attribution:
+    """The attribution of ``model`` on the bundled questions, from the cache if it is there.
+
+    A model that lies on the CPU is on the accelerator meanwhile, if it fits there.
 
     Raises:
-        ValueError: if there is no tokenizer to be found.
+        ValueError: if there is no tokenizer to be found, or `attribute` refuses an option.
     """
-    tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(structure.causal_lm)
-    questions = load_questions(CALIBRATION_PER_SUBJECT)
-    prompts = [question.prompt(tokenizer) for question in questions]
-    key = hashlib.sha256(model_fingerprint(structure.causal_lm).encode())
-    key.update(__version__.encode())
-    key.update(_settings(structure.causal_lm).encode())
-    for prompt in prompts:
-        if isinstance(prompt, list):
-            prompt = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=False
-            )
-        key.update(prompt.encode())
-    path = cache_folder() / f"{key.hexdigest()[:32]}.safetensors"
+    options: dict[str, Any] = dict(analysis or {})
+    check_analysis_options(options)
+    prompts = options.pop("prompts", None)
+    if prompts is None:
+        tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(structure.causal_lm)
+        prompts = [q.prompt(tokenizer) for q in load_questions(CALIBRATION_PER_SUBJECT)]
+    chat = options.pop("chat_template_kwargs", None)
+    tokens = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat)
+    path = cache_folder() / f"{_key(structure.causal_lm, tokens, options)}.safetensors"
     if path.is_file():
         try:
             result = Attribution.load(path)
@@ -57,13 +90,49 @@ def cached_attribution(model: nn.Module, structure: Structure, tokenizer: Any) -
             return result
         except ValueError as error:
             logger.warning("%s; analysing again", error)
-    result = attribute(model, prompts, tokenizer=tokenizer)
+    result = _analyse(model, [{"input_ids": ids} for ids in tokens], tokenizer, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         result.save(path)
     except OSError as error:
         logger.warning("the analysis could not be cached: %s", error)
     return result
+
+
+def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> str:
+    """What the result depends on: the model, the tokens, and what is computed."""
+    how = {k: v for k, v in options.items() if k not in ("batch_size", "progress")}
+    name, steps, target = (how.pop(k, None) for k in ("definition", "steps", "target"))
+    definition = resolve_definition("published" if name is None else name, how)  # type: ignore[arg-type]
+    computed = [definition.as_dict(), 7 if steps is None else steps]
+    if target is not None:
+        computed.append(torch.as_tensor(target).tolist())
+    key = hashlib.sha256(model_fingerprint(model).encode())
+    key.update(f"{__version__} {_settings(model)} {json.dumps(computed)}".encode())
+    for ids in tokens:
+        key.update(f"{len(ids)} ".encode())
+        key.update(ids.tobytes())
+    return key.hexdigest()[:32]
+
+
+def _analyse(
+    model: nn.Module, prompts: list[Any], tokenizer: Any, options: Mapping[str, Any]
+) -> Attribution:
+    """`attribute`, on the accelerator if the model fits there with a small batch at least."""
+    chosen = options.get("batch_size")
+
+    def run(size: int | None) -> Attribution:
+        sized = {**options, "batch_size": size}
+        result: Attribution = attribute(model, prompts, tokenizer=tokenizer, **sized)
+        return result
+
+    for size in [None, 8, 1] if chosen is None else [chosen]:
+        try:
+            with on_accelerator(model):
+                return run(size)
+        except torch.OutOfMemoryError as error:  # the default is for a GPU that is empty
+            logger.warning("the analysis ran out of memory (batch_size=%s): %s", size, error)
+    return run(chosen)
 
 
 def _settings(model: nn.Module) -> str:

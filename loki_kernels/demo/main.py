@@ -107,9 +107,9 @@ def run_demo(
 
     examples = [encode(example, tokenizer) for example in train]
     with stage("fine-tune LoKI rows"):
+        hashes = _row_hashes(model)
         handle = patch(model, rows)
         print(f"   {handle.report}")
-        hashes = _row_hashes(model)
         fine_tune(model, examples, steps=size.steps, learning_rate=LEARNING_RATE["LoKI"])
     with stage("evaluate LoKI"):
         results["LoKI"] = measure(model, "LoKI")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from ..attribution.cache import cached_attribution
+from ..attribution.cache import AnalysisOptions, cached_attribution
 from ..discovery import find_structure
 from ..ops._dispatch import warm_up
 from ..options import DEFAULT_QUOTA
@@ -55,6 +55,7 @@ def patch(
     *,
     tokenizer: Any = None,
     quota: float = DEFAULT_QUOTA,
+    analysis: AnalysisOptions | None = None,
     rank: int | None = None,
     modules_to_save: Sequence[str] = (),
     fuse_mlp: bool = False,
@@ -73,10 +74,13 @@ def patch(
             checkpoint's folder, to go on from the rows and the update saved there (``model`` is the
             base). None analyses the model on the bundled questions (`attribute`, then `select`);
             the result is kept in ``$LOKI_KERNELS_CACHE`` (``~/.cache/loki_kernels``) by a
-            fingerprint of the weights. In distributed training the first process's selection
+            fingerprint of the weights, and a model that lies on the CPU is on the accelerator
+            meanwhile, if it fits there. In distributed training the first process's selection
             reaches all.
         tokenizer: for that analysis; by default the one of ``model.name_or_path``.
         quota: percentage of rows for that analysis.
+        analysis: arguments of `attribute` for it, such as ``{"batch_size": 8}``,
+            ``{"chat_template_kwargs": {"enable_thinking": False}}`` or ``prompts`` of one's own.
         rank: train an update of rank r instead (LoKI*).
         modules_to_save: names of modules to train whole beside the rows, in the checkpoint's own
             dtype, such as ``["embed_tokens"]`` for new tokens; as in PEFT, the end of a name is
@@ -91,9 +95,10 @@ def patch(
 
     Raises:
         ValueError: for rows out of range, duplicated, or of another layer count; a selection of
-            ``ffn_neurons``; a quota outside (0, 100]; a model that is already patched or has a PEFT
-            adapter; unknown ``modules_to_save``; a damaged file, or an update of another base;
-            processes with different rows. The model is unchanged.
+            ``ffn_neurons``; a quota outside (0, 100]; unknown options of the analysis, or some
+            beside rows; a model that is already patched or has a PEFT adapter; unknown
+            ``modules_to_save``; a damaged file, or an update of another base; processes with
+            different rows. The model is unchanged.
         UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
     """
     if dtype is not None:
@@ -101,13 +106,26 @@ def patch(
     structure = find_structure(model)
     check_patchable(structure)
     whole = _modules_to_train(structure, modules_to_save)
+    if rows is not None and analysis:
+        raise ValueError("analysis= is for rows=None; rows that are given need none.")
     saved = _saved_update(rows)
     if saved is not None:
-        rows, rank = (
-            saved.rows_of([d.name if d else None for d in structure.down_projs]),
-            saved.rank,
-        )
-    selection = _selection_to_train(model, structure, rows, tokenizer, quota)
+        names = [d.name if d else None for d in structure.down_projs]
+        rows, rank = saved.rows_of(names), saved.rank
+    selection = _selection_to_train(model, structure, rows, tokenizer, quota, analysis)
+    return _patch_rows(structure, selection, whole, rank, saved, fuse_mlp=fuse_mlp)
+
+
+def _patch_rows(
+    structure: Structure,
+    selection: RowSelection,
+    whole: dict[str, nn.Module],
+    rank: int | None,
+    saved: SavedUpdate | None,
+    *,
+    fuse_mlp: bool,
+) -> Patch:
+    """Train these rows, from the update that was saved of them; undone if anything fails."""
     by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
@@ -216,13 +234,18 @@ def _new_tokens(structure: Structure) -> list[str]:
 
 
 def _selection_to_train(
-    model: nn.Module, structure: Structure, rows: Rows | None, tokenizer: Any, quota: float
+    model: nn.Module,
+    structure: Structure,
+    rows: Rows | None,
+    tokenizer: Any,
+    quota: float,
+    analysis: AnalysisOptions | None,
 ) -> RowSelection:
     """The rows to train, the same in every process."""
     if rows is not None:
         return agree_on_rows(as_selection(rows), analysed=False)
     rows_per_layer(quota, structure.hidden_size)  # a bad quota fails before the analysis
-    selection = select(cached_attribution(model, structure, tokenizer), quota)
+    selection = select(cached_attribution(model, structure, tokenizer, analysis), quota)
     return agree_on_rows(selection, analysed=True)
 
 

@@ -1,0 +1,228 @@
+"""Where the analysis of `patch` runs, and what is back in its place afterwards."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import loki_kernels as loki
+from loki_kernels.attribution import cache, placement
+from loki_kernels.attribution.placement import on_accelerator
+from loki_kernels.discovery import find_structure
+from tests.models import assert_unchanged, build_model, snapshot
+from tests.training.test_patching import WordTokenizer
+
+
+class Tied(nn.Module):
+    """Two modules with one weight and one buffer, and weights that are views of one storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.a.register_buffer("table", torch.arange(4.0))
+        self.b.register_buffer("table", self.a.table)
+        flat = torch.arange(8.0)
+        self.c = nn.ParameterList([nn.Parameter(flat[:4]), nn.Parameter(flat[4:])])
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """An accelerator with room, which a test may take away: copies on the CPU stand for it."""
+    found = {"device": torch.device("cpu"), "free": 10**12}
+    monkeypatch.setattr(
+        placement, "accelerator", lambda: found["device"] and (found["device"], found["free"])
+    )
+    monkeypatch.setattr(placement, "_copy", lambda tensor, _device: tensor.clone())
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    return found
+
+
+def places(model):
+    """Of every parameter and buffer by name: the object, and where its numbers lie."""
+    named = [*model.named_parameters(remove_duplicate=False)]
+    named += model.named_buffers(remove_duplicate=False)
+    return {name: (id(tensor), tensor.data_ptr()) for name, tensor in named}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_is_moved_and_put_back(beside, fails):
+    model = Tied()
+    before = places(model)
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        with on_accelerator(model):
+            for name, (identity, pointer) in places(model).items():
+                assert identity == before[name][0]
+                assert pointer != before[name][1]
+            assert model.a.weight is model.b.weight
+            assert model.a.table is model.b.table
+            model.a.register_buffer("table", torch.zeros(2))  # as a rotary embedding does
+            model.a.register_buffer("more", torch.zeros(2))
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    assert places(model) == before
+    assert model.a.table is model.b.table
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in values.items())
+    assert model.c[0].untyped_storage().data_ptr() == model.c[1].untyped_storage().data_ptr()
+
+
+def test_a_model_stays_where_something_else_put_it(beside, caplog):
+    def stays(model, reason):
+        caplog.clear()
+        before = places(model)
+        with on_accelerator(model):
+            assert places(model) == before
+        assert reason in caplog.text
+        assert bool(caplog.records) == bool(reason)
+
+    mapped = Tied()
+    mapped.hf_device_map = {"": "cpu"}
+    stays(mapped, "it has a device map")
+    hooked = Tied()
+    hooked.b._hf_hook = object()
+    stays(hooked, "accelerate's hooks")
+    quantized = Tied()
+    quantized.is_quantized = True
+    stays(quantized, "it is quantized")
+    sharded = Tied()
+    sharded.a.weight.ds_id = 0
+    stays(sharded, "split between processes")
+    beside["free"] = 2 * 10**9
+    stays(Tied(), "do not fit the 2.0 GB")
+    beside["device"] = None
+    stays(Tied(), "")
+
+
+def test_there_is_no_accelerator_here_or_it_has_memory():
+    found = placement.accelerator()
+    assert found is None or found[1] > 0
+
+
+def test_each_process_has_its_own_device(monkeypatch):
+    fake = SimpleNamespace(
+        is_available=lambda: True,
+        current_accelerator=lambda: torch.device("cuda"),
+        current_device_index=lambda: 0,
+        device_count=lambda: 4,
+    )
+    monkeypatch.setattr(torch, "accelerator", fake)
+    module = SimpleNamespace(mem_get_info=lambda index: (100 + index, 1000))
+    monkeypatch.setattr(torch, "get_device_module", lambda _kind: module)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert placement.accelerator() == (torch.device("cuda:0"), 100)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert placement.accelerator() == (torch.device("cuda:3"), 103)
+    fake.current_device_index = lambda: 2  # set_device has been called
+    assert placement.accelerator() == (torch.device("cuda:2"), 102)
+    del module.mem_get_info  # MPS
+    assert placement.accelerator() is None
+
+
+@pytest.fixture
+def analysed(monkeypatch, tmp_path):
+    """What `attribute` was called with for an analysis, and what it raises."""
+    calls, errors = [], []
+    attribute = cache.attribute
+
+    def recording(model, prompts, **options):
+        calls.append(options | {"lies_at": next(model.parameters()).data_ptr()})
+        if errors:
+            raise errors.pop()
+        return attribute(model, prompts, **options)
+
+    monkeypatch.setattr(cache, "attribute", recording)
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
+    return SimpleNamespace(calls=calls, errors=errors)
+
+
+PROMPTS = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}]
+
+
+def test_an_analysis_without_memory_takes_less_and_then_the_cpu(beside, analysed, caplog):
+    model = build_model(device="cpu")
+    analysed.errors += [torch.OutOfMemoryError("full") for _ in range(3)]
+    before, home = snapshot(model), next(model.parameters()).data_ptr()
+    cache.cached_attribution(model, find_structure(model), None, {"prompts": PROMPTS})
+    assert_unchanged(model, before)
+    tries = [(call["lies_at"] == home, call["batch_size"]) for call in analysed.calls]
+    assert tries == [(False, None), (False, 8), (False, 1), (True, None)]
+    assert "ran out of memory (batch_size=8)" in caplog.text
+
+
+def test_the_analysis_takes_options_which_its_cache_knows(model, analysed):
+    def rows(**analysis):
+        with loki.patch(model, quota=25, analysis={"prompts": PROMPTS, **analysis}) as handle:
+            return handle.rows
+
+    assert rows() == rows(batch_size=1, steps=7, definition="published", progress=False)
+    assert len(analysed.calls) == 1  # the second was in the cache
+    want = loki.attribute(model, PROMPTS, definition="paper", target=[1, 2])
+    assert rows(definition="paper", target=[1, 2]) == loki.select(want, 25)
+    rows(steps=8)
+    rows(objective="logit")
+    rows(prompts=PROMPTS[:1])
+    assert len(analysed.calls) == 5
+
+
+def test_the_chat_templates_options_reach_the_analysis(model, analysed):
+    with pytest.raises(ValueError, match="no prompt is a chat"):
+        loki.patch(
+            model,
+            tokenizer=WordTokenizer(),
+            analysis={"chat_template_kwargs": {"enable_thinking": False}},
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "analysis", "message"),
+    [
+        (None, {"step": 8}, "analysis has no option step; it has baseline, batch_size"),
+        (None, {"site": "ffn_neurons"}, "its site is 'down_proj'"),
+        (None, {"prompts": PROMPTS, "steps": 0}, "steps"),
+        (None, {"prompts": PROMPTS, "definition": "mine"}, "mine"),
+        ([[1], [2], [3]], {"steps": 8}, "analysis= is for rows=None"),
+    ],
+)
+def test_bad_options_change_nothing(model, rows, analysis, message):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        loki.patch(model, rows, analysis=analysis)
+    assert_unchanged(model, before)
+
+
+def test_a_long_attribution_says_so(monkeypatch, caplog):
+    """A minute a token, of 3 and then 2 tokens."""
+    clock = iter([0.0, 180.0])
+    own = sys.modules["loki_kernels.attribution.attribute"]  # the name is the function's too
+    monkeypatch.setattr(own, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(own, "accelerator", lambda: (torch.device("cuda:1"), 10**10))
+    caplog.set_level(logging.INFO)
+    loki.attribute(build_model(device="cpu"), PROMPTS, batch_size=1)
+    info, warning = caplog.records
+    assert info.getMessage() == "1 prompts take about 2 minutes more"
+    assert "about 2 minutes more, beside cuda:1 with 10.0 GB free" in warning.getMessage()
+    assert (info.levelname, warning.levelname) == ("INFO", "WARNING")
+
+
+def test_one_target_for_all_is_reported(model, caplog):
+    thinking = SimpleNamespace(decode=lambda ids: "<think>")
+    same, others = [{"input_ids": [1, 2]}] * 20, [{"input_ids": [i, 7, i]} for i in range(8)]
+    loki.attribute(model, same[:19])
+    loki.attribute(model, same, target=[5] * 20)
+    assert not caplog.records
+    loki.attribute(model, same, tokenizer=thinking)
+    assert "('<think>') is the model's prediction for 100 % of the prompts" in caplog.text
+    assert len(caplog.records) == 1
+    assert "enable_thinking" in caplog.text
+    targets = loki.attribute(model, others).targets
+    assert (targets != targets[0]).any()
+    loki.attribute(model, same + others)
+    assert len(caplog.records) == 1
