@@ -6,10 +6,13 @@ import math
 import pytest
 import torch
 
+import loki_kernels as loki
+from loki_kernels.demo import main as demo
 from loki_kernels.demo.evaluation import evaluate
 from loki_kernels.demo.function_calls import SYSTEM, generate_examples
 from loki_kernels.demo.training import collate
 from tests.models import build_model
+from tests.tiny_training import ROWS, train
 
 
 def test_examples_are_seeded_and_functions_held_out():
@@ -64,3 +67,20 @@ def test_evaluation_ignores_padding():
         losses.append(float(model(**batch).loss.detach()) * (len(row["input_ids"]) - 1))
     tokens = sum(len(row["input_ids"]) - 1 for row in rows)
     assert together.task_loss == pytest.approx(sum(losses) / tokens, rel=1e-5)
+
+
+def test_the_checkpoint_is_checked_by_a_process_of_its_own(tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, _folder):
+            pass
+
+    model = build_model(device="cpu")
+    hashes = demo._row_hashes(model)
+    handle = loki.patch(model, ROWS)
+    train(model)
+    check = demo._save_and_check(model, Tokenizer(), handle.rows, hashes, [5, 7, 9], tmp_path)
+    assert check["selected_rows_trained"] == check["selected_rows"] == 6
+    assert check["unselected_rows_changed"] == 0
+    hashes["model.embed_tokens.weight"][3] = "another"
+    with pytest.raises(RuntimeError, match="is not what was trained"):
+        demo._save_and_check(model, Tokenizer(), handle.rows, hashes, [5, 7, 9], tmp_path)
