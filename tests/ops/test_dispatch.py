@@ -32,6 +32,7 @@ def accelerator(monkeypatch):
     torch_kernel = SimpleNamespace()
     monkeypatch.delenv("LOKI_KERNELS_BACKEND", raising=False)
     monkeypatch.setattr(_dispatch, "_checks", {})
+    monkeypatch.setattr(_dispatch, "_postponed", {})
     monkeypatch.setattr(_dispatch, "_compare", lambda *_: None)
     monkeypatch.setattr(
         _dispatch,
