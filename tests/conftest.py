@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     import transformers
 
 # The files of a minute each, heaviest first: started last, one would leave other workers idle.
-FIRST = ("test_distributed", "test_gpu_script", "test_smollm2", "test_compile_triton")
+FIRST = (
+    "test_forgetting",
+    "test_distributed",
+    "test_gpu_script",
+    "test_smollm2",
+    "test_compile_triton",
+)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
