@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import library as torch_library
 
 Library = Literal["cuda", "cpp"]
 
@@ -26,7 +27,7 @@ COMMAND = (
     "pip install --no-build-isolation --no-deps --force-reinstall ."
 )
 
-_schemas: dict[Library, torch.library.Library] = {}
+_schemas: dict[Library, torch_library.Library] = {}
 
 
 def define(library: Library, schema: str) -> Callable[..., None]:
@@ -36,7 +37,7 @@ def define(library: Library, schema: str) -> Callable[..., None]:
     must not throw (``csrc/failure.hpp``); what is returned here raises it as a RuntimeError.
     """
     if library not in _schemas:
-        _schemas[library] = torch.library.Library(f"loki_kernels_{library}", "DEF")
+        _schemas[library] = torch_library.Library(f"loki_kernels_{library}", "DEF")
     _schemas[library].define(f"{schema.removesuffix('()')}str")
     namespace = getattr(torch.ops, f"loki_kernels_{library}")
     operator = getattr(namespace, schema.partition("(")[0])

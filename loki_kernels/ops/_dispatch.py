@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from .. import _native
 from ..errors import check_choice
@@ -34,7 +35,7 @@ Backend = Literal["cuda", "triton", "cpp", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "LOKI_KERNELS_BACKEND"
 
-_library = torch.library.Library("loki_kernels", "DEF")
+_library = torch_library.Library("loki_kernels", "DEF")
 _ops: list[str] = []
 
 
@@ -63,7 +64,7 @@ def register(
             return getattr(chosen, step)(*inputs)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(
+    torch_library.register_fake(
         f"loki_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_library
     )
     if step == "forward":
@@ -79,7 +80,7 @@ def register_autograd(
         check_first_derivative()
         return backward(ctx, *grads)
 
-    torch.library.register_autograd(
+    torch_library.register_autograd(
         f"loki_kernels::{op}", first, setup_context=setup_context, lib=_library
     )
 
