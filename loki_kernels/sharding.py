@@ -39,17 +39,14 @@ def shards_its_weights(module: nn.Module) -> bool:
     """
     if not is_distributed():  # asked before every forward pass
         return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-    modules = list(module.modules())
-    if any(isinstance(part, FullyShardedDataParallel) for part in modules):
+    if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
         raise UnsupportedModelError(
             "a patched model cannot be trained with FSDP1; use FSDP2 (fully_shard, or "
             "fsdp_version: 2 for accelerate)."
         )
-    return any(isinstance(part, FSDPModule) for part in modules) or any(
-        map(is_partitioned, module.parameters())
-    )
+    return has_fsdp(module) or any(map(is_partitioned, module.parameters()))
 
 
 def has_fsdp(module: nn.Module) -> bool:
