@@ -200,12 +200,7 @@ def _check_modules(structure: Structure, config: LokiConfig) -> None:
     else:  # PEFT has added the usual names of such heads
         names = [n for n in names if any(full.endswith(n) for full, _ in model.named_modules())]
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, module in find_modules(model, names).items():
-        inside = [d.name for _, d in structure.trainable() if d.module in set(module.modules())]
-        if inside:
-            raise ValueError(
-                f"modules_to_save names {name}, which holds {inside[0]}; its rows are trained."
-            )
+    for name, module in find_modules(structure, names).items():
         own = {id(parameter) for parameter in module.parameters()}
         tied = [n for n, p in parameters.items() if id(p) in own and not n.startswith(f"{name}.")]
         if tied:

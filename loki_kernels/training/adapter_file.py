@@ -230,11 +230,19 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
     return SavedUpdate(layers, others, None if absolute else base_rows_of(metadata))
 
 
-def load_update(layers: Layers, saved: SavedUpdate, base: BaseRows | None) -> str | None:
-    """Copy what was saved into layers of the same rows; else change nothing and say why not.
+def load_side_file(layers: Layers, path: Path, saved: SavedUpdate) -> None:
+    """Copy what was read from ``path`` into layers.
 
-    ``base`` is what the update was trained on; None leaves that unchecked.
+    Raises:
+        ValueError: if it is of other rows or another base; nothing is changed then.
     """
+    reason = load_update(layers, saved)
+    if reason is not None:
+        raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
+
+
+def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
+    """Copy what was saved into layers of the same rows; else change nothing and say why not."""
     if saved.layers.keys() != layers.keys():
         return "it has rows of other layers"
     updates = {name: update_of(saved.layers[name], layers[name].base_rows) for name in layers}
@@ -246,6 +254,7 @@ def load_update(layers: Layers, saved: SavedUpdate, base: BaseRows | None) -> st
             tuple(parts[part].shape) != full_shape(held[part]) for part in held
         ):
             return f"{name} has another rank or width there"
+    base = saved.base_rows
     reason = base.why_other(base_rows(layers)) if base is not None else None
     if reason is not None:
         return reason

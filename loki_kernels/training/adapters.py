@@ -112,7 +112,7 @@ def _load_all(model: nn.Module, layers: Mapping[str, LokiLinear], saved: SavedUp
         return "it has other modules beside the rows"
     if any(saved.others[name].shape != parameter.shape for name, parameter in others.items()):
         return "a module beside the rows has another shape there"
-    reason = adapter_file.load_update(layers, saved, saved.base_rows)
+    reason = adapter_file.load_update(layers, saved)
     if reason is None:
         with torch.no_grad():
             for name, parameter in others.items():

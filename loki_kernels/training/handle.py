@@ -119,10 +119,7 @@ class Patch:
         if any(is_partitioned(layer.weight) for layer in self._layers.values()):
             raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
         path = Path(folder) / adapter_file.SIDE_FILE
-        saved = adapter_file.read_update(path)
-        reason = adapter_file.load_update(self._layers, saved, saved.base_rows)
-        if reason is not None:
-            raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
+        adapter_file.load_side_file(self._layers, path, adapter_file.read_update(path))
 
     def trainer_callback(self) -> SideFileCallback:
         """For HF Trainer: what a Trainer's own saving and loading cannot know.
@@ -135,7 +132,7 @@ class Patch:
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 
-        return SideFileCallback(self._layers, self.load_state)
+        return SideFileCallback(self._layers)
 
     def inference(self) -> AbstractContextManager[None]:
         """A context in which the rows are written once, not at every forward pass.

@@ -198,14 +198,7 @@ def _modules_to_train(structure: Structure, names: Sequence[str]) -> dict[str, n
     """What is trained whole: the modules that are named, and a new head."""
     if isinstance(names, str):
         raise ValueError(f"modules_to_save must be a list of names; it is {names!r}.")
-    found = find_modules(structure.causal_lm, [*names, *new_heads(structure)])
-    for name, module in found.items():
-        inside = [d.name for _, d in structure.trainable() if d.module in set(module.modules())]
-        if inside:
-            raise ValueError(
-                f"modules_to_save names {name}, which holds {inside[0]}; its rows are trained."
-            )
-    return found
+    return find_modules(structure, [*names, *new_heads(structure)])
 
 
 def _dtypes(modules: dict[str, nn.Module]) -> dict[str, str]:
@@ -258,7 +251,7 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
 
 
 def _load(layers: dict[str, LokiLinear], saved: SavedUpdate) -> None:
-    reason = adapter_file.load_update(layers, saved, saved.base_rows)
+    reason = adapter_file.load_update(layers, saved)
     if reason is not None:
         raise ValueError(f"the update that was saved is none of this model's: {reason}.")
 

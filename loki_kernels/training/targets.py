@@ -117,7 +117,7 @@ def _peft_layer(model: nn.Module) -> str | None:
     return next((n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)), None)
 
 
-def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+def find_modules(structure: Structure, names: Iterable[str]) -> dict[str, nn.Module]:
     """The modules that ``names`` mean, by their full name or its end, as PEFT reads them.
 
     Raises:
@@ -127,12 +127,18 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
     for name in names:
         matches = {
             full: module
-            for full, module in model.named_modules()
+            for full, module in structure.causal_lm.named_modules()
             if full == name or full.endswith(f".{name}")
         }
         if not matches:
             raise ValueError(f"modules_to_save names {name!r}, which the model lacks.")
         found |= matches
+    for name, module in found.items():
+        inside = [d.name for _, d in structure.trainable() if d.module in set(module.modules())]
+        if inside:
+            raise ValueError(
+                f"modules_to_save names {name}, which holds {inside[0]}; its rows are trained."
+            )
     return found
 
 

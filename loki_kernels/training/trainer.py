@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..files import check_folder
 from ..sharding import full_shape
-from .adapter_file import SIDE_FILE, Layers, SavedUpdate, read_update, update_of
+from .adapter_file import SIDE_FILE, Layers, SavedUpdate, load_side_file, read_update, update_of
 from .linear import same_rows, updated_rows
 
 
 class SideFileCallback(TrainerCallback):
     """What `Patch.trainer_callback` gives."""
 
-    def __init__(self, layers: Layers, load_state: Callable[[Path], None]) -> None:
+    def __init__(self, layers: Layers) -> None:
         self.layers = layers
-        self.load_state = load_state
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -48,8 +46,11 @@ class SideFileCallback(TrainerCallback):
             return
         for folder in folders:
             path = folder / SIDE_FILE
-            if path.is_file() and _is_of_these_weights(read_update(path), self.layers):
-                self.load_state(folder)
+            if not path.is_file():
+                continue
+            saved = read_update(path)
+            if _is_of_these_weights(saved, self.layers):
+                load_side_file(self.layers, path, saved)
                 return
         raise RuntimeError(
             f"no {SIDE_FILE} of the checkpoint's weights was found in "
