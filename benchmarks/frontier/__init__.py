@@ -1,0 +1,1 @@
+"""What training forgets at equal task loss: ways to train, as frontiers of KL and loss."""

@@ -1,0 +1,105 @@
+"""The frontier's arms: what is trained, and how its update is formed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    The update of a linear layer's weight is ``diag(c) delta M`` on the rows that are trained, with
+    delta dense or ``B @ A``.
+
+    Attributes:
+        rates: learning rates of AdamW.
+        targets: the linear layers that are trained: ``down_proj``, ``mlp`` or ``linears``.
+        quota: percentage of each layer's rows.
+        rows: which: ``random``, or the ``least`` or ``most`` sensitive.
+        rank: of LoRA; None trains a dense update.
+        whole: whether everything else is trained too, embeddings and norms.
+        protect: M of the down-projections, and with ``linears`` of every layer. ``cut`` removes the
+            top eigenvectors of the inputs' second moments, ``soft`` is (I + C / lambda)^-1/2,
+            ``random`` removes a random subspace of cut's rank and ``other`` another layer's.
+        share: of the inputs' energy that the cut's eigenvectors hold; lambda is the last of their
+            eigenvalues.
+        directions: how many eigenvectors are cut at most.
+        source: of the second moments and sensitivities.
+        weighted: whether tokens count by the squared gradient of their layer's output.
+        row_steps: whether c is the sensitivity's inverse square root, else 1.
+        general: what half of every batch is: None (the task), ``replay`` (general text as it is) or
+            ``kl`` (general text, with the divergence from the base as its loss).
+        general_weight: of that half's loss.
+    """
+
+    rates: tuple[float, ...]
+    targets: str = "down_proj"
+    quota: float = 100.0
+    rows: str = "random"
+    rank: int | None = None
+    whole: bool = False
+    protect: str | None = None
+    share: float = 0.9
+    directions: int | None = None
+    source: str = "samples"
+    weighted: bool = False
+    row_steps: bool = False
+    general: str | None = None
+    general_weight: float = 1.0
+
+    @property
+    def moments(self) -> str:
+        """The name of the moments that it asks for."""
+        return f"{self.source}, weighted" if self.weighted else self.source
+
+
+_ROWS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+_ALL = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
+_FULL = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4)
+_LORA = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
+
+ARMS: dict[str, Arm] = {
+    "full": Arm(_FULL, "linears", whole=True),
+    "full, down_proj protected": Arm(_FULL, "linears", whole=True, protect="cut"),
+    "linears": Arm(_FULL, "linears"),
+    "linears protected": Arm((5e-5, 1e-4, 2e-4, 4e-4, 8e-4), "linears", protect="cut"),
+    "LoRA": Arm(_LORA, "linears", rank=16),
+    "LoRA protected": Arm(_LORA, "linears", rank=16, protect="cut"),
+    "LoRA on the MLP": Arm(_LORA, "mlp", rank=14),
+    "rows": Arm(_ROWS, quota=10),
+    "rows protected": Arm(_ROWS, quota=10, protect="cut"),
+    "rows, random subspace": Arm(_ROWS, quota=10, protect="random"),
+    "rows, another layer's": Arm(_ROWS, quota=10, protect="other"),
+    "rows soft": Arm(_ROWS, quota=10, protect="soft"),
+    "rows, least sensitive": Arm(_ROWS, quota=10, rows="least"),
+    "rows, most sensitive": Arm(_ROWS, quota=10, rows="most"),
+    "rows, steps by sensitivity": Arm(_ROWS, quota=10, row_steps=True),
+    "down_proj": Arm(_ALL),
+    "down_proj protected": Arm(_ALL, protect="cut"),
+    "down_proj, random subspace": Arm(_ALL, protect="random"),
+    "down_proj, another layer's": Arm(_ALL, protect="other"),
+    "down_proj soft": Arm(_ALL, protect="soft"),
+    "full + replay": Arm(_FULL, "linears", whole=True, general="replay"),
+    "full + KL": Arm(_FULL, "linears", whole=True, general="kl"),
+    "LoRA + replay": Arm(_LORA, "linears", rank=16, general="replay"),
+    "LoRA + KL": Arm(_LORA, "linears", rank=16, general="kl"),
+    # Variants of what the first ones say.
+    "full + 5 KL": Arm(_FULL, "linears", whole=True, general="kl", general_weight=5.0),
+    "LoRA + 5 KL": Arm(_LORA, "linears", rank=16, general="kl", general_weight=5.0),
+    "down_proj protected, docs": Arm(_ALL, protect="cut", source="docs"),
+    "down_proj protected, 75 %": Arm(_ALL, protect="cut", share=0.75),
+    "down_proj protected, 97 %": Arm(_ALL, protect="cut", share=0.97),
+    # The share of 14,336 directions that 1,024 are.
+    "down_proj protected, 110": Arm(_ALL, protect="cut", directions=110),
+    "down_proj protected, weighted": Arm(_ALL, protect="cut", weighted=True),
+    "down_proj soft, two-sided": Arm(_ALL, protect="soft", weighted=True, row_steps=True),
+    "down_proj protected + KL": Arm(_ALL, protect="cut", general="kl"),
+    "linears protected + KL": Arm(
+        (5e-5, 1e-4, 2e-4, 4e-4, 8e-4), "linears", protect="cut", general="kl"
+    ),
+    "linears soft": Arm((5e-5, 1e-4, 2e-4, 4e-4, 8e-4), "linears", protect="soft"),
+    "rows protected, 30 %": Arm((5e-4, 1e-3, 2e-3, 4e-3, 8e-3), quota=30, protect="cut"),
+}
+# The issue's question; the others refine what it answers.
+FIRST = tuple(ARMS)[:24]

@@ -1,0 +1,87 @@
+"""Two arms at equal task loss: their frontiers, and the ratio of what they forget."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .data import DOMAINS
+
+# Shares of what full fine-tuning gains at its best rate, at whose losses arms are compared.
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+Point = tuple[float, float]  # task loss, mean over the domains of log KL
+
+
+def log_divergence(point: dict[str, float]) -> float:
+    """The mean over the domains of log KL."""
+    return sum(math.log(max(point[domain], 1e-9)) for domain in DOMAINS) / len(DOMAINS)
+
+
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """Those that no other beats in both, by rising loss and falling KL."""
+    kept: list[Point] = []
+    for loss, kl in sorted(points):
+        if not kept or kl < kept[-1][1]:
+            kept.append((loss, kl))
+    return kept
+
+
+def at_loss(front: Sequence[Point], loss: float) -> float | None:
+    """log KL on a frontier, linear in the loss between its points; None outside of them."""
+    if not front or not front[0][0] <= loss <= front[-1][0]:
+        return None
+    place = bisect.bisect_left(front, (loss, -math.inf))
+    if front[place][0] == loss:
+        return front[place][1]
+    (loss_a, a), (loss_b, b) = front[place - 1], front[place]
+    return a + (loss - loss_a) / (loss_b - loss_a) * (b - a)
+
+
+class Comparison:
+    """The trainings of one task and number of steps, by arm and seed."""
+
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
+        self.points: dict[tuple[str, int], list[tuple[float, Point]]] = defaultdict(list)
+        self.before = math.nan
+        for record in records:
+            self.before = record["before"]
+            for point in record["points"]:
+                self.points[record["arm"], record["seed"]].append(
+                    (point["scale"], (point["loss"], log_divergence(point)))
+                )
+
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(arm for arm, _ in self.points))
+
+    def seeds(self, arm: str) -> list[int]:
+        return sorted(seed for name, seed in self.points if name == arm)
+
+    def frontier(self, arm: str, seed: int, scaled: bool = True) -> list[Point]:
+        """Of every rate; with ``scaled`` also of every share of the update that is merged."""
+        points = self.points.get((arm, seed), [])
+        return frontier(point for scale, point in points if scaled or scale == 1.0)
+
+    def target(self, seed: int, share: float, reference: str = "full") -> float | None:
+        """The loss at a share of the reference's best gain."""
+        front = self.frontier(reference, seed)
+        return self.before - share * (self.before - front[0][0]) if front else None
+
+    def log_ratios(self, ours: str, other: str, scaled: bool = True) -> dict[int, float]:
+        """log(KL of the other / KL of ours) by seed, a mean over the shares that both reach."""
+        ratios = {}
+        for seed in self.seeds(ours):
+            differences = []
+            for share in SHARES:
+                loss = self.target(seed, share)
+                if loss is None:
+                    continue
+                pair = [at_loss(self.frontier(a, seed, scaled), loss) for a in (ours, other)]
+                if None not in pair:
+                    differences.append(pair[1] - pair[0])  # type: ignore[operator]
+            if differences:
+                ratios[seed] = sum(differences) / len(differences)
+        return ratios

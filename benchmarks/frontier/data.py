@@ -1,0 +1,202 @@
+"""The frontier's texts as token ids, written once so that a machine without them can run."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loki_kernels as loki
+from loki_kernels.demo.evaluation import general_text
+from loki_kernels.files import atomic_path
+
+LENGTH = 256  # tokens of every sequence
+TASKS = ("shakespeare", "gsm8k")
+# Where the model is compared with the base; 16 windows of 256 tokens each.
+DOMAINS = ("wikitext", "code", "chat")
+# What the general inputs and the sensitivities are estimated on, and what replay replays.
+SOURCES = ("samples", "docs")
+_IGNORED = -100
+
+
+class Data:
+    """Sequences ``[n, 256]`` of ids and labels, -100 where nothing is predicted.
+
+    ``ids`` and ``labels`` are keyed by ``<task>/train``, ``<task>/test``, a domain or a source.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.ids = {k.removesuffix(":ids"): v.long() for k, v in tensors.items() if ":ids" in k}
+        self.labels = {
+            k.removesuffix(":labels"): v.long() for k, v in tensors.items() if ":labels" in k
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> Data:
+        return cls(load_file(path))
+
+    def to(self, device: str) -> Data:
+        for part in (self.ids, self.labels):
+            part.update({name: tensor.to(device) for name, tensor in part.items()})
+        return self
+
+
+def write_data(path: Path, shared: Path, model: Any, tokenizer: Any) -> None:
+    """Tokenize the texts of ``shared`` and draw the model's own samples."""
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, (train, test) in {
+        "shakespeare": _shakespeare(shared, tokenizer),
+        "gsm8k": _gsm8k(shared, tokenizer),
+    }.items():
+        parts[f"{name}/train"], parts[f"{name}/test"] = train, test
+    parts["wikitext"] = _windows(
+        tokenizer((shared / "text" / "wikitext2_valid.txt").read_text(encoding="utf-8"))[
+            "input_ids"
+        ],
+        16,
+    )
+    solutions = [
+        record["prompt"] + record["canonical_solution"]
+        for record in _records(shared / "general" / "HumanEval.jsonl")
+    ]
+    parts["code"] = _windows(tokenizer("\n\n".join(solutions))["input_ids"], 16)
+    parts["chat"] = _chats(shared, model, tokenizer)
+    parts["docs"] = _docs(tokenizer)
+    parts["samples"] = _samples(model, tokenizer)
+    tensors = {}
+    for name, (ids, labels) in parts.items():
+        tensors[f"{name}:ids"] = ids.to(torch.int32)
+        tensors[f"{name}:labels"] = labels.to(torch.int32)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _windows(ids: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """``count`` windows at equal distances; all but the first token is predicted."""
+    stride = (len(ids) - LENGTH) / max(1, count - 1)
+    windows = torch.tensor([ids[int(i * stride) : int(i * stride) + LENGTH] for i in range(count)])
+    return windows, _all_but_first(windows)
+
+
+def _all_but_first(ids: Tensor) -> Tensor:
+    labels = ids.clone()
+    labels[:, 0] = _IGNORED
+    return labels
+
+
+def _pad(rows: Sequence[tuple[list[int], int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and, from the given place on, labels; longer sequences are cut."""
+    ids = torch.full((len(rows), LENGTH), padding)
+    labels = torch.full((len(rows), LENGTH), _IGNORED)
+    for i, (tokens, start) in enumerate(rows):
+        tokens = tokens[:LENGTH]
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        labels[i, start : len(tokens)] = ids[i, start : len(tokens)]
+    return ids, labels
+
+
+def _shakespeare(shared: Path, tokenizer: Any) -> Any:
+    """The plays: windows of the first nine tenths, overlapping by half, and 16 of the last."""
+    text = (shared / "text" / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text)["input_ids"]
+    cut = len(ids) * 9 // 10
+    return _windows(ids[:cut], 2 * cut // LENGTH), _windows(ids[cut:], 16)
+
+
+def _gsm8k(shared: Path, tokenizer: Any) -> Any:
+    """Problems as chats, labelled on the solution; 64 are held out."""
+    rows = []
+    for record in _records(shared / "general" / "gsm8k_test.jsonl"):
+        prompt = _prompt(tokenizer, record["question"])
+        rows.append((prompt + _answer(tokenizer, record["answer"]), len(prompt)))
+    rows = [row for row in rows if len(row[0]) <= LENGTH]
+    random.Random(0).shuffle(rows)
+    return _pad(rows[64:], tokenizer.eos_token_id), _pad(rows[:64], tokenizer.eos_token_id)
+
+
+def _prompt(tokenizer: Any, question: str) -> list[int]:
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )["input_ids"]
+
+
+def _answer(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+
+
+def _docs(tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Python's documentation, and the package's questions with their answers: 3 to 1."""
+    text = [window["input_ids"] for window in general_text(tokenizer, 192, LENGTH)]
+    questions = loki.load_questions()
+    chats = []
+    for question in questions[:: len(questions) // 64][:64]:
+        prompt = _prompt(tokenizer, question.text())
+        chats.append((prompt + _answer(tokenizer, question.choices[question.answer]), 1))
+    ids, labels = _pad(chats, tokenizer.eos_token_id)
+    windows = torch.tensor(text)
+    return torch.cat([windows, ids]), torch.cat([_all_but_first(windows), labels])
+
+
+def _chats(shared: Path, model: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """The base's own answers to everyday questions (PIQA's), drawn at temperature 1."""
+    goals = [
+        record["query"].removeprefix("Question: ").split("\n")[0]
+        for record in _records(shared / "general" / "piqa.jsonl")
+    ]
+    rows = []
+    for goal in goals[:: len(goals) // 40][:40]:
+        prompt = _prompt(tokenizer, goal)
+        (text,) = _generate(model, tokenizer, torch.tensor([prompt]), 128)
+        rows.append((text, len(prompt)))
+    return _pad(rows, tokenizer.eos_token_id)
+
+
+def _samples(model: Any, tokenizer: Any, count: int = 192) -> tuple[Tensor, Tensor]:
+    """What the model says by itself: half documents from nothing, half chats of both roles."""
+    rows = []
+    for start in ("<|endoftext|>", "<|im_start|>user\n"):
+        ids = tokenizer(start, add_special_tokens=False)["input_ids"]
+        for _ in range(0, count // 2, 48):
+            texts = _generate(model, tokenizer, torch.tensor([ids] * 48), LENGTH - len(ids))
+            rows += [(text, 1) for text in texts]
+    return _pad(rows, tokenizer.eos_token_id)
+
+
+@torch.no_grad()
+def _generate(model: Any, tokenizer: Any, prompts: Tensor, count: int) -> list[list[int]]:
+    """Samples at temperature 1, up to and with the token that ends each."""
+    chat = prompts.shape[0] == 1
+    ends = [tokenizer.eos_token_id] if chat else [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    tokens = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=count,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+    ).tolist()
+    texts = []
+    for row in tokens:
+        length = prompts.shape[1]
+        while length < len(row) and row[length] not in ends:
+            length += 1
+        texts.append(row[: length + 1])
+    return texts

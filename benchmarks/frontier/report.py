@@ -1,0 +1,121 @@
+"""The frontiers' tables and plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loki_kernels.files import atomic_path
+
+from ..forgetting.compare import estimate
+from .__main__ import read_records
+from .arms import ARMS
+from .compare import Comparison, at_loss
+from .data import DOMAINS
+
+_READING = """\
+Every training is measured at a quarter, half, three quarters and all of its update. An arm's
+frontier are the measurements of all its rates that no other beats in both task loss and KL; between
+them log KL is linear in the loss, and nothing is extrapolated. KL is that of the base's next-token
+distribution from the tuned model's, a token, as the geometric mean over wikitext, code and chat
+(4,000 tokens each). The shares are of the best that full fine-tuning gains of the task's held-out
+loss, by seed. `-` says that an arm does not get there. Ratios are means over shares and seeds of
+the log of the arm's KL by full fine-tuning's, with a 95 % interval of Student's t of more than one
+seed. `alone` leaves out the shares of updates, so that only rates make the frontier."""
+_SHOWN = (0.5, 0.7, 0.9)
+
+
+def write_report(results: Path) -> None:
+    """``<results>.md`` and a plot of every task beside the results' file."""
+    path = results.with_suffix(".md")
+    text = "\n".join(_lines(read_records(results), path.parent)) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"-> {path}")
+
+
+def _lines(records: list[dict[str, Any]], folder: Path) -> Iterator[str]:
+    devices = sorted({f"{r['device']}, torch {r['torch']}" for r in records})
+    yield "# Forgetting at equal task loss"
+    yield ""
+    yield "Made by `python -m benchmarks.frontier report`; do not edit. SmolLM2-135M-Instruct, 4"
+    yield f"sequences of 256 tokens a step, on {'; '.join(devices)}. {len(records)} trainings."
+    yield ""
+    yield _READING
+    for task, steps in sorted({(r["task"], r["steps"]) for r in records}):
+        chosen = [r for r in records if (r["task"], r["steps"]) == (task, steps)]
+        comparison = Comparison(chosen)
+        yield from ("", f"## {task}, {steps} steps", "")
+        yield f"The base's loss is {comparison.before:.3f}."
+        yield ""
+        yield from _table(comparison)
+        name = f"{task}-{steps}.png"
+        _plot(comparison, f"{task}, {steps} steps", folder / name)
+        yield from ("", f"![{task}]({name})")
+
+
+def _table(comparison: Comparison) -> Iterator[str]:
+    shares = [f"KL at {share:.0%}" for share in _SHOWN]
+    yield f"| arm | seeds | best loss | {' | '.join(shares)} | KL by full's | alone |"
+    yield f"|---|{'--:|' * (len(shares) + 4)}"
+    known = [name for name in ARMS if name in comparison.arms()]
+    for arm in known:
+        seeds = comparison.seeds(arm)
+        best = [comparison.frontier(arm, seed)[0][0] for seed in seeds]
+        cells = [arm, str(len(seeds)), f"{sum(best) / len(best):.3f}"]
+        for share in _SHOWN:
+            values = []
+            for seed in seeds:
+                loss = comparison.target(seed, share)
+                if loss is not None:
+                    values.append(at_loss(comparison.frontier(arm, seed), loss))
+            reached = [v for v in values if v is not None]
+            cells.append(f"{math.exp(sum(reached) / len(reached)):.4f}" if reached else "-")
+        for scaled in (True, False):
+            cells.append(format_ratio(comparison.log_ratios("full", arm, scaled)))
+        yield f"| {' | '.join(cells)} |"
+
+
+def format_ratio(logs: dict[int, float]) -> str:
+    """A ratio and, of several seeds, its interval."""
+    if not logs:
+        return "-"
+    values = list(logs.values())
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{math.exp(mean):.2f}"
+    interval = estimate(values)
+    low, high = math.exp(mean - interval.half), math.exp(mean + interval.half)
+    return f"{math.exp(mean):.2f} ({low:.2f} to {high:.2f})"
+
+
+def _plot(comparison: Comparison, title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    colours = pyplot.get_cmap("tab20")
+    for number, arm in enumerate(name for name in ARMS if name in comparison.arms()):
+        front = comparison.frontier(arm, comparison.seeds(arm)[0])
+        style = "-" if number < 20 else "--"
+        axes.plot(
+            [loss for loss, _ in front],
+            [math.exp(kl) for _, kl in front],
+            style,
+            color=colours(number % 20),
+            marker=".",
+            label=arm,
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("held-out task loss (nats a token)")
+    axes.set_ylabel(f"KL from the base (nats a token; mean of {', '.join(DOMAINS)})")
+    axes.set_title(title)
+    axes.legend(fontsize=6, ncols=2)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    pyplot.close(figure)

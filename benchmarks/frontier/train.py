@@ -1,0 +1,338 @@
+"""Training an arm and measuring it; on a GPU a step is a CUDA graph, and several run at once."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .arms import Arm
+from .data import DOMAINS, TASKS, Data
+from .moments import Moments, linears, projection, rank_of
+
+SCALES = (0.25, 0.5, 0.75, 1.0)  # of the update that is merged
+BATCH = 4  # sequences of a step; with general text half of them are it
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    arm_name: str
+    arm: Arm
+    task: str
+    rate: float
+    seed: int
+    steps: int
+
+    def spec(self) -> dict[str, Any]:
+        """What the result depends on, as its record keeps it."""
+        changed = {
+            field.name: getattr(self.arm, field.name)
+            for field in fields(self.arm)
+            if field.name != "rates" and getattr(self.arm, field.name) != field.default
+        }
+        return {
+            "arm": self.arm_name,
+            "settings": changed,
+            "task": self.task,
+            "rate": self.rate,
+            "seed": self.seed,
+            "steps": self.steps,
+        }
+
+
+class UpdatedLinear(nn.Module):
+    """``x @ (W + update)^T + b`` with the arm's update, formed anew in every forward pass."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rows: Tensor | None,
+        scale: Tensor | None,
+        rank: int | None,
+        mask: Tensor | None,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.linear, self.rows, self.mask = linear, rows, mask
+        self.scale = None if scale is None else scale[:, None]
+        out, inputs = linear.weight.shape
+        device = linear.weight.device
+        if rank is None:
+            count = out if rows is None else len(rows)
+            self.delta = nn.Parameter(torch.zeros(count, inputs, device=device))
+            self.factor = None
+        else:
+            bound = 1 / math.sqrt(inputs)  # as PEFT draws A
+            factor = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+            self.delta = nn.Parameter(torch.zeros(out, rank, device=device))
+            self.factor = nn.Parameter(factor.to(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = self.delta if self.factor is None else self.delta @ self.factor
+        if self.scale is not None:
+            delta = delta * self.scale
+        if self.mask is not None:
+            delta = delta @ self.mask
+        weight = self.linear.weight
+        weight = weight + delta if self.rows is None else weight.index_add(0, self.rows, delta)
+        return functional.linear(x, weight, self.linear.bias)
+
+
+class Laboratory:
+    """The base, the data and the moments, on one device."""
+
+    def __init__(self, base: Any, data: Data, moments: dict[str, Moments]) -> None:
+        self.base = base.eval().requires_grad_(False)
+        self.device = next(base.parameters()).device
+        self.data, self.moments = data, moments
+        self._states = {name: self._hidden(self.base, name) for name in DOMAINS}
+        self.before = {task: self.measure(self.base, task)["loss"] for task in TASKS}
+
+    @torch.no_grad()
+    def _hidden(self, model: Any, name: str) -> Tensor:
+        """Last hidden states of the places that predict a label, ``[tokens, hidden]``."""
+        ids, labels = self.data.ids[name], self.data.labels[name]
+        parts = []
+        for batch, wanted in zip(ids.split(32), labels.split(32), strict=True):
+            states = model.model(input_ids=batch, use_cache=False).last_hidden_state
+            parts.append(states[:, :-1][wanted[:, 1:] != -100])
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def measure(self, model: Any, task: str) -> dict[str, float]:
+        """Nats a token: the task's held-out loss, and each domain's KL from the base."""
+        name = f"{task}/test"
+        labels = self.data.labels[name][:, 1:]
+        head = model.get_output_embeddings().weight
+        states = self._hidden(model, name)
+        loss = torch.zeros((), device=self.device)
+        wanted = labels[labels != -100]
+        for part, target in zip(states.split(2048), wanted.split(2048), strict=True):
+            loss += functional.cross_entropy(part @ head.T, target, reduction="sum")
+        figures = {"loss": loss / len(wanted)}
+        base_head = self.base.get_output_embeddings().weight
+        for domain in DOMAINS:
+            states, total = self._hidden(model, domain), torch.zeros((), device=self.device)
+            for part, before in zip(
+                states.split(2048), self._states[domain].split(2048), strict=True
+            ):
+                q = (part @ head.T).log_softmax(-1)
+                p = (before @ base_head.T).log_softmax(-1)
+                total += functional.kl_div(q, p, reduction="sum", log_target=True)
+            figures[domain] = total / len(states)
+        return {name: float(f"{float(value):.6g}") for name, value in figures.items()}
+
+
+class Run:
+    """A job's model, optimizer and step."""
+
+    def __init__(self, job: Job, lab: Laboratory) -> None:
+        self.job, self.lab = job, lab
+        self.model = copy.deepcopy(lab.base)
+        self.generator = torch.Generator().manual_seed(1000 + job.seed)
+        self.parameters = self._prepare()
+        # what a merge scales: of a product one factor is enough
+        self.scaled = [p for name, p in self._named() if not name.endswith(".factor")]
+        self.initial = [p.detach().clone() for p in self.scaled] if job.arm.whole else None
+        device = lab.device
+        self.rate = torch.zeros((), device=device)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.rate if device.type == "cuda" else 0.0,
+            weight_decay=0.0,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        warm = max(1, job.steps // 10)
+        factors = [
+            min((i + 1) / warm, (job.steps - i) / (job.steps - warm + 1)) for i in range(job.steps)
+        ]
+        self.rates = torch.tensor([job.rate * f for f in factors], device=device)
+        self.order = self._order().to(device)
+        self.step_number = torch.zeros(1, dtype=torch.long, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    def _prepare(self) -> list[nn.Parameter]:
+        arm, lab = self.job.arm, self.lab
+        self.model.requires_grad_(arm.whole)
+        layers = linears(self.model)
+        names = list(layers)
+        rows_generator = torch.Generator().manual_seed(77 + self.job.seed)
+        for name, linear in layers.items():
+            part = name.rpartition(".")[2]
+            wanted = {
+                "down_proj": part == "down_proj",
+                "mlp": part in ("gate_proj", "up_proj", "down_proj"),
+                "linears": True,
+            }[arm.targets]
+            protected = arm.protect is not None and (part == "down_proj" or not arm.whole)
+            if not wanted or (arm.whole and not protected):
+                continue
+            mask = None
+            if protected:
+                moments = lab.moments[arm.moments]
+                other = name
+                if arm.protect == "other":  # the same matrix, seven layers on
+                    alike = [n for n in names if n.rpartition(".")[2] == part]
+                    other = alike[(alike.index(name) + 7) % len(alike)]
+                values, vectors = moments.values[other], moments.vectors[other]
+                rank = rank_of(values, arm.share, arm.directions)
+                number = 10_000 * self.job.seed + names.index(name)
+                mask = projection(cast(str, arm.protect), values, vectors, rank, number)
+            sensitivity = lab.moments[arm.moments].sensitivity[name]
+            rows = None
+            if arm.quota < 100:
+                count = round(arm.quota / 100 * linear.out_features)
+                if arm.rows == "random":
+                    order = torch.randperm(linear.out_features, generator=rows_generator)
+                else:
+                    order = sensitivity.argsort(descending=arm.rows == "most")
+                rows = order[:count].sort().values.to(lab.device)
+            scale = None
+            if arm.row_steps:
+                chosen = sensitivity if rows is None else sensitivity[rows]
+                scale = (chosen / chosen.median()).rsqrt().clamp(0.25, 4.0)
+                scale = scale / scale.mean()
+            linear.weight.requires_grad_(False)
+            parent, _, attribute = name.rpartition(".")
+            layer = UpdatedLinear(linear, rows, scale, arm.rank, mask, self.generator)
+            setattr(self.model.get_submodule(parent), attribute, layer)
+        return [p for _, p in self._named()]
+
+    def _order(self) -> Tensor:
+        """The sequences of each step, ``[steps, batch]``: of the task, then of general text."""
+        half = BATCH // 2 if self.job.arm.general else BATCH
+        counts = [(len(self.lab.data.ids[f"{self.job.task}/train"]), half)]
+        if self.job.arm.general:
+            counts.append((len(self.lab.data.ids[self.job.arm.source]), BATCH - half))
+        columns = []
+        for available, each in counts:
+            wanted = each * self.job.steps
+            drawn = [
+                torch.randperm(available, generator=self.generator)
+                for _ in range(math.ceil(wanted / available))
+            ]
+            columns.append(torch.cat(drawn)[:wanted].view(self.job.steps, each))
+        return torch.cat(columns, 1)
+
+    def _loss(self) -> Tensor:
+        order = self.order[self.step_number][0]
+        half = BATCH // 2 if self.job.arm.general else BATCH
+        data, arm = self.lab.data, self.job.arm
+        ids = data.ids[f"{self.job.task}/train"][order[:half]]
+        labels = data.labels[f"{self.job.task}/train"][order[:half]]
+        if arm.general:
+            ids = torch.cat([ids, data.ids[arm.source][order[half:]]])
+            labels = torch.cat([labels, data.labels[arm.source][order[half:]]])
+        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+        wanted = labels[:, 1:]
+        loss = _mean(logits[:half], wanted[:half])
+        if arm.general == "replay":
+            loss = loss + arm.general_weight * _mean(logits[half:], wanted[half:])
+        elif arm.general == "kl":
+            with torch.no_grad():
+                before = self.lab.base(input_ids=ids[half:], use_cache=False).logits[:, :-1]
+            divergence = functional.kl_div(
+                logits[half:].log_softmax(-1),
+                before.log_softmax(-1),
+                reduction="none",
+                log_target=True,
+            ).sum(-1)
+            kept = wanted[half:] != -100
+            loss = loss + arm.general_weight * (divergence * kept).sum() / kept.sum()
+        return loss
+
+    def _step(self) -> None:
+        loss = self._loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        rate = self.rates[self.step_number][0]
+        if self.lab.device.type == "cuda":
+            self.rate.copy_(rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = float(rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.graph is None)
+        self.step_number += 1
+
+    def capture(self) -> None:
+        """Make the step a CUDA graph; what its rehearsals trained is undone."""
+        saved = [p.detach().clone() for p in self.parameters]
+        self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self._step()
+        self.graph = graph
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, saved, strict=True):
+                parameter.copy_(value)
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+        self.step_number.zero_()
+        torch.cuda.synchronize()
+
+    def advance(self) -> None:
+        """One step; on a GPU it is only asked for."""
+        if self.graph is None:
+            self._step()
+        else:
+            with torch.cuda.stream(self.stream):
+                self.graph.replay()
+
+    def finish(self) -> dict[str, Any]:
+        """The figures of every scale of the update."""
+        self.graph = None
+        final = [p.detach().clone() for p in self.scaled]
+        points = []
+        for scale in SCALES:
+            with torch.no_grad():
+                for i, (parameter, value) in enumerate(zip(self.scaled, final, strict=True)):
+                    start = 0.0 if self.initial is None else self.initial[i]
+                    parameter.copy_(start + scale * (value - start))
+            points.append({"scale": scale} | self.lab.measure(self.model, self.job.task))
+        return {
+            "trained": sum(p.numel() for p in self.parameters),
+            "before": self.lab.before[self.job.task],
+            "points": points,
+        }
+
+
+def _mean(logits: Tensor, wanted: Tensor) -> Tensor:
+    total = functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1), reduction="sum"
+    )
+    return total / (wanted != -100).sum()
+
+
+def train(jobs: Sequence[Job], lab: Laboratory) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """All of them side by side, each on a stream of its own."""
+    runs = [Run(job, lab) for job in jobs]
+    if lab.device.type == "cuda":
+        for run in runs:
+            run.capture()
+    for step in range(max(job.steps for job in jobs)):
+        for run in runs:
+            if step < run.job.steps:
+                run.advance()
+    if lab.device.type == "cuda":
+        torch.cuda.synchronize()
+    for run in runs:
+        yield run.job, run.finish()

@@ -1,0 +1,165 @@
+"""benchmarks/frontier: what its arms train, and how they are compared."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.frontier.__main__ import _sources, kill_test, plan
+from benchmarks.frontier.arms import ARMS
+from benchmarks.frontier.compare import Comparison, at_loss, frontier
+from benchmarks.frontier.data import DOMAINS, LENGTH, SOURCES, TASKS, Data
+from benchmarks.frontier.moments import linears, measure_moments, projection, rank_of
+from benchmarks.frontier.train import Job, Laboratory, Run, UpdatedLinear, train
+
+
+@pytest.fixture(scope="module")
+def lab():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=20,
+        intermediate_size=28,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=61,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    tensors = {}
+    for name in (*DOMAINS, *SOURCES, *(f"{t}/{p}" for t in TASKS for p in ("train", "test"))):
+        ids = torch.randint(61, (6, LENGTH))[:, :LENGTH]
+        labels = ids.clone()
+        labels[:, 0] = -100
+        labels[2:, 200:] = -100
+        tensors |= {f"{name}:ids": ids, f"{name}:labels": labels}
+    data = Data(tensors)
+    moments = {
+        name: measure_moments(
+            model, data.ids[source], data.labels[source], list(linears(model)), weighted=weighted
+        )
+        for name, (source, weighted, _) in _sources().items()
+    }
+    return Laboratory(model, data, moments)
+
+
+def updates(model):
+    """The update of every linear layer's weight, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, UpdatedLinear):
+            eye = torch.eye(module.linear.in_features)
+            found[name] = (module(eye) - module.linear(eye)).T.detach()
+    return found
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_trains_what_it_says(lab, name):
+    arm = ARMS[name]
+    job = Job(name, arm, "shakespeare", 1e-2, seed=0, steps=3)
+    run = Run(job, lab)
+    before = {n: p.detach().clone() for n, p in lab.base.named_parameters()}
+    for _ in range(3):
+        run.advance()
+    assert all(torch.equal(p, before[n]) for n, p in lab.base.named_parameters())
+    changed = updates(run.model)
+    for layer, update in changed.items():
+        assert update.abs().max() > 0
+        if arm.quota < 100:
+            rows = update.abs().amax(1) > 1e-9
+            assert rows.sum() == round(arm.quota / 100 * len(update))
+        if arm.protect == "cut":
+            moments = lab.moments[arm.moments]
+            rank = rank_of(moments.values[layer], arm.share, arm.directions)
+            inside = update @ moments.vectors[layer][:, :rank]
+            assert inside.abs().max() < 1e-4 * update.abs().max()
+    whole = [n for n, p in run.model.named_parameters() if p.requires_grad and "delta" not in n]
+    assert any("embed_tokens" in n for n in whole) == arm.whole
+    figures = run.finish()
+    assert [p["scale"] for p in figures["points"]] == [0.25, 0.5, 0.75, 1.0]
+    assert figures["points"][0]["wikitext"] < figures["points"][-1]["wikitext"]
+
+
+def test_the_measures_are_what_they_say(lab):
+    figures = lab.measure(lab.base, "gsm8k")
+    ids, labels = lab.data.ids["gsm8k/test"], lab.data.labels["gsm8k/test"]
+    assert figures["loss"] == pytest.approx(float(lab.base(input_ids=ids, labels=labels).loss))
+    assert figures["wikitext"] == pytest.approx(0, abs=1e-6)
+    run = Run(Job("full", ARMS["full"], "gsm8k", 1e-2, 0, 2), lab)
+    run.advance()
+    q = run.model(input_ids=lab.data.ids["code"]).logits[:, :-1].log_softmax(-1)
+    p = lab.base(input_ids=lab.data.ids["code"]).logits[:, :-1].log_softmax(-1)
+    divergence = (p.exp() * (p - q)).sum(-1)[lab.data.labels["code"][:, 1:] != -100].mean()
+    assert lab.measure(run.model, "gsm8k")["code"] == pytest.approx(float(divergence), rel=1e-3)
+
+
+def test_moments_are_those_of_the_inputs_and_gradients(lab):
+    model, name = lab.base, "model.layers.1.mlp.down_proj"
+    inputs = []
+    layer = model.get_submodule(name)
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    ids, labels = lab.data.ids["samples"], lab.data.labels["samples"]
+    model(input_ids=ids)
+    hook.remove()
+    x = inputs[0][labels != -100].double()
+    moments = lab.moments["samples"]
+    vectors = moments.vectors[name].double()
+    restored = (vectors * moments.values[name].double()) @ vectors.T
+    count = (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(restored, x.T @ x / count, rtol=1e-4, atol=1e-7)
+    assert (moments.sensitivity[name] > 0).all()
+    assert set(moments.values) == set(linears(model))
+    rank = rank_of(moments.values[name], 0.9)
+    soft = projection("soft", moments.values[name], moments.vectors[name], rank, 0)
+    kept = torch.linalg.eigvalsh(soft)
+    assert 0 < kept.min() < 0.75
+    assert kept.max() <= 1 + 1e-5
+
+
+def test_a_random_subspace_has_the_rank_of_the_cut(lab):
+    moments = lab.moments["samples"]
+    name = "model.layers.0.mlp.down_proj"
+    values, vectors = moments.values[name], moments.vectors[name]
+    rank = rank_of(values, 0.9)
+    cut, drawn = (projection(kind, values, vectors, rank, 5) for kind in ("cut", "random"))
+    assert float(cut.trace()) == pytest.approx(len(values) - rank, abs=1e-3)
+    assert float(cut.trace()) == pytest.approx(float(drawn.trace()), abs=1e-3)
+    assert (cut - drawn).abs().max() > 0.05
+
+
+def test_trainings_side_by_side_are_those_of_one(lab):
+    jobs = [Job("LoRA", ARMS["LoRA"], "gsm8k", rate, 1, 2) for rate in (1e-3, 1e-2)]
+    together = {job.rate: figures for job, figures in train(jobs, lab)}
+    ((_, alone),) = train(jobs[1:], lab)
+    assert together[1e-2] == alone
+
+
+def test_a_plan_names_no_training_twice():
+    jobs = [json.dumps(job.spec(), sort_keys=True) for job in kill_test()]
+    assert len(set(jobs)) == len(jobs) == 2 * 2 * 5 * len(ARMS)
+    assert len(list(plan(["LoRA"], TASKS, range(6), 400, (1e-3, 2e-3)))) == 24
+
+
+def test_a_frontier_is_what_no_point_beats():
+    points = [(3.0, -4.0), (2.5, -3.0), (2.6, -2.0), (2.0, 0.0), (3.5, -3.9)]
+    front = frontier(points)
+    assert front == [(2.0, 0.0), (2.5, -3.0), (3.0, -4.0)]
+    assert at_loss(front, 2.25) == pytest.approx(-1.5)
+    assert at_loss(front, 3.0) == -4.0
+    assert at_loss(front, 1.9) is None
+    assert at_loss(front, 3.1) is None
+
+
+def test_arms_are_compared_at_equal_loss():
+    def record(arm, factor):
+        points = [
+            {"scale": s, "loss": 4 - s, **dict.fromkeys(DOMAINS, factor * 0.1 * s * s)}
+            for s in (0.25, 0.5, 0.75, 1.0)
+        ]
+        return {"arm": arm, "seed": 0, "before": 4.0, "points": points}
+
+    comparison = Comparison([record("full", 1.0), record("rows", 0.2)])
+    assert comparison.log_ratios("rows", "full")[0] == pytest.approx(math.log(5))
+    assert comparison.log_ratios("rows", "full", scaled=False) == {}  # one point is no curve
