@@ -157,11 +157,9 @@ def _chats(shared: Path, model: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
         record["query"].removeprefix("Question: ").split("\n")[0]
         for record in _records(shared / "general" / "piqa.jsonl")
     ]
-    rows = []
-    for goal in goals[:: len(goals) // 40][:40]:
-        prompt = _prompt(tokenizer, goal)
-        (text,) = _generate(model, tokenizer, torch.tensor([prompt]), 128)
-        rows.append((text, len(prompt)))
+    prompts = [_prompt(tokenizer, goal) for goal in goals[:: len(goals) // 40][:40]]
+    texts = _generate(model, tokenizer, prompts, 128, tokenizer.eos_token)
+    rows = [(text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
     return _pad(rows, tokenizer.eos_token_id)
 
 
@@ -170,33 +168,35 @@ def _samples(model: Any, tokenizer: Any, count: int = 192) -> tuple[Tensor, Tens
     rows = []
     for start in ("<|endoftext|>", "<|im_start|>user\n"):
         ids = tokenizer(start, add_special_tokens=False)["input_ids"]
-        for _ in range(0, count // 2, 48):
-            texts = _generate(model, tokenizer, torch.tensor([ids] * 48), LENGTH - len(ids))
-            rows += [(text, 1) for text in texts]
+        prompts = [ids] * (count // 2)
+        texts = _generate(model, tokenizer, prompts, LENGTH - len(ids), "<|endoftext|>")
+        rows += [(text, 1) for text in texts]
     return _pad(rows, tokenizer.eos_token_id)
 
 
 @torch.no_grad()
-def _generate(model: Any, tokenizer: Any, prompts: Tensor, count: int) -> list[list[int]]:
-    """Samples at temperature 1, up to and with the token that ends each."""
-    chat = prompts.shape[0] == 1
-    ends = [tokenizer.eos_token_id] if chat else [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], count: int, end: str
+) -> list[list[int]]:
+    """The prompts continued at temperature 1, up to and with the token that ends each."""
+    stop = tokenizer.convert_tokens_to_ids(end)
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), tokenizer.eos_token_id)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):  # padded on the left
+        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[i, longest - len(prompt) :] = 1
     tokens = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
         do_sample=True,
         top_k=0,
         top_p=1.0,
         temperature=1.0,
         repetition_penalty=1.0,
         max_new_tokens=count,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-    ).tolist()
-    texts = []
-    for row in tokens:
-        length = prompts.shape[1]
-        while length < len(row) and row[length] not in ends:
-            length += 1
-        texts.append(row[: length + 1])
-    return texts
+        eos_token_id=stop,
+        pad_token_id=stop,
+    )[:, longest:].tolist()
+    drawn = [row[: row.index(stop) + 1] if stop in row else row for row in tokens]
+    return [prompt + row for prompt, row in zip(prompts, drawn, strict=True)]

@@ -10,10 +10,10 @@ from typing import Any
 from loki_kernels.files import atomic_path
 
 from ..forgetting.compare import estimate
-from .__main__ import read_records
 from .arms import ARMS
 from .compare import Comparison, at_loss
 from .data import DOMAINS
+from .runner import read_records
 
 _READING = """\
 Every training is measured at a quarter, half, three quarters and all of its update. An arm's

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.frontier.__main__ import _sources, kill_test, plan
+from benchmarks.frontier.runner import _sources, kill_test, plan
 from benchmarks.frontier.arms import ARMS
 from benchmarks.frontier.compare import Comparison, at_loss, frontier
 from benchmarks.frontier.data import DOMAINS, LENGTH, SOURCES, TASKS, Data

@@ -1,0 +1,246 @@
+"""``python -m benchmarks.frontier data | run | report``: the frontier of forgetting and learning.
+
+``data`` tokenizes the evaluation texts and draws the model's samples, once. ``run`` trains what has
+not been trained, several arms at once on a GPU, and appends to
+``benchmarks/results/frontier/trainings.jsonl``. ``report`` compares and draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from loki_kernels.attribution.cache import cache_folder
+
+from ..records import RESULTS, describe_machine
+from .arms import ARMS, FIRST
+from .data import TASKS, Data, write_data
+from .moments import Moments, linears, measure_moments
+from .train import Job, Laboratory, train
+
+HERE = Path(__file__).parent
+SHARED = HERE.parents[2] / "shared" / "data"
+STEPS = 80
+
+
+def plan(
+    arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], steps: int, rates: Any = None
+) -> Iterator[Job]:
+    """Every training of these, what says most first: all arms of one seed, middle rates first."""
+    for seed in seeds:
+        for place in (2, 1, 3, 0, 4) if rates is None else range(len(rates)):
+            for name in arms:
+                for task in tasks:
+                    wanted = ARMS[name].rates if rates is None else rates
+                    yield Job(name, ARMS[name], task, wanted[place], seed, steps)
+
+
+def kill_test() -> Iterator[Job]:
+    """What decides whether a lead lives: two seeds of every arm, then of their variants."""
+    variants = [name for name in ARMS if name not in FIRST]
+    for seed in (0, 1):
+        yield from plan(FIRST, TASKS, [seed], STEPS)
+        yield from plan(variants, TASKS, [seed], STEPS)
+
+
+def _key(spec: dict[str, Any]) -> str:
+    return json.dumps(spec, sort_keys=True)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _sources() -> dict[str, tuple[str, bool, bool]]:
+    """Name -> (source, weighted, of every linear layer) of all moments that arms ask for."""
+    wanted: dict[str, tuple[str, bool, bool]] = {}
+    for arm in ARMS.values():
+        every = wanted.get(arm.moments, ("", False, False))[2] or arm.targets != "down_proj"
+        wanted[arm.moments] = (arm.source, arm.weighted, every)
+    return wanted
+
+
+def _write_moments(folder: Path, model: Any, data: Data, texts: int | None) -> None:
+    for name, (source, weighted, every) in _sources().items():
+        start = time.monotonic()
+        layers = [n for n in linears(model) if every or n.endswith("down_proj")]
+        ids, labels = data.ids[source][:texts], data.labels[source][:texts]
+        moments = measure_moments(model, ids, labels, layers, weighted=weighted)
+        tensors = {
+            f"{part}:{layer}": tensor.cpu().clone()
+            for part in ("values", "vectors", "sensitivity")
+            for layer, tensor in getattr(moments, part).items()
+        }
+        save_file(tensors, folder / f"{name}.safetensors")
+        print(f"moments of {name}: {time.monotonic() - start:.1f} s", flush=True)
+
+
+def _read_moments(folder: Path, device: str) -> dict[str, Moments]:
+    read = {}
+    for name in _sources():
+        moments = Moments({}, {}, {})
+        for key, tensor in load_file(folder / f"{name}.safetensors", device=device).items():
+            part, _, layer = key.partition(":")
+            getattr(moments, part)[layer] = tensor
+        read[name] = moments
+    return read
+
+
+def _laboratory(folder: Path, device: str) -> Laboratory:
+    torch.set_float32_matmul_precision("high")  # TF32 products on a GPU; storage stays float32
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).to(device)
+    data = Data.load(folder / "data.safetensors").to(device)
+    return Laboratory(base, data, _read_moments(folder, device))
+
+
+def _work(folder: Path, device: str, jobs: Any, results: Any) -> None:
+    """A process: takes groups of jobs until there are none."""
+    if device == "cuda":
+        torch.set_num_threads(2)
+    lab = _laboratory(folder, device)
+    while True:
+        try:
+            group = jobs.get_nowait()
+        except queue.Empty:
+            results.put(None)
+            return
+        start = time.monotonic()
+        try:
+            for job, figures in train(group, lab):
+                seconds = round((time.monotonic() - start) / len(group), 2)
+                results.put(job.spec() | figures | {"seconds": seconds})
+        except Exception:
+            results.put({"error": traceback.format_exc(), "jobs": [j.spec() for j in group]})
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path: Path = arguments.results
+    done = {
+        _key({k: r[k] for k in ("arm", "settings", "task", "rate", "seed", "steps")})
+        for r in read_records(path)
+    }
+    if arguments.arms:
+        jobs = list(
+            plan(arguments.arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates)
+        )
+    else:
+        jobs = list(kill_test())
+    jobs = [job for job in jobs if _key(job.spec()) not in done][: arguments.most]
+    print(f"{len(jobs)} trainings to do", flush=True)
+    start = time.monotonic()
+    machine = describe_machine()
+    kept = {k: machine[k] for k in ("device", "torch", "revision", "date")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as scratch, open(path, "a", encoding="utf-8") as file:
+        folder = Path(scratch)
+        shutil.copy(arguments.data, folder / "data.safetensors")
+        model = _load_model(arguments.random_weights)
+        model.save_pretrained(folder / "model")
+        data = Data.load(arguments.data).to(device)
+        _write_moments(folder, model.to(device), data, arguments.texts)
+        del model, data
+        group = arguments.group if device == "cuda" else 1
+        waiting, results = context.Queue(), context.Queue()
+        for i in range(0, len(jobs), group):
+            waiting.put(jobs[i : i + group])
+        workers = [
+            context.Process(target=_work, args=(folder, device, waiting, results), daemon=True)
+            for _ in range(arguments.processes if device == "cuda" else 1)
+        ]
+        for worker in workers:
+            worker.start()
+        running, count, failed = len(workers), 0, 0
+        while running:
+            left = arguments.seconds - (time.monotonic() - start)
+            try:
+                record = results.get(timeout=max(0.1, left))
+            except queue.Empty:
+                print("out of time", flush=True)
+                break
+            if record is None:
+                running -= 1
+            elif "error" in record:
+                print(record["error"][-3000:], [j["arm"] for j in record["jobs"]], flush=True)
+                failed += 1
+                if failed > 8:
+                    break
+            else:
+                file.write(json.dumps(record | kept) + "\n")
+                file.flush()
+                count += 1
+        for worker in workers:
+            worker.kill()
+        print(f"{count} trainings in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _load_model(random_weights: bool) -> Any:
+    if random_weights:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=30,
+                vocab_size=49152,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                tie_word_embeddings=True,
+            )
+        )
+    from loki_kernels.demo.model import load_smollm2
+
+    return load_smollm2()[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=__doc__)
+    parser.add_argument("what", choices=("data", "run", "report"))
+    parser.add_argument("--data", type=Path, default=cache_folder() / "frontier.safetensors")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="the evaluation texts")
+    parser.add_argument("--results", type=Path, default=RESULTS / "frontier" / "trainings.jsonl")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="instead of the kill test")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--rates", nargs="+", type=float)
+    parser.add_argument("--most", type=int, help="train no more than so many")
+    parser.add_argument("--texts", type=int, help="of each source, to rehearse")
+    parser.add_argument("--random-weights", action="store_true", help="to rehearse")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 4) // 4))
+    parser.add_argument("--group", type=int, default=4, help="trainings at once in a process")
+    arguments = parser.parse_args()
+    if arguments.what == "data":
+        from loki_kernels.demo.model import load_smollm2
+
+        torch.manual_seed(0)
+        model, tokenizer = load_smollm2()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        write_data(arguments.data, arguments.shared, model.to(device), tokenizer)
+    elif arguments.what == "run":
+        run(arguments)
+    else:
+        from .report import write_report
+
+        write_report(arguments.results)
+
