@@ -59,7 +59,7 @@ class BaseRows:
     def of(cls, layers: Sequence[Tensor], *, quantized: bool = False) -> BaseRows:
         """Of rows ``[k, in_features]`` of each layer; of dequantized ones with ``quantized``."""
         dtype = "quantized" if quantized else str(layers[0].dtype).removeprefix("torch.")
-        return cls(_fingerprint(layers), dtype, [_sketch(rows.detach()) for rows in layers])
+        return cls(tensors_fingerprint(layers), dtype, [_sketch(rows.detach()) for rows in layers])
 
     def why_other(self, present: BaseRows) -> str | None:
         """Why ``present`` are not these rows, nor a copy of them in another dtype."""
@@ -87,7 +87,8 @@ _QUANTIZED = 0.25
 _ROUNDED = 0.01
 
 
-def _fingerprint(layers: Iterable[Tensor]) -> str:
+def tensors_fingerprint(layers: Iterable[Tensor]) -> str:
+    """Of bfloat16 values, leaving out the smallest, so that it is the same in other dtypes."""
     digest = hashlib.sha256()
     for rows in layers:
         digest.update(str(tuple(rows.shape)).encode())

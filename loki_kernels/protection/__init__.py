@@ -1,0 +1,6 @@
+"""The input directions of general text, which a protected update leaves alone."""
+
+from .estimate import estimate_protection
+from .result import Protection
+
+__all__ = ["Protection", "estimate_protection"]

@@ -1,0 +1,179 @@
+"""`estimate_protection`: second moments of the down-projections' inputs on general text."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..attribution.cache import cache_folder
+from ..attribution.placement import on_accelerator
+from ..discovery import find_structure
+from ..fingerprint import model_fingerprint
+from ..progress import progress_bar
+from ..structure import DownProjection, Structure
+from . import samples
+from .moments import layers_at_a_time, moment_of, second_moments, top_eigenvectors
+from .result import Protection
+
+logger = logging.getLogger(__name__)
+
+_WINDOW = 512  # tokens of a text that are read at once
+
+
+def estimate_protection(
+    model: nn.Module,
+    texts: Iterable[str | Sequence[int]] | None = None,
+    *,
+    tokenizer: Any = None,
+    share: float = 0.9,
+    max_directions: int = 1024,
+    earlier: Protection | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Protection:
+    """The directions in which general text drives every down-projection of a model.
+
+    Of a layer's inputs x the top eigenvectors of E[x x^T] (E over tokens, first ones of a text left
+    out) that hold ``share`` of the trace. Exact up to 4,096 features, above that by subspace
+    iteration. A model on the CPU is on the accelerator meanwhile, if it fits there.
+
+    Args:
+        model: a transformers causal language model, patched or not.
+        texts: strings, or lists of token ids; longer ones are cut into windows of 512 tokens. None
+            draws 192 samples of up to 256 tokens from the model itself.
+        tokenizer: for strings and samples; by default the one of ``model.name_or_path``.
+        share: of the inputs' energy, in (0, 1).
+        max_directions: of a layer; a warning says so where they hold less than ``share``.
+        earlier: a protection whose energy is added, to protect an earlier task too (``texts``).
+        batch_size: texts at a time.
+        seed: of the samples.
+        progress: whether to show a bar; None: on a terminal.
+
+    Raises:
+        ValueError: for no text, a share or count out of range, an ``earlier`` of other layers, or a
+            model or tokenizer that samples cannot be drawn from.
+        UnsupportedModelError: if the model has no FFN down-projections.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be in (0, 1); it is {share}.")
+    if max_directions < 1 or batch_size < 1:
+        raise ValueError("max_directions and batch_size must be positive.")
+    structure = find_structure(model)
+    layers = [down_proj for _, down_proj in structure.trainable()]
+    _check_earlier(earlier, layers)
+    with on_accelerator(model), _evaluating(structure.causal_lm):
+        own = texts is None
+        if own:
+            texts = samples.draw_samples(
+                structure.causal_lm,
+                tokenizer or _tokenizer_of(structure),
+                seed=seed,
+                progress=progress,
+            )
+        assert texts is not None
+        windows = list(_windows(texts, tokenizer, structure))
+        if not any(len(window) > 1 for window in windows):
+            raise ValueError("there is no text of two tokens or more to estimate from.")
+        parts: dict[str, tuple[Tensor, Tensor, float]] = {}
+        with progress_bar(len(layers), "estimate the inputs' moments", progress) as bar:
+            for group in layers_at_a_time(layers):
+                moments = second_moments(structure, group, windows, batch_size)
+                for down_proj in group:
+                    moment = moments.pop(down_proj.name)
+                    if earlier is not None:
+                        moment = moment + moment_of(earlier, down_proj.name, moment.device)
+                    parts[down_proj.name] = top_eigenvectors(moment, share, max_directions)
+                    bar.update()
+    tokens = sum(len(window) - 1 for window in windows)
+    info = {
+        "model": getattr(structure.causal_lm, "name_or_path", None),
+        "texts": "the model's own samples" if own else "given",
+        "tokens": tokens,
+        "share": share,
+        "earlier": None if earlier is None else earlier.fingerprint,
+        "loki_kernels": __version__,
+    }
+    directions, energies, totals = (
+        {name: part[i] for name, part in parts.items()} for i in range(3)
+    )
+    result = Protection(directions, energies, totals, info)  # type: ignore[arg-type]
+    _warn_of_few(result, share)
+    return result
+
+
+def _warn_of_few(protection: Protection, share: float) -> None:
+    name, least = min(protection.shares().items(), key=lambda item: item[1])
+    if least < share - 1e-4:
+        logger.warning(
+            "%d directions hold %.0f %% of the energy of %s's inputs, not %.0f %%; more of them "
+            "(max_directions) protect more.",
+            protection.directions[name].shape[1], 100 * least, name, 100 * share,
+        )  # fmt: skip
+
+
+def cached_protection(model: nn.Module, structure: Structure, tokenizer: Any) -> Protection:
+    """`estimate_protection` on the model's own samples, from the cache if it is there."""
+    key = hashlib.sha256(f"{__version__} {model_fingerprint(structure.causal_lm)}".encode())
+    path = cache_folder() / f"protection-{key.hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        try:
+            result = Protection.load(path)
+            logger.info("using the protection cached in %s", path)
+            return result
+        except ValueError as error:
+            logger.warning("%s; estimating again", error)
+    result = estimate_protection(model, tokenizer=tokenizer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.save(path)
+    except OSError as error:
+        logger.warning("the protection could not be cached: %s", error)
+    return result
+
+
+def _check_earlier(earlier: Protection | None, layers: Sequence[DownProjection]) -> None:
+    if earlier is None:
+        return
+    for down_proj in layers:
+        held = earlier.directions.get(down_proj.name)
+        if held is None or len(held) != down_proj.module.in_features:
+            raise ValueError(f"the earlier protection is of another model: {down_proj.name}.")
+
+
+def _tokenizer_of(structure: Structure) -> Any:
+    from transformers import AutoTokenizer
+
+    name = getattr(structure.causal_lm, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer was found under {name!r}; pass tokenizer=...") from error
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _windows(
+    texts: Iterable[str | Sequence[int]], tokenizer: Any, structure: Structure
+) -> Iterator[list[int]]:
+    for text in texts:
+        if isinstance(text, str):
+            tokenizer = tokenizer or _tokenizer_of(structure)
+            text = tokenizer(text, verbose=False)["input_ids"]
+        for start in range(0, len(text), _WINDOW):
+            yield list(text[start : start + _WINDOW])

@@ -1,0 +1,103 @@
+"""What a model says by itself: general text of its own distribution, which needs no data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..progress import progress_bar
+
+COUNT = 192
+LENGTH = 256  # tokens
+_BATCH = 48
+# What separates documents in GPT-2's vocabulary and those made after it, where a chat model's own
+# first token opens a turn.
+_SEPARATOR = "<|endoftext|>"
+
+
+@torch.no_grad()
+def draw_samples(
+    model: Any,
+    tokenizer: Any,
+    count: int = COUNT,
+    length: int = LENGTH,
+    *,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> list[list[int]]:
+    """``count`` samples at temperature 1 of up to ``length`` tokens.
+
+    As many from nothing as from each other opening: of a user's turn where there is a chat
+    template, so that questions and answers are there too.
+
+    Raises:
+        ValueError: if the model cannot generate, or the tokenizer has no token to start from.
+    """
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise ValueError(f"{type(model).__name__} generates no text; give texts of your own.")
+    document, *chats = _openings(tokenizer)
+    separator = _separator(tokenizer)
+    # a chat goes on after the end of a turn
+    ends = [tokenizer.eos_token_id if separator is None else separator, separator]
+    openings = list(zip([document, *chats], ends, strict=False))
+    samples: list[list[int]] = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        progress_bar(count, "draw the model's samples", progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        for number, (opening, end) in enumerate(openings):
+            left = count // len(openings) + (number < count % len(openings))
+            while left:
+                drawn = _generate(model, opening, min(left, _BATCH), length, end)
+                samples += drawn
+                left -= len(drawn)
+                bar.update(len(drawn))
+    return samples
+
+
+def _separator(tokenizer: Any) -> int | None:
+    token = tokenizer.convert_tokens_to_ids(_SEPARATOR)
+    known = token is not None and tokenizer.convert_ids_to_tokens(token) == _SEPARATOR
+    return token if known else None
+
+
+def _openings(tokenizer: Any) -> list[list[int]]:
+    """What a document starts with, and what a user's turn does if there is a chat template."""
+    starts = [_separator(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    first = next((token for token in starts if token is not None), None)
+    if first is None:
+        raise ValueError("the tokenizer has no token that starts a text; give texts of your own.")
+    openings = [[first]]
+    if getattr(tokenizer, "chat_template", None) is not None:
+        mark = "0123456789"
+        text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+        before, found, _ = text.partition(mark)
+        if found and before:
+            openings.append(tokenizer(before, add_special_tokens=False)["input_ids"])
+    return openings
+
+
+def _generate(
+    model: Any, opening: list[int], count: int, length: int, end: int | None
+) -> list[list[int]]:
+    prompt = torch.tensor([opening] * count, device=model.device)
+    tokens = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=max(1, length - len(opening)),
+        eos_token_id=end,
+        pad_token_id=0 if end is None else end,
+    ).tolist()
+    texts = []
+    for row in tokens:
+        drawn = row[len(opening) :]
+        texts.append(opening + (drawn[: drawn.index(end) + 1] if end in drawn else drawn))
+    return texts

@@ -1,0 +1,184 @@
+"""estimate_protection: the directions are those of the inputs, and its file is what it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+import loki_kernels as loki
+from loki_kernels.protection import Protection, estimate, moments, samples
+from loki_kernels.protection.result import leave_out
+from tests.models import DEVICE, assert_unchanged, build_model, snapshot
+
+NAME = "model.layers.1.mlp.down_proj"
+
+
+def texts(count=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [2 + int(n) for n in torch.randint(0, 40, (count,), generator=generator)]
+    return [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
+
+
+def inputs_of(model, name, windows):
+    """The layer's inputs on each text by itself, first tokens left out."""
+    found = []
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: found.append(args[0][0, 1:])
+    )
+    with torch.no_grad():
+        for window in windows:
+            model(input_ids=torch.tensor([window], device=DEVICE))
+    hook.remove()
+    return torch.cat(found).double()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_directions_are_the_inputs_eigenvectors(name, batch_size):
+    model = build_model(name)
+    before = snapshot(model)
+    protection = loki.estimate_protection(model, texts(), share=0.8, batch_size=batch_size)
+    assert_unchanged(model, before)
+    for layer, directions in protection.directions.items():
+        x = inputs_of(model, layer, texts())
+        moment = (x.T @ x / len(x)).cpu()
+        values, vectors = torch.linalg.eigh(moment)
+        count = directions.shape[1]
+        torch.testing.assert_close(
+            directions @ directions.T,
+            (vectors[:, -count:] @ vectors[:, -count:].T).float(),
+            rtol=0,
+            atol=1e-4,
+        )
+        held = float(values[-count:].sum() / values.sum())
+        assert held >= 0.8 > float(values[-count + 1 :].sum() / values.sum()) or count == 1
+        assert protection.shares()[layer] == pytest.approx(held, rel=1e-4)
+        assert protection.totals[layer] == pytest.approx(float(moment.trace()), rel=1e-4)
+
+
+def test_layers_at_a_time_and_windows_change_nothing(monkeypatch):
+    model = build_model()
+    want = loki.estimate_protection(model, texts())
+    monkeypatch.setattr(moments, "_room", lambda device: 1)
+    got = loki.estimate_protection(model, iter(texts()))
+    for name in want.directions:
+        assert torch.equal(got.directions[name], want.directions[name])
+    monkeypatch.setattr(estimate, "_WINDOW", 16)
+    long = [list(range(3, 43))]
+    cut = [long[0][:16], long[0][16:32], long[0][32:]]
+    a, b = (loki.estimate_protection(model, t).directions[NAME] for t in (long, cut))
+    assert torch.equal(a, b)
+
+
+def test_subspace_iteration_finds_what_all_eigenvectors_do(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(150, 150, generator=generator))[0]
+    moment = (basis * (0.8 ** torch.arange(150))) @ basis.T
+    want = moments.top_eigenvectors(moment, 0.95, 40)
+    monkeypatch.setattr(moments, "_EXACT", 100)
+    got = moments.top_eigenvectors(moment, 0.95, 40)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-3, atol=0)
+    assert (got[0].T @ want[0]).square().sum() == pytest.approx(want[0].shape[1], abs=1e-2)
+
+
+def test_few_directions_are_said_to_hold_less(caplog):
+    protection = loki.estimate_protection(build_model(), texts(), share=0.99, max_directions=2)
+    assert all(d.shape[1] == 2 for d in protection.directions.values())
+    assert "2 directions hold" in caplog.text
+
+
+def test_an_earlier_protection_is_added():
+    model = build_model()
+    first, second = texts(seed=1), texts(seed=2)
+    earlier = loki.estimate_protection(model, first, share=0.9999)
+    both = loki.estimate_protection(model, second, share=0.8, earlier=earlier)
+    parts = [inputs_of(model, NAME, t).cpu() for t in (first, second)]
+    moment = sum(x.T @ x / len(x) for x in parts)
+    _, vectors = torch.linalg.eigh(moment)
+    count = both.directions[NAME].shape[1]
+    overlap = (both.directions[NAME].T.double() @ vectors[:, -count:]).square().sum()
+    assert overlap == pytest.approx(count, abs=0.05 * count)
+    assert both.info["earlier"] == earlier.fingerprint
+    other = build_model("gpt_neox")
+    with pytest.raises(ValueError, match="of another model"):
+        loki.estimate_protection(other, second, earlier=earlier)
+
+
+def chat_tokenizer():
+    vocabulary = {f"w{i}": i for i in range(96)} | {"<|endoftext|>": 96}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w5")),
+        eos_token="w2",
+        bos_token="w1",
+    )
+    tokenizer.chat_template = "w7{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def test_samples_are_drawn_from_the_model():
+    model, tokenizer = build_model(), chat_tokenizer()
+    state = torch.random.get_rng_state()
+    drawn = samples.draw_samples(model, tokenizer, 5, 12)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(drawn) == 5
+    assert all(1 < len(sample) <= 12 for sample in drawn)
+    assert [sample[0] for sample in drawn] == [96, 96, 96, 7, 7]  # a document's start, a turn's
+    assert drawn == samples.draw_samples(model, tokenizer, 5, 12)
+    assert drawn != samples.draw_samples(model, tokenizer, 5, 12, seed=1)
+
+
+def test_the_file_holds_what_was_saved(tmp_path):
+    protection = loki.estimate_protection(build_model(), texts())
+    protection.save(tmp_path / "p.safetensors")
+    again = Protection.load(tmp_path / "p.safetensors")
+    assert again.fingerprint == protection.fingerprint
+    assert again.totals == protection.totals
+    assert again.info == protection.info
+    assert "3 layers" in repr(again)
+    halves = {n: d.bfloat16() for n, d in protection.directions.items()}
+    assert Protection(halves, {}, {}).fingerprint == protection.fingerprint
+    other = loki.estimate_protection(build_model(), texts(seed=3))
+    assert other.fingerprint != protection.fingerprint
+
+
+@settings(max_examples=30, deadline=None)
+@given(cut=st.integers(0, 4000), byte=st.integers(0, 255))
+def test_a_damaged_file_is_an_error(tmp_path_factory, cut, byte):
+    path = tmp_path_factory.mktemp("p") / "p.safetensors"
+    one = {"a": torch.eye(5)[:, :2].clone()}
+    Protection(one, {"a": torch.ones(2)}, {"a": 3.0}).save(path)
+    content = bytearray(path.read_bytes())
+    content[cut % len(content)] = byte
+    path.write_bytes(content[: cut % len(content) + 1])
+    with pytest.raises(ValueError, match=r"p\.safetensors"):
+        Protection.load(path)
+
+
+def test_bad_input_is_refused():
+    model = build_model()
+    for options, message in (
+        ({"share": 1.0}, "share"),
+        ({"max_directions": 0}, "positive"),
+        ({"batch_size": 0}, "positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loki.estimate_protection(model, texts(), **options)
+    with pytest.raises(ValueError, match="no text"):
+        loki.estimate_protection(model, [[5]])
+    with pytest.raises(ValueError, match="tokenizer"):
+        loki.estimate_protection(model, ["a string"])
+
+
+def test_leave_out_is_a_projection():
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(9, 4, generator=generator))[0]
+    delta = torch.randn(3, 9, generator=generator)
+    left = leave_out(delta, directions)
+    torch.testing.assert_close(left @ directions, torch.zeros(3, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(leave_out(left, directions), left, atol=1e-5, rtol=0)
+    assert leave_out(delta, None) is delta
