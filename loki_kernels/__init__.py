@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .errors import UnsupportedModelError
     from .ops._dispatch import backends
     from .ops.row_masked_linear import row_masked_linear
+    from .protection import Protection, estimate_protection
     from .questions import load_questions, read_questions
     from .selection import RowSelection, select
     from .training import (
@@ -36,11 +37,13 @@ __all__ = [
     "AttributionCounts",
     "LokiLinear",
     "Patch",
+    "Protection",
     "RowSelection",
     "UnsupportedModelError",
     "__version__",
     "attribute",
     "backends",
+    "estimate_protection",
     "export_lora",
     "load_adapter",
     "load_questions",
@@ -60,10 +63,12 @@ _MODULES = {
     "AttributionCounts": "attribution",
     "LokiLinear": "training",
     "Patch": "training",
+    "Protection": "protection",
     "RowSelection": "selection",
     "UnsupportedModelError": "errors",
     "attribute": "attribution",
     "backends": "ops._dispatch",
+    "estimate_protection": "protection",
     "export_lora": "training",
     "load_adapter": "training",
     "load_questions": "questions",

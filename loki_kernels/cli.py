@@ -71,6 +71,20 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--seed", type=int, default=0)
     select.set_defaults(run=_select)
 
+    protection = commands.add_parser(
+        "protection", help="estimate the directions that a protected update leaves alone"
+    )
+    protection.add_argument("model", help="folder or hub name of a causal language model")
+    protection.add_argument("out", help="file to write: .safetensors")
+    protection.add_argument(
+        "--texts", help="a text a line, or jsonl with a field text (default: the model's samples)"
+    )
+    protection.add_argument("--share", type=float, default=0.9, help="of the inputs' energy")
+    protection.add_argument("--max-directions", type=int, default=1024, help="of a layer")
+    protection.add_argument("--earlier", help="a protection whose energy is added")
+    protection.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
+    protection.set_defaults(run=_protection)
+
     merge = commands.add_parser(
         "merge", help="put the rows of an adapter, or of a checkpoint's side file, into their base"
     )
@@ -205,6 +219,39 @@ def _select(arguments: argparse.Namespace) -> None:
     )
     rows.save(arguments.out)
     print(f"{rows} -> {arguments.out}")
+
+
+def _protection(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from .files import check_writable
+    from .protection import Protection, estimate_protection
+
+    if check_writable(arguments.out).suffix != ".safetensors":
+        raise ValueError(f"{arguments.out} must end in .safetensors.")
+    texts = _read_texts(arguments.texts) if arguments.texts else None
+    earlier = Protection.load(arguments.earlier) if arguments.earlier else None
+    result = estimate_protection(
+        _load_model(arguments.model, arguments.dtype),
+        texts,
+        tokenizer=AutoTokenizer.from_pretrained(arguments.model),
+        share=arguments.share,
+        max_directions=arguments.max_directions,
+        earlier=earlier,
+    )
+    result.save(arguments.out)
+    print(f"{result} -> {arguments.out}")
+
+
+def _read_texts(path: str) -> list[str]:
+    with open(path, encoding="utf-8") as file:
+        lines = [line for line in file.read().splitlines() if line.strip()]
+    if not path.endswith((".jsonl", ".json")):
+        return lines
+    try:
+        return [json.loads(line)["text"] for line in lines]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no jsonl with a field text: {error!r}.") from error
 
 
 def _merge(arguments: argparse.Namespace) -> None:

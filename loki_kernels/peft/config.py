@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import InitVar, dataclass, field
 
@@ -52,6 +53,8 @@ class LokiConfig(PeftConfig):
             layer. None analyses the model on the bundled questions, as `loki_kernels.patch` does.
         quota: percentage of rows for that analysis.
         rank: train an update of rank r (LoKI*).
+        protect: path of a `Protection`'s file, as for `loki_kernels.patch`. Training reads it; what
+            is saved holds the update as it acts, and needs it no more.
         quantized_merge: how to merge into a quantized base: ``"dequantize"`` makes the merged
             model an ordinary one, ``"requantize"`` rounds the merged weights as the base's were.
         modules_to_save: names of modules to train whole beside the rows, as for ``LoraConfig``; a
@@ -60,6 +63,7 @@ class LokiConfig(PeftConfig):
         fingerprint: of the rows that the update is added to. This, ``base_dtype`` and
             ``base_sketch`` (of `BaseRows`) are filled in by themselves, and checked when the
             adapter is loaded onto a model, which may be of another dtype, quantized or not.
+        protection: fingerprint of the protection, filled in likewise.
         positions: the old name of ``rows`` for a path; it goes with the next release.
 
     Raises:
@@ -71,12 +75,14 @@ class LokiConfig(PeftConfig):
     rows: str | list[list[int]] | None = None
     quota: float = DEFAULT_QUOTA
     rank: int | None = None
+    protect: str | None = None
     quantized_merge: str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     fingerprint: str | None = None
     base_dtype: str | None = None
     base_sketch: list[list[float]] | None = field(default=None, repr=False)
+    protection: str | None = None
     target_modules: set[str] | None = field(default=None, repr=False)
     # no field: of what older versions saved it is read, and null there
     positions: InitVar[str | None] = None
@@ -86,6 +92,8 @@ class LokiConfig(PeftConfig):
         self.peft_type = PeftType("LOKI")
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         check_rank(self.rank)
+        if self.protect is not None:
+            self.protect = os.fspath(self.protect)
         if self.quantized_merge is not None:
             check_choice("quantized_merge", self.quantized_merge, MERGES)
         if isinstance(self.modules_to_save, str):

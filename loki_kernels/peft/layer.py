@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from ..errors import UnsupportedModelError, check_choice
 from ..ops import row_delta_linear
-from ..sharding import full_values, is_sharded
+from ..protection.result import leave_out
+from ..sharding import full_values, is_partitioned, is_sharded, shard_like
 from ..structure import has_hooks
 from ..training.linear import initial_factors, updated_rows
 from .config import MERGES, LokiConfig
@@ -29,6 +30,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             base.
         loki_delta_a: ``[k, r]`` instead of it, zero at first (LoKI*).
         loki_delta_b: ``[r, in_features]`` (LoKI*).
+        loki_directions: protected ones ``[in_features, r]`` by adapter, in float32 or the base's
+            dtype.
     """
 
     adapter_layer_names = ("loki_update", "loki_delta_a", "loki_delta_b")
@@ -44,6 +47,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self.loki_delta_a = nn.ParameterDict()
         self.loki_delta_b = nn.ParameterDict()
         self.loki_index = BufferDict(persistent=True)
+        self.loki_directions = BufferDict(persistent=False)
+        self.register_state_dict_post_hook(_save_what_acts)  # type: ignore[no-untyped-call]
         self.configs: dict[str, LokiConfig] = {}
         self.merged_adapters: list[str] = []
         # what `unmerge` puts back: rows by adapter, or a quantized layer
@@ -51,11 +56,18 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self._unmerged: tuple[nn.Module, Any] | None = None
 
     def update_layer(
-        self, adapter_name: str, index: Tensor, dtype: torch.dtype, config: LokiConfig
+        self,
+        adapter_name: str,
+        index: Tensor,
+        dtype: torch.dtype,
+        directions: Tensor | None,
+        config: LokiConfig,
     ) -> None:
         """Give the layer one more adapter, whose update is zero, where ``index`` lies."""
         self.configs[adapter_name] = config
         self.loki_index[adapter_name] = index
+        if directions is not None:
+            self.loki_directions[adapter_name] = directions.to(index.device)
         if config.rank is None:
             update = torch.zeros(len(index), self.in_features, dtype=dtype, device=index.device)
             self.loki_update[adapter_name] = nn.Parameter(update)
@@ -90,6 +102,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.loki_index:
             del self.loki_index[adapter_name]
+        if adapter_name in self.loki_directions:
+            del self.loki_directions[adapter_name]
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
@@ -99,7 +113,9 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self.loki_index:
             return
         device = device or next(self.get_base_layer().parameters()).device
-        self.loki_index[adapter_name] = self.loki_index[adapter_name].to(device)
+        for buffers in (self.loki_index, self.loki_directions):
+            if adapter_name in buffers:
+                buffers[adapter_name] = buffers[adapter_name].to(device)
         for held in (self.loki_update, self.loki_delta_a, self.loki_delta_b):
             if adapter_name in held and not held[adapter_name].is_meta:
                 held[adapter_name].data = held[adapter_name].data.to(device)
@@ -124,6 +140,14 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 )
             seen |= rows
 
+    def _check_engine(self, name: str) -> None:
+        # ZeRO-3 collects a state dict by itself, which would hold the update as it does not act
+        if name in self.loki_directions and any(is_partitioned(p) for p in self.parameters()):
+            raise UnsupportedModelError(
+                "ZeRO-3 cannot train a protected LoKI adapter; use FSDP2 or ZeRO-2, or "
+                "loki_kernels.patch(protect=...)."
+            )
+
     def _adapters_here(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.loki_index]
 
@@ -133,6 +157,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         inactive = self.disable_adapters or self.merged
         names = [] if inactive else self._adapters_here(self.active_adapters)
         base = self.base_layer
+        for name in names:
+            self._check_engine(name)
         if len(names) == 1 and self._is_plain(base):
             a, b = self._update_factors(names[0])
             return row_delta_linear(x, base.weight, a, b, self.loki_index[names[0]], base.bias)
@@ -159,9 +185,10 @@ class LokiLayer(nn.Module, BaseTunerLayer):
 
     def _update_factors(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The update of an adapter's rows: a product, or the update itself and None."""
+        directions = dict(self.loki_directions.items()).get(name)  # BufferDict has no get
         if name in self.loki_delta_a:
-            return self.loki_delta_a[name], self.loki_delta_b[name]
-        return self.loki_update[name], None
+            return self.loki_delta_a[name], leave_out(self.loki_delta_b[name], directions)
+        return leave_out(self.loki_update[name], directions), None
 
     def _whole_weight(self) -> Tensor:
         """The base's weight; of a quantized one in the model's dtype."""
@@ -254,3 +281,14 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 weight.index_copy_(0, self.loki_index[name], rows.to(weight))
         self._replaced.clear()
         self.merged_adapters.clear()
+
+
+def _save_what_acts(layer: LokiLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Of protected updates a state dict holds what acts of them, which needs no protection."""
+    for name, directions in layer.loki_directions.items():
+        for part in ("loki_update", "loki_delta_b"):
+            key = f"{prefix}{part}.{name}"
+            held = state_dict.get(key)
+            if held is not None:
+                acting = leave_out(full_values(held.detach()), directions)
+                state_dict[key] = shard_like(acting, held)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..attribution.cache import cached_attribution
 from ..discovery import find_structure
 from ..fingerprint import BaseRows
+from ..protection import Protection
 from ..selection import RowSelection, select
 from ..sharding import ignore_in_ddp, is_distributed
 from ..structure import Structure
@@ -26,6 +27,7 @@ from ..training.targets import (
     agree_on_rows,
     as_selection,
     assign_rows,
+    check_protection,
     check_rows_agree,
     find_modules,
     new_heads,
@@ -64,15 +66,19 @@ class LokiModel(BaseTuner):
         selection = self._select(structure, name, peft_config)
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}
-        # index and dtype of the update by layer, of the adapter that is being added
-        self._added: dict[str, tuple[Tensor, torch.dtype]] = {}
+        protection = _protection(structure, peft_config)
+        # index, dtype and protected directions by layer, of the adapter that is being added
+        self._added: dict[str, tuple[Tensor, torch.dtype, Tensor | None]] = {}
         base_rows, quantized = [], False
         for down_proj, rows in assign_rows(structure, selection):
             if len(rows):
                 layer = self._loki_layer_for(down_proj.module)
                 own = layer.base_rows(rows)
                 dtype = torch.promote_types(own.dtype, torch.float32)
-                self._added[names[id(down_proj.module)]] = rows.to(own.device), dtype
+                kept = None if protection is None else protection.directions[down_proj.name]
+                if kept is not None and own.is_floating_point():
+                    kept = kept.to(own.dtype)
+                self._added[names[id(down_proj.module)]] = rows.to(own.device), dtype, kept
                 base_rows.append(own)
                 quantized |= layer.quantization_backend is not None
         present = BaseRows.of(base_rows, quantized=quantized)
@@ -134,7 +140,8 @@ class LokiModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         # DDP will see a PeftModel
-        ignore_in_ddp(self.model, [f"base_model.model.{current_key}.loki_index.{adapter_name}"])
+        held = [f"base_model.model.{current_key}.{b}" for b in ("loki_index", "loki_directions")]
+        ignore_in_ddp(self.model, [f"{name}.{adapter_name}" for name in held])
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -183,6 +190,20 @@ class LokiModel(BaseTuner):
         elif merged and getattr(model, "is_quantized", False):
             logger.info("the merged model is quantized as its base was")
         return model
+
+
+def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
+    """The protection to train with, and its fingerprint put into the config."""
+    if config.inference_mode or (config.protect is None and config.protection is None):
+        return None
+    if config.protect is None:
+        raise ValueError("the adapter was trained with a protection; name its file (protect=).")
+    protection = Protection.load(config.protect)
+    check_protection(protection, structure)
+    if config.protection not in (None, protection.fingerprint):
+        raise ValueError(f"the adapter was trained with another protection than {config.protect}.")
+    config.protection = protection.fingerprint
+    return protection
 
 
 def _check_modules(structure: Structure, config: LokiConfig) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..files import atomic_path, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
+from ..protection.result import protection_fingerprint
 from ..sharding import full_shape, full_values, shard_like
 from .linear import TRAINED, LokiLinear
 
@@ -48,6 +49,7 @@ class AdapterConfig:
         rank: of LoKI*, or None.
         base_rows: what the update is added to.
         modules_to_save: modules that were trained whole beside the rows.
+        protection: fingerprint of the one that the update was trained with.
     """
 
     base: str | None
@@ -55,6 +57,7 @@ class AdapterConfig:
     rank: int | None
     base_rows: BaseRows | None
     modules_to_save: list[str] | None = None
+    protection: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> AdapterConfig:
@@ -78,6 +81,7 @@ class AdapterConfig:
                 content.get("rank"),
                 base_rows_of(content),
                 content.get("modules_to_save"),
+                content.get("protection"),
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not an adapter's config: {error!r}.") from error
@@ -90,6 +94,7 @@ class AdapterConfig:
             "rows": self.rows,
             "rank": self.rank,
             "modules_to_save": self.modules_to_save,
+            "protection": self.protection,
             **base_rows_content(self.base_rows),
         }
 
@@ -123,11 +128,13 @@ class SavedUpdate:
         layers: layer name -> its parts.
         others: name in the model -> a parameter that was trained whole beside the rows.
         base_rows: what the update is added to, in a side file; an adapter has it in its config.
+        protection: fingerprint of the one that the update was trained with, likewise.
     """
 
     layers: dict[str, Parts]
     others: dict[str, Tensor]
     base_rows: BaseRows | None
+    protection: str | None = None
 
     def rows_of(self, names: Sequence[str | None]) -> list[list[int]]:
         """The rows of each layer of a model whose down-projections have these names.
@@ -159,13 +166,18 @@ def parts_of(layers: Layers) -> dict[str, Parts]:
     return {name: layer_parts(layer) for name, layer in layers.items()}
 
 
-def adapter_tensors(parts_by_layer: Mapping[str, Parts]) -> dict[str, Tensor]:
-    """The tensors of a file, on the host; with sharded parameters every process has to ask."""
-    return {
-        f"{_PREFIX}{name}.loki_{part}": full_values(tensor).cpu()
-        for name, parts in parts_by_layer.items()
-        for part, tensor in parts.items()
-    }
+def adapter_tensors(layers: Layers, parts_by_layer: Mapping[str, Parts]) -> dict[str, Tensor]:
+    """The tensors of a file, on the host; with sharded parameters every process has to ask.
+
+    Of a protected update what acts of it, so that reading it takes no protection.
+    """
+    tensors = {}
+    for name, parts in parts_by_layer.items():
+        values = {part: full_values(tensor) for part, tensor in parts.items()}
+        formed = layers[name].formed({p: values.pop(p) for p in TRAINED if p in values})
+        for part, tensor in (values | formed).items():
+            tensors[f"{_PREFIX}{name}.loki_{part}"] = tensor.detach().cpu()
+    return tensors
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
@@ -196,7 +208,10 @@ def write_side_file(
     path = Path(folder) / SIDE_FILE
     metadata = base_rows_content(base_rows(layers))
     metadata["base_sketch"] = json.dumps(metadata["base_sketch"])
-    write_tensors(path, adapter_tensors(parts_by_layer), **metadata)
+    protection = protection_of(layers)
+    if protection is not None:
+        metadata["protection"] = protection
+    write_tensors(path, adapter_tensors(layers, parts_by_layer), **metadata)
     return path
 
 
@@ -227,16 +242,35 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
             raise ValueError(f"{path} is not whole: of {name} it has {', '.join(sorted(parts))}.")
     # rows are the same on any base
     absolute = any(_ABSOLUTE in parts for parts in layers.values())
-    return SavedUpdate(layers, others, None if absolute else base_rows_of(metadata))
+    base = None if absolute else base_rows_of(metadata)
+    return SavedUpdate(layers, others, base, metadata.get("protection"))
+
+
+def protection_of(layers: Layers) -> str | None:
+    """The fingerprint of the directions that the layers protect; None if they protect none."""
+    protected = {n: x.directions for n, x in layers.items() if x.directions is not None}
+    return protection_fingerprint(protected) if protected else None
+
+
+def why_other_protection(saved: str | None, present: str | None) -> str | None:
+    """Why training cannot go on with the protection that there is."""
+    if saved == present:
+        return None
+    if present is None:
+        return "it was trained with a protection; patch with the same one (protect=)"
+    if saved is None:
+        return "it was trained without a protection; patch without one"
+    return "it was trained with another protection"
 
 
 def load_side_file(layers: Layers, path: Path, saved: SavedUpdate) -> None:
     """Copy what was read from ``path`` into layers.
 
     Raises:
-        ValueError: if it is of other rows or another base; nothing is changed then.
+        ValueError: if it is of other rows, another base or protection; nothing is changed then.
     """
-    reason = load_update(layers, saved)
+    reason = why_other_protection(saved.protection, protection_of(layers))
+    reason = reason or load_update(layers, saved)
     if reason is not None:
         raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
 

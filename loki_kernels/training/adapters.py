@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..discovery import find_structure
 from ..files import check_folder
 from ..selection import RowSelection
-from ..sharding import full_values, is_distributed
+from ..sharding import is_distributed
 from ..structure import Structure
 from . import adapter_file
 from .adapter_file import ADAPTER_FILE, CONFIG_FILE, AdapterConfig, SavedUpdate
@@ -43,7 +43,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     structure, layers = _patched_layers(model)
     path = check_folder(folder)
     others = trained_whole(structure.causal_lm)
-    tensors = adapter_file.adapter_tensors(adapter_file.parts_of(layers))
+    tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers))
     tensors |= adapter_file.other_tensors(others)
     config = AdapterConfig(
         base=_base_name(structure),
@@ -54,6 +54,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         rank=next(iter(layers.values())).rank,
         base_rows=adapter_file.base_rows(layers),
         modules_to_save=_modules_of(others),
+        protection=adapter_file.protection_of(layers),
     )
     if not is_distributed() or torch.distributed.get_rank() == 0:
         adapter_file.write_adapter(path, tensors, config.content(), _task_type(structure))
@@ -99,6 +100,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
         reason = _load_all(handle.model, layers, saved)
         if reason is not None:
             raise ValueError(f"{folder}: {ADAPTER_FILE} and {CONFIG_FILE} do not agree: {reason}.")
+        handle._refuse_training(adapter_file.why_other_protection(config.protection, None))
     except BaseException:
         handle.unpatch()
         raise
@@ -206,7 +208,7 @@ def _lora_factors(layer: LokiLinear) -> tuple[Tensor, Tensor]:
     """(A ``[r, in_features]``, B ``[out_features, r]``) whose product is the update."""
     placement = torch.zeros(layer.out_features, len(layer.index))
     placement[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
-    parts = {n: full_values(p).float().cpu() for n, p in layer.trained_parameters()}
+    parts = {name: tensor.float().cpu() for name, tensor in layer.formed_update().items()}
     if layer.rank is None:
         return parts["update"], placement
     return parts["delta_b"], placement @ parts["delta_a"]

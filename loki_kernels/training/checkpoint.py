@@ -71,7 +71,7 @@ class SavePretrained:
             if is_partitioned(layer.weight) and found:  # its weight was collected unmerged
                 weight = merged[f"{name}.weight"]
                 index = layer.index.to(weight.device)
-                rows = updated_rows(weight[index], *found.values())
+                rows = updated_rows(weight[index], *layer.formed(found).values())
                 merged[f"{name}.weight"] = weight.index_copy(0, index, rows)
             parts[name] |= found
         return merged

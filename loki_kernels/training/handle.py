@@ -146,6 +146,9 @@ class Patch:
         """(name in the model, layer) of every patched layer."""
         return list(self._layers.items())
 
+    def _refuse_training(self, reason: str | None) -> None:
+        self._writer.refusal = reason
+
     def __enter__(self) -> Patch:
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ..ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear, sync_rows
 from ..ops.gated_product import Activation
+from ..protection.result import LeaveOutOfGradient, leave_out
 from ..sharding import full_shape, full_values, is_partitioned, is_sharded, shard_like
 
 # Names of the parameters that are trained; a merged state dict has none of them.
@@ -37,6 +38,11 @@ class LokiLinear(nn.Module):
     the merged weight alone can be read too, to evaluate; it does not hold the update exactly, and
     training from it raises.
 
+    With protected ``directions`` U the update that is formed is ``update (I - U U^T)``, and
+    ``delta_b (I - U U^T)`` of LoKI*: a part of the forward pass, so that any optimizer gets the
+    projected gradient. The parameter itself may hold a part inside U, which does nothing; what is
+    merged and saved has none.
+
     `patch` writes the rows of all layers in one launch before the decoder runs; a layer called by
     itself writes its own.
 
@@ -48,21 +54,35 @@ class LokiLinear(nn.Module):
         update: ``[k, in_features]``, trained (rank None); float64 over a float64 weight.
         delta_a: ``[k, r]``, zero at first, trained (LoKI*).
         delta_b: ``[r, in_features]``, normal with variance 1 / in_features, trained (LoKI*).
+        directions: U ``[in_features, r]`` in the weight's dtype, or None.
     """
 
     weight: nn.Parameter
     index: Tensor
     base_rows: Tensor
+    directions: Tensor | None
     in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
     written = False  # whether the weight may hold an update
     merged_alone: Tensor | None = None  # rows of a merged weight that was loaded without its update
     gathered: dict[str, Tensor] | None = None  # what a side file needs, of a sharded model
     sharded = False  # whether the decoder's last forward pass found the weight sharded
 
-    def __init__(self, linear: nn.Linear, rows: Tensor, rank: int | None = None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rows: Tensor,
+        rank: int | None = None,
+        directions: Tensor | None = None,
+    ) -> None:
         super().__init__()
         index = _check_index(rows, linear.out_features)
         check_rank(rank)
+        if directions is not None and (
+            directions.ndim != 2 or len(directions) != linear.in_features
+        ):
+            raise ValueError(
+                f"directions must be [{linear.in_features}, r]; they are {list(directions.shape)}."
+            )
         weight = cast(nn.Parameter, linear.weight)  # torch declares a Tensor
         if not weight.is_floating_point():
             raise ValueError(
@@ -79,6 +99,8 @@ class LokiLinear(nn.Module):
         index = index.to(weight.device)
         self.register_buffer("index", index)
         self.register_buffer("base_rows", full_values(weight)[index], persistent=False)
+        held = None if directions is None else directions.to(weight.device, weight.dtype)
+        self.register_buffer("directions", held, persistent=False)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if rank is None:
             self.update = nn.Parameter(torch.zeros_like(self.base_rows, dtype=dtype))
@@ -90,7 +112,11 @@ class LokiLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, rows: Tensor | list[int], rank: int | None = None
+        cls,
+        linear: nn.Linear,
+        rows: Tensor | list[int],
+        rank: int | None = None,
+        directions: Tensor | None = None,
     ) -> LokiLinear:
         """Take over ``linear``'s weight (shared, frozen) and train ``rows`` of it.
 
@@ -98,14 +124,16 @@ class LokiLinear(nn.Module):
             linear: floating-point ``nn.Linear``.
             rows: distinct row numbers in [0, out_features).
             rank: None trains the update of the rows itself, r one of rank r.
+            directions: orthonormal columns ``[in_features, r]`` that the update leaves alone.
 
         Raises:
             TypeError: if ``linear`` is not an ``nn.Linear``.
-            ValueError: for rows out of range or duplicated, a rank below 1, a non-floating weight.
+            ValueError: for rows out of range or duplicated, a rank below 1, a non-floating weight,
+                or directions of another width.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"LokiLinear takes over an nn.Linear, not a {type(linear).__name__}.")
-        return cls(linear, torch.as_tensor(rows), rank)
+        return cls(linear, torch.as_tensor(rows), rank, directions)
 
     @property
     def writes_rows(self) -> bool:
@@ -117,7 +145,14 @@ class LokiLinear(nn.Module):
         if not self.writes_rows:
             return row_delta_linear(x, self.weight, *self._update_factors(), self.index, self.bias)
         self._write_rows()
-        return row_masked_linear(x, self.weight, self.update, self.index, self.bias)
+        return row_masked_linear(x, self.weight, self._written_update(), self.index, self.bias)
+
+    def _written_update(self) -> Tensor:
+        """What stands for the update in a product with a weight that holds it."""
+        if self.directions is None:
+            return self.update
+        written: Tensor = LeaveOutOfGradient.apply(self.update, self.directions)  # type: ignore[no-untyped-call]
+        return written
 
     def check_loaded(self) -> None:
         """Raise RuntimeError if what was loaded last is not enough for what is asked now."""
@@ -129,10 +164,26 @@ class LokiLinear(nn.Module):
     def _update_factors(self) -> tuple[Tensor, Tensor | None]:
         """The update of what the weight holds: a product, or the difference itself and None."""
         if self.rank is not None:
-            return self.delta_a, self.delta_b
+            return self.delta_a, leave_out(self.delta_b, self.directions)
+        update = leave_out(self.update, self.directions)
         if self.written:
-            return self.update + (self.base_rows.to(self.update) - self._weight_rows()), None
-        return self.update, None
+            return update + (self.base_rows.to(update) - self._weight_rows()), None
+        return update, None
+
+    def formed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of the trained parameters, by name, without the directions that do nothing."""
+        directions = self.directions
+        return {
+            name: tensor
+            if directions is None or name == "delta_a"
+            else leave_out(tensor, directions.to(tensor.device))
+            for name, tensor in values.items()
+        }
+
+    @torch.no_grad()
+    def formed_update(self) -> dict[str, Tensor]:
+        """``update``, or ``delta_a`` and ``delta_b``, as they act; whole where sharded."""
+        return self.formed({name: full_values(p) for name, p in self.trained_parameters()})
 
     def _weight_rows(self) -> Tensor:
         return self.weight.detach()[self.index].to(self.update.dtype)
@@ -142,7 +193,13 @@ class LokiLinear(nn.Module):
         self.check_loaded()
         self._write_rows()
         return swiglu_row_masked_linear(
-            gate, up, self.weight, self.update, self.index, self.bias, activation=activation
+            gate,
+            up,
+            self.weight,
+            self._written_update(),
+            self.index,
+            self.bias,
+            activation=activation,
         )
 
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -154,8 +211,7 @@ class LokiLinear(nn.Module):
         if self.rank is not None:
             self.check_loaded()
         with torch.no_grad():
-            factors = [full_values(parameter) for _, parameter in self.trained_parameters()]
-            return updated_rows(self.base_rows, *factors)
+            return updated_rows(self.base_rows, *self.formed_update().values())
 
     def merged_weight(self) -> Tensor:
         """The weight as trained so far, ``[out_features, in_features]``, sharded if it is."""
@@ -181,7 +237,8 @@ class LokiLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"rows={len(self.index)}, rank={self.rank}, bias={self.bias is not None}"
+            f"rows={len(self.index)}, rank={self.rank}, bias={self.bias is not None}, "
+            f"protected={0 if self.directions is None else self.directions.shape[1]}"
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -256,11 +313,13 @@ class LokiLinear(nn.Module):
         ):
             return None  # torch says so
         rows = full_values(weight)[self.index.to(weight.device)].to(self.base_rows.device)
-        if same_rows(rows, updated_rows(self.base_rows, *map(full_values, factors))):
+        names = [name for name, _ in self.trained_parameters()]
+        whole = self.formed(dict(zip(names, map(full_values, factors), strict=True)))
+        if same_rows(rows, updated_rows(self.base_rows, *whole.values())):
             return None
         return (
-            "the update that was saved is of other base weights; patch the model it was trained "
-            "on, not a merged one."
+            "the update that was saved is of other base weights, or of another protection; patch "
+            "the model it was trained on, not a merged one, with the same protect=."
         )
 
 
@@ -307,7 +366,10 @@ def write_rows(layers: Sequence[LokiLinear]) -> None:
     """Put base plus update into the weights of layers without a rank."""
     groups: dict[Any, list[LokiLinear]] = {}
     for layer in layers:
-        key = layer.weight.device, layer.weight.dtype, layer.update.dtype
+        # The protected update is another tensor, at all rows as large as the weights in float32:
+        # a layer at a time.
+        alone = None if layer.directions is None else id(layer)
+        key = layer.weight.device, layer.weight.dtype, layer.update.dtype, alone
         groups.setdefault(key, []).append(layer)
         layer.written = True
     for group in groups.values():
@@ -316,7 +378,7 @@ def write_rows(layers: Sequence[LokiLinear]) -> None:
         sync_rows(
             [layer.weight.data for layer in group],
             [layer.base_rows for layer in group],
-            [layer.update.data for layer in group],
+            [leave_out(layer.update.data, layer.directions) for layer in group],
             [layer.index for layer in group],
         )
 

@@ -20,6 +20,8 @@ from ..attribution.cache import AnalysisOptions, cached_attribution
 from ..discovery import find_structure
 from ..ops._dispatch import warm_up
 from ..options import DEFAULT_QUOTA
+from ..protection import Protection
+from ..protection.estimate import cached_protection
 from ..ranking import rows_per_layer
 from ..selection import RowSelection, select
 from ..sharding import full_shape, heed_in_ddp, ignore_in_ddp, is_distributed, is_sharded
@@ -36,12 +38,16 @@ from .targets import (
     as_selection,
     assign_rows,
     check_patchable,
+    check_protection,
     find_modules,
     new_heads,
 )
 from .writer import RowWriter
 
 logger = logging.getLogger(__name__)
+
+# A protection, the path of its file, or whether to estimate one.
+Protect = Protection | str | os.PathLike[str] | bool
 
 _NO_DTYPE = (
     "patch(dtype=...) is read no more and goes with the next release: what is trained is a float32 "
@@ -57,6 +63,7 @@ def patch(
     quota: float = DEFAULT_QUOTA,
     analysis: AnalysisOptions | None = None,
     rank: int | None = None,
+    protect: Protect | None = None,
     modules_to_save: Sequence[str] = (),
     fuse_mlp: bool = False,
     dtype: torch.dtype | None = None,
@@ -82,6 +89,10 @@ def patch(
         analysis: arguments of `attribute` for it, such as ``{"batch_size": 8}``,
             ``{"chat_template_kwargs": {"enable_thinking": False}}`` or ``prompts`` of one's own.
         rank: train an update of rank r instead (LoKI*).
+        protect: keep the update out of the directions in which general text drives each
+            down-projection, so that less is forgotten: a `Protection`, the path of its file, or
+            True, which estimates one from the model's own samples (kept in the cache as the
+            analysis is). With it more rows forget hardly more, up to ``quota=100``.
         modules_to_save: names of modules to train whole beside the rows, in the checkpoint's own
             dtype, such as ``["embed_tokens"]`` for new tokens; as in PEFT, the end of a name is
             enough.
@@ -97,8 +108,8 @@ def patch(
         ValueError: for rows out of range, duplicated, or of another layer count; a selection of
             ``ffn_neurons``; a quota outside (0, 100]; unknown options of the analysis, or some
             beside rows; a model that is already patched or has a PEFT adapter; unknown
-            ``modules_to_save``; a damaged file, or an update of another base; processes with
-            different rows. The model is unchanged.
+            ``modules_to_save``; a damaged file, or an update of another base; a protection of
+            another model; processes with different rows. The model is unchanged.
         UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
     """
     if dtype is not None:
@@ -112,8 +123,9 @@ def patch(
     if saved is not None:
         names = [d.name if d else None for d in structure.down_projs]
         rows, rank = saved.rows_of(names), saved.rank
+    protection = _protection_to_keep(model, structure, protect, tokenizer)
     selection = _selection_to_train(model, structure, rows, tokenizer, quota, analysis)
-    return _patch_rows(structure, selection, whole, rank, saved, fuse_mlp=fuse_mlp)
+    return _patch_rows(structure, selection, whole, rank, protection, saved, fuse_mlp=fuse_mlp)
 
 
 def _patch_rows(
@@ -121,6 +133,7 @@ def _patch_rows(
     selection: RowSelection,
     whole: dict[str, nn.Module],
     rank: int | None,
+    protection: Protection | None,
     saved: SavedUpdate | None,
     *,
     fuse_mlp: bool,
@@ -133,7 +146,10 @@ def _patch_rows(
     report = _plan(structure, by_layer, gatings, whole)
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
         _freeze(causal_lm, undo, but=whole)
-        layers = {d.name: _replace_linear(d, index, rank, undo) for d, index in selected}
+        kept = {} if protection is None else protection.directions
+        layers = {
+            d.name: _replace_linear(d, index, rank, kept.get(d.name), undo) for d, index in selected
+        }
         for down_proj, _ in selected:
             gating = gatings.get(down_proj.name)
             if isinstance(gating, Gating):
@@ -141,6 +157,8 @@ def _patch_rows(
         writer = _attach(structure, layers, undo)
         if saved is not None:
             _load(layers, saved)
+            present = adapter_file.protection_of(layers)
+            writer.refusal = adapter_file.why_other_protection(saved.protection, present)
         trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
         report = replace(report, trainable=trained)
         logger.info("%s", report)
@@ -237,9 +255,34 @@ def _selection_to_train(
     """The rows to train, the same in every process."""
     if rows is not None:
         return agree_on_rows(as_selection(rows), analysed=False)
-    rows_per_layer(quota, structure.hidden_size)  # a bad quota fails before the analysis
+    if rows_per_layer(quota, structure.hidden_size) == structure.hidden_size:
+        width = structure.hidden_size
+        every = [list(range(width)) if d is not None else [] for d in structure.down_projs]
+        return RowSelection(every, {"width": width, "quota": quota})
     selection = select(cached_attribution(model, structure, tokenizer, analysis), quota)
     return agree_on_rows(selection, analysed=True)
+
+
+def _protection_to_keep(
+    model: nn.Module, structure: Structure, protect: Protect | None, tokenizer: Any
+) -> Protection | None:
+    """What ``protect`` means, of this model's layers.
+
+    Raises:
+        ValueError: if it is of another model, or processes would each draw their own samples.
+    """
+    if protect is None or protect is False:
+        return None
+    if protect is True:
+        if is_distributed():
+            raise ValueError(
+                "protect=True would estimate another protection in every process; write one first "
+                "(loki-kernels protection MODEL FILE) and pass protect=FILE."
+            )
+        return cached_protection(model, structure, tokenizer)
+    kept = protect if isinstance(protect, Protection) else Protection.load(protect)
+    check_protection(kept, structure)
+    return kept
 
 
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:
@@ -268,10 +311,11 @@ def _replace_linear(
     down_proj: DownProjection,
     index: Tensor,
     rank: int | None,
+    directions: Tensor | None,
     undo: contextlib.ExitStack,
 ) -> LokiLinear:
     linear = down_proj.module
-    layer = LokiLinear.from_linear(linear, index, rank)
+    layer = LokiLinear.from_linear(linear, index, rank, directions)
     for hooks in _HOOKS:  # the same objects, so that a handle removes its hook from both
         setattr(layer, hooks, getattr(linear, hooks))
 
@@ -326,7 +370,8 @@ def _attach(
     saver = SavePretrained.attach(model, layers)
     if saver is not None:
         undo.callback(saver.detach)
-    buffers = [f"{name}.{buffer}" for name in layers for buffer in ("index", "base_rows")]
+    kept = ("index", "base_rows", "directions")
+    buffers = [f"{name}.{buffer}" for name in layers for buffer in kept]
     ignore_in_ddp(model, buffers)
     undo.callback(heed_in_ddp, model, buffers)
     return writer

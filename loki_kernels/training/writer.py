@@ -28,6 +28,7 @@ class RowWriter:
     layers: list[LokiLinear]
     agreed: bool = False  # whether the processes train the same rows
     held: bool = field(default=False, init=False)  # whether the rows stay as they were written
+    refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
 
     def attach(self, decoder: nn.Module) -> list[RemovableHandle]:
         return [
@@ -61,6 +62,8 @@ class RowWriter:
                 "the model trains inside handle.inference(), where the rows are not written anew; "
                 "leave it first."
             )
+        if self.refusal is not None:
+            raise RuntimeError(f"the update that was loaded cannot be trained on: {self.refusal}.")
         if not any(p.requires_grad for x in self.layers for _, p in x.trained_parameters()):
             raise RuntimeError(
                 "the rows of this patched model are frozen: something (get_peft_model, "

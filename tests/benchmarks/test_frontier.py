@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.frontier.runner import _sources, kill_test, plan
 from benchmarks.frontier.arms import ARMS
 from benchmarks.frontier.compare import Comparison, at_loss, frontier
 from benchmarks.frontier.data import DOMAINS, LENGTH, SOURCES, TASKS, Data
 from benchmarks.frontier.moments import linears, measure_moments, projection, rank_of
+from benchmarks.frontier.runner import _sources, kill_test, plan
 from benchmarks.frontier.train import Job, Laboratory, Run, UpdatedLinear, train
 
 

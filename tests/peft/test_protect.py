@@ -1,0 +1,65 @@
+"""LokiConfig(protect=): what trains is projected, and what is saved needs no protection."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+
+import loki_kernels as loki
+from loki_kernels.peft import LokiConfig
+from tests.models import build_model
+from tests.tiny_training import ROWS, load_model, logits, train
+from tests.training.test_protect import protection_of
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "protection.safetensors"
+    protection_of(build_model()).save(path)
+    return path
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_trains_as_patch_does(rank, file):
+    patched, wrapped = build_model(), build_model()
+    torch.manual_seed(2)
+    handle = loki.patch(patched, ROWS, rank=rank, protect=file)
+    torch.manual_seed(2)
+    model = peft.get_peft_model(wrapped, LokiConfig(rows=ROWS, rank=rank, protect=str(file)))
+    train(patched)
+    train(model)
+    torch.testing.assert_close(logits(model), logits(patched), rtol=1e-4, atol=1e-5)
+    handle.merge()
+    torch.testing.assert_close(logits(model.merge_and_unload()), logits(patched))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_an_adapter_needs_its_protection_to_be_trained_on_alone(rank, file, tmp_path):
+    build_model().save_pretrained(tmp_path / "base")
+    base = load_model(tmp_path / "base")
+    model = peft.get_peft_model(base, LokiConfig(rows=ROWS, rank=rank, protect=str(file)))
+    train(model)
+    want = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    kept = file.read_bytes()
+    file.unlink()
+    loaded = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), want)
+    ours = loki.load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours.model), want)
+
+    def trainable():
+        base = load_model(tmp_path / "base")
+        return peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+
+    with pytest.raises(FileNotFoundError):
+        trainable()
+    protection_of(build_model(), seed=5).save(file)
+    with pytest.raises(ValueError, match="another protection"):
+        trainable()
+    file.write_bytes(kept)
+    again = trainable()
+    torch.testing.assert_close(logits(again), want)
+    train(again)
+    again.delete_adapter("default")

@@ -1,0 +1,266 @@
+"""patch(protect=): the update leaves the protected directions alone, wherever it is formed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM
+
+import loki_kernels as loki
+from loki_kernels.attribution import cache
+from loki_kernels.protection import estimate, samples
+from loki_kernels.training.adapters import merge_folder
+from loki_kernels.training.linear import LokiLinear
+from tests.models import build_model, to_device
+from tests.tiny_training import ROWS, load_model, logits, tiny_trainer, token_batch, train
+
+
+def protection_of(model, seed=0, share=0.7):
+    generator = torch.Generator().manual_seed(seed)
+    texts = torch.randint(3, 97, (8, 20), generator=generator).tolist()
+    return loki.estimate_protection(model, texts, share=share)
+
+
+@pytest.fixture(scope="module")
+def protection():
+    return protection_of(build_model())
+
+
+def layer_with(directions, rank=None, dtype=torch.float64, rows=(1, 4), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    linear = torch.nn.Linear(11, 6, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(6, 11, generator=generator))
+        linear.bias.copy_(torch.randn(6, generator=generator))
+    torch.manual_seed(seed)
+    layer = LokiLinear.from_linear(to_device(linear), list(rows), rank, directions)
+    for _, parameter in layer.trained_parameters():
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+def directions_of(width=11, count=4):
+    generator = torch.Generator().manual_seed(1)
+    return torch.linalg.qr(torch.randn(width, count, generator=generator, dtype=torch.float64))[0]
+
+
+def naive(layer, x, directions):
+    """The definition, in dense products."""
+    keep = torch.eye(len(directions), dtype=x.dtype, device=x.device)
+    keep = keep - directions @ directions.T
+    delta = layer.update if layer.rank is None else layer.delta_a @ layer.delta_b
+    weight = layer.weight.detach().clone()
+    weight[layer.index] = layer.base_rows
+    weight = weight.index_add(0, layer.index, delta @ keep)
+    return torch.nn.functional.linear(x, weight, layer.bias)
+
+
+@pytest.mark.parametrize("form", ["written", "delta", "compiled"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_values_and_every_gradient_are_the_definition_s(form, rank):
+    directions = to_device(directions_of())
+    layer = layer_with(directions, rank)
+    layer.sharded = form == "delta"
+    x = to_device(torch.randn(3, 5, 11, dtype=torch.float64)).transpose(0, 1)
+    x.requires_grad_()
+    leaves = [x, *(p for _, p in layer.trained_parameters())]
+    want = naive(layer, x, directions)
+    out_grad = torch.randn_like(want)
+    want_grads = torch.autograd.grad(want, leaves, out_grad)
+    run = torch.compile(layer, backend="aot_eager") if form == "compiled" else layer
+    got = run(x)
+    torch.testing.assert_close(got, want)
+    for got_grad, want_grad in zip(
+        torch.autograd.grad(got, leaves, out_grad), want_grads, strict=True
+    ):
+        torch.testing.assert_close(got_grad, want_grad)
+
+
+def test_the_directions_are_not_seen():
+    """Inputs inside the protected directions get the base's outputs, bit for bit of rounding."""
+    directions = to_device(directions_of())
+    layer = layer_with(directions)
+    inside = to_device(torch.randn(7, 4, dtype=torch.float64)) @ directions.T
+    base = torch.nn.functional.linear(inside, layer.weight.detach(), layer.bias)
+    torch.testing.assert_close(layer(inside), base, rtol=1e-12, atol=1e-12)
+    outside = to_device(torch.randn(7, 11, dtype=torch.float64))
+    other = torch.nn.functional.linear(outside, layer_with(directions).weight, layer.bias)
+    assert (layer(outside) - other).abs().max() > 0.1
+
+
+def test_an_optimizer_step_between_the_passes_is_noticed():
+    layer = layer_with(to_device(directions_of()))
+    y = layer(to_device(torch.randn(2, 11, dtype=torch.float64)))
+    with torch.no_grad():
+        layer.update.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_coarse_weights_leave_out_nearly_all():
+    directions = directions_of()
+    layer = layer_with(to_device(directions), dtype=torch.bfloat16)
+    assert layer.directions.dtype == torch.bfloat16
+    acting = layer.formed_update()["update"].cpu().double()
+    left = (acting @ directions).norm() / layer.update.detach().cpu().double().norm()
+    assert left < 0.01
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("fuse_mlp", [False, True])
+def test_what_is_merged_and_saved_leaves_the_directions_out(rank, fuse_mlp, protection, tmp_path):
+    model = build_model()
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    untouched = logits(model)
+    handle = loki.patch(model, ROWS, rank=rank, protect=protection, fuse_mlp=fuse_mlp)
+    assert torch.equal(logits(model), untouched)
+    train(model)
+    trained = logits(model)
+    assert not torch.equal(trained, untouched)
+    model.save_pretrained(tmp_path / "checkpoint")
+    loki.save_adapter(model, tmp_path / "adapter")
+    loki.export_lora(model, tmp_path / "lora")
+    merged = copy.deepcopy(model)
+    for name, directions in protection.directions.items():
+        change = merged.get_submodule(name).merged_weight().cpu() - base[f"{name}.weight"].cpu()
+        assert change.abs().max() > 1e-3
+        assert (change @ directions).abs().max() < 1e-5
+    handle.merge()
+    torch.testing.assert_close(logits(model), trained)
+    for reopened in (
+        load_model(tmp_path / "checkpoint"),
+        merge_folder(build_model(), tmp_path / "adapter"),
+        merge_folder(build_model(), tmp_path / "checkpoint"),
+    ):
+        torch.testing.assert_close(logits(reopened), trained, rtol=1e-4, atol=1e-4)
+    a = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name, directions in protection.directions.items():
+        left = a[f"base_model.model.{name}.lora_A.weight"] @ directions
+        if rank is None:
+            assert left.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_training_goes_on_bit_for_bit_from_a_state_dict(rank, protection):
+    torch.manual_seed(0)
+    straight = build_model()
+    loki.patch(straight, ROWS, rank=rank, protect=protection)
+    train(straight)
+    state = copy.deepcopy(straight.state_dict())
+    resumed = build_model()
+    loki.patch(resumed, ROWS, rank=rank, protect=protection)
+    resumed.load_state_dict(state)
+    for model in (straight, resumed):
+        train(model)
+    assert torch.equal(logits(straight), logits(resumed))
+    other = build_model()
+    loki.patch(other, ROWS, rank=rank, protect=protection_of(build_model(), seed=5))
+    with pytest.raises(RuntimeError, match="another protection"):
+        other.load_state_dict(state)
+
+
+def test_a_trainer_resumes_with_the_same_protection_alone(protection, tmp_path):
+    model = build_model()
+    handle = loki.patch(model, ROWS, protect=protection)
+    tiny_trainer(model, tmp_path, 3, [handle.trainer_callback()]).train()
+    folder = tmp_path / "checkpoint-3"
+
+    resumed = build_model()
+    handle = loki.patch(resumed, ROWS, protect=protection)
+    trainer = tiny_trainer(resumed, tmp_path, 5, [handle.trainer_callback()])
+    trainer.train(resume_from_checkpoint=str(folder))
+
+    other = build_model()
+    handle = loki.patch(other, ROWS)
+    with pytest.raises(ValueError, match="trained with a protection"):
+        tiny_trainer(other, tmp_path, 5, [handle.trainer_callback()]).train(
+            resume_from_checkpoint=str(folder)
+        )
+    # reading it to evaluate or merge takes no protection; training on does
+    plain = build_model()
+    loki.patch(plain, folder)
+    torch.testing.assert_close(logits(plain), logits(load_model(folder)))
+    with pytest.raises(RuntimeError, match="with the same one"):
+        train(plain.train())
+    again = build_model()
+    loki.patch(again, folder, protect=protection)
+    train(again)
+
+
+def test_an_adapter_is_trained_on_with_its_protection_alone(protection, tmp_path):
+    model = build_model()
+    loki.patch(model, ROWS, protect=protection)
+    train(model)
+    loki.save_adapter(model, tmp_path / "adapter")
+    loaded = build_model()
+    loki.load_adapter(loaded, tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(model))
+    with pytest.raises(RuntimeError, match="with the same one"):
+        train(loaded.train())
+
+
+def test_every_row_is_trained_without_an_analysis(protection, monkeypatch):
+    monkeypatch.setattr(cache, "attribute", None)
+    model = build_model()
+    handle = loki.patch(model, quota=100, protect=protection)
+    assert set(handle.report.patched.values()) == {48}
+
+
+def test_a_protection_is_estimated_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
+    drawn = [[5, 6, 7, 8, 9], [11, 12, 13]]
+    monkeypatch.setattr(samples, "draw_samples", lambda *_, **__: drawn)
+    model = build_model()
+    handle = loki.patch(model, ROWS, protect=True, tokenizer=object())
+    handle.unpatch()
+    monkeypatch.setattr(estimate, "estimate_protection", None)
+    loki.patch(model, ROWS, protect=True, tokenizer=object())
+
+
+def test_what_is_no_protection_of_the_model_is_refused(protection, tmp_path):
+    model = build_model("gpt_neox")
+    with pytest.raises(ValueError, match="another model: it lacks"):
+        loki.patch(model, ROWS, protect=protection)
+    wide = build_model()
+    narrow = copy.deepcopy(protection)
+    narrow.directions["model.layers.0.mlp.down_proj"] = torch.eye(7)[:, :2]
+    with pytest.raises(ValueError, match="112 inputs, and 7"):
+        loki.patch(wide, ROWS, protect=narrow)
+    with pytest.raises(FileNotFoundError):
+        loki.patch(wide, ROWS, protect=tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="directions must be"):
+        LokiLinear.from_linear(torch.nn.Linear(4, 3), [0], directions=torch.eye(3))
+
+
+def test_accumulation_autocast_and_checkpointing_train_it(protection):
+    model = build_model()
+    loki.patch(model, ROWS, protect=protection)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = token_batch(4)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    for _ in range(2):
+        for part in batch.chunk(2):
+            with torch.autocast(batch.device.type, torch.bfloat16):
+                model(input_ids=part, labels=part).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, directions in protection.directions.items():
+        update = model.get_submodule(name).update.detach().cpu()
+        # SGD adds projected gradients, so that the parameter itself stays outside
+        assert update.abs().max() > 0
+        assert (update @ directions).norm() < 1e-4 * update.norm()
+
+
+def test_a_checkpoint_is_an_ordinary_one(protection, tmp_path):
+    model = build_model()
+    loki.patch(model, ROWS, protect=protection)
+    train(model)
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any(isinstance(m, LokiLinear) for m in plain.modules())
+    with safetensors.safe_open(tmp_path / "loki_rows.safetensors", framework="pt") as file:
+        assert file.metadata()["protection"] == protection.fingerprint
