@@ -44,6 +44,7 @@ def patched_or_wrapped(case: str, folder: Path | None = None):
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     rank = 2 if "rank" in case else None
+    protect = protection() if "protect" in case else None
     torch.manual_seed(1)
     if "peft" in case:
         import peft
@@ -51,8 +52,17 @@ def patched_or_wrapped(case: str, folder: Path | None = None):
         from loki_kernels.peft import LokiConfig
 
         return peft.get_peft_model(model, LokiConfig(rows=ROWS, rank=rank)), None
-    handle = loki.patch(model, ROWS, rank=rank)
+    handle = loki.patch(model, ROWS, rank=rank, protect=protect)
     return model, handle
+
+
+def protection():
+    """Of directions that mean nothing: all processes have the same."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    # no decomposition, whose last bits depend on the number of threads
+    drawn = {n: torch.eye(112)[:, torch.randperm(112, generator=generator)[:30]] for n in names}
+    return loki.Protection(drawn, {n: torch.ones(30) for n in names}, dict.fromkeys(names, 40.0))
 
 
 def optimizer_of(model):

@@ -20,13 +20,15 @@ from transformers import AutoModelForCausalLM
 import loki_kernels as loki
 from tests.models import build_model
 from tests.tiny_training import ROWS
+from tests.training.distributed_worker import protection
 
 ROOT = Path(__file__).parents[2]
-PLAIN = ["plain", "plain-rank", "plain-bf16", "plain-peft"]
-TORCH = ["ddp", "ddp-peft", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-peft"]
+PLAIN = ["plain", "plain-rank", "plain-bf16", "plain-peft", "plain-protect"]
+TORCH = ["ddp", "ddp-peft", "ddp-protect", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-peft",
+         "fsdp2-protect"]  # fmt: skip
 TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
            "trainer-fsdp2-peft"]  # fmt: skip
-ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft"]
+ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-protect"]
 ZERO_TRAINER = ["trainer-zero3", "trainer-zero3-rank", "trainer-zero3-peft"]
 # what a patched model's state dict has beside a plain one's
 OWN = (".index", ".update", ".delta_a", ".delta_b")
@@ -77,7 +79,7 @@ def zero_trainers(zero):
 def case_of_one_process(case: str) -> str:
     """The case that one process runs."""
     option = case.split("-")[-1]
-    return f"plain-{option}" if option in ("rank", "bf16", "peft") else "plain"
+    return f"plain-{option}" if option in ("rank", "bf16", "peft", "protect") else "plain"
 
 
 def assert_same_losses(alone: Path, out: Path, case: str) -> None:
@@ -113,7 +115,7 @@ def test_torch_engines(alone, torch_engines, case):
     assert_same_weights(alone, case, load_file(torch_engines / f"{case}.safetensors"))
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp2", "fsdp2-rank", "fsdp2-bf16"])
+@pytest.mark.parametrize("case", ["ddp", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-protect"])
 def test_checkpoint_at_the_end_is_ordinary(alone, torch_engines, case):
     folder = torch_engines / case
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -130,13 +132,15 @@ def test_checkpoint_at_the_end_is_ordinary(alone, torch_engines, case):
         ("fsdp2", None, torch.float32),
         ("fsdp2-rank", 2, torch.float32),
         ("fsdp2-bf16", None, torch.bfloat16),
+        ("fsdp2-protect", None, torch.float32),
     ],
 )
 def test_side_file_of_a_sharded_model(torch_engines, case, rank, dtype):
     model = AutoModelForCausalLM.from_pretrained(torch_engines / case, dtype=dtype)
     trained = model.state_dict()
     base = build_model("llama_mlp_bias", dtype=dtype, device="cpu")
-    handle = loki.patch(base, ROWS, rank=rank)
+    protect = protection() if "protect" in case else None
+    handle = loki.patch(base, ROWS, rank=rank, protect=protect)
     handle.load_state(torch_engines / case)
     name = "model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(base.state_dict()[name], trained[name], rtol=1e-6, atol=1e-7)
@@ -187,7 +191,7 @@ def test_zero(alone, zero, case):
 
 
 @deepspeed
-@pytest.mark.parametrize("case", ["zero2", "zero3", "zero3-rank"])
+@pytest.mark.parametrize("case", ["zero2", "zero3", "zero3-rank", "zero3-protect"])
 def test_zero_saves_an_ordinary_checkpoint(alone, zero, case):
     model, info = AutoModelForCausalLM.from_pretrained(zero / case, output_loading_info=True)
     assert not info["unexpected_keys"]
