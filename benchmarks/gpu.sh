@@ -3,6 +3,7 @@
 #
 #   benchmarks/gpu.sh [--dry-run] check              is it right? build, self-checks, sanitizer, tests
 #   benchmarks/gpu.sh [--dry-run] bench [SUITE ...]  is it fast? every suite, or those named
+#   benchmarks/gpu.sh [--dry-run] study SECONDS      does it forget? trainings of benchmarks.frontier
 #
 # A section that fails or runs out of its time does not stop the rest; time that one leaves is the
 # next ones'. A log, a summary and the benchmarks' records go to $OUT, or to benchmarks/results/.
@@ -24,9 +25,9 @@ fi
 run=${1:-}
 shift
 case $run in
-  check | bench) ;;
+  check | bench | study) ;;
   *)
-    echo "usage: benchmarks/gpu.sh [--dry-run] check | bench [SUITE ...]" >&2
+    echo "usage: benchmarks/gpu.sh [--dry-run] check | bench [SUITE ...] | study SECONDS" >&2
     exit 2
     ;;
 esac
@@ -119,6 +120,19 @@ bench() {
   for suite in "${suites[@]}"; do
     section "$suite" "${limits[$suite]:-25}" "$PYTHON" -m benchmarks "$suite" "$scope"
   done
+}
+
+# What has not been trained of the kill test, most informative first. The texts' tokens travel in
+# $FRONTIER_DATA, which `python -m benchmarks.frontier data` wrote where the texts are; the results
+# so far are those of the repository. MPS lets the processes' small kernels run at once.
+study() {
+  local seconds=${1:-240} data=(--data "${FRONTIER_DATA:-}") results="$OUT/frontier/trainings.jsonl"
+  [ -n "$dry" ] && data=(--rehearse --most 1)
+  mkdir -p "$OUT/frontier"
+  [ -f "$results" ] || cp benchmarks/results/frontier/trainings.jsonl "$results" 2> /dev/null
+  nvidia-cuda-mps-control -d 2> /dev/null
+  section study $((seconds + 15)) \
+    "$PYTHON" -m benchmarks.frontier run "${data[@]}" --results "$results" --seconds "$seconds"
 }
 
 note "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1)"

@@ -18,6 +18,7 @@ from loki_kernels.files import atomic_path
 
 LENGTH = 256  # tokens of every sequence
 TASKS = ("shakespeare", "gsm8k")
+PARTS = ("train", "test")
 # Where the model is compared with the base; 16 windows of 256 tokens each.
 DOMAINS = ("wikitext", "code", "chat")
 # What the general inputs and the sensitivities are estimated on, and what replay replays.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loki_kernels.files import atomic_path
+from loki_kernels.plots import import_matplotlib
 
 from ..forgetting.compare import estimate
 from .arms import ARMS
@@ -44,16 +45,20 @@ def _lines(records: list[dict[str, Any]], folder: Path) -> Iterator[str]:
     yield f"sequences of 256 tokens a step, on {'; '.join(devices)}. {len(records)} trainings."
     yield ""
     yield _READING
-    for task, steps in sorted({(r["task"], r["steps"]) for r in records}):
-        chosen = [r for r in records if (r["task"], r["steps"]) == (task, steps)]
-        comparison = Comparison(chosen)
+    groups = sorted({(r["steps"], r["task"]) for r in records})
+    comparisons = {
+        (steps, task): Comparison(r for r in records if (r["steps"], r["task"]) == (steps, task))
+        for steps, task in groups
+    }
+    for (steps, task), comparison in comparisons.items():
         yield from ("", f"## {task}, {steps} steps", "")
         yield f"The base's loss is {comparison.before:.3f}."
         yield ""
         yield from _table(comparison)
-        name = f"{task}-{steps}.png"
-        _plot(comparison, f"{task}, {steps} steps", folder / name)
-        yield from ("", f"![{task}]({name})")
+    for steps in sorted({steps for steps, _ in groups}):
+        name = f"frontier-{steps}.png"
+        _plot({t: c for (s, t), c in comparisons.items() if s == steps}, folder / name)
+        yield from ("", f"![{steps} steps: log KL against task loss]({name})")
 
 
 def _table(comparison: Comparison) -> Iterator[str]:
@@ -91,31 +96,43 @@ def format_ratio(logs: dict[int, float]) -> str:
     return f"{math.exp(mean):.2f} ({low:.2f} to {high:.2f})"
 
 
-def _plot(comparison: Comparison, title: str, path: Path) -> None:
-    import matplotlib
+# What the plot shows; the others are in the tables.
+_DRAWN = (
+    "full",
+    "LoRA",
+    "full + replay",
+    "full + KL",
+    "rows",
+    "rows protected",
+    "down_proj",
+    "down_proj protected",
+    "down_proj, random subspace",
+    "linears protected",
+)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    colours = pyplot.get_cmap("tab20")
-    for number, arm in enumerate(name for name in ARMS if name in comparison.arms()):
-        front = comparison.frontier(arm, comparison.seeds(arm)[0])
-        style = "-" if number < 20 else "--"
-        axes.plot(
-            [loss for loss, _ in front],
-            [math.exp(kl) for _, kl in front],
-            style,
-            color=colours(number % 20),
-            marker=".",
-            label=arm,
-        )
-    axes.set_yscale("log")
-    axes.set_xlabel("held-out task loss (nats a token)")
-    axes.set_ylabel(f"KL from the base (nats a token; mean of {', '.join(DOMAINS)})")
-    axes.set_title(title)
-    axes.legend(fontsize=6, ncols=2)
-    figure.tight_layout()
+def _plot(comparisons: dict[str, Comparison], path: Path) -> None:
+    canvas, figure_class = import_matplotlib()
+    figure = figure_class(figsize=(6 * len(comparisons), 5), layout="constrained")
+    canvas(figure)
+    panels = figure.subplots(1, len(comparisons), squeeze=False)[0]
+    for axes, (task, comparison) in zip(panels, comparisons.items(), strict=True):
+        for number, arm in enumerate(name for name in _DRAWN if name in comparison.arms()):
+            front = comparison.frontier(arm, comparison.seeds(arm)[0])
+            style = "o-" if "protected" in arm else ".--"
+            axes.plot(
+                [loss for loss, _ in front],
+                [math.exp(kl) for _, kl in front],
+                style,
+                color=f"C{number}",
+                markersize=4,
+                label=arm,
+            )
+        axes.axvline(comparison.before, color="grey", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set_xlabel("held-out task loss, nats a token (grey: before training)")
+        axes.set_title(f"{task}: lower left is better")
+    panels[0].set_ylabel(f"KL from the base, nats a token ({', '.join(DOMAINS)})")
+    panels[-1].legend(fontsize=8)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    pyplot.close(figure)
+        figure.savefig(temporary, dpi=120)

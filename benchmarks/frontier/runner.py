@@ -22,13 +22,15 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loki_kernels.attribution.cache import cache_folder
+from loki_kernels.demo.model import load_smollm2
 
 from ..records import RESULTS, describe_machine
 from .arms import ARMS, FIRST
-from .data import TASKS, Data, write_data
+from .data import DOMAINS, LENGTH, PARTS, SOURCES, TASKS, Data, write_data
 from .moments import Moments, linears, measure_moments
 from .train import Job, Laboratory, train
 
@@ -76,12 +78,13 @@ def _sources() -> dict[str, tuple[str, bool, bool]]:
     return wanted
 
 
-def _write_moments(folder: Path, model: Any, data: Data, texts: int | None) -> None:
+def _write_moments(folder: Path, model: Any, data: Data) -> None:
     for name, (source, weighted, every) in _sources().items():
         start = time.monotonic()
         layers = [n for n in linears(model) if every or n.endswith("down_proj")]
-        ids, labels = data.ids[source][:texts], data.labels[source][:texts]
-        moments = measure_moments(model, ids, labels, layers, weighted=weighted)
+        moments = measure_moments(
+            model, data.ids[source], data.labels[source], layers, weighted=weighted
+        )
         tensors = {
             f"{part}:{layer}": tensor.cpu().clone()
             for part in ("values", "vectors", "sensitivity")
@@ -131,6 +134,8 @@ def _work(folder: Path, device: str, jobs: Any, results: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not arguments.rehearse and not arguments.data.is_file():
+        raise SystemExit(f"{arguments.data} is not there; python -m benchmarks.frontier data.")
     path: Path = arguments.results
     done = {
         _key({k: r[k] for k in ("arm", "settings", "task", "rate", "seed", "steps")})
@@ -151,11 +156,15 @@ def run(arguments: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, open(path, "a", encoding="utf-8") as file:
         folder = Path(scratch)
-        shutil.copy(arguments.data, folder / "data.safetensors")
-        model = _load_model(arguments.random_weights)
+        if arguments.rehearse:
+            model, tensors = _rehearsal()
+            save_file(tensors, folder / "data.safetensors")
+        else:
+            shutil.copy(arguments.data, folder / "data.safetensors")
+            model, _ = load_smollm2()
         model.save_pretrained(folder / "model")
-        data = Data.load(arguments.data).to(device)
-        _write_moments(folder, model.to(device), data, arguments.texts)
+        data = Data.load(folder / "data.safetensors").to(device)
+        _write_moments(folder, model.to(device), data)
         del model, data
         group = arguments.group if device == "cuda" else 1
         waiting, results = context.Queue(), context.Queue()
@@ -171,7 +180,7 @@ def run(arguments: argparse.Namespace) -> None:
         while running:
             left = arguments.seconds - (time.monotonic() - start)
             try:
-                record = results.get(timeout=max(0.1, left))
+                record = results.get(timeout=min(max(0.1, left), 86_400))
             except queue.Empty:
                 print("out of time", flush=True)
                 break
@@ -191,25 +200,26 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{count} trainings in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def _load_model(random_weights: bool) -> Any:
-    if random_weights:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=576,
-                intermediate_size=1536,
-                num_hidden_layers=30,
-                vocab_size=49152,
-                num_attention_heads=9,
-                num_key_value_heads=3,
-                tie_word_embeddings=True,
-            )
-        )
-    from loki_kernels.demo.model import load_smollm2
-
-    return load_smollm2()[0]
+def _rehearsal() -> tuple[Any, dict[str, Tensor]]:
+    """A tiny random model, and random tokens in the place of texts."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=61,
+        tie_word_embeddings=True,
+    )
+    tensors = {}
+    for name in (*DOMAINS, *SOURCES, *(f"{t}/{part}" for t in TASKS for part in PARTS)):
+        ids = torch.randint(config.vocab_size, (6, LENGTH))
+        labels = ids.clone()
+        labels[:, 0] = -100
+        labels[2:, 200:] = -100
+        tensors |= {f"{name}:ids": ids, f"{name}:labels": labels}
+    return LlamaForCausalLM(config), tensors
 
 
 def main() -> None:
@@ -225,14 +235,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rates", nargs="+", type=float)
     parser.add_argument("--most", type=int, help="train no more than so many")
-    parser.add_argument("--texts", type=int, help="of each source, to rehearse")
-    parser.add_argument("--random-weights", action="store_true", help="to rehearse")
+    parser.add_argument("--rehearse", action="store_true", help="with a tiny random model")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 4) // 4))
     parser.add_argument("--group", type=int, default=4, help="trainings at once in a process")
     arguments = parser.parse_args()
     if arguments.what == "data":
-        from loki_kernels.demo.model import load_smollm2
-
         torch.manual_seed(0)
         model, tokenizer = load_smollm2()
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -243,4 +250,3 @@ def main() -> None:
         from .report import write_report
 
         write_report(arguments.results)
-

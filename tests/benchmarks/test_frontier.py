@@ -2,39 +2,22 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.frontier.arms import ARMS
 from benchmarks.frontier.compare import Comparison, at_loss, frontier
-from benchmarks.frontier.data import DOMAINS, LENGTH, SOURCES, TASKS, Data
+from benchmarks.frontier.data import DOMAINS, TASKS, Data
 from benchmarks.frontier.moments import linears, measure_moments, projection, rank_of
-from benchmarks.frontier.runner import _sources, kill_test, plan
+from benchmarks.frontier.runner import _rehearsal, _sources, kill_test, main, plan, read_records
 from benchmarks.frontier.train import Job, Laboratory, Run, UpdatedLinear, train
 
 
 @pytest.fixture(scope="module")
 def lab():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=20,
-        intermediate_size=28,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=61,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
-    tensors = {}
-    for name in (*DOMAINS, *SOURCES, *(f"{t}/{p}" for t in TASKS for p in ("train", "test"))):
-        ids = torch.randint(61, (6, LENGTH))[:, :LENGTH]
-        labels = ids.clone()
-        labels[:, 0] = -100
-        labels[2:, 200:] = -100
-        tensors |= {f"{name}:ids": ids, f"{name}:labels": labels}
+    model, tensors = _rehearsal()
     data = Data(tensors)
     moments = {
         name: measure_moments(
@@ -163,3 +146,19 @@ def test_arms_are_compared_at_equal_loss():
     comparison = Comparison([record("full", 1.0), record("rows", 0.2)])
     assert comparison.log_ratios("rows", "full")[0] == pytest.approx(math.log(5))
     assert comparison.log_ratios("rows", "full", scaled=False) == {}  # one point is no curve
+
+
+def test_processes_train_what_was_not_trained(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "trainings.jsonl"
+    arms = ["full", "rows protected"]
+    command = f"frontier run --rehearse --steps 2 --seeds 3 --tasks gsm8k --results {path} --arms"
+    for most, want in (("3", 3), ("9", 10)):
+        monkeypatch.setattr(sys, "argv", [*command.split(), *arms, "--most", most])
+        main()
+        assert len(read_records(path)) == want
+    assert "7 trainings to do" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["frontier", "report", "--results", str(path)])
+    main()
+    text = path.with_suffix(".md").read_text()
+    assert "| rows protected | 1 |" in text
+    assert (tmp_path / "frontier-2.png").stat().st_size > 1000

@@ -50,6 +50,15 @@ def test_check_passes(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in libraries} == libraries
 
 
+def test_study_adds_to_the_results(tmp_path):
+    run, output = rehearse(tmp_path, "study", "60")
+    assert run.returncode == 0, output + (tmp_path / "gpu-study.log").read_text()
+    assert sections(tmp_path, "study") == {"study": "passed"}
+    kept = (ROOT / "benchmarks" / "results" / "frontier" / "trainings.jsonl").read_text()
+    added = (tmp_path / "frontier" / "trainings.jsonl").read_text().removeprefix(kept)
+    assert added.count("\n") == 1
+
+
 def test_bench_runs_every_suite(tmp_path):
     """By a stand-in for Python; `test_benchmarks` runs the suites themselves."""
     python = tmp_path / "python"
