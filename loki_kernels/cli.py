@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--texts", help="a text a line, or jsonl with a field text (default: the model's samples)"
     )
     protection.add_argument("--share", type=float, default=0.9, help="of the inputs' energy")
-    protection.add_argument("--max-directions", type=int, default=1024, help="of a layer")
+    protection.add_argument("--max-directions", type=int, help="of a layer")
     protection.add_argument("--earlier", help="a protection whose energy is added")
     protection.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     protection.set_defaults(run=_protection)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..structure import DownProjection, Structure
 from .result import Protection
 
-# Above this width all eigenvectors take longer than the text (14,336: 30 s a layer on a GPU).
+# Above this width a few eigenvectors are worth an iteration.
 _EXACT = 4096
 _ITERATIONS = 4
 
@@ -92,19 +92,21 @@ def moment_of(protection: Protection, name: str, device: torch.device) -> Tensor
     return (directions * protection.energies[name].to(device)) @ directions.t()
 
 
-def top_eigenvectors(moment: Tensor, share: float, most: int) -> tuple[Tensor, Tensor, float]:
+def top_eigenvectors(
+    moment: Tensor, share: float, most: int | None
+) -> tuple[Tensor, Tensor, float]:
     """The eigenvectors that hold ``share`` of the trace, their eigenvalues, and the trace."""
     if moment.device.type not in ("cpu", "cuda"):
         moment = moment.cpu()
     total = float(moment.trace())
-    if len(moment) <= _EXACT:
+    if most is None or len(moment) <= _EXACT:
         values, vectors = torch.linalg.eigh(moment)
     else:
         values, vectors = _subspace(moment, min(len(moment), most + 64))
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     count = int((values.cumsum(0) < share * total).sum()) + 1
     # all directions would leave nothing to train
-    count = min(count, most, len(values), len(moment) - 1)
+    count = min(count, most or count, len(values), len(moment) - 1)
     return vectors[:, :count].contiguous().cpu(), values[:count].contiguous().cpu(), total
 
 
