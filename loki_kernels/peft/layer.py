@@ -183,17 +183,22 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             and not has_hooks(base)
         )
 
-    def _update_factors(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The update of an adapter's rows: a product, or the update itself and None."""
+    def _update_factors(self, name: str, whole: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The update of an adapter's rows: a product, or the update itself and None.
+
+        With ``whole``, all of a sharded one, detached.
+        """
         directions = dict(self.loki_directions.items()).get(name)  # BufferDict has no get
+        read = full_values if whole else _as_it_is
         if name in self.loki_delta_a:
-            return self.loki_delta_a[name], leave_out(self.loki_delta_b[name], directions)
-        return leave_out(self.loki_update[name], directions), None
+            b = read(self.loki_delta_b[name])
+            return read(self.loki_delta_a[name]), leave_out(b, directions)
+        return leave_out(read(self.loki_update[name]), directions), None
 
     def _whole_weight(self) -> Tensor:
         """The base's weight; of a quantized one in the model's dtype."""
         if self.quantization_backend is None:
-            return self._base_weight.data
+            return full_values(self._base_weight)
         return dequantized_weight(
             self.get_base_layer(), self.quantization_backend, self.dequantized_dtype
         )
@@ -201,7 +206,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _merged_rows(self, name: str, weight: Tensor) -> Tensor:
         """The weight's rows with an adapter's update, in the weight's dtype."""
-        return updated_rows(weight[self.loki_index[name]], *self._update_factors(name))
+        return updated_rows(weight[self.loki_index[name]], *self._update_factors(name, whole=True))
 
     @torch.no_grad()
     def update_from_rows(self, name: str, trained: Tensor) -> Tensor:
@@ -245,14 +250,21 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         """
         names = self.check_merge(safe_merge, adapter_names)
         if self.quantization_backend is None:
-            weight = self._base_weight.data
             for name in names:
-                index = self.loki_index[name]
-                self._replaced[name] = weight[index]
-                weight.index_copy_(0, index, self._merged_rows(name, weight))
+                weight = full_values(self._base_weight)
+                self._replaced[name] = weight[self.loki_index[name]]
+                self._put_rows(self.loki_index[name], self._merged_rows(name, weight))
         elif names:
             self._merge_quantized(names)
         self.merged_adapters.extend(names)
+
+    def _put_rows(self, index: Tensor, rows: Tensor) -> None:
+        base = self._base_weight
+        if is_sharded(base):
+            whole = full_values(base).index_copy(0, index, rows)
+            base.data.copy_(shard_like(whole, base))
+        else:
+            base.data.index_copy_(0, index, rows)
 
     def _merge_quantized(self, names: list[str]) -> None:
         how = self._how_to_merge(names)
@@ -277,10 +289,13 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             self._unmerged = None
         else:
             for name, rows in self._replaced.items():
-                weight = self._base_weight.data
-                weight.index_copy_(0, self.loki_index[name], rows.to(weight))
+                self._put_rows(self.loki_index[name], rows.to(self._base_weight))
         self._replaced.clear()
         self.merged_adapters.clear()
+
+
+def _as_it_is(parameter: Tensor) -> Tensor:
+    return parameter
 
 
 def _save_what_acts(layer: LokiLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -31,6 +31,7 @@ from ..training.targets import (
     check_rows_agree,
     find_modules,
     new_heads,
+    refuse_efficient_loading,
 )
 from .config import LokiConfig
 from .layer import LokiLayer
@@ -59,9 +60,11 @@ class LokiModel(BaseTuner):
         if any(layer.merged for layer in self._loki_layers()):
             raise ValueError("an adapter is merged; call unmerge_adapter() before adding another.")
         # what is filled in belongs to this model; the caller may want the config for another
-        (name,) = (name for name, config in self.peft_config.items() if config is peft_config)
+        # The adapter that is being added is the last; TRL gives it the first one's own config.
+        *_, name = (name for name, config in self.peft_config.items() if config is peft_config)
         self.peft_config[name] = peft_config = copy.copy(peft_config)
         structure = find_structure(self.model)
+        refuse_efficient_loading()
         _check_modules(structure, peft_config)
         selection = self._select(structure, name, peft_config)
         peft_config.rows = [layer.tolist() for layer in selection]

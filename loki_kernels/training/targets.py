@@ -59,6 +59,7 @@ def check_patchable(structure: Structure) -> None:
             "loki_kernels.peft.LokiConfig."
         )
     refuse_tensor_parallelism(structure)
+    refuse_efficient_loading()
     for _, down_proj in structure.trainable():
         if not is_plain_linear(down_proj.module):
             weight = getattr(down_proj.module, "weight", None)
@@ -76,6 +77,25 @@ def check_patchable(structure: Structure) -> None:
                 f"the weight of {down_proj.name} is not in memory (offloaded, or on the meta "
                 "device); load the model without offloading."
             )
+
+
+def refuse_efficient_loading() -> None:
+    """Raise UnsupportedModelError where accelerate gives the weights to one process alone.
+
+    Its ``cpu_ram_efficient_loading`` then hands every parameter to the others, but no buffer of a
+    state dict, as the rows' numbers are.
+    """
+    asked = (os.environ.get(name, "") for name in _EFFICIENT_LOADING)
+    if is_distributed() and all(value.lower() in ("1", "true") for value in asked):
+        raise UnsupportedModelError(
+            "accelerate's cpu_ram_efficient_loading gives the weights to the first process alone; "
+            'load them in every process: fsdp_config={"cpu_ram_efficient_loading": False}, or '
+            "fsdp_cpu_ram_efficient_loading: false for accelerate."
+        )
+
+
+# What accelerate tells transformers by.
+_EFFICIENT_LOADING = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 
 def assign_rows(

@@ -109,21 +109,44 @@ def ddp(case):
 
 
 def fsdp(case):
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     model, _ = patched_or_wrapped(case)
     base = model.get_base_model() if "peft" in case else model
+    kind = {"mesh": dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))}
+    if "offload" in case:
+        kind["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     for layer in base.model.layers:
-        fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
-    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+        fully_shard(layer, **kind)
+    fully_shard(model, **kind)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     start = {k: v.clone() for k, v in get_model_state_dict(model, options=options).items()}
     losses = train_steps(model, optimizer_of(model), share_of_rank)
     state = get_model_state_dict(model, options=options)
-    if "peft" not in case:
+    if "peft" in case:
+        check_merging(model, state)
+    else:
         assert moved_by_reading(model, start, state) > 1e-2 or dist.get_rank()
         assert moved_by_reading(model, state, state) < 1e-5
     return losses, state, model
+
+
+def check_merging(model, state):
+    """What TRL does before it sends a sharded PEFT model's weights to a server."""
+
+    def whole():
+        return {k: p.full_tensor().clone() for k, p in model.named_parameters()}
+
+    before = whole()
+    model.merge_adapter()
+    merged = whole()
+    model.unmerge_adapter()
+    assert all(torch.equal(p, before[k]) for k, p in whole().items())
+    for layer, rows in enumerate(ROWS if dist.get_rank() == 0 else ()):  # who has the state
+        name = f"base_model.model.model.layers.{layer}.mlp.down_proj."
+        want = before[f"{name}base_layer.weight"]
+        want[sorted(rows)] += state[f"{name}loki_update.default"]
+        assert torch.equal(merged[f"{name}base_layer.weight"], want)
 
 
 def moved_by_reading(model, read, before):
@@ -246,6 +269,32 @@ def ranks(case):
         dist.barrier()
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [chosen, *said])
+    return everyone, None, None
+
+
+def efficient(case):
+    """What is said under accelerate's cpu_ram_efficient_loading: a list a process of messages."""
+    import peft
+
+    from loki_kernels.peft import LokiConfig
+
+    callback = loki.patch(build_model(), ROWS).trainer_callback()
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    os.environ |= asked
+    said = []
+    for attempt in (
+        lambda: loki.patch(build_model(), ROWS),
+        lambda: peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)),
+        lambda: callback.on_init_end(None, None, None),
+    ):
+        try:
+            attempt()
+        except loki.UnsupportedModelError as error:
+            said.append(str(error))
+    for name in asked:
+        del os.environ[name]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, said)
     return everyone, None, None
 
 

@@ -25,7 +25,7 @@ from tests.training.distributed_worker import protection
 ROOT = Path(__file__).parents[2]
 PLAIN = ["plain", "plain-rank", "plain-bf16", "plain-peft", "plain-protect"]
 TORCH = ["ddp", "ddp-peft", "ddp-protect", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-peft",
-         "fsdp2-protect"]  # fmt: skip
+         "fsdp2-protect", "fsdp2-offload", "fsdp2-offload-peft"]  # fmt: skip
 TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
            "trainer-fsdp2-peft"]  # fmt: skip
 ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-protect"]
@@ -53,7 +53,9 @@ def launch_worker(out: Path, cases: list[str]) -> Path:
 # Two starts for all cases: a process imports for ten seconds before it trains for two.
 @pytest.fixture(scope="module")
 def torch_engines(tmp_path_factory):
-    return launch_worker(tmp_path_factory.mktemp("torch"), PLAIN + TORCH + TRAINER + ["ranks"])
+    return launch_worker(
+        tmp_path_factory.mktemp("torch"), PLAIN + TORCH + TRAINER + ["ranks", "efficient"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,12 @@ def test_all_processes_train_the_same_rows(torch_engines):
         said = [process[2 if given_to_patch else 3] for process in (first, second)]
         assert sorted(map(bool, said)) == [False, True]  # whoever comes second
         assert "trains other rows than another" in "".join(said)
+
+
+def test_efficient_loading_is_refused_in_every_process(torch_engines):
+    for process in json.loads((torch_engines / "efficient.json").read_text()):
+        assert len(process) == 3  # by patch, PEFT, and a Trainer whose arguments come later
+        assert all("cpu_ram_efficient_loading" in said for said in process)
 
 
 def test_fsdp1_is_refused_before_training():
