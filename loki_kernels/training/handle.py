@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..selection import RowSelection
 from ..sharding import is_partitioned, is_sharded
 from . import adapter_file
 from .linear import LokiLinear
+from .serving import merged_parameters
 from .writer import RowWriter
 
 if TYPE_CHECKING:
@@ -128,7 +130,9 @@ class Patch:
         ``load_best_model_at_end`` it reads the update beside the checkpoint's merged weights, so
         that training goes on bit for bit. A checkpoint outside ``output_dir`` it finds only if
         ``TrainingArguments`` names it too (``resume_from_checkpoint``). Without it, resuming raises
-        RuntimeError, unless the model was patched with ``rows=<checkpoint folder>``.
+        RuntimeError, unless the model was patched with ``rows=<checkpoint folder>``. Uploads of
+        checkpoints hold the update too. A trainer of TRL that would send the parameters to vLLM
+        (``use_vllm``) raises RuntimeError when it is made.
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 
@@ -141,6 +145,20 @@ class Patch:
         seen; a training step raises RuntimeError.
         """
         return self._writer.hold()
+
+    def merged_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the base architecture's parameters, the trained rows merged into them.
+
+        For an inference server that is sent weights while the model trains: ``named_parameters``
+        names the update beside weights that lack the last step. Sharded weights come whole, for
+        which every process has to iterate. The tensors may be the model's own; copy what is to
+        outlive the next step.
+
+        Raises:
+            RuntimeError: if the model was already merged or unpatched.
+        """
+        self._check_active()
+        return merged_parameters(self.model, self._layers)
 
     def named_layers(self) -> list[tuple[str, LokiLinear]]:
         """(name in the model, layer) of every patched layer."""
@@ -161,9 +179,12 @@ class Patch:
         if self._active:
             self.unpatch()
 
-    def _restore(self, *, trained: bool) -> nn.Module:
+    def _check_active(self) -> None:
         if not self._active:
             raise RuntimeError("this model is no longer patched.")
+
+    def _restore(self, *, trained: bool) -> nn.Module:
+        self._check_active()
         if any(is_sharded(layer.weight) for layer in self._layers.values()):
             raise RuntimeError(
                 "the model's weights are sharded; save the checkpoint (model.state_dict() holds "

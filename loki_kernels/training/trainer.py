@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..files import check_folder
 from ..sharding import full_shape
 from .adapter_file import SIDE_FILE, Layers, SavedUpdate, load_side_file, read_update, update_of
 from .linear import same_rows, updated_rows
+from .targets import refuse_efficient_loading
 
 
 class SideFileCallback(TrainerCallback):
@@ -18,6 +20,18 @@ class SideFileCallback(TrainerCallback):
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        refuse_efficient_loading()  # the arguments may be younger than the patch
+        if getattr(args, "use_vllm", False):
+            raise RuntimeError(
+                "with use_vllm the trainer sends named_parameters() to vLLM, which are not the "
+                "trained weights of a patched model. Give it the unpatched model and "
+                "peft_config=loki_kernels.peft.LokiConfig(rows=...), which it merges first; a loop "
+                "of your own sends handle.merged_parameters()."
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -36,6 +50,15 @@ class SideFileCallback(TrainerCallback):
     ) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_side_file([Path(state.best_model_checkpoint)])
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Put the update where the Trainer copies a checkpoint's weights to, to upload them."""
+        assert args.output_dir is not None
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / SIDE_FILE
+        if args.should_save and path.is_file():
+            shutil.copy(path, args.output_dir)
 
     def _load_side_file(self, folders: list[Path]) -> None:
         """Read the update of the merged weights that the Trainer has just loaded.

@@ -1,0 +1,22 @@
+"""Weights for an inference server that answers while a patched model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ..sharding import full_values
+from .adapter_file import Layers
+from .linear import TRAINED
+
+
+def merged_parameters(model: nn.Module, layers: Layers) -> Iterator[tuple[str, Tensor]]:
+    """What `Patch.merged_parameters` gives."""
+    updates = {f"{name}.{part}" for name in layers for part in TRAINED}
+    merged = {f"{name}.weight": layer for name, layer in layers.items()}
+    for name, parameter in model.named_parameters():
+        if name in merged:
+            yield name, full_values(merged[name].merged_weight())
+        elif name not in updates:
+            yield name, full_values(parameter)
