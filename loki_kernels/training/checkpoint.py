@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,22 @@ class SavePretrained:
             # before the class's own, which may upload the folder
             self._write_side_file(save_directory, parts)
         save = type(self.model).save_pretrained
-        return save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)
+        with self._uploading_the_side_file() if kwargs.get("push_to_hub") else nullcontext():
+            return save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)
+
+    @contextmanager
+    def _uploading_the_side_file(self) -> Iterator[None]:
+        """transformers uploads what is newer than its call; the side file is older."""
+        upload = self.model._upload_modified_files
+
+        def upload_it_too(folder: Any, repo_id: str, times: dict[str, float], **kwargs: Any) -> Any:
+            return upload(folder, repo_id, times | {adapter_file.SIDE_FILE: 0.0}, **kwargs)
+
+        self.model._upload_modified_files = upload_it_too
+        try:
+            yield
+        finally:
+            del self.model._upload_modified_files
 
     def _write_side_file(self, folder: str | os.PathLike[str], parts: dict[str, Parts]) -> None:
         for name, layer in self.layers.items():

@@ -1,0 +1,232 @@
+"""Options of HF Trainer that reach into the model, around a patched model and a PEFT adapter."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional
+
+import loki_kernels as loki
+from loki_kernels.peft import LokiConfig
+from tests.models import DEVICE, build_model, changed_rows
+from tests.tiny_training import ROWS, load_model, tiny_trainer
+
+WAYS = ["patch", "peft"]
+STEPS = 3
+
+
+def start(way, folder, fuse_mlp=False):
+    """(model to be trained in ROWS, callbacks)."""
+    model = load_model(folder)
+    if way == "patch":
+        return model, [loki.patch(model, ROWS, fuse_mlp=fuse_mlp).trainer_callback()]
+    return peft.get_peft_model(model, LokiConfig(rows=ROWS)), []
+
+
+def updates(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "update" in n}
+
+
+def assert_ordinary(way, folder, base_folder):
+    """A checkpoint, or an adapter of the base, with the selected rows changed and no others."""
+    if way == "peft":
+        merged = peft.PeftModel.from_pretrained(load_model(base_folder), folder).merge_and_unload()
+        folder = folder / "merged"
+        merged.save_pretrained(folder)
+    assert changed_rows(folder, base_folder) == ROWS[0]
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def plain(request, base_folder, tmp_path_factory):
+    """(way, the update after training with no option)."""
+    model, callbacks = start(request.param, base_folder)
+    tiny_trainer(model, tmp_path_factory.mktemp("plain"), STEPS, callbacks).train()
+    return request.param, updates(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=["use_reentrant=True", "use_reentrant=False", "torch_compile"],
+)
+def test_options_that_change_no_number(plain, base_folder, tmp_path, options):
+    way, want = plain
+    torch._dynamo.reset()
+    model, callbacks = start(way, base_folder)
+    trainer = tiny_trainer(model, tmp_path, STEPS, callbacks, **options)
+    trainer.train()
+    for name, update in updates(model).items():
+        torch.testing.assert_close(update, want[name], rtol=1e-3, atol=1e-5, msg=name)
+    trainer.save_model(str(tmp_path / "out"))
+    assert_ordinary(way, tmp_path / "out", base_folder)
+    assert_ordinary(way, tmp_path / f"checkpoint-{STEPS}", base_folder)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_neftune(way, base_folder, tmp_path):
+    model, callbacks = start(way, base_folder)
+    trainer = tiny_trainer(model, tmp_path, STEPS, callbacks, neftune_noise_alpha=5.0)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    assert_ordinary(way, tmp_path / "out", base_folder)
+
+
+def test_auto_find_batch_size(plain, base_folder, tmp_path):
+    """The batch is halved after a step that ran out of memory in the middle of the decoder."""
+    way, _ = plain
+    model, callbacks = start(way, base_folder)
+    sizes = []
+
+    def run_out_of_memory(_, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    layers = (model if way == "patch" else model.get_base_model()).model.layers
+    layers[1].register_forward_pre_hook(run_out_of_memory)
+    trainer = tiny_trainer(model, tmp_path, STEPS, callbacks, auto_find_batch_size=True)
+    trainer.train()
+    assert sizes == [2] + [1] * STEPS
+    trainer.save_model(str(tmp_path / "out"))
+    assert_ordinary(way, tmp_path / "out", base_folder)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_load_best_model_at_end(way, base_folder, tmp_path):
+    model, callbacks = start(way, base_folder)
+    trainer = tiny_trainer(
+        model, tmp_path, 2 * STEPS, callbacks, load_best_model_at_end=True,
+        eval_strategy="steps", eval_steps=STEPS,
+    )  # fmt: skip
+    losses, evaluate = iter([1.0, 2.0]), trainer.evaluate
+    trainer.evaluate = lambda *a, **k: (evaluate(*a, **k), {"eval_loss": next(losses)})[1]
+    trainer.train()
+    best = tmp_path / f"checkpoint-{STEPS}"
+    assert trainer.state.best_model_checkpoint == str(best)
+    trainer.save_model(str(tmp_path / "out"))
+    name = "model.safetensors" if way == "patch" else "adapter_model.safetensors"
+    want, got = load_file(best / name), load_file(tmp_path / "out" / name)
+    assert all(torch.equal(got[key], tensor) for key, tensor in want.items())
+
+
+@pytest.mark.parametrize(("way", "fuse_mlp"), [("patch", False), ("patch", True), ("peft", False)])
+def test_liger_kernel(way, fuse_mlp, base_folder, tmp_path, monkeypatch):
+    """Where there is no GPU, Liger's own kernels are replaced by what they compute."""
+    pytest.importorskip("liger_kernel")
+    from liger_kernel.transformers import swiglu
+    from liger_kernel.transformers.model import llama
+    from transformers.models.llama import modeling_llama
+
+    for name in ("LlamaMLP", "LlamaRMSNorm", "apply_rotary_pos_emb"):  # which Liger replaces
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    parts = {}
+    if DEVICE.type == "cpu":
+        parts = {"rope": False, "rms_norm": False}
+        monkeypatch.setattr(swiglu, "_swiglu_dispatch", lambda a, b, *_: functional.silu(a) * b)
+        monkeypatch.setattr(llama, "LigerForCausalLMLoss", _plain_loss)
+    results = []
+    for options in ({}, {"use_liger_kernel": True, "liger_kernel_config": parts}):
+        model, callbacks = start(way, base_folder, fuse_mlp=fuse_mlp)
+        trainer = tiny_trainer(model, tmp_path, STEPS, callbacks, **options)
+        trainer.train()
+        results.append(updates(model))
+    for name, update in results[0].items():
+        torch.testing.assert_close(results[1][name], update, rtol=1e-3, atol=1e-4, msg=name)
+    trainer.save_model(str(tmp_path / "out"))
+    assert_ordinary(way, tmp_path / "out", base_folder)
+
+
+def _plain_loss(hidden_states, lm_head_weight, labels, hidden_size, shift_labels=None, **_):
+    logits = hidden_states @ lm_head_weight.T
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+class Hub:
+    """What transformers uses of ``HfApi``: it keeps the names of uploaded files, by folder."""
+
+    def __init__(self):
+        self.files = {}
+
+    def create_repo(self, repo_id, **_):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, folder_path, path_in_repo="", ignore_patterns=None, **_):
+        paths = [p for p in Path(folder_path).rglob("*") if p.is_file()]
+        names = sorted(str(path.relative_to(folder_path)) for path in paths)
+        kept = huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=ignore_patterns)
+        self.files.setdefault(path_in_repo, set()).update(kept)
+        done = Future()
+        done.set_result(None)
+        return done
+
+    def create_commit(self, *, operations, **_):
+        self.files.setdefault("", set()).update(o.path_in_repo for o in operations)
+        return SimpleNamespace(commit_url="")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    made = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: made)
+    card = SimpleNamespace(save=lambda path: None)  # it would look for one on the Hub
+    for module in ("transformers.modeling_utils", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.hf_api", lambda: made)
+        monkeypatch.setattr(f"{module}.create_and_tag_model_card", lambda *_, **__: card)
+    return made
+
+
+FILES = {
+    "patch": {"config.json", "model.safetensors", "loki_rows.safetensors"},
+    "peft": {"adapter_config.json", "adapter_model.safetensors"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_push_to_hub(way, base_folder, tmp_path, hub):
+    """The files of the last upload, and of the uploads while it trained."""
+    model, callbacks = start(way, base_folder)
+    trainer = tiny_trainer(
+        model, tmp_path, STEPS, callbacks, push_to_hub=True, hub_strategy="checkpoint",
+        hub_model_id="me/rows",
+    )  # fmt: skip
+    trainer.train()
+    assert hub.files[""] >= FILES[way]
+    assert hub.files["last-checkpoint"] >= FILES[way] | {"optimizer.pt"}
+    hub.files.clear()
+    trainer.push_to_hub()
+    assert hub.files[""] >= FILES[way]
+
+
+@pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
+def test_a_model_pushes_its_update(by, base_folder, tmp_path, hub):
+    model, _ = start("patch", base_folder)
+    if by == "push_to_hub":
+        model.push_to_hub("me/rows")
+    else:
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/rows")
+    assert hub.files[""] >= FILES["patch"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards(tied, tmp_path):
+    model = build_model("llama_mlp_bias" if tied else "llama")
+    model.save_pretrained(tmp_path / "base")
+    handle = loki.patch(model, ROWS)
+    tiny_trainer(model, tmp_path, STEPS, save_strategy="no").train()
+    model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert changed_rows(tmp_path / "out", tmp_path / "base") == ROWS[0]
+    again = loki.patch(load_model(tmp_path / "base"), tmp_path / "out")
+    for (_, a), (_, b) in zip(handle.named_layers(), again.named_layers(), strict=True):
+        assert torch.equal(a.update, b.update)
