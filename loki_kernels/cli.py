@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         help="for the tokenizer's chat template, such as '{\"enable_thinking\": false}'",
     )  # fmt: skip
     attribute.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
-    attribute.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    attribute.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one)")
     attribute.add_argument("--heatmap", help="also draw this .png")
     attribute.add_argument(
         "--keep", choices=get_args(Keep), default="scores",

@@ -22,12 +22,7 @@ def environment() -> dict[str, str]:
             report[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             report[package] = "not installed"
-    if torch.cuda.is_available():
-        report["device"] = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
-    else:
-        report["device"] = f"CPU, {torch.get_num_threads()} threads" + (
-            "" if torch.version.cuda else " (this torch is a CPU build)"
-        )
+    report["device"] = _device()
     report["build"] = _build()
     ops = backends()
     for backend in BACKENDS:
@@ -39,6 +34,18 @@ def environment() -> dict[str, str]:
             for state, names in by_state.items()
         )
     return report
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        return f"{torch.cuda.get_device_name()} ({kind})"
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if other is not None:
+        return f"{other.type}; {cpu}"
+    known = torch.version.cuda or torch.version.hip
+    return cpu if known else f"{cpu} (this torch is a CPU build)"
 
 
 def _build() -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .sharding import DTensor
 
 # The least normal number of float16: bfloat16 values from here on survive a stay in float16.
 _FLOAT16_TINY = 2.0**-14

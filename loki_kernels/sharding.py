@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UnsupportedModelError
+
+if TYPE_CHECKING or torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor as DTensor
+    from torch.distributed.tensor import distribute_tensor
+else:  # builds of torch for Windows, for one
+
+    class DTensor(Tensor):
+        """What no tensor is there."""
+
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # DDP's own name for it
 

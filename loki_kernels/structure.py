@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .errors import UnsupportedModelError
-from .sharding import has_fsdp, is_sharded
+from .sharding import DTensor, has_fsdp, is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -227,6 +226,11 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """``tensor`` in float64, on the CPU if its device has none (Apple's)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def first_non_finite(model: nn.Module) -> str | None:

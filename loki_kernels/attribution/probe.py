@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
-from ..structure import Structure
+from ..structure import Structure, in_float64
 from .prefill import Batch, native_forward
 
 # Largest relative difference between results that are the same but for rounding.
@@ -83,5 +83,5 @@ def _large_hidden(weight: Tensor) -> Tensor:
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
-    got, want = got.double(), want.to(got.device).double()
+    got, want = in_float64(got), in_float64(want.to(got.device))
     return float((got - want).norm() / want.norm().clamp_min(1e-30))

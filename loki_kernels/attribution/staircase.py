@@ -27,7 +27,7 @@ from ..ops import (
     shared_prefix_attention,
     target_probability,
 )
-from ..structure import Head, Structure
+from ..structure import Head, Structure, in_float64
 from .definitions import PathIntegral
 from .path import path_points
 from .prefill import Batch, Prefill, Prefix
@@ -284,6 +284,6 @@ class Staircase:
 
 def _relative_error(got: Tensor, want: Tensor) -> float:
     """The largest of the samples' errors; infinite where one is NaN."""
-    got, want = got.to(want.device).double(), want.double()
+    got, want = in_float64(got.to(want.device)), in_float64(want)
     error = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
     return float(error.nan_to_num(nan=float("inf")).max())

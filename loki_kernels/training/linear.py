@@ -8,12 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear, sync_rows
 from ..ops.gated_product import Activation
 from ..protection.result import LeaveOutOfGradient, leave_out
-from ..sharding import full_shape, full_values, is_partitioned, is_sharded, shard_like
+from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_sharded, shard_like
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops import gated_product
 from ..ops.gated_product import Activation
 from ..ops.gated_product.torch_impl import forward as traceable_gated_product
-from ..structure import DownProjection, has_hooks, is_linear_like
+from ..structure import DownProjection, has_hooks, in_float64, is_linear_like
 from .linear import LokiLinear
 
 # Largest relative difference allowed between the MLP and what we take it for, on random input: the
@@ -116,9 +116,9 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
     x = torch.randn(4, weight.shape[1], generator=generator, device="cpu")
     x = x.to(weight.device, weight.dtype)
     with torch.no_grad():
-        want = mlp(x).double()
+        want = in_float64(mlp(x))
         for gating in candidates:
-            got = down(gated_product(*gating.split(mlp, x), activation)).double()
+            got = in_float64(down(gated_product(*gating.split(mlp, x), activation)))
             if float((got - want).norm()) <= _TOLERANCE[weight.dtype] * float(want.norm()):
                 return gating
     return unknown

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import UnsupportedModelError
 from ..protection import Protection
 from ..selection import RowSelection
-from ..sharding import is_distributed
+from ..sharding import DTensor, is_distributed
 from ..structure import (
     DownProjection,
     Structure,

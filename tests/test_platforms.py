@@ -1,0 +1,141 @@
+"""Platforms that are not here, by pretending: Windows, ROCm, Apple's MPS."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import loki_kernels as loki
+from loki_kernels import environment
+from loki_kernels.ops import _dispatch
+from tests.models import build_model
+from tests.tiny_training import ROWS, token_batch, train
+
+# Modules that need Triton, compiled code or Axolotl, and programs.
+NOT_THERE = ("triton_impl", "_triton", "_cpp", "_cuda", "_build_info", "axolotl", "__main__")
+MPS = torch.device("mps")
+
+
+def test_without_triton_fcntl_and_distributed(tmp_path):
+    """What Windows lacks: every module is imported, and a model is patched, trained and saved."""
+    script = f"""
+        import importlib, pkgutil, sys
+        import torch
+        from tests.models import build_model
+        from tests.tiny_training import ROWS, train
+        import peft, transformers.trainer
+
+        model = build_model(device="cpu")
+        train(model, steps=1)  # what others import as they run
+        torch.distributed.is_available = lambda: False
+        for name in ("triton", "fcntl", "torch.distributed.tensor", "torch.distributed.fsdp"):
+            sys.modules[name] = None
+        import loki_kernels as loki
+
+        for module in pkgutil.walk_packages(loki.__path__, "loki_kernels."):
+            if module.name.rpartition(".")[2] not in {NOT_THERE!r}:
+                importlib.import_module(module.name)
+        scores = loki.attribute(model, [{{"input_ids": torch.arange(5)}}])
+        handle = loki.patch(model, loki.select(scores, quota=10.0))
+        train(model, steps=1)
+        loki.save_adapter(model, {str(tmp_path)!r})
+        handle.merge()
+        print("fine")
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert run.stdout.strip().endswith("fine"), run.stderr
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_rocm(monkeypatch):
+    """Triton is tried whatever the capability says, CUDA's kernels are not."""
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "AMD Instinct MI300X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
+    monkeypatch.setattr(_dispatch._native, "why_not", lambda library: "not compiled: no nvcc.")
+    _dispatch._backend_why_not.cache_clear()
+    try:
+        states = loki.backends()
+        report = environment.environment()
+    finally:
+        _dispatch._backend_why_not.cache_clear()
+    assert report["device"] == "AMD Instinct MI300X (ROCm 7.1)"
+    for op, state in states.items():
+        assert state["torch"] == "live"
+        assert state["cuda"].startswith("not live"), op
+        if _dispatch._exists(op, "triton"):
+            assert state["triton"] == "checked at first use", op
+
+
+class Apple(TorchFunctionMode):
+    """Tensors of the CPU that say they are on MPS, and have no float64, as there."""
+
+    def place(self, module):
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.on_apple = True
+        return module
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        flat = [*args, *(kwargs or {}).values()]
+        inside = [
+            x for group in flat for x in (group if isinstance(group, (list, tuple)) else [group])
+        ]
+        here = any(isinstance(x, torch.Tensor) and getattr(x, "on_apple", False) for x in inside)
+        if function == torch.Tensor.device.__get__ and here:
+            return MPS
+        moved = any(isinstance(x, (torch.device, str)) and str(x) == "mps" for x in inside)
+        args, kwargs = (torch.utils._pytree.tree_map(_on_the_cpu, x) for x in (args, kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            result = function(*args, **kwargs)
+            to_cpu = function is torch.Tensor.to and any(str(x) == "cpu" for x in inside)
+            if function is torch.Tensor.cpu or (to_cpu and not moved):
+                return result.view_as(result)  # an object that is not marked
+        if here or moved:
+            for x in torch.utils._pytree.tree_leaves(result):
+                if isinstance(x, torch.Tensor):
+                    if x.dtype == torch.float64:
+                        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+                    x.on_apple = True
+        return result
+
+
+def _on_the_cpu(x):
+    return torch.device("cpu") if isinstance(x, (torch.device, str)) and str(x) == "mps" else x
+
+
+def test_mps():
+    """Analysis and training where there is no float64, and no kernel but torch's own."""
+    prompts = [{"input_ids": ids} for ids in token_batch(3).cpu()]
+    want = loki.attribute(build_model(device="cpu"), prompts)
+    trained = build_model("llama", device="cpu")
+    loki.patch(trained, ROWS, fuse_mlp=True)
+    train(trained)
+    with Apple() as apple:
+        model = apple.place(build_model(device="cpu"))
+        assert next(model.parameters()).device == MPS
+        with pytest.raises(TypeError, match="float64"):
+            next(model.parameters()).double()
+        got = loki.attribute(model, prompts)
+        handle = loki.patch(model, ROWS, fuse_mlp=True)
+        assert handle.report.fused
+        train(apple.place(model))
+    torch.testing.assert_close(got.scores, want.scores)
+    for name, tensor in trained.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, msg=name)
+
+
+def test_nothing_but_torch_runs_on_mps():
+    tensor = SimpleNamespace(device=MPS, dtype=torch.float32)
+    for op in _dispatch._ops:
+        assert _dispatch.choose(op, None, [tensor]).__name__.endswith("torch_impl")
