@@ -132,7 +132,8 @@ class Patch:
         ``TrainingArguments`` names it too (``resume_from_checkpoint``). Without it, resuming raises
         RuntimeError, unless the model was patched with ``rows=<checkpoint folder>``. Uploads of
         checkpoints hold the update too. A trainer of TRL that would send the parameters to vLLM
-        (``use_vllm``) raises RuntimeError when it is made.
+        (``use_vllm``) or to its reference model (``sync_ref_model``) raises RuntimeError when it is
+        made.
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 

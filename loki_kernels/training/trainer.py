@@ -32,6 +32,11 @@ class SideFileCallback(TrainerCallback):
                 "peft_config=loki_kernels.peft.LokiConfig(rows=...), which it merges first; a loop "
                 "of your own sends handle.merged_parameters()."
             )
+        if getattr(args, "sync_ref_model", False):
+            raise RuntimeError(
+                "sync_ref_model copies parameters one by one, and the reference model has no "
+                "updates of rows; train with sync_ref_model=False."
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

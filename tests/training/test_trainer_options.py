@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from pathlib import Path
-from types import SimpleNamespace
-
-import huggingface_hub
 import peft
 import pytest
 import torch
@@ -15,7 +10,7 @@ from torch.nn import functional
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
-from tests.models import DEVICE, build_model, changed_rows
+from tests.models import DEVICE, changed_rows
 from tests.tiny_training import ROWS, load_model, tiny_trainer
 
 WAYS = ["patch", "peft"]
@@ -56,7 +51,7 @@ def plain(request, base_folder, tmp_path_factory):
     [
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
     ids=["use_reentrant=True", "use_reentrant=False", "torch_compile"],
 )
@@ -82,8 +77,9 @@ def test_neftune(way, base_folder, tmp_path):
     assert_ordinary(way, tmp_path / "out", base_folder)
 
 
-def test_auto_find_batch_size(plain, base_folder, tmp_path):
+def test_auto_find_batch_size(plain, base_folder, tmp_path, monkeypatch):
     """The batch is halved after a step that ran out of memory in the middle of the decoder."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # a second in a process of so many imports
     way, _ = plain
     model, callbacks = start(way, base_folder)
     sizes = []
@@ -150,83 +146,3 @@ def test_liger_kernel(way, fuse_mlp, base_folder, tmp_path, monkeypatch):
 def _plain_loss(hidden_states, lm_head_weight, labels, hidden_size, shift_labels=None, **_):
     logits = hidden_states @ lm_head_weight.T
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-
-class Hub:
-    """What transformers uses of ``HfApi``: it keeps the names of uploaded files, by folder."""
-
-    def __init__(self):
-        self.files = {}
-
-    def create_repo(self, repo_id, **_):
-        return SimpleNamespace(repo_id=repo_id)
-
-    def upload_folder(self, *, folder_path, path_in_repo="", ignore_patterns=None, **_):
-        paths = [p for p in Path(folder_path).rglob("*") if p.is_file()]
-        names = sorted(str(path.relative_to(folder_path)) for path in paths)
-        kept = huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=ignore_patterns)
-        self.files.setdefault(path_in_repo, set()).update(kept)
-        done = Future()
-        done.set_result(None)
-        return done
-
-    def create_commit(self, *, operations, **_):
-        self.files.setdefault("", set()).update(o.path_in_repo for o in operations)
-        return SimpleNamespace(commit_url="")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    made = Hub()
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: made)
-    card = SimpleNamespace(save=lambda path: None)  # it would look for one on the Hub
-    for module in ("transformers.modeling_utils", "transformers.utils.hub"):
-        monkeypatch.setattr(f"{module}.hf_api", lambda: made)
-        monkeypatch.setattr(f"{module}.create_and_tag_model_card", lambda *_, **__: card)
-    return made
-
-
-FILES = {
-    "patch": {"config.json", "model.safetensors", "loki_rows.safetensors"},
-    "peft": {"adapter_config.json", "adapter_model.safetensors"},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_push_to_hub(way, base_folder, tmp_path, hub):
-    """The files of the last upload, and of the uploads while it trained."""
-    model, callbacks = start(way, base_folder)
-    trainer = tiny_trainer(
-        model, tmp_path, STEPS, callbacks, push_to_hub=True, hub_strategy="checkpoint",
-        hub_model_id="me/rows",
-    )  # fmt: skip
-    trainer.train()
-    assert hub.files[""] >= FILES[way]
-    assert hub.files["last-checkpoint"] >= FILES[way] | {"optimizer.pt"}
-    hub.files.clear()
-    trainer.push_to_hub()
-    assert hub.files[""] >= FILES[way]
-
-
-@pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
-def test_a_model_pushes_its_update(by, base_folder, tmp_path, hub):
-    model, _ = start("patch", base_folder)
-    if by == "push_to_hub":
-        model.push_to_hub("me/rows")
-    else:
-        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/rows")
-    assert hub.files[""] >= FILES["patch"]
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_shards(tied, tmp_path):
-    model = build_model("llama_mlp_bias" if tied else "llama")
-    model.save_pretrained(tmp_path / "base")
-    handle = loki.patch(model, ROWS)
-    tiny_trainer(model, tmp_path, STEPS, save_strategy="no").train()
-    model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    assert changed_rows(tmp_path / "out", tmp_path / "base") == ROWS[0]
-    again = loki.patch(load_model(tmp_path / "base"), tmp_path / "out")
-    for (_, a), (_, b) in zip(handle.named_layers(), again.named_layers(), strict=True):
-        assert torch.equal(a.update, b.update)

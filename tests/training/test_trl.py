@@ -194,10 +194,10 @@ def test_reward(way, base_folder, tmp_path):
     torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits)
 
 
-def grpo(model, folder, use_vllm, **options):
+def grpo(model, folder, use_vllm, more=None, **options):
     arguments = trl.GRPOConfig(
         output_dir=str(folder), num_generations=4, max_completion_length=4, use_vllm=use_vllm,
-        vllm_mode="colocate", logging_steps=1, **COMMON,
+        vllm_mode="colocate", logging_steps=1, **COMMON, **(more or {}),
     )  # fmt: skip
     return trl.GRPOTrainer(
         model,
@@ -255,9 +255,20 @@ def test_merged_parameters_are_what_a_server_loads(rank, base_folder, tmp_path):
         handle.merged_parameters()
 
 
-def test_grpo_without_a_server(base_folder, tmp_path):
-    """The model that trains answers by itself."""
+@pytest.mark.parametrize("way", WAYS)
+def test_sync_ref_model_is_refused(way, base_folder, tmp_path):
     model = load_model(base_folder)
-    handle = loki.patch(model, ROWS)
-    grpo(model, tmp_path, False).train()
-    assert all(layer.update.any() for _, layer in handle.named_layers())
+    options = {"peft_config": LokiConfig(rows=ROWS)}
+    if way == "patch":
+        options = {"callbacks": [loki.patch(model, ROWS).trainer_callback()]}
+    with pytest.raises((RuntimeError, ValueError), match="sync_ref_model"):
+        grpo(model, tmp_path, False, {"sync_ref_model": True, "beta": 0.1}, **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_grpo_without_a_server(way, base_folder, tmp_path):
+    """The model that trains answers by itself."""
+    model, arguments = start(way, base_folder)
+    trainer = grpo(model, tmp_path, False, **arguments)
+    trainer.train()
+    assert_rows_trained(way, trainer, base_folder, tmp_path / "out")

@@ -1,0 +1,105 @@
+"""What is uploaded to the Hub, which is faked, and what large checkpoints are made of."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import peft
+import pytest
+import torch
+
+import loki_kernels as loki
+from loki_kernels.peft import LokiConfig
+from tests.models import build_model, changed_rows
+from tests.tiny_training import ROWS, load_model, tiny_trainer
+
+WAYS = ["patch", "peft"]
+STEPS = 3
+
+
+class Hub:
+    """What transformers uses of ``HfApi``: it keeps the names of uploaded files, by folder."""
+
+    def __init__(self):
+        self.files = {}
+
+    def create_repo(self, repo_id, **_):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, folder_path, path_in_repo="", ignore_patterns=None, **_):
+        paths = [p for p in Path(folder_path).rglob("*") if p.is_file()]
+        names = sorted(str(path.relative_to(folder_path)) for path in paths)
+        kept = huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=ignore_patterns)
+        self.files.setdefault(path_in_repo, set()).update(kept)
+        done = Future()
+        done.set_result(None)
+        return done
+
+    def create_commit(self, *, operations, **_):
+        self.files.setdefault("", set()).update(o.path_in_repo for o in operations)
+        return SimpleNamespace(commit_url="")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    made = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: made)
+    card = SimpleNamespace(save=lambda path: None)  # it would look for one on the Hub
+    for module in ("transformers.modeling_utils", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.hf_api", lambda: made)
+        monkeypatch.setattr(f"{module}.create_and_tag_model_card", lambda *_, **__: card)
+    return made
+
+
+FILES = {
+    "patch": {"config.json", "model.safetensors", "loki_rows.safetensors"},
+    "peft": {"adapter_config.json", "adapter_model.safetensors"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_push_to_hub(way, base_folder, tmp_path, hub):
+    """The files of the last upload, and of the uploads while it trained."""
+    model, callbacks = load_model(base_folder), []
+    if way == "patch":
+        callbacks = [loki.patch(model, ROWS).trainer_callback()]
+    else:
+        model = peft.get_peft_model(model, LokiConfig(rows=ROWS))
+    trainer = tiny_trainer(
+        model, tmp_path, STEPS, callbacks, push_to_hub=True, hub_strategy="checkpoint",
+        hub_model_id="me/rows",
+    )  # fmt: skip
+    trainer.train()
+    assert hub.files[""] >= FILES[way]
+    assert hub.files["last-checkpoint"] >= FILES[way] | {"optimizer.pt"}
+    hub.files.clear()
+    trainer.push_to_hub()
+    assert hub.files[""] >= FILES[way]
+
+
+@pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
+def test_a_model_pushes_its_update(by, base_folder, tmp_path, hub):
+    model = load_model(base_folder)
+    loki.patch(model, ROWS)
+    if by == "push_to_hub":
+        model.push_to_hub("me/rows")
+    else:
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/rows")
+    assert hub.files[""] >= FILES["patch"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards(tied, tmp_path):
+    model = build_model("llama_mlp_bias" if tied else "llama")
+    model.save_pretrained(tmp_path / "base")
+    handle = loki.patch(model, ROWS)
+    tiny_trainer(model, tmp_path, STEPS, save_strategy="no").train()
+    model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert changed_rows(tmp_path / "out", tmp_path / "base") == ROWS[0]
+    again = loki.patch(load_model(tmp_path / "base"), tmp_path / "out")
+    for (_, a), (_, b) in zip(handle.named_layers(), again.named_layers(), strict=True):
+        assert torch.equal(a.update, b.update)
