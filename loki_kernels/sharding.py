@@ -87,10 +87,13 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def full_values(parameter: Tensor) -> Tensor:
-    """All values of a parameter, detached; of a sharded one every process has to ask."""
+    """All values of a parameter, detached; of a sharded one every process has to ask.
+
+    One that ZeRO-3 has gathered for somebody is read as it is: gathering it again would split it.
+    """
     if isinstance(parameter, DTensor):
         return cast(DTensor, parameter.detach()).full_tensor()
-    if is_partitioned(parameter):
+    if is_partitioned(parameter) and tuple(parameter.shape) != full_shape(parameter):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):

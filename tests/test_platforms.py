@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +50,10 @@ def test_without_triton_fcntl_and_distributed(tmp_path):
         print("fine")
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
     )
     assert run.stdout.strip().endswith("fine"), run.stderr
     assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -8,6 +8,7 @@ OUT/CASE.safetensors (the whole state dict) and, where it has one, a checkpoint 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import loki_kernels as loki
+from loki_kernels.sharding import full_values
 from loki_kernels.training import patching
 from tests.models import build_model
 from tests.tiny_training import ROWS
@@ -131,17 +133,21 @@ def fsdp(case):
     return losses, state, model
 
 
-def check_merging(model, state):
+_HERE = contextlib.nullcontext()
+
+
+def check_merging(model, state, gathered=_HERE):
     """What TRL does before it sends a sharded PEFT model's weights to a server."""
 
     def whole():
-        return {k: p.full_tensor().clone() for k, p in model.named_parameters()}
+        return {k: full_values(p).clone() for k, p in model.named_parameters()}
 
-    before = whole()
-    model.merge_adapter()
-    merged = whole()
-    model.unmerge_adapter()
-    assert all(torch.equal(p, before[k]) for k, p in whole().items())
+    with gathered:
+        before = whole()
+        model.merge_adapter()
+        merged = whole()
+        model.unmerge_adapter()
+        assert all(torch.equal(p, before[k]) for k, p in whole().items())
     for layer, rows in enumerate(ROWS if dist.get_rank() == 0 else ()):  # who has the state
         name = f"base_model.model.model.layers.{layer}.mlp.down_proj."
         want = before[f"{name}base_layer.weight"]
@@ -179,7 +185,11 @@ def zero(case):
         engine, optimizer, share_of_rank, backward=engine.backward, step=engine.step
     )
     if stage == 3:
-        return losses, engine._zero3_consolidated_16bit_state_dict(), model
+        state = engine._zero3_consolidated_16bit_state_dict()
+        if "peft" in case:
+            gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
+            check_merging(model, state, gathered)
+        return losses, state, model
     return losses, model.state_dict(), model
 
 
