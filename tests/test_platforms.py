@@ -61,6 +61,7 @@ def test_without_triton_fcntl_and_distributed(tmp_path):
 
 def test_rocm(monkeypatch):
     """Triton is tried whatever the capability says, CUDA's kernels are not."""
+    pytest.importorskip("triton")
     monkeypatch.setattr(torch.version, "hip", "7.1")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -79,7 +80,7 @@ def test_rocm(monkeypatch):
         assert state["torch"] == "live"
         assert state["cuda"].startswith("not live"), op
         if _dispatch._exists(op, "triton"):
-            assert state["triton"] == "checked at first use", op
+            assert not state["triton"].startswith("not live"), op
 
 
 class Apple(TorchFunctionMode):
@@ -91,10 +92,7 @@ class Apple(TorchFunctionMode):
         return module
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        flat = [*args, *(kwargs or {}).values()]
-        inside = [
-            x for group in flat for x in (group if isinstance(group, (list, tuple)) else [group])
-        ]
+        inside = torch.utils._pytree.tree_leaves((args, kwargs))
         here = any(isinstance(x, torch.Tensor) and getattr(x, "on_apple", False) for x in inside)
         if function == torch.Tensor.device.__get__ and here:
             return MPS
