@@ -116,10 +116,10 @@ def test_load_best_model_at_end(way, base_folder, tmp_path):
     assert all(torch.equal(got[key], tensor) for key, tensor in want.items())
 
 
-@pytest.mark.parametrize(("way", "fuse_mlp"), [("patch", False), ("patch", True), ("peft", False)])
-def test_liger_kernel(way, fuse_mlp, base_folder, tmp_path, monkeypatch):
+def test_liger_kernel(plain, base_folder, tmp_path, monkeypatch):
     """Where there is no GPU, Liger's own kernels are replaced by what they compute."""
     pytest.importorskip("liger_kernel")
+    way, want = plain
     from liger_kernel.transformers import swiglu
     from liger_kernel.transformers.model import llama
     from transformers.models.llama import modeling_llama
@@ -131,16 +131,15 @@ def test_liger_kernel(way, fuse_mlp, base_folder, tmp_path, monkeypatch):
         parts = {"rope": False, "rms_norm": False}
         monkeypatch.setattr(swiglu, "_swiglu_dispatch", lambda a, b, *_: functional.silu(a) * b)
         monkeypatch.setattr(llama, "LigerForCausalLMLoss", _plain_loss)
-    results = []
-    for options in ({}, {"use_liger_kernel": True, "liger_kernel_config": parts}):
+    options = {"use_liger_kernel": True, "liger_kernel_config": parts}
+    for fuse_mlp in (False, True) if way == "patch" else (False,):
         model, callbacks = start(way, base_folder, fuse_mlp=fuse_mlp)
         trainer = tiny_trainer(model, tmp_path, STEPS, callbacks, **options)
         trainer.train()
-        results.append(updates(model))
-    for name, update in results[0].items():
-        torch.testing.assert_close(results[1][name], update, rtol=1e-3, atol=1e-4, msg=name)
-    trainer.save_model(str(tmp_path / "out"))
-    assert_ordinary(way, tmp_path / "out", base_folder)
+        for name, update in updates(model).items():
+            torch.testing.assert_close(update, want[name], rtol=1e-3, atol=1e-4, msg=name)
+        trainer.save_model(str(tmp_path / "out"))
+        assert_ordinary(way, tmp_path / "out", base_folder)
 
 
 def _plain_loss(hidden_states, lm_head_weight, labels, hidden_size, shift_labels=None, **_):
