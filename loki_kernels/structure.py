@@ -126,13 +126,7 @@ class Structure:
                 f"{name} has no linear output head; "
                 "attribution needs a causal language model with one."
             )
-        config = text_config(self.causal_lm)
-        scale = 1.0
-        if getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
-            scale = float(config.logit_scale)
-        elif getattr(config, "logits_scaling", None) is not None:  # Granite divides
-            scale = 1.0 / float(config.logits_scaling)
-        softcap = getattr(config, "final_logit_softcapping", None)
+        scale, softcap = logit_scale_and_softcap(text_config(self.causal_lm))
         return Head(weight, getattr(module, "bias", None), scale, softcap)
 
 
@@ -158,6 +152,16 @@ def refuse_tensor_parallelism(structure: Structure) -> None:
             "Load it without tp_plan; to train it on several GPUs patch it and then shard it with "
             'FSDP2 (fully_shard), to attribute it across GPUs load it with device_map="auto".'
         )
+
+
+def logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
+    """What a text config says is done with the output head's products."""
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None) is not None:  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def text_config(model: nn.Module) -> Any:
