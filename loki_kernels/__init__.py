@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .attribution import Attribution, AttributionCounts
     from .attribution.attribute import attribute
     from .errors import UnsupportedModelError
+    from .forgetting import Drift, drift
     from .ops._dispatch import backends
     from .ops.row_masked_linear import row_masked_linear
     from .protection import Protection, estimate_protection
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attribution",
     "AttributionCounts",
+    "Drift",
     "LokiLinear",
     "Patch",
     "Protection",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "attribute",
     "backends",
+    "drift",
     "estimate_protection",
     "export_lora",
     "load_adapter",
@@ -61,6 +64,7 @@ __all__ = [
 _MODULES = {
     "Attribution": "attribution",
     "AttributionCounts": "attribution",
+    "Drift": "forgetting",
     "LokiLinear": "training",
     "Patch": "training",
     "Protection": "protection",
@@ -68,6 +72,7 @@ _MODULES = {
     "UnsupportedModelError": "errors",
     "attribute": "attribution",
     "backends": "ops._dispatch",
+    "drift": "forgetting",
     "estimate_protection": "protection",
     "export_lora": "training",
     "load_adapter": "training",

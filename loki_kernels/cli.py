@@ -103,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--rank", type=int, help="of LoKI*")
     adapter.set_defaults(run=_adapter)
 
+    _add_drift(commands)
+
     inspect = commands.add_parser(
         "inspect", help="what would be trained and attributed in a model, from its config alone"
     )
@@ -112,6 +114,24 @@ def _parser() -> argparse.ArgumentParser:
     environment = commands.add_parser("env", help="versions, device and live backends")
     environment.set_defaults(run=_env)
     return parser
+
+
+def _add_drift(commands: Any) -> None:
+    drift = commands.add_parser(
+        "drift", help="how far a model has moved from its base: KL and perplexity, by domain"
+    )
+    drift.add_argument("base", help="folder or hub name of a causal language model")
+    drift.add_argument("tuned", help="the same, or an adapter of any method")
+    drift.add_argument(
+        "--texts", help=".txt or .jsonl with text or messages, and domain (default: own questions)"
+    )
+    drift.add_argument("--out", help="also write this .json")
+    drift.add_argument("--plot", help="also draw this .png")
+    drift.add_argument("--tokens", type=int, default=20_000, help="to read at most")
+    drift.add_argument("--length", type=int, default=512, help="tokens of a chunk")
+    drift.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
+    drift.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    drift.set_defaults(run=_drift)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -282,6 +302,32 @@ def _adapter(arguments: argparse.Namespace) -> None:
     rows = RowSelection.load(arguments.rows)
     handle = patch(_load_model(arguments.model, "auto"), rows, rank=arguments.rank)
     print(f"{handle.report}\n{rows} -> {save_adapter(handle.model, arguments.out)}")
+
+
+def _drift(arguments: argparse.Namespace) -> None:
+    from .files import check_writable
+    from .forgetting import drift
+    from .plots import import_matplotlib
+
+    for path, suffix in ((arguments.out, ".json"), (arguments.plot, ".png")):
+        if path and check_writable(path).suffix != suffix:
+            raise ValueError(f"{path} must end in {suffix}.")
+    if arguments.plot:
+        import_matplotlib()
+    result = drift(
+        arguments.base,
+        arguments.tuned,
+        arguments.texts,
+        tokens=arguments.tokens,
+        length=arguments.length,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    if arguments.out:
+        result.save(arguments.out)
+    if arguments.plot:
+        result.plot(arguments.plot)
+    print(result)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,6 @@
+"""A meter of forgetting: how far a model has moved from its base, on any texts."""
+
+from .meter import drift
+from .result import Drift
+
+__all__ = ["Drift", "drift"]

@@ -1,0 +1,337 @@
+"""Next-token distributions of two models, compared a chunk of logits at a time.
+
+Of the base the last hidden states are kept, ``[tokens, D]`` on the host in their own dtype, and the
+output head. The logits that these give are the base's own, so the rest of the base may be gone when
+the other model runs: nothing is approximated, and no more than `LOGITS` logits of each exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import UnsupportedModelError
+from ..progress import progress_bar
+from ..sharding import full_values, is_sharded, shards_its_weights
+from ..structure import (
+    embedding_weight,
+    first_non_finite,
+    is_plain_linear,
+    logit_scale_and_softcap,
+    text_config,
+    unwrap,
+)
+from .texts import UNKNOWN, Batch
+
+# Logits of a model at once: 64 MiB in float32, of which a comparison needs about six.
+LOGITS = 2**24
+# Tokens of a forward pass, padding included.
+FORWARD = 2048
+
+# Turns what enters the head into what leaves it.
+Project = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Readout:
+    """A model's output head, with what its config says is done with the products."""
+
+    head: nn.Module
+    scale: float
+    softcap: float | None
+    copied: bool = False  # then it lies on the host between measurements
+
+    @classmethod
+    def of(cls, model: nn.Module, *, kept: bool = False) -> Readout:
+        """A model's; ``kept`` copies the head, since it may be changed or taken apart.
+
+        Raises:
+            UnsupportedModelError: if there is no head.
+        """
+        causal_lm = unwrap(model)
+        head = causal_lm.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            raise UnsupportedModelError(f"{type(causal_lm).__name__} has no output head.")
+        if kept:
+            head = _copy(head)
+        return cls(head, *logit_scale_and_softcap(text_config(causal_lm)), copied=kept)
+
+    def logits(self, hidden: Tensor, project: Project | None = None) -> Tensor:
+        """Float32 logits ``[tokens, V]`` of hidden ``[tokens, D]``."""
+        logits = (project or self.head.forward)(hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """A copied head on the device of the model that is compared with it."""
+        if not self.copied:
+            yield
+            return
+        try:
+            self.head.to(device)
+            yield
+        finally:
+            self.head.to("cpu")
+
+
+def _copy(head: Any) -> nn.Module:
+    """A head on the host; of a sharded one, which all processes have to ask for, a whole one."""
+    if not any(map(is_sharded, head.parameters())):
+        with torch.no_grad():
+            alone: nn.Module = copy.deepcopy(head).to("cpu").requires_grad_(False)
+            return alone
+    weight = full_values(head.weight)
+    bias = getattr(head, "bias", None)
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    whole.weight = nn.Parameter(weight.cpu().clone(), requires_grad=False)
+    if bias is not None:
+        whole.bias = nn.Parameter(full_values(bias).cpu().clone(), requires_grad=False)
+    return whole
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What was measured at every token, float32 ``[N]`` on the host.
+
+    Attributes:
+        kl: nats, of the next token's distribution in the base from that in the other model.
+        before: log-probability of the text's next token in the base; NaN after its last one.
+        after: the same in the other model.
+        likeliest_before: int64, the token that the base finds likeliest.
+        likeliest_after: the same in the other model.
+    """
+
+    kl: Tensor
+    before: Tensor
+    after: Tensor
+    likeliest_before: Tensor
+    likeliest_after: Tensor
+
+    @classmethod
+    def empty(cls, tokens: int) -> Moves:
+        numbers = (torch.zeros(tokens, dtype=torch.int64) for _ in range(2))
+        return cls(*(torch.zeros(tokens) for _ in range(3)), *numbers)
+
+    def put(self, places: Tensor, base: Tensor, tuned: Tensor, targets: Tensor) -> None:
+        """Compare float32 logits ``[tokens, V]`` and keep the result at ``places``."""
+        if base.shape != tuned.shape:
+            raise ValueError(
+                f"the base gives {base.shape[-1]} logits a token and the other model "
+                f"{tuned.shape[-1]}; they must have one vocabulary."
+            )
+        before, after = base.log_softmax(-1), tuned.log_softmax(-1)
+        p = before.exp()
+        terms = (before - after).mul_(p).masked_fill_(p == 0, 0)  # -inf - -inf is NaN
+        kl = terms.sum(-1).clamp_min(0)  # below it only by rounding
+        if torch.isnan(kl).any():
+            raise ValueError("the logits of one of the models are NaN.")
+        self.kl[places] = kl.cpu()
+        tokens = targets.clamp_min(0).to(base.device)[:, None]
+        for values, log_p in ((self.before, before), (self.after, after)):
+            own = log_p.gather(1, tokens)[:, 0].cpu()
+            values[places] = own.masked_fill(targets == UNKNOWN, math.nan)
+        self.likeliest_before[places] = before.argmax(-1).cpu()
+        self.likeliest_after[places] = after.argmax(-1).cpu()
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is kept of the base: the head, and hidden ``[tokens, D]`` of each batch."""
+
+    readout: Readout
+    batches: Sequence[Batch]
+    hidden: list[Tensor]
+
+
+class UnreadableHeadError(UnsupportedModelError):
+    """The logits are not what the head and the config give."""
+
+
+def record(
+    model: nn.Module, batches: Sequence[Batch], *, kept: bool = False, progress: bool | None = None
+) -> Base:
+    """Run the base. Its head goes on being used; with ``kept`` a copy of it is.
+
+    Raises:
+        UnreadableHeadError: if its logits need more than the head; then `compare_whole` serves.
+        ValueError: if the logits are NaN.
+    """
+    readout = Readout.of(model, kept=kept)
+    own = Readout.of(model)
+    hidden: list[Tensor] = []
+    with _evaluated(model), progress_bar(len(batches), "base", progress) as bar:
+        for batch in batches:
+            _run(model, own, batch, lambda states, _project: hidden.append(states.cpu()))
+            bar.update()
+    if kept and hidden and any(map(is_sharded, own.head.parameters())):
+        readout.head.to(hidden[0].dtype)  # FSDP may compute in another dtype than it keeps
+    return Base(readout, batches, hidden)
+
+
+def keeps_head(model: nn.Module) -> bool:
+    """Whether a model's head is a plain layer that nothing trains, and no engine takes apart."""
+    head = unwrap(model).get_output_embeddings()
+    trained = any(p.requires_grad for p in head.parameters())
+    return is_plain_linear(head) and not trained and not shards_its_weights(model)
+
+
+def compare(base: Base, model: nn.Module, *, progress: bool | None = None) -> Moves:
+    """Run the other model and compare. In distributed training every process has to.
+
+    Raises:
+        UnreadableHeadError: as `record`.
+        ValueError: for another vocabulary, or NaN.
+    """
+    moves = Moves.empty(sum(len(batch.places) for batch in base.batches))
+    own = Readout.of(model)
+    with (
+        _evaluated(model),
+        base.readout.on(_device(model)),
+        progress_bar(len(base.batches), "compare", progress) as bar,
+    ):
+        for batch, before in zip(base.batches, base.hidden, strict=True):
+
+            def visit(
+                states: Tensor, project: Project, batch: Batch = batch, before: Tensor = before
+            ) -> None:
+                head = next(base.readout.head.parameters())
+                step = max(1, LOGITS // head.shape[0])
+                for start in range(0, len(states), step):
+                    part = slice(start, start + step)
+                    logits = base.readout.logits(before[part].to(head.device))
+                    moves.put(
+                        batch.places[part],
+                        logits.to(states.device),
+                        own.logits(states[part], project),
+                        batch.targets[part],
+                    )
+
+            _run(model, own, batch, visit)
+            bar.update()
+    return moves
+
+
+def compare_whole(
+    base: nn.Module, tuned: nn.Module, batches: Sequence[Batch], *, progress: bool | None = None
+) -> Moves:
+    """Compare two models side by side, with all logits of a batch at once.
+
+    Raises:
+        ValueError: for another vocabulary, or NaN.
+    """
+    moves = Moves.empty(sum(len(batch.places) for batch in batches))
+    with (
+        _evaluated(base),
+        _evaluated(tuned),
+        progress_bar(len(batches), "compare", progress) as bar,
+    ):
+        for batch in batches:
+            before, after = (_forward(model, batch) for model in (base, tuned))
+            step = max(1, LOGITS // before.shape[-1])
+            for start in range(0, len(before), step):
+                part = slice(start, start + step)
+                logits = before[part].to(after.device).float(), after[part].float()
+                moves.put(batch.places[part], *logits, batch.targets[part])
+            bar.update()
+    return moves
+
+
+def _run(
+    model: nn.Module, own: Readout, batch: Batch, visit: Callable[[Tensor, Project], None]
+) -> None:
+    """One forward pass, whose head sees one token a text: ``visit`` gets what would have entered.
+
+    It is called inside the head's forward pass, where an engine has gathered the head's weight and
+    mixed precision is in force, with hidden ``[tokens, D]`` and the head.
+    """
+    length = batch.ids.shape[1]
+    wanted: list[Tensor] = []
+    name = type(unwrap(model)).__name__
+
+    def hook(head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        hidden: Tensor = args[0][:, -length:]  # PEFT's prompt tuning puts tokens before the text's
+        wanted.append(own.logits(hidden[:, :1], head.forward))
+        if torch.isnan(wanted[0]).any():
+            parameter = first_non_finite(model)
+            reason = f"its parameter {parameter} is not finite" if parameter else "for these texts"
+            raise ValueError(f"the logits of {name} are NaN: {reason}.")
+        visit(hidden[batch.measured.to(hidden.device)], head.forward)
+        return (hidden[:, :1],)
+
+    handle = own.head.register_forward_pre_hook(hook)
+    try:
+        got = _logits(model, batch)
+    finally:
+        handle.remove()
+    if len(wanted) != 1 or wanted[0].shape != got.shape or not _alike(got.float(), wanted[0]):
+        raise UnreadableHeadError(
+            f"the logits of {name} are not what its output head and its config give."
+        )
+
+
+def _alike(got: Tensor, want: Tensor) -> bool:
+    """Equal but for the rounding of 16-bit logits, which a soft-cap or scale goes far beyond."""
+    finite = got.isfinite() & want.isfinite().to(got.device)
+    difference = (got - want.to(got.device))[finite].abs().max()
+    return bool(difference <= 0.02 * got[finite].abs().max())
+
+
+def _forward(model: nn.Module, batch: Batch) -> Tensor:
+    logits = _logits(model, batch)[:, -batch.ids.shape[1] :]
+    return logits[batch.measured.to(logits.device)]
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    device = _device(model)
+    mask = None if batch.mask.all() else batch.mask.to(device, torch.int64)
+    output: Any = _plain(model)(
+        input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+def _plain(model: Any) -> nn.Module:
+    """The model without ``torch.compile`` and DDP around it; PEFT's own stays."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel):
+            model = model.module
+        else:
+            plain: nn.Module = model
+            return plain
+
+
+def _device(model: nn.Module) -> torch.device:
+    return embedding_weight(unwrap(model)).device
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and then in its own again, module by module."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        if shards_its_weights(model):  # FSDP2 leaves what the root holds gathered
+            for module, _ in training:
+                if isinstance(module, FSDPModule):
+                    module.reshard()

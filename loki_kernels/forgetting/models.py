@@ -1,0 +1,198 @@
+"""The two models of a comparison: loaded when they are needed, and left as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..sharding import is_partitioned
+from ..structure import text_config, unwrap
+from ..training import LokiLinear, load_adapter
+from ..training.targets import trained_whole
+
+# A folder's or the hub's name, or a model in memory.
+Model = str | os.PathLike[str] | nn.Module
+
+
+def is_name(model: object) -> bool:
+    return isinstance(model, (str, os.PathLike))
+
+
+def name_of(model: Any) -> str:
+    """What a result calls a model."""
+    if is_name(model):
+        return str(os.fspath(model))
+    return getattr(model, "name_or_path", "") or type(model).__name__
+
+
+def check_pair(base: Model, tuned: Model | None) -> Path | None:
+    """The config of the adapter that ``tuned`` names, or None, before any weight is read.
+
+    Raises:
+        FileNotFoundError: if a folder that is named does not exist.
+        ValueError: for two models that cannot be compared.
+    """
+    if _find_adapter(base) is not None:
+        raise ValueError(f"{base} is an adapter; the base is the model that it was trained on.")
+    if tuned is None:
+        if is_name(base):
+            raise ValueError(
+                "name a second model; only a model in memory that is patched or PEFT's has a base "
+                "of its own."
+            )
+        return None
+    if not is_name(base) and not is_name(tuned) and unwrap(base) is unwrap(tuned):
+        raise ValueError(
+            "base and tuned are one model in memory; drift(model) compares a patched or PEFT's "
+            "model with its own base."
+        )
+    adapter = _find_adapter(tuned)
+    if adapter is not None:
+        return adapter
+    sizes = [_vocab_size(model) for model in (base, tuned)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{name_of(base)} has a vocabulary of {sizes[0]} tokens and {name_of(tuned)} one of "
+            f"{sizes[1]}; only models of one vocabulary can be compared."
+        )
+    return None
+
+
+def _find_adapter(model: Any) -> Path | None:
+    if not is_name(model):
+        return None
+    path = Path(os.fspath(model))
+    if not path.is_dir() and (path.is_absolute() or len(path.parts) > 2):  # no hub name
+        raise FileNotFoundError(f"the folder {path} does not exist.")
+    found = find_adapter_config_file(os.fspath(model))
+    return None if found is None else Path(found)
+
+
+def _vocab_size(model: Any) -> int | None:
+    if is_name(model):
+        config: Any = AutoConfig.from_pretrained(os.fspath(model)).get_text_config()
+    else:
+        config = text_config(unwrap(model))
+    size: int | None = getattr(config, "vocab_size", None)
+    return size
+
+
+def find_tokenizer(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
+    """The user's, or that of the models that are named; None if there is none.
+
+    Raises:
+        ValueError: if the two models' tokenizers number a token differently.
+    """
+    found = [_load_tokenizer(model) for model in (base, tuned) if is_name(model)]
+    known = [each for each in found if each is not None]
+    if len(known) == 2:
+        first, second = (each.get_vocab() for each in known)
+        if any(second.get(token, number) != number for token, number in first.items()):
+            raise ValueError(
+                f"the tokenizers of {base} and {tuned} number tokens differently; only models of "
+                "one vocabulary can be compared."
+            )
+    return tokenizer if tokenizer is not None else next(iter(known), None)
+
+
+def _load_tokenizer(name: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(os.fspath(name))
+    except (OSError, ValueError, KeyError):  # an adapter's folder often has none
+        return None
+
+
+def open_model(model: Any, dtype: str, device: str | None) -> nn.Module:
+    """A model that is given stays where it is; one that is named goes to ``device``."""
+    if isinstance(model, nn.Module):
+        return model
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        os.fspath(model), dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+    )
+    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded  # type: ignore[no-any-return]
+
+
+def changes_head(adapter: Path) -> bool:
+    """Whether the adapter of this config may write to the head's own weight."""
+    config = json.loads(adapter.read_text(encoding="utf-8"))
+    return bool(config.get("modules_to_save") or config.get("trainable_token_indices"))
+
+
+@contextlib.contextmanager
+def with_adapter(model: nn.Module, name: Any, adapter: Path) -> Iterator[nn.Module]:
+    """A base with an adapter of any method, of this name and config, which is taken off again.
+
+    Raises:
+        ValueError: if the adapter does not fit.
+        ImportError: if it is one of PEFT's, which is not installed.
+    """
+    if json.loads(adapter.read_text(encoding="utf-8")).get("peft_type") == "LOKI":
+        with load_adapter(model, adapter.parent) as handle:
+            yield handle.model
+        return
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is an adapter of PEFT's: pip install 'loki-kernels[peft]'."
+        ) from error
+    # PEFT's own unload() leaves modules that were trained whole, and some methods have none
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules = [(module, dict(module._modules), module.training) for module in model.modules()]
+    around = peft.PeftModel.from_pretrained(model, os.fspath(name))
+    try:
+        yield around
+    finally:
+        for module, children, training in modules:
+            module._modules.clear()
+            module._modules.update(children)
+            module.training = training
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def without_update(model: Any) -> Iterator[None]:
+    """A patched or PEFT's model as its base.
+
+    Raises:
+        ValueError: if it is neither, or trains modules whole beside the rows.
+    """
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+        return
+    causal_lm = unwrap(model)
+    layers = [module for module in causal_lm.modules() if isinstance(module, LokiLinear)]
+    if not layers:
+        raise ValueError("the model is neither patched nor PEFT's; name a second one.")
+    whole = trained_whole(causal_lm)
+    if whole:
+        raise ValueError(
+            f"{next(iter(whole))} is trained whole and its base is not kept; name a second model."
+        )
+    if any(layer.in_step for layer in layers):
+        raise ValueError("inside handle.inference() the rows stay as they are; leave it first.")
+    factors = [layer.trained_parameters()[-1][1] for layer in layers]
+    if any(map(is_partitioned, factors)):
+        raise ValueError("ZeRO-3 keeps the update elsewhere; name a second model.")
+    saved = [factor.detach().clone() for factor in factors]
+    try:
+        with torch.no_grad():
+            for factor in factors:
+                factor.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for factor, values in zip(factors, saved, strict=True):
+                factor.copy_(values)

@@ -1,0 +1,406 @@
+"""`loki.drift` against a naive computation and its files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import peft
+import pytest
+import torch
+import transformers
+
+import loki_kernels as loki
+from loki_kernels.cli import main
+from loki_kernels.errors import UnsupportedModelError
+from loki_kernels.forgetting import measure
+from tests.models import assert_unchanged, build_model, save_base, snapshot
+from tests.tiny_training import ROWS, load_model, train
+
+LENGTHS = (1, 7, 13, 4, 30)
+
+
+def texts(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {"input_ids": torch.randint(0, 97, (n,), generator=generator), "domain": "ab"[i % 2]}
+        for i, n in enumerate(lengths)
+    ]
+
+
+def moved(model, scale=0.05):
+    """A copy with noise on every weight."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_((scale * noise).to(parameter))
+    return other
+
+
+def naive(base, tuned, records):
+    """(KL of each record's tokens, negative log-likelihoods before, after), in float64."""
+    kl, nll = [], ([], [])
+    for record in records:
+        ids = record["input_ids"].to(base.device)[None]
+        with torch.no_grad():
+            before, after = (m(ids).logits[0].double().log_softmax(-1) for m in (base, tuned))
+        kl.append((before.exp() * (before - after)).sum(-1).cpu())
+        for values, log_p in zip(nll, (before, after), strict=True):
+            values += (-log_p[:-1].gather(1, ids[0, 1:, None])).flatten().tolist()
+    return kl, *nll
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("logits", [2**24, 97 * 5])
+def test_equals_a_naive_computation(name, logits, monkeypatch):
+    monkeypatch.setattr(measure, "LOGITS", logits)
+    base = build_model(name)
+    tuned = moved(base)
+    result = loki.drift(base, tuned, texts())
+    wide = [copy.deepcopy(model).double() for model in (base, tuned)]
+    kl, before, after = naive(*wide, texts())
+    got = result.token_kl.double()
+    torch.testing.assert_close(got.sort().values, torch.cat(kl).sort().values, atol=1e-5, rtol=1e-5)
+    assert result.overall.tokens == sum(LENGTHS)
+    assert result.overall.kl == pytest.approx(float(torch.cat(kl).mean()), abs=1e-5)
+    for perplexity, nll in (
+        (result.overall.perplexity_before, before),
+        (result.overall.perplexity_after, after),
+    ):
+        assert perplexity == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+    of_b = torch.cat([kl[1], kl[3]])
+    assert {g.name: g.kl for g in result.domains}["b"] == pytest.approx(float(of_b.mean()), 1e-3)
+
+
+def test_the_errors_are_those_of_a_ratio_over_texts():
+    base = build_model()
+    result = loki.drift(base, moved(base), texts())
+    sums = torch.tensor([float(x.sum()) for x in naive(base, moved(base), texts())[0]])
+    counts = torch.tensor(LENGTHS, dtype=torch.float32)
+    spread = (sums - sums.sum() / counts.sum() * counts).square().sum() * 5 / 4
+    assert result.overall.kl_error == pytest.approx(float(spread.sqrt() / counts.sum()), rel=1e-3)
+    assert math.isnan(loki.drift(base, moved(base), texts((9,))).overall.kl_error)
+
+
+def test_bfloat16_is_as_near_as_plain_torch():
+    base = build_model().double()
+    tuned = moved(base)
+    want = torch.cat(naive(base, tuned, texts())[0]).mean()
+    small = [copy.deepcopy(model).bfloat16() for model in (base, tuned)]
+    peer = torch.cat(naive(*small, texts())[0]).mean()
+    got = loki.drift(*small, texts()).overall.kl
+    assert abs(got - want) <= 2 * abs(peer - want) + 1e-3 * want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_equal_models_have_not_moved_at_all(name, dtype):
+    base = build_model(name, dtype)
+    result = loki.drift(base, copy.deepcopy(base), texts())
+    assert not result.token_kl.any()
+    assert result.overall.perplexity_before == result.overall.perplexity_after
+
+
+def test_chunks_of_a_long_text_predict_the_token_after_them():
+    base = build_model()
+    tuned = moved(base)
+    long = torch.arange(23) * 7 % 97
+    got = loki.drift(base, tuned, [{"input_ids": long}], length=10)
+    parts = [{"input_ids": long[:10]}, {"input_ids": long[10:20]}, {"input_ids": long[20:]}]
+    kl = torch.cat(naive(base, tuned, parts)[0])
+    torch.testing.assert_close(got.token_kl.double(), kl.double(), atol=1e-5, rtol=1e-4)
+    nll = []
+    for part, following in zip(parts, (long[10:11], long[20:21], long[:0]), strict=True):
+        log_p = base(part["input_ids"][None]).logits[0].double().log_softmax(-1)
+        target = torch.cat([part["input_ids"][1:], following])
+        nll.append(-log_p.detach()[: len(target)].gather(1, target[:, None]))
+    want = float(torch.cat(nll).mean().exp())
+    assert got.overall.perplexity_before == pytest.approx(want, rel=1e-4)
+
+
+def test_what_all_texts_begin_with_is_read_and_not_measured():
+    base = build_model()
+    tuned = moved(base)
+    start, ends = [7, 8, 9, 10, 11], ([20, 21], [30, 31, 32], [20, 40])
+    records = [{"input_ids": torch.tensor(start + end)} for end in ends]
+    kl = naive(base, tuned, records)[0]
+    want = torch.cat([values[5:] for values in kl])
+    got = loki.drift(base, tuned, records)
+    torch.testing.assert_close(got.token_kl.double(), want, atol=1e-5, rtol=1e-4)
+    assert got.texts[0].tokens in (2, 3)
+    assert {text.excerpt for text in got.texts} == {"20 21", "30 31 32", "20 40"}
+    assert {token.context for token in got.positions} >= {"20", "30 31"}
+    chunked = loki.drift(base, tuned, records, length=4)  # the first chunk is not read at all
+    assert [text.tokens for text in chunked.texts].count(2) == 2
+    assert loki.drift(base, tuned, [*records, records[0]], tokens=19).left_out == 2
+    twice = loki.drift(base, tuned, [records[0], records[0]])  # one text alone has it measured
+    assert twice.overall.tokens == 14
+
+
+def test_a_limit_of_tokens_takes_domains_in_turn():
+    base = build_model()
+    result = loki.drift(base, moved(base), texts((5, 5, 5, 5)), tokens=12)
+    assert [group.texts for group in sorted(result.domains, key=lambda g: g.name)] == [2, 1]
+    assert result.overall.tokens == 12
+    assert result.left_out == 1
+
+
+def test_no_more_than_a_chunk_of_logits(monkeypatch):
+    monkeypatch.setattr(measure, "LOGITS", 97 * 4)
+    base = build_model()
+    seen = []
+    linear = torch.nn.functional.linear
+
+    def watch(x, weight, bias=None):
+        if len(weight) == 97:
+            seen.append(x.numel() // x.shape[-1])
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watch)
+    loki.drift(base, moved(base), texts((11, 30)))
+    assert max(seen) == 4
+
+
+def test_models_in_memory_are_left_as_they_are():
+    base, tuned = build_model().train(), moved(build_model())
+    tuned.model.layers[1].train()
+    before = snapshot(base), snapshot(tuned)
+    loki.drift(base, tuned, texts())
+    assert_unchanged(base, before[0])
+    assert_unchanged(tuned, before[1])
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_patched_model_from_its_own_base(rank):
+    base = build_model()
+    tuned = copy.deepcopy(base)
+    handle = loki.patch(tuned, ROWS, rank=rank)
+    train(tuned)
+    before = {k: v.clone() for k, v in tuned.state_dict().items()}
+    got = loki.drift(handle, texts=texts())
+    assert torch.equal(got.token_kl, loki.drift(base, handle, texts()).token_kl)
+    assert got.token_kl.any()
+    for name, value in tuned.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with pytest.raises(ValueError, match="neither patched nor"):
+        loki.drift(base, texts=texts())
+
+
+def peft_config(kind):
+    return {
+        "lora": peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+        "whole": peft.LoraConfig(
+            r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"]
+        ),
+        "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["lora", "whole", "prompt"])
+def test_pefts_adapters_of_any_method(kind, tmp_path):
+    base = build_model()
+    torch.manual_seed(1)
+    around = peft.get_peft_model(copy.deepcopy(base), peft_config(kind))
+    with torch.no_grad():
+        for parameter in around.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    want = loki.drift(base, around, texts())
+    assert want.token_kl.mean() > 1e-3
+    torch.testing.assert_close(loki.drift(around, texts=texts()).token_kl, want.token_kl)
+    around.save_pretrained(tmp_path)
+    before = snapshot(base)
+    torch.testing.assert_close(loki.drift(base, tmp_path, texts()).token_kl, want.token_kl)
+    assert_unchanged(base, before)
+    if kind != "prompt":
+        kl = torch.cat(naive(base, around, texts())[0]).mean()
+        assert want.overall.kl == pytest.approx(float(kl), rel=1e-3)
+
+
+@pytest.fixture
+def words(tmp_path):
+    path = tmp_path / "words.jsonl"
+    lines = [
+        {"text": " ".join(f"w{i * k}" for i in range(9)), "domain": f"by {k}"} for k in (1, 2, 3)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return path
+
+
+def test_our_adapter_from_the_command_line(base_folder, words, tmp_path, capsys):
+    model = load_model(base_folder)
+    loki.patch(model, ROWS)
+    train(model)
+    loki.save_adapter(model, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "full")
+    out, picture = tmp_path / "drift.json", tmp_path / "drift.png"
+    command = ["drift", str(base_folder), str(tmp_path / "adapter"), "--texts", str(words)]
+    assert main([*command, "--out", str(out), "--plot", str(picture), "--dtype", "float32"]) == 0
+    table = capsys.readouterr().out
+    assert "KL, nats a token" in table
+    assert "by 3" in table
+    content = json.loads(out.read_text())
+    assert content["overall"]["texts"] == 3
+    assert content["domains"][0]["kl"] >= content["domains"][-1]["kl"]
+    assert content["domains"][0]["kl_error"] is None  # one text
+    assert len(content["positions"]) == 10
+    assert content["positions"][0]["token"].startswith("w")
+    assert picture.stat().st_size > 10_000
+    checkpoint = loki.drift(base_folder, tmp_path / "full", words)
+    assert content["overall"]["kl"] == pytest.approx(checkpoint.overall.kl, rel=1e-4)
+
+
+def test_pefts_adapter_by_name_and_the_bundled_questions(base_folder, tmp_path):
+    around = peft.get_peft_model(load_model(base_folder), peft_config("lora"))
+    around.save_pretrained(tmp_path)
+    base = loki.drift(base_folder, tmp_path, tokens=1500)
+    assert len(base.domains) > 20
+    assert base.left_out > 0
+    assert "were left out" in str(base)
+    assert "domains that moved less" in str(base)
+
+
+def test_paragraphs_are_texts(base_folder, tmp_path):
+    path = tmp_path / "some.txt"
+    path.write_text("w1 w2 w3\nw4\n\n\nw5 w6 w7\n")
+    result = loki.drift(base_folder, moved(load_model(base_folder)), path)
+    assert [(g.name, g.texts, g.tokens) for g in result.domains] == [("some", 2, 7)]
+    assert str(result).count("some") > 1
+
+
+def test_chats_go_through_the_template(base_folder, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base_folder)
+    chat = {"messages": [{"role": "user", "content": "w1 w2"}], "domain": "chat"}
+    base = load_model(base_folder)
+    with pytest.raises(ValueError, match="no chat template"):
+        loki.drift(base, moved(base), [chat], tokenizer=tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}w9 {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}w8{% endif %}"
+    )
+    result = loki.drift(base, moved(base), [chat], tokenizer=tokenizer)
+    assert result.overall.tokens == 4
+
+
+class Doubled(transformers.LlamaForCausalLM):
+    """Does something with its logits that its config does not say."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_a_head_that_cannot_be_read_runs_side_by_side(tmp_path):
+    base = build_model()
+    base.__class__ = Doubled
+    tuned = moved(base)
+    result = loki.drift(base, tuned, texts())
+    kl = torch.cat(naive(base, tuned, texts())[0])
+    torch.testing.assert_close(result.token_kl.sort().values, kl.sort().values.float())
+    loki.patch(base, ROWS)
+    with pytest.raises(UnsupportedModelError, match="Give two models"):
+        loki.drift(base, texts=texts())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no text"),
+        ("[1, 2]", "is no text"),
+        ("{", "line 1 is not JSON"),
+        ('{"text": " "}', "line 1 is blank"),
+        ('{"words": "a"}', "is no text"),
+    ],
+)
+def test_bad_texts_are_refused_before_a_model_is_loaded(content, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_: pytest.fail("it loaded")
+    )
+    (tmp_path / "texts.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        loki.drift("base", "tuned", tmp_path / "texts.jsonl")
+
+
+def test_bad_input_leaves_nothing_behind(base_folder, words, tmp_path, capsys, monkeypatch):
+    before = sorted(tmp_path.iterdir())
+    base, other = str(base_folder), str(tmp_path / "no")
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        ([base, base, "--texts", "no.txt"], "No such file"),
+        ([base, base, "--texts", "no.csv"], "read from .txt or .jsonl"),
+        ([base, base, "--out", "drift.txt"], "must end in .json"),
+        ([base, base, "--plot", "drift.jpg"], "must end in .png"),
+        ([base, base, "--texts", str(words), "--dtype", "nn"], "not a torch dtype"),
+        ([base, base, "--texts", str(words), "--tokens", "0"], "tokens must be positive"),
+        ([base, base, "--texts", str(words), "--device", "cuda:99"], "device cuda:99"),
+        ([base, other, "--texts", str(words), "--out", "drift.json"], "does not exist"),
+    ):
+        assert main(["drift", *arguments]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_models_that_cannot_be_compared(base_folder, words, tmp_path):
+    base = build_model()
+    with pytest.raises(ValueError, match="one model in memory"):
+        loki.drift(base, base, texts())
+    with pytest.raises(ValueError, match="name a second model"):
+        loki.drift(base_folder, texts=words)
+    with pytest.raises(TypeError, match="tokenizer is needed"):
+        loki.drift(base, moved(base), ["w1"])
+    with pytest.raises(ValueError, match="outside the base's vocabulary"):
+        loki.drift(base, moved(base), [{"input_ids": [99]}])
+    bigger = copy.deepcopy(base)
+    bigger.resize_token_embeddings(101)
+    with pytest.raises(ValueError, match="vocabulary of 97 tokens"):
+        loki.drift(base, bigger, texts())
+    with torch.no_grad():
+        bigger = moved(base)
+        bigger.model.norm.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"model.norm.weight is not finite"):
+        loki.drift(base, bigger, texts())
+    folder = tmp_path / "other"
+    folder.mkdir()
+    save_base(folder)
+    path = folder / "tokenizer.json"
+    tokens = path.read_text()
+    path.write_text(tokens.replace('"w3"', '"x3"'))  # as one that gives a reserved token a name
+    loki.drift(base_folder, folder, words)
+    path.write_text(tokens.replace('"w3"', '"w"').replace('"w4"', '"w3"').replace('"w"', '"w4"'))
+    with pytest.raises(ValueError, match="number tokens differently"):
+        loki.drift(base_folder, folder, words)
+
+
+def test_sharded_weights():
+    from torch.distributed.fsdp import fully_shard
+
+    from loki_kernels.forgetting.texts import read_texts, tokenize
+
+    base = build_model()
+    want = loki.drift(base, moved(base), texts())
+    batches = tokenize(read_texts(texts()), None, 512, None).batches(2048)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = copy.deepcopy(base)
+        for module in (*sharded.model.layers, sharded):
+            fully_shard(module, mesh=mesh)
+        kept = measure.record(sharded, batches, kept=not measure.keeps_head(sharded))
+        assert not measure.compare(kept, sharded).kl.any()
+        with torch.no_grad():
+            for parameter, value in zip(
+                sharded.parameters(), moved(base).parameters(), strict=True
+            ):
+                parameter.to_local().copy_(value)
+        got = measure.compare(kept, sharded)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(got.kl, want.token_kl)
