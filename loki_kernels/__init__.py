@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .attribution import Attribution, AttributionCounts
     from .attribution.attribute import attribute
     from .errors import UnsupportedModelError
-    from .forgetting import Drift, drift
+    from .forgetting import Drift, DriftCallback, drift
     from .ops._dispatch import backends
     from .ops.row_masked_linear import row_masked_linear
     from .protection import Protection, estimate_protection
@@ -37,6 +37,7 @@ __all__ = [
     "Attribution",
     "AttributionCounts",
     "Drift",
+    "DriftCallback",
     "LokiLinear",
     "Patch",
     "Protection",
@@ -65,6 +66,7 @@ _MODULES = {
     "Attribution": "attribution",
     "AttributionCounts": "attribution",
     "Drift": "forgetting",
+    "DriftCallback": "forgetting",
     "LokiLinear": "training",
     "Patch": "training",
     "Protection": "protection",

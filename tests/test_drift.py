@@ -1,4 +1,4 @@
-"""`loki.drift` against a naive computation and its files."""
+"""`loki.drift` against a naive computation, its files, and its callback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loki_kernels.cli import main
 from loki_kernels.errors import UnsupportedModelError
 from loki_kernels.forgetting import measure
 from tests.models import assert_unchanged, build_model, save_base, snapshot
-from tests.tiny_training import ROWS, load_model, train
+from tests.tiny_training import ROWS, load_model, tiny_trainer, train
 
 LENGTHS = (1, 7, 13, 4, 30)
 
@@ -323,6 +323,8 @@ def test_bad_texts_are_refused_before_a_model_is_loaded(content, message, tmp_pa
     (tmp_path / "texts.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         loki.drift("base", "tuned", tmp_path / "texts.jsonl")
+    with pytest.raises(ValueError, match=message):
+        loki.DriftCallback(tiny_trainer(build_model(), tmp_path, 1), tmp_path / "texts.jsonl")
 
 
 def test_bad_input_leaves_nothing_behind(base_folder, words, tmp_path, capsys, monkeypatch):
@@ -375,6 +377,89 @@ def test_models_that_cannot_be_compared(base_folder, words, tmp_path):
     path.write_text(tokens.replace('"w3"', '"w"').replace('"w4"', '"w3"').replace('"w"', '"w4"'))
     with pytest.raises(ValueError, match="number tokens differently"):
         loki.drift(base_folder, folder, words)
+
+
+def make_trained(kind, model):
+    if kind == "rows":
+        loki.patch(model, ROWS)
+    elif kind == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["rows", "lora", "full"])
+def test_the_callback_logs_what_drift_says(kind, tmp_path):
+    base = build_model()
+    model = make_trained(kind, copy.deepcopy(base))
+    reported = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            reported.append((state.global_step, logs))
+
+    trainer = tiny_trainer(model, tmp_path, 3, [Reporter()], logging_steps=2)
+    trainer.add_callback(loki.DriftCallback(trainer, texts(), every=2))
+    lines, log = [], trainer.log
+    trainer.log = lambda logs, *rest: (lines.append(set(logs)), log(logs, *rest))  # as TRL's
+    trainer.train()
+    logged = {e["step"]: e for e in trainer.state.log_history if "drift/kl" in e}
+    assert list(logged) == [0, 2, 3]
+    assert logged[0]["drift/kl"] == 0
+    want = loki.drift(base, model, texts())
+    assert logged[3]["drift/kl"] == pytest.approx(want.overall.kl, rel=1e-6)
+    assert logged[3]["drift/perplexity"] == pytest.approx(want.overall.perplexity_after, rel=1e-6)
+    for domain in want.domains:
+        assert logged[3][f"drift/kl/{domain.name}"] == pytest.approx(domain.kl, rel=1e-6)
+    assert [step for step, logs in reported if "drift/kl" in logs] == [0, 2, 3]
+    assert [step for step, logs in reported if "loss" in logs] == [2]
+    assert not any("drift/kl" in line for line in lines)
+    assert all("epoch" in logs for _, logs in reported)
+    assert model.training
+
+
+def test_the_callback_changes_no_training_and_follows_evaluations(tmp_path):
+    trained = []
+    for name in ("with", "without"):
+        model = build_model()
+        loki.patch(model, ROWS)
+        options = {"eval_strategy": "steps", "eval_steps": 2}
+        trainer = tiny_trainer(model, tmp_path / name, 5, [], **options)
+        if name == "with":
+            trainer.add_callback(loki.DriftCallback(trainer, texts()))
+        trainer.train()
+        trained.append(model.state_dict())
+        if name == "with":
+            logged = [e["step"] for e in trainer.state.log_history if "drift/kl" in e]
+            assert logged == [0, 2, 4, 5]
+    for key, value in trained[0].items():
+        assert torch.equal(value, trained[1][key]), key
+
+
+def test_a_resumed_run_is_measured_from_the_base(tmp_path):
+    def run(steps, kind="rows", **options):
+        model = build_model()
+        callbacks = [loki.patch(model, ROWS).trainer_callback()] if kind == "rows" else []
+        trainer = tiny_trainer(model, tmp_path / kind, steps, callbacks)
+        trainer.add_callback(loki.DriftCallback(trainer, texts(), every=6))
+        trainer.train(**options)
+        return [e["drift/kl"] for e in trainer.state.log_history if "drift/kl" in e]
+
+    whole = run(6)[-1]
+    resumed = run(6, resume_from_checkpoint=str(tmp_path / "rows" / "checkpoint-3"))[-1]
+    assert resumed == pytest.approx(whole, rel=1e-6)
+    run(3, "full")
+    with pytest.raises(ValueError, match="a resumed run does not start from the base"):
+        run(6, "full", resume_from_checkpoint=str(tmp_path / "full" / "checkpoint-3"))
+
+
+def test_the_callback_refuses_bad_input_at_once(tmp_path):
+    trainer = tiny_trainer(build_model(), tmp_path, 1, [])
+    with pytest.raises(ValueError, match="every must be positive"):
+        loki.DriftCallback(trainer, texts(), every=0)
+    with pytest.raises(TypeError, match="a tokenizer is needed"):
+        loki.DriftCallback(trainer)
+    with pytest.raises(FileNotFoundError):
+        loki.DriftCallback(trainer, "no.txt")
 
 
 def test_sharded_weights():

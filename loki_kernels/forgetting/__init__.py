@@ -1,6 +1,7 @@
 """A meter of forgetting: how far a model has moved from its base, on any texts."""
 
+from .callback import DriftCallback
 from .meter import drift
 from .result import Drift
 
-__all__ = ["Drift", "drift"]
+__all__ = ["Drift", "DriftCallback", "drift"]

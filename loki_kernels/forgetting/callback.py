@@ -1,0 +1,133 @@
+"""A callback for HF Trainer that measures the drift while a model is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from .measure import FORWARD, Base, compare, keeps_head, record
+from .meter import DEFAULT_LENGTH, DEFAULT_TOKENS, check_positive
+from .models import without_update
+from .result import summarize
+from .texts import read_texts, tokenize
+
+
+class DriftCallback(TrainerCallback):
+    """Log how far a Trainer's model has moved from what it was at step 0, as `drift` measures it.
+
+    ``trainer.add_callback(DriftCallback(trainer, "texts.jsonl", every=100))`` logs ``drift/kl``
+    (nats a token) and ``drift/perplexity`` at step 0, at every evaluation or ``every`` steps, and
+    after the last step; with several domains of texts that are given also ``drift/kl/<domain>``.
+    Any method is measured: rows, PEFT's, all weights. Of the base its last hidden states on the
+    texts are kept on the host, and a copy of its output head if that is trained. In distributed
+    training every process measures the same texts.
+
+    A resumed run starts from a model that is no base any more: a patched or PEFT's model is then
+    compared with its own base, and another raises ValueError.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        texts: Any = None,
+        *,
+        every: int | None = None,
+        tokenizer: Any = None,
+        length: int = DEFAULT_LENGTH,
+        tokens: int | None = DEFAULT_TOKENS,
+    ) -> None:
+        """Read the texts.
+
+        Args:
+            trainer: whose model is measured, and which logs.
+            texts: as for `drift`.
+            every: steps between two measurements; None measures at evaluations.
+            tokenizer: by default the Trainer's ``processing_class``.
+            length: as for `drift`.
+            tokens: as for `drift`. Each measurement is a forward pass over so many.
+
+        Raises:
+            ValueError: for texts that are empty or damaged, or options out of range.
+            TypeError: for text without a tokenizer, or what is no text.
+            FileNotFoundError: if there is no such file.
+        """
+        check_positive(every=every, length=length, tokens=tokens)
+        tokenizer = trainer.processing_class if tokenizer is None else tokenizer
+        self._corpus = tokenize(read_texts(texts), tokenizer, length, tokens)
+        self._domains = texts is not None and len(set(self._corpus.domains)) > 1
+        self._trainer = trainer
+        self._every = every
+        self._base: Base | None = None
+        self._measured = -1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._base, self._measured = None, -1
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Run the base before the first step, when other callbacks have loaded what they resume."""
+        if self._base is not None:
+            return
+        model: Any = self._trainer.model
+        resumed = state.global_step > 0
+        try:
+            with without_update(model) if resumed else contextlib.nullcontext():
+                batches, kept = self._corpus.batches(FORWARD), not keeps_head(model)
+                self._base = record(model, batches, kept=kept, progress=False)
+        except ValueError as error:
+            if not resumed:
+                raise
+            raise ValueError(
+                "a resumed run does not start from the base, so that DriftCallback cannot measure "
+                f"it: {error} Measure its checkpoints by loki-kernels drift."
+            ) from error
+        if not resumed:
+            self._measure(state, control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        due = self._every is not None and state.global_step % self._every == 0
+        if due or state.global_step >= state.max_steps:
+            self._measure(state, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._every is None:
+            self._measure(state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._base = None  # tokens x hidden_size, and perhaps a head
+
+    def _measure(self, state: TrainerState, control: TrainerControl) -> None:
+        if self._base is None or self._measured == state.global_step:
+            return
+        model: Any = self._trainer.model
+        moves = compare(self._base, model, progress=False)
+        self._measured = state.global_step
+        found = summarize(self._corpus, moves, ("", ""), None, 1)
+        logs = {
+            "drift/kl": found.overall.kl,
+            "drift/perplexity": found.overall.perplexity_after,
+        }
+        if self._domains:
+            logs |= {f"drift/kl/{domain.name}": domain.kl for domain in found.domains}
+        should_log = control.should_log
+        # not a subclass's log: TRL's adds, and empties, what it gathered for the next line
+        Trainer.log(self._trainer, {k: v for k, v in logs.items() if math.isfinite(v)})
+        control.should_log = should_log  # that of a step, which logging has answered
