@@ -1,4 +1,4 @@
-"""Every block of README's "Use it with…" runs as it stands."""
+"""Every block of README's "Use it with…" and of docs/drift.md runs as it stands."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ SECTION = re.search(r"^## Use it with…\n(.*?)^## ", README, re.DOTALL | re.MUL
 BLOCKS = dict(
     re.findall(r"^\*\*(.*?)\*\*.*?```python\n(.*?)```", SECTION, re.DOTALL | re.MULTILINE)
 )
+DRIFT = (Path(__file__).parents[1] / "docs" / "drift.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -160,3 +161,17 @@ def test_adapter_and_lora(names, base_folder):
     run("A server that takes LoRA", names, base=fresh, out="lora")
     lora = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), "lora")
     torch.testing.assert_close(lora(names["ids"]).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_drift(names, base_folder):
+    Path("texts.jsonl").write_text('{"text": "w1 w2 w3", "domain": "counting"}\n')
+    names |= {"tokenizer": transformers.AutoTokenizer.from_pretrained(base_folder)}
+    train, measure = re.findall(r"```python\n(.*?)```", DRIFT, re.DOTALL)
+    exec(compile(train, "docs/drift.md", "exec"), names)
+    names["trainer"].save_model(names["out"])
+    exec(compile(measure, "docs/drift.md", "exec"), names)
+    logged = [e["drift/kl"] for e in names["trainer"].state.log_history if "drift/kl" in e]
+    assert logged[0] == 0
+    assert logged[-1] == pytest.approx(names["result"].overall.kl, rel=1e-4)
+    assert Path("drift.json").exists()
+    assert Path("drift.png").exists()
