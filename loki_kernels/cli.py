@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     protection.add_argument("model", help="folder or hub name of a causal language model")
     protection.add_argument("out", help="file to write: .safetensors")
     protection.add_argument(
-        "--texts", help="a text a line, or jsonl with a field text (default: the model's samples)"
+        "--texts", help="your own, .txt or .jsonl, as for drift (default: the model's samples)"
     )
     protection.add_argument("--share", type=float, default=0.9, help="of the inputs' energy")
     protection.add_argument("--max-directions", type=int, help="of a layer")
@@ -245,33 +245,24 @@ def _protection(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from .files import check_writable
+    from .forgetting.texts import encode, read_texts
     from .protection import Protection, estimate_protection
 
     if check_writable(arguments.out).suffix != ".safetensors":
         raise ValueError(f"{arguments.out} must end in .safetensors.")
-    texts = _read_texts(arguments.texts) if arguments.texts else None
+    found = read_texts(arguments.texts) if arguments.texts else None
     earlier = Protection.load(arguments.earlier) if arguments.earlier else None
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     result = estimate_protection(
         _load_model(arguments.model, arguments.dtype),
-        texts,
-        tokenizer=AutoTokenizer.from_pretrained(arguments.model),
+        None if found is None else [encode(text, tokenizer).tolist() for text in found],
+        tokenizer=tokenizer,
         share=arguments.share,
         max_directions=arguments.max_directions,
         earlier=earlier,
     )
     result.save(arguments.out)
     print(f"{result} -> {arguments.out}")
-
-
-def _read_texts(path: str) -> list[str]:
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in file.read().splitlines() if line.strip()]
-    if not path.endswith((".jsonl", ".json")):
-        return lines
-    try:
-        return [json.loads(line)["text"] for line in lines]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no jsonl with a field text: {error!r}.") from error
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -79,6 +79,20 @@ def test_counts_are_a_selection_in_the_making(folder, capsys):
     assert main(["select", str(counts), str(rows), "--quota", "5"]) == 1
 
 
+def test_protection(folder, capsys):
+    texts, out = folder / "mine.jsonl", folder / "protection.safetensors"
+    texts.write_text("".join(f'{{"text": "a text of {n * "words "}"}}\n' for n in range(2, 12)))
+    command = ["protection", str(folder / "model"), str(out), "--texts", str(texts)]
+    assert main([*command, "--share", "0.8", "--max-directions", "5"]) == 0
+    assert "Protection(3 layers" in capsys.readouterr().out
+    protection = loki.Protection.load(out)
+    assert protection.info["texts"] == "given"
+    again = folder / "again.safetensors"
+    command[2] = str(again)
+    assert main([*command, "--earlier", str(out)]) == 0
+    assert loki.Protection.load(again).info["earlier"] == protection.fingerprint
+
+
 def test_merge(folder):
     model = build_model()
     loki.patch(model, [[1], [2], [3]], rank=2)
@@ -103,6 +117,8 @@ def test_merge(folder):
         (["attribute", "model", "scores.bin"], "must end in"),
         (["attribute", "model", "s.h5", "--questions", "q.txt"], "read from .csv or .jsonl"),
         (["attribute", "model", "s.h5", "--dtype", "nn"], "not a torch dtype"),
+        (["protection", "model", "p.bin"], "must end in .safetensors"),
+        (["protection", "model", "p.safetensors", "--texts", "none.txt"], "none.txt"),
     ],
 )
 def test_errors_are_one_line(command, message, capsys, tmp_path, monkeypatch):

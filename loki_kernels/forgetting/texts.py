@@ -202,7 +202,7 @@ def tokenize(texts: Sequence[Text], tokenizer: Any, length: int, tokens: int | N
     for text in _by_turns(texts):
         if tokens is not None and total >= tokens:
             break
-        ids = _encode(text, tokenizer)
+        ids = encode(text, tokenizer)
         read.append((text, ids))
         total += len(ids)
     end = len(read[-1][1]) - max(0, total - (tokens or total))
@@ -250,7 +250,8 @@ def _by_turns(texts: Sequence[Text]) -> Iterator[Text]:
     return (texts[i] for _, i in sorted(order))
 
 
-def _encode(text: Text, tokenizer: Any) -> Tensor:
+def encode(text: Text, tokenizer: Any) -> Tensor:
+    """A text's token ids, int64 ``[T]``; ValueError or TypeError says which text it was."""
     content = text.content
     if isinstance(content, Tensor):
         return content
