@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
 
     attribute = commands.add_parser("attribute", help="attribute a model's answers to FFN nodes")
     attribute.add_argument("model", help="folder or hub name of a causal language model")
-    attribute.add_argument("out", help="file to write: .safetensors, .h5 or .hdf5")
+    attribute.add_argument(
+        "out", help="file to write: .safetensors, which a killed run goes on with, .h5 or .hdf5"
+    )
     add_question_options(attribute)
     attribute.add_argument("--definition", choices=get_args(DefinitionName), default="published")
     attribute.add_argument("--steps", type=int, default=7)
@@ -198,7 +200,6 @@ def _attribute(arguments: argparse.Namespace) -> None:
         import_matplotlib()
     if arguments.keep == "counts" and (arguments.heatmap or suffix != ".safetensors"):
         raise ValueError("--keep counts writes .safetensors and has no scores for a heatmap.")
-    as_it_comes = arguments.keep == "scores" and suffix == ".safetensors"
     questions = questions_of(arguments) or load_questions()
     model = _load_model(arguments.model, arguments.dtype)
     model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -215,9 +216,9 @@ def _attribute(arguments: argparse.Namespace) -> None:
         keep=arguments.keep,
         quota=arguments.quota,
         criterion=arguments.criterion,
-        out=arguments.out if as_it_comes else None,
+        out=arguments.out if suffix == ".safetensors" else None,
     )
-    if not as_it_comes:
+    if suffix != ".safetensors":
         result.save(arguments.out)
     if isinstance(result, Attribution) and arguments.heatmap:
         result.heatmap(arguments.heatmap)

@@ -21,10 +21,14 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Each tensor enters as two integer sums over its bits, plain and weighted by position, which run
     where the tensor lies, at memory speed: not for security, but no training leaves both alike.
+    One that is offloaded enters as the name of its checkpoint.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.is_meta:
+            digest.update(str(getattr(model, "name_or_path", "")).encode())
+            continue
         for part in _plain_parts(tensor.detach()):
             digest.update(" ".join(map(str, _bit_sums(part))).encode())
     return digest.hexdigest()

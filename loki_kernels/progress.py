@@ -13,3 +13,10 @@ def progress_bar(total: int, description: str, enabled: bool | None = None, **op
     if enabled is None:
         enabled = sys.stderr.isatty()
     return tqdm(total=total, desc=description, disable=not enabled, **options)
+
+
+def skip(bar: tqdm, count: int) -> None:
+    """Advance a bar by what was done before, which says nothing of the speed."""
+    if not bar.disable:
+        bar.initial += count
+        bar.update(count)

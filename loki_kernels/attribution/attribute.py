@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Unpack, get_args, overload
 
 import torch
@@ -19,14 +18,11 @@ from ..progress import progress_bar
 from ..ranking import rows_per_layer
 from ..structure import Structure, refuse_tensor_parallelism
 from .definitions import Overrides, PathIntegral
-from .placement import accelerator
-from .prefill import Batch, run_prefill
-from .probe import check_model
-from .prompts import Tokens, tokenize_prompts
-from .result import Attribution, AttributionCounts, ScoreFile, describe_run
-from .scores import Counter, Scores
-from .sequence import scaled_prefixes
-from .staircase import Staircase
+from .job import Job
+from .plan import BatchLimits
+from .prompts import tokenize_prompts
+from .result import Attribution, AttributionCounts, describe_run
+from .scores import Counter
 from .steering import borrowed, why_no_attribution
 
 logger = logging.getLogger(__name__)
@@ -37,8 +33,6 @@ _UNRESOLVED = 1.0
 
 # A target that this share of at least so many prompts have in common says little of the prompts.
 _ONE_TARGET, _ENOUGH_PROMPTS = 0.9, 20
-
-_LONG = 60.0  # seconds, from which it is said how long an attribution takes
 
 
 @overload
@@ -71,6 +65,7 @@ def attribute(
     keep: Literal["counts"],
     quota: float | None = None,
     criterion: Criterion | None = None,
+    out: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     **overrides: Unpack[Overrides],
 ) -> AttributionCounts: ...
@@ -130,8 +125,9 @@ def attribute(
             each node is among the lowest of its layer: L * D numbers for any number of prompts.
         quota: with ``keep="counts"``, the percentage of rows (10 by default) ...
         criterion: ... and ``"magnitude"`` (the default) or ``"signed"``, as in `select`.
-        out: a ``.safetensors`` file that receives the scores as they come, memory-mapped, so
-            that memory does not grow with N.
+        out: a ``.safetensors`` file that receives the results as they come, so that memory does not
+            grow with N. Until it is complete they lie in a folder beside it, ``OUT.partial``, from
+            which the same call goes on if the process ends early. SIGTERM ends it after a batch.
         progress: True or False for the bar; by default it shows on a terminal.
         **overrides: fields of `Definition` to change.
 
@@ -141,34 +137,24 @@ def attribute(
 
     Raises:
         ValueError: for an unknown definition or option, empty prompts, token ids out of range, a
-            mask with holes, a target that does not fit, NaN weights, or counts of NaN scores.
+            mask with holes, a target that does not fit, NaN weights, counts of NaN scores, or an
+            ``out`` that was begun with another model, other options or other prompts.
         TypeError: for prompts of another kind, or text without a tokenizer.
         UnsupportedModelError: if the model's layers cannot be treated exactly.
     """
     integral = PathIntegral.resolve(definition, overrides, steps)
     structure = find_structure(model)
     _check_attributable(structure)
-    width = structure.width(integral.definition.site)
-    counter = _make_counter(keep, quota, criterion, width, out)
+    counter = _make_counter(keep, quota, criterion, structure.width(integral.definition.site))
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)
     targets = _check_target(target, len(sequences), structure.vocab_size)
-    _check_batch_size(batch_size)
-    run = describe_run(model, definition, integral.definition, steps)
-    shape, complete = (len(sequences), len(structure.layers), width), integral.definition.completes
-    file = ScoreFile(out, shape, run, complete=complete, scores=counter is None)
+    limits = BatchLimits.of(structure.device, batch_size)
+    job = Job(structure, integral, limits, counter)
+    store = job.store(out, describe_run(model, definition, integral.definition, steps))
     bar = progress_bar(len(sequences), "attribute", progress, unit="prompt")
     _warm_up(structure)
-    with file, borrowed(structure), bar:
-        batches = _batches(sequences, targets, batch_size, integral, structure)
-        for batch in _announced(batches, sequences, structure):
-            check_model(structure, batch)
-            scores = _attribute_batch(structure, batch, integral)
-            if counter is not None:
-                _check_rankable(scores, batch.members)
-                counter.add(scores.scores)
-            file.write(batch.members, scores)
-            bar.update(len(batch.members))
-    result = _result(file, counter, run)
+    with store, borrowed(structure), bar:
+        result = job.run(sequences, targets, store, bar)
     _warn_if_unresolved(result)
     _warn_of_one_target(result, targets, tokenizer)
     return result
@@ -195,24 +181,16 @@ def _make_counter(
     quota: float | None,
     criterion: Criterion | None,
     width: int,
-    out: str | os.PathLike[str] | None,
 ) -> Counter | None:
     check_choice("keep", keep, get_args(Keep))
     if keep == "scores":
         if quota is not None or criterion is not None:
             raise ValueError("quota and criterion belong to keep='counts'; `select` takes them.")
         return None
-    if out is not None:
-        raise ValueError("out= receives scores, and keep='counts' keeps none; save the result.")
     criterion = DEFAULT_CRITERION if criterion is None else criterion
     check_choice("criterion", criterion, get_args(Criterion))
     quota = DEFAULT_QUOTA if quota is None else float(quota)
     return Counter(quota, rows_per_layer(quota, width), criterion)
-
-
-def _check_batch_size(batch_size: int | None) -> None:
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size must be a positive integer; it is {batch_size!r}.")
 
 
 def _check_target(
@@ -229,97 +207,6 @@ def _check_target(
     if targets.min() < 0 or targets.max() >= vocab_size:
         raise ValueError(f"target holds a token id outside the vocabulary of {vocab_size}.")
     return targets.to(torch.int64)
-
-
-def _batches(
-    sequences: list[Tokens],
-    targets: Tensor | None,
-    batch_size: int | None,
-    integral: PathIntegral,
-    structure: Structure,
-) -> Iterator[Batch]:
-    """The longest prompts first, so that what does not fit fails now."""
-    # Measured on 2 cores (benchmarks/NOTES.md): more points leave the cache, fewer idle the cores.
-    most_tokens, most_points = (1024, 512) if structure.device.type == "cpu" else (16384, 16384)
-    points = len(structure.layers) * len(integral.alphas)
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    start = 0
-    while start < len(order):
-        longest = len(sequences[order[start]])
-        size = batch_size or max(1, min(most_tokens // longest, most_points // points))
-        members = order[start : start + size]
-        start += size
-        input_ids = torch.zeros(len(members), longest, dtype=torch.int64)
-        for padded, i in zip(input_ids, members, strict=True):
-            padded[: len(sequences[i])] = torch.from_numpy(sequences[i])
-        lengths = torch.tensor([len(sequences[i]) for i in members])
-        yield Batch(
-            members,
-            input_ids.to(structure.device),
-            lengths.to(structure.device),
-            None if targets is None else targets[members],
-        )
-
-
-def _announced(
-    batches: Iterator[Batch], sequences: list[Tokens], structure: Structure
-) -> Iterator[Batch]:
-    """The batches; after the first, how long the others will take, if that is over a minute."""
-    start = time.perf_counter()
-    first = next(batches)
-    yield first
-    tokens = int(first.lengths.sum())
-    seconds = (time.perf_counter() - start) / tokens * (sum(map(len, sequences)) - tokens)
-    if seconds > _LONG:
-        length = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
-        logger.info("%d prompts take about %s more", len(sequences) - len(first.members), length)
-        beside = accelerator() if structure.device.type == "cpu" else None
-        if beside is not None:
-            logger.warning(
-                "The attribution runs on the CPU, for about %s more, beside %s with %.1f GB free; "
-                "a model that fits there is attributed faster: model.to(%r).",
-                length,
-                beside[0],
-                beside[1] / 1e9,
-                str(beside[0]),
-            )
-    yield from batches
-
-
-def _attribute_batch(structure: Structure, batch: Batch, integral: PathIntegral) -> Scores:
-    prefill = run_prefill(structure, batch, integral.definition)
-    staircase = Staircase(structure, batch, prefill, integral)
-    layers = range(len(structure.layers))
-    if integral.definition.path == "last_token":
-        return staircase.run(layers, prefill.prefix)
-    parts = []
-    # One layer at a time: a copy of the whole prompt's keys and values a path point is what the
-    # memory holds.
-    for layer in layers:
-        one = range(layer, layer + 1)
-        prefix = scaled_prefixes(structure, batch, prefill, integral, one)
-        parts.append(staircase.run(one, prefix, prefix_per_point=True))
-    return Scores.of_layers(parts)
-
-
-def _check_rankable(scores: Scores, members: list[int]) -> None:
-    undefined = scores.sums().isnan().nonzero()
-    if len(undefined):
-        sample, layer = undefined[0].tolist()
-        raise ValueError(
-            f"the scores of prompt {members[sample]} in layer {layer} hold NaN (or infinities of "
-            "both signs); a rank among them means nothing."
-        )
-
-
-def _result(
-    file: ScoreFile, counter: Counter | None, run: dict[str, Any]
-) -> Attribution | AttributionCounts:
-    tensors = file.tensors()
-    if counter is None or counter.counts is None:
-        return Attribution(run=run, **tensors)
-    counts = counter.counts.cpu()
-    return AttributionCounts(counts, counter.quota, counter.criterion, run=run, **tensors)
 
 
 def _warn_if_unresolved(result: Attribution | AttributionCounts) -> None:

@@ -17,12 +17,12 @@ from .._version import __version__
 from ..fingerprint import model_fingerprint
 from ..options import DefinitionName
 from ..questions import load_questions
-from ..structure import Structure, text_config
+from ..structure import Structure
 from .attribute import attribute
 from .definitions import Overrides, resolve_definition
 from .placement import on_accelerator
 from .prompts import Tokens, tokenize_prompts
-from .result import Attribution
+from .result import Attribution, model_settings
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> 
     if target is not None:
         computed.append(torch.as_tensor(target).tolist())
     key = hashlib.sha256(model_fingerprint(model).encode())
-    key.update(f"{__version__} {_settings(model)} {json.dumps(computed)}".encode())
+    key.update(f"{__version__} {model_settings(model)} {json.dumps(computed)}".encode())
     for ids in tokens:
         key.update(f"{len(ids)} ".encode())
         key.update(ids.tobytes())
@@ -133,14 +133,6 @@ def _analyse(
         except torch.OutOfMemoryError as error:  # the default is for a GPU that is empty
             logger.warning("the analysis ran out of memory (batch_size=%s): %s", size, error)
     return run(chosen)
-
-
-def _settings(model: nn.Module) -> str:
-    """What the config says of the function that the weights are a part of (RoPE, norms, ...)."""
-    fields = text_config(model).to_dict()
-    other = {"architectures", "dtype", "transformers_version", "use_cache"}
-    kept = {k: v for k, v in fields.items() if k not in other and not k.startswith("_")}
-    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _find_tokenizer(model: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""`Attribution` and `AttributionCounts`, and the file that scores are written to as they come."""
+"""`Attribution` and `AttributionCounts`: what an attribution found, and its files."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import contextlib
 import json
 import os
 import platform
-import struct
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..files import atomic_path, check_writable, read_safetensors, write_safetensors
+from ..files import atomic_path, read_safetensors, write_safetensors
 from ..options import DEFAULT_QUOTA, Criterion
+from ..structure import text_config
 from .definitions import Definition
-from .scores import Scores
 
 _FORMAT = "loki-kernels-attribution"
 _COUNTS_FORMAT = "loki-kernels-counts"
@@ -71,7 +68,7 @@ class Attribution:
         tensors = {"scores": self.scores} | _present(self)
         suffix = Path(path).suffix
         if suffix == ".safetensors":
-            write_safetensors(path, tensors, _metadata(_FORMAT, self.run))
+            write_safetensors(path, tensors, scores_metadata(self.run))
         elif suffix in (".h5", ".hdf5"):
             with atomic_path(path) as temporary, import_h5py().File(temporary, "w") as file:
                 for name, tensor in tensors.items():
@@ -164,8 +161,7 @@ class AttributionCounts:
         if Path(path).suffix != ".safetensors":
             raise ValueError(f"{path}: save to .safetensors, not {Path(path).suffix!r}.")
         tensors = {"counts": self.counts} | _present(self)
-        counted = {"quota": self.quota, "criterion": self.criterion}
-        metadata = _metadata(_COUNTS_FORMAT, self.run) | {"counted": json.dumps(counted)}
+        metadata = counts_metadata(self.run, self.quota, self.criterion)
         write_safetensors(path, tensors, metadata)
 
     @classmethod
@@ -218,8 +214,34 @@ def describe_run(model: nn.Module, name: str, definition: Definition, steps: int
     }
 
 
-def _metadata(format: str, run: dict[str, Any]) -> dict[str, str]:
-    return {"format": format, "run": json.dumps(run)}
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """What the last bits of scores depend on."""
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = f"CPU ({capability}, {torch.get_num_threads()} threads)"
+    else:
+        name = str(torch.get_device_module(device).get_device_properties(device).name)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": name, "loki_kernels": __version__, **versions}
+
+
+def model_settings(model: nn.Module) -> str:
+    """What the config says of the function that the weights are a part of (RoPE, norms, ...)."""
+    fields = text_config(model).to_dict()
+    other = {"architectures", "dtype", "transformers_version", "use_cache"}
+    kept = {k: v for k, v in fields.items() if k not in other and not k.startswith("_")}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def scores_metadata(run: dict[str, Any]) -> dict[str, str]:
+    """Of a file of scores."""
+    return {"format": _FORMAT, "run": json.dumps(run)}
+
+
+def counts_metadata(run: dict[str, Any], quota: float, criterion: Criterion) -> dict[str, str]:
+    """Of a file of counts."""
+    counted = {"quota": quota, "criterion": criterion}
+    return {"format": _COUNTS_FORMAT, "run": json.dumps(run), "counted": json.dumps(counted)}
 
 
 def import_h5py() -> Any:
@@ -229,96 +251,3 @@ def import_h5py() -> Any:
     except ImportError as error:
         raise ImportError("HDF5 files need h5py: pip install 'loki-kernels[hdf5]'.") from error
     return h5py
-
-
-class ScoreFile(contextlib.AbstractContextManager["ScoreFile"]):
-    """Receives batches of scores in any order, in memory or straight into a safetensors file.
-
-    The file's layout is known before the first score, so its header is written first and the rest
-    is memory-mapped; it takes its final name only when the block ends without an exception.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None,
-        shape: tuple[int, int, int],
-        run: dict[str, Any],
-        *,
-        complete: bool,
-        scores: bool,
-    ) -> None:
-        if path is not None and check_writable(path).suffix != ".safetensors":
-            raise ValueError(f"out={os.fspath(path)!r} must end in .safetensors.")
-        samples, layers, _ = shape
-        self._run = run
-        self._shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
-            "targets": (np.dtype("<i8"), (samples,)),
-            "value": (np.dtype("<f4"), (samples,)),
-        }
-        if scores:
-            self._shapes = {"scores": (np.dtype("<f4"), shape), **self._shapes}
-        self._complete = complete
-        if self._complete:
-            self._shapes["completeness"] = (np.dtype("<f4"), (samples, layers))
-            self._shapes["change"] = (np.dtype("<f4"), (samples, layers))
-        self._path = path
-        self._stack = contextlib.ExitStack()
-        self._arrays: dict[str, np.ndarray] = {}
-
-    def __enter__(self) -> ScoreFile:
-        if self._path is None:
-            self._arrays = {
-                name: np.empty(shape, dtype) for name, (dtype, shape) in self._shapes.items()
-            }
-            return self
-        names = {"<f4": "F32", "<i8": "I64"}
-        header: dict[str, Any] = {"__metadata__": _metadata(_FORMAT, self._run)}
-        offset = 0
-        for name, (dtype, shape) in self._shapes.items():
-            size = dtype.itemsize * int(np.prod(shape))
-            header[name] = {
-                "dtype": names[dtype.str],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        temporary = self._stack.enter_context(atomic_path(self._path))
-        with open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            total = 8 + len(text) + offset
-            if hasattr(os, "posix_fallocate"):
-                # a full disk is an OSError now, and would be a bus error in the mapped file
-                os.posix_fallocate(file.fileno(), 0, total)
-            else:
-                file.truncate(total)
-        for name, (dtype, shape) in self._shapes.items():
-            start = 8 + len(text) + header[name]["data_offsets"][0]
-            self._arrays[name] = np.memmap(temporary, dtype, "r+", start, shape)
-        return self
-
-    def write(self, members: list[int], scores: Scores) -> None:
-        """Put one batch at the places ``members``; the only place that waits for the device."""
-        if "scores" in self._arrays:
-            self._arrays["scores"][members] = scores.scores.to(torch.float32).cpu().numpy()
-        self._arrays["targets"][members] = scores.target.cpu().numpy()
-        self._arrays["value"][members] = scores.value.cpu().numpy()
-        if self._complete:
-            change = scores.change.cpu()
-            self._arrays["change"][members] = change.numpy()
-            self._arrays["completeness"][members] = (scores.sums() - change).numpy()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for array in self._arrays.values():
-            if isinstance(array, np.memmap):
-                array.flush()
-        self._stack.__exit__(kind, error, traceback)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(array) for name, array in self._arrays.items()}

@@ -76,7 +76,7 @@ def test_counts_answer_one_question(options, message, model, prompts):
         ({"criterion": "signed"}, "belong to keep='counts'"),
         ({"keep": "counts", "criterion": "lowest"}, "criterion='lowest' is unknown"),
         ({"keep": "counts", "quota": 0}, "quota must be a percentage"),
-        ({"keep": "counts", "out": "scores.safetensors"}, "save the result"),
+        ({"keep": "counts", "out": "counts.h5"}, "must end in .safetensors"),
     ],
 )
 def test_bad_options_for_counts_raise(options, message, model, prompts):

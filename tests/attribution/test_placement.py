@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 import loki_kernels as loki
-from loki_kernels.attribution import cache, placement
+from loki_kernels.attribution import cache, job, placement
 from loki_kernels.attribution.placement import on_accelerator
 from loki_kernels.discovery import find_structure
 from tests.models import assert_unchanged, build_model, snapshot
@@ -201,9 +200,8 @@ def test_bad_options_change_nothing(model, rows, analysis, message):
 def test_a_long_attribution_says_so(monkeypatch, caplog):
     """A minute a token, of 3 and then 2 tokens."""
     clock = iter([0.0, 180.0])
-    own = sys.modules["loki_kernels.attribution.attribute"]  # the name is the function's too
-    monkeypatch.setattr(own, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(own, "accelerator", lambda: (torch.device("cuda:1"), 10**10))
+    monkeypatch.setattr(job, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(job, "accelerator", lambda: (torch.device("cuda:1"), 10**10))
     caplog.set_level(logging.INFO)
     loki.attribute(build_model(device="cpu"), PROMPTS, batch_size=1)
     info, warning = caplog.records

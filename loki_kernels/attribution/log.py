@@ -1,0 +1,392 @@
+"""Results as they come, in a log on disk that outlives the process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import struct
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor
+
+from ..files import atomic_path, check_writable, read_safetensors, write_safetensors
+from .plan import BatchLimits, PlannedBatch
+from .result import Attribution, AttributionCounts, counts_metadata, scores_metadata
+from .scores import Counter, Scores
+from .store import Layout
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "loki-kernels-log"
+_DTYPES = {"<f4": "F32", "<i8": "I64"}  # numpy's and safetensors'
+# Counts are kept on disk this often; what is counted since is counted again by the next process.
+_SECONDS_BETWEEN_COUNTS = 30.0
+# Room in the header for what is only known at the end: shapes, and where the run was continued.
+_ROOM = 4096
+_MOST_MACHINES = 8
+_COPIED = 1 << 24  # bytes at a time
+
+
+class Log(contextlib.AbstractContextManager["Log"]):
+    """Results on disk, which a process that comes after a killed one continues.
+
+    They lie in a folder beside the file that they become. ``run.json`` says what is computed. Each
+    array of the result is a file, with every prompt's row at its place. A journal, one of each
+    process, has a line for every batch of which all is written, with a hash of its prompts and a
+    checksum of its rows. What has a wrong checksum counts as not written, so nothing has to be
+    written in one piece, or in order. Counts cannot be taken back: they are kept together with the
+    number of journal lines that they are of, and lines beyond those count as not written.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        layout: Layout,
+        run: dict[str, Any],
+        counter: Counter | None,
+        limits: BatchLimits,
+        identity: dict[str, Any],
+        machine: dict[str, str],
+    ) -> None:
+        """
+        Args:
+            out: the ``.safetensors`` file.
+            layout: of the result.
+            run: the result's.
+            counter: of ``keep="counts"``.
+            limits: of the batches; those of the first process stay in force.
+            identity: what a process must have in common with those before it, as JSON values.
+            machine: what it should have in common with them for the same bits.
+
+        Raises:
+            OSError: if nothing can be written there.
+            ValueError: for another suffix.
+        """
+        self.out = check_out(out)
+        self.layout, self.run, self.counter, self.limits = layout, run, counter, limits
+        self.folder = self.out.with_name(f"{self.out.name}.partial")
+        self.id = uuid.uuid4().hex
+        self._identity, self._machine = identity, machine
+        self._machines: list[dict[str, str]] = []
+        # The file of the scores becomes the result: room for its header comes first.
+        self._space = _ROOM * (2 + len(self._header(10**15)) // _ROOM)
+        self._done: dict[int, dict[str, Any]] = {}  # the batches' lines
+        self._files: dict[str, io.FileIO] = {}
+        self._stack = contextlib.ExitStack()
+        self._lines = self._kept_lines = 0
+        self._kept_at = time.monotonic()
+        self._counted = True  # whether the counter has what `_lines` are of
+        self._counts: list[Tensor] = []
+
+    def __enter__(self) -> Log:
+        """
+        Raises:
+            ValueError: if the folder there is of another run.
+            RuntimeError: if another process writes it now.
+        """
+        self.folder.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            self._lock(stack)
+            self._agree()
+            self._read()
+            self._finished = self._is_finished()
+            for name in self.layout.empty:
+                (self.folder / name).touch()
+                self._files[name] = stack.enter_context(io.FileIO(self.folder / name, "r+"))
+            number = 1 + max((int(path.stem) for path in self._journals()), default=-1)
+            self._journal_path = self.folder / f"{number:06d}.jsonl"
+            self._journal = stack.enter_context(io.FileIO(self._journal_path, "x"))
+            self._append({"machine": self._machine})
+            self._stack = stack.pop_all()
+        if self._done:
+            self._announce()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._stack:
+            if not self.folder.is_dir():  # it is finished
+                return
+            with contextlib.suppress(OSError):  # of a full disk, which was the error itself
+                self._keep_counts()
+            if not self._done and not self._lines:
+                shutil.rmtree(self.folder)
+
+    def reserve(self, total: int) -> None:
+        """Make room on the disk for so many prompts: a full one is an OSError now."""
+        for name, file in self._files.items() if not self._finished else ():
+            size = self._place(name, total)
+            if hasattr(os, "posix_fallocate") and size > os.fstat(file.fileno()).st_size:
+                os.posix_fallocate(file.fileno(), 0, size)
+
+    def has(self, planned: PlannedBatch) -> bool:
+        """Whether a former process has left this batch, whole.
+
+        Raises:
+            ValueError: if it has left another one in its place.
+        """
+        line = self._done.get(planned.number)
+        if line is None:
+            return False
+        if line["prompts"] != planned.digest():
+            raise self._other("prompts")
+        return self._finished or self._checksum(planned) == line["rows"]
+
+    def write(self, planned: PlannedBatch, scores: Scores) -> None:
+        checksum = 0
+        for name, values in self.layout.values(scores).items():
+            for member, row in zip(planned.members, values, strict=True):
+                data = row.tobytes()
+                checksum = zlib.crc32(data, checksum)
+                _write(self._files[name], data, self._place(name, member))
+        number = planned.number
+        self._append({"batch": number, "prompts": planned.digest(), "rows": checksum})
+        self._counted = False
+        if self.counter is not None and number not in self._done:  # else its rows were damaged
+            self.counter.add(scores.scores)
+        self._lines += 1
+        self._counted = True
+        if time.monotonic() - self._kept_at >= _SECONDS_BETWEEN_COUNTS:
+            self._keep_counts()
+
+    def result(self, total: int, batches: int) -> Attribution | AttributionCounts:
+        """The file, when it is complete; the log is gone then.
+
+        Raises:
+            ValueError: if there were more prompts before.
+        """
+        self._keep_counts()
+        if not self._finished:
+            self._read()
+            if len(self._done) > batches:
+                raise self._other("prompts")
+            os.replace(self._assemble(total), self.out)
+        shutil.rmtree(self.folder)
+        return (Attribution if self.counter is None else AttributionCounts).load(self.out)
+
+    # what is there
+
+    def _other(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self.folder} was left by a run that differs in: {what}. Give out= another name, or "
+            "delete that folder to begin anew."
+        )
+
+    def _announce(self) -> None:
+        logger.info("%s: %d batches are there already", self.folder, len(self._done))
+        if self._machine not in self._machines:
+            logger.warning(
+                "%s was begun on %s and goes on on %s: scores may differ by rounding from those of "
+                "one machine.",
+                self.folder,
+                self._machines[0],
+                self._machine,
+            )
+
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        file = stack.enter_context(io.FileIO(self.folder / "lock", "w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another process is writing {self.out} now.") from error
+
+    def _agree(self) -> None:
+        """Be the first run in this folder, or go on with the one that was."""
+        path = self.folder / "run.json"
+        identity = json.loads(json.dumps(self._identity))
+        if not path.exists():
+            mine = {
+                "format": _FORMAT,
+                "id": self.id,
+                "space": self._space,
+                "run": self.run,
+                "limits": asdict(self.limits),
+                "identity": identity,
+            }
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(mine), encoding="utf-8")
+            return
+        try:
+            found = json.loads(path.read_bytes())
+            theirs = dict(found["identity"])
+            self.id, self._space, self.run = found["id"], found["space"], found["run"]
+            self.limits = BatchLimits(**found["limits"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged; delete {self.folder} to begin anew.") from error
+        names = sorted(theirs.keys() | identity.keys())
+        different = [name for name in names if theirs.get(name) != identity.get(name)]
+        if different:
+            raise self._other(", ".join(different))
+
+    def _is_finished(self) -> bool:
+        """Whether the file is in its place, and only the folder was not removed."""
+        try:
+            with safetensors.safe_open(self.out, framework="np") as file:
+                return (file.metadata() or {}).get("log") == self.id
+        except (OSError, safetensors.SafetensorError):
+            return False
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.jsonl"))
+
+    def _read(self) -> None:
+        """The journals, the latest last."""
+        self._done, self._machines, self._counts = {}, [], []
+        for path in self._journals():
+            lines = list(_read_lines(path))
+            self._machines += [line["machine"] for line in lines if "machine" in line]
+            batches = [line for line in lines if "batch" in line]
+            if self.counter is not None:
+                counts, of = _read_counts(path)
+                if counts is None or len(batches) < of:
+                    continue
+                self._counts.append(counts)
+                batches = batches[:of]
+            self._done |= {line["batch"]: line for line in batches}
+
+    def _checksum(self, planned: PlannedBatch) -> int:
+        """Of a batch's rows as they are on disk."""
+        checksum = 0
+        for name, file in self._files.items():
+            for member in planned.members:
+                file.seek(self._place(name, member))
+                checksum = zlib.crc32(
+                    file.read(self._place(name, member + 1) - file.tell()), checksum
+                )
+        return checksum
+
+    # what is written
+
+    def _place(self, name: str, row: int) -> int:
+        """Where a prompt's row begins in an array's file."""
+        array = self.layout.empty[name]
+        size = array.itemsize * math.prod(array.shape[1:])
+        return row * size + (self._space if name == "scores" else 0)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        text = json.dumps(line).encode()
+        _write(self._journal, b"%08x %s\n" % (zlib.crc32(text), text))
+
+    def _keep_counts(self) -> None:
+        """Those of this journal's batches so far, if there are new ones."""
+        counter, lines = self.counter, self._lines
+        if counter is None or counter.counts is None or not self._counted:
+            return
+        if lines == self._kept_lines:
+            return
+        counts = counter.counts.cpu()
+        checksum = zlib.crc32(counts.numpy().tobytes())
+        about = {"format": _FORMAT, "batches": str(lines), "sum": str(checksum)}
+        write_safetensors(self._journal_path.with_suffix(".counts"), {"counts": counts}, about)
+        self._kept_lines, self._kept_at = lines, time.monotonic()
+
+    def _assemble(self, total: int) -> Path:
+        """The whole file, still in the folder; the scores are in their place already."""
+        path = self.folder / ("scores" if self.layout.scores else "counts")
+        path.touch()
+        with io.FileIO(path, "r+") as file:
+            header = self._header(total)
+            length = struct.pack("<Q", self._space - 8)
+            _write(file, length + header + b" " * (self._space - 8 - len(header)))
+            if self.counter is not None:
+                _write(file, torch.stack(self._counts).sum(0).numpy().tobytes())
+            for name, source in self._files.items():
+                if name == "scores":
+                    file.seek(self._place(name, total))
+                    continue
+                source.seek(0)
+                left = self._place(name, total)
+                while left:
+                    data = source.read(min(left, _COPIED))
+                    _write(file, data)
+                    left -= len(data)
+            file.truncate(file.tell())
+        return path
+
+    def _header(self, total: int) -> bytes:
+        """Of the file, when it has so many prompts."""
+        run, counter = self.run, self.counter
+        machines = [m for i, m in enumerate(self._machines) if m not in self._machines[:i]]
+        if len(machines) > 1:
+            run = run | {"machines": machines[:_MOST_MACHINES]}
+        shapes: dict[str, tuple[np.dtype[Any], list[int]]] = {}
+        if counter is None:
+            about = scores_metadata(run)
+        else:
+            about = counts_metadata(run, counter.quota, counter.criterion)
+            shapes["counts"] = np.dtype("<i8"), [self.layout.layers, self.layout.width]
+        for name, array in self.layout.empty.items():
+            shapes[name] = array.dtype, [total, *array.shape[1:]]
+        header: dict[str, Any] = {"__metadata__": about | {"log": self.id}}
+        offset = 0
+        for name, (dtype, shape) in shapes.items():
+            end = offset + dtype.itemsize * math.prod(shape)
+            header[name] = {
+                "dtype": _DTYPES[dtype.str],
+                "shape": shape,
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        return json.dumps(header).encode()
+
+
+def check_out(out: str | os.PathLike[str]) -> Path:
+    """``out`` as a path, if it can be written.
+
+    Raises:
+        OSError: if nothing can be written there.
+        ValueError: for another suffix.
+    """
+    path = check_writable(out)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"out={os.fspath(out)!r} must end in .safetensors.")
+    return path
+
+
+def _write(file: io.FileIO, data: bytes, place: int | None = None) -> None:
+    """All of ``data``, at a place in the file or where it stands."""
+    if place is not None:
+        file.seek(place)
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """A journal's lines, but for those whose checksum is wrong."""
+    for line in path.read_bytes().splitlines():
+        checksum, _, text = line.partition(b" ")
+        if checksum == b"%08x" % zlib.crc32(text):
+            yield json.loads(text)
+
+
+def _read_counts(journal: Path) -> tuple[Tensor | None, int]:
+    """The counts kept with a journal, and of how many of its batches they are."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        tensors, about = read_safetensors(journal.with_suffix(".counts"), _FORMAT)
+        if zlib.crc32(tensors["counts"].numpy().tobytes()) == int(about["sum"]):
+            return tensors["counts"], int(about["batches"])
+    return None, 0

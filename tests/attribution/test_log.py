@@ -1,0 +1,350 @@
+"""``out=``: a log that goes on after whatever ended the process, or is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+import loki_kernels as loki
+from loki_kernels import Attribution, attribute
+from loki_kernels.attribution import job, log
+from loki_kernels.attribution.plan import BatchLimits
+from tests.models import build_model
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [{"input_ids": [1 + i, 5, *range(2, 2 + i % 4)]} for i in range(8)]
+OPTIONS = {"batch_size": 2, "steps": 1}
+BATCHES = 4
+TINIEST = transformers.LlamaConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=97
+)
+NAMES = ("targets", "value", "completeness", "change")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model()
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "result.safetensors"
+
+
+@pytest.fixture
+def attributed(monkeypatch):
+    """The prompts of each batch that is computed."""
+    batches = []
+    compute = job._attribute_batch
+
+    def recording(structure, batch, integral):
+        batches.append(batch.members)
+        return compute(structure, batch, integral)
+
+    monkeypatch.setattr(job, "_attribute_batch", recording)
+    return batches
+
+
+def partial(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+def assert_same(got, want):
+    assert type(got) is type(want)
+    for name in (*NAMES, "scores" if isinstance(want, Attribution) else "counts"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert (a is None) == (b is None), name
+        assert a is None or torch.equal(a, b), name
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would; what the run does on its way out is undone."""
+
+
+class Killer:
+    """Ends a run at its n-th write, of which a part arrives."""
+
+    def __init__(self, monkeypatch, out: Path) -> None:
+        self.out, self.writes, self.at, self.part = out, 0, None, 0.0
+        self.write = log._write
+        monkeypatch.setattr(log, "_write", self)
+
+    def __call__(self, file, data, place=None):
+        self.writes += 1
+        if self.writes != self.at:
+            return self.write(file, data, place)
+        self.write(file, data[: round(self.part * len(data))], place)
+        self.left = self.out.with_name("left")
+        shutil.copytree(partial(self.out), self.left)
+        raise Killed
+
+    def kill(self, run, at: int, part: float) -> None:
+        self.writes, self.at, self.part = 0, at, part
+        with pytest.raises(Killed):
+            run()
+        self.at = None
+        shutil.rmtree(partial(self.out), ignore_errors=True)
+        self.left.rename(partial(self.out))
+
+
+@pytest.mark.parametrize("definition", ["published", "paper"])
+@pytest.mark.parametrize("keep", ["scores", "counts"])
+def test_a_file_is_what_memory_would_be(definition, keep, model, out):
+    options = OPTIONS | {"definition": definition, "keep": keep}
+    want = attribute(model, PROMPTS, **options)
+    got = attribute(model, PROMPTS, out=out, **options)
+    assert_same(got, want)
+    assert_same(type(want).load(out), want)
+    assert loki.select(got) == loki.select(want)
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("keep", ["scores", "counts"])
+def test_killed_at_any_write_it_goes_on_to_the_same_bits(keep, out, monkeypatch, attributed):
+    monkeypatch.setattr(log, "_SECONDS_BETWEEN_COUNTS", 0)
+    model = transformers.LlamaForCausalLM(TINIEST).eval()
+    want = attribute(model, PROMPTS, keep=keep, **OPTIONS)
+    killer = Killer(monkeypatch, out)
+
+    def run():
+        return attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS)
+
+    run()
+    writes = killer.writes
+    chance = random.Random(0)
+    spared = 0
+    for at in [1, writes, *(chance.randint(1, writes) for _ in range(23))]:
+        out.unlink()
+        killer.kill(run, at, chance.random())
+        assert not out.exists()
+        attributed.clear()
+        assert_same(run(), want)
+        spared += BATCHES - len(attributed)
+        assert list(out.parent.iterdir()) == [out]
+    assert spared > 20  # about half of the batches
+
+
+def test_killed_again_and_again(model, out, monkeypatch, attributed):
+    """Every process leaves one batch more, and each batch is counted once."""
+    monkeypatch.setattr(log, "_SECONDS_BETWEEN_COUNTS", 0)
+    want = attribute(model, PROMPTS, keep="counts", **OPTIONS)
+    attributed.clear()
+    killer = Killer(monkeypatch, out)
+    of_a_batch = 1 + 2 * len(NAMES)
+    for _ in range(BATCHES):
+        # the machine's line, a batch, and the first byte of the next
+        killer.kill(
+            lambda: attribute(model, PROMPTS, keep="counts", out=out, **OPTIONS),
+            at=1 + of_a_batch + 1, part=0.5,
+        )  # fmt: skip
+    assert_same(attribute(model, PROMPTS, keep="counts", out=out, **OPTIONS), want)
+    assert len(attributed) <= 2 * BATCHES
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+def test_sigkill_and_sigterm(tmp_path, attributed):
+    from tests.attribution import killed_worker as worker
+
+    subprocess.run(
+        [sys.executable, "-m", worker.__name__, str(tmp_path)], cwd=ROOT, check=True, timeout=120
+    )
+    model = build_model(device="cpu")
+    for keep in ("scores", "counts"):
+        out = tmp_path / f"{keep}.safetensors"
+        want = attribute(model, worker.PROMPTS, keep=keep, **worker.OPTIONS)
+        attributed.clear()
+        assert_same(attribute(model, worker.PROMPTS, out=out, keep=keep, **worker.OPTIONS), want)
+        assert 0 < len(attributed) < 30 - 4
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def leave_two_batches(model, out, monkeypatch, **options):
+    """A log as a run leaves it that is interrupted in its third batch."""
+    compute = job._attribute_batch
+    left = [1, 1]
+
+    def two(*arguments):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return compute(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "_attribute_batch", two)
+        with pytest.raises(KeyboardInterrupt):
+            attribute(model, PROMPTS, out=out, **(OPTIONS | options))
+
+
+def trained(model):
+    other = build_model()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        other.model.layers[2].mlp.down_proj.weight[3, 3] += 1
+    return other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": trained}, "differs in: model"),
+        ({"steps": 3}, "differs in: steps"),
+        ({"definition": "paper"}, "differs in: multiply, objective, rule"),
+        ({"batch_size": 3}, "differs in: batch_size"),
+        ({"keep": "counts"}, "differs in: criterion, quota"),
+        ({"prompts": [*PROMPTS[:-1], {"input_ids": [9] * 6}]}, "differs in: prompts"),
+        ({"prompts": [{"input_ids": [8, 9]}]}, "differs in: prompts"),
+        ({"target": list(range(8))}, "differs in: prompts"),
+    ],
+)
+def test_another_run_is_refused_and_the_first_goes_on(
+    change, message, model, out, monkeypatch, attributed
+):
+    want = attribute(model, PROMPTS, **OPTIONS)
+    leave_two_batches(model, out, monkeypatch)
+    options = OPTIONS | change
+    other = options.pop("model", lambda same: same)(model)
+    prompts = options.pop("prompts", PROMPTS)
+    with pytest.raises(ValueError, match=message):
+        attribute(other, prompts, out=out, **options)
+    attributed.clear()
+    assert_same(attribute(model, PROMPTS, out=out, **OPTIONS), want)
+    assert len(attributed) == BATCHES - 2
+
+
+@pytest.mark.parametrize("keep", ["scores", "counts"])
+@pytest.mark.parametrize("damage", ["rows", "journal", "tail", "counts", "missing"])
+def test_what_is_damaged_is_computed_again(keep, damage, model, out, monkeypatch, attributed):
+    monkeypatch.setattr(log, "_SECONDS_BETWEEN_COUNTS", 0)
+    want = attribute(model, PROMPTS, keep=keep, **OPTIONS)
+    leave_two_batches(model, out, monkeypatch, keep=keep)
+    (journal,) = partial(out).glob("*.jsonl")
+    spared = 2
+    if damage == "rows":
+        values = bytearray((partial(out) / "change").read_bytes())
+        first = attributed[0][0]
+        values[first * 12] ^= 1
+        (partial(out) / "change").write_bytes(values)
+        spared = 1
+    elif damage == "journal":
+        text = journal.read_bytes().replace(b'"batch": 1', b'"batch": 3')
+        journal.write_bytes(text)
+        # counts are of two batches, one of which is not known any more
+        spared = 1 if keep == "scores" else 0
+    elif damage == "tail":
+        journal.write_bytes(journal.read_bytes() + b'0000ffff {"batch": 2\n\n\x00\xff')
+    elif damage == "counts":
+        for path in partial(out).glob("*.counts"):
+            path.write_bytes(path.read_bytes()[:-3])
+            spared = 0
+    else:
+        (partial(out) / "value").unlink()
+        spared = 0
+    attributed.clear()
+    assert_same(attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS), want)
+    assert len(attributed) == BATCHES - spared
+
+
+def test_a_damaged_description_is_refused(model, out, monkeypatch):
+    leave_two_batches(model, out, monkeypatch)
+    path = partial(out) / "run.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"run\.json is damaged; delete"):
+        attribute(model, PROMPTS, out=out, **OPTIONS)
+
+
+@pytest.mark.parametrize("keep", ["scores", "counts"])
+def test_a_disk_that_fills_up(keep, model, out, monkeypatch, attributed):
+    want = attribute(model, PROMPTS, keep=keep, **OPTIONS)
+    write = log._write
+    writes = []
+
+    def full(file, data, place=None):
+        writes.append(data)
+        if len(writes) < 20:
+            return write(file, data, place)
+        write(file, data[:3], place)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log, "_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS)
+    attributed.clear()
+    assert_same(attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS), want)
+    assert 0 < len(attributed) < BATCHES
+
+
+def test_killed_before_the_folder_is_removed(model, out, monkeypatch, attributed):
+    def killed(_folder):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            attribute(model, PROMPTS, out=out, **OPTIONS)
+    before = out.read_bytes()
+    attributed.clear()
+    attribute(model, PROMPTS, out=out, **OPTIONS)
+    assert not attributed
+    assert out.read_bytes() == before
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_finished_file_is_replaced(model, out):
+    attribute(model, PROMPTS, out=out, **OPTIONS)
+    other = attribute(model, PROMPTS[:3], out=out, **OPTIONS)
+    assert_same(Attribution.load(out), other)
+
+
+def test_two_processes_do_not_write_one_file(model, out, attributed, monkeypatch):
+    compute = job._attribute_batch
+
+    def again(*arguments):
+        monkeypatch.setattr(job, "_attribute_batch", compute)
+        with pytest.raises(RuntimeError, match=r"another process is writing .*result\.safetensors"):
+            attribute(build_model(), PROMPTS, out=out, **OPTIONS)
+        return compute(*arguments)
+
+    monkeypatch.setattr(job, "_attribute_batch", again)
+    attribute(model, PROMPTS, out=out, **OPTIONS)
+
+
+def test_another_machine_goes_on_with_the_same_batches_and_is_named(
+    model, out, monkeypatch, caplog, attributed
+):
+    options = {"steps": 1}
+    monkeypatch.setattr(BatchLimits, "of", lambda *_: BatchLimits(None, 12, 1000))
+    want = attribute(model, PROMPTS, **options)
+    leave_two_batches(model, out, monkeypatch, batch_size=None)
+    monkeypatch.setattr(BatchLimits, "of", lambda *_: BatchLimits(None, 1000, 1000))
+    monkeypatch.setattr(job, "describe_machine", lambda _device: {"device": "another one"})
+    got = attribute(model, PROMPTS, out=out, **options)
+    assert_same(got, want)
+    assert "another one" in caplog.text
+    assert got.run["machines"][1] == {"device": "another one"}
+
+
+def test_sigterm_is_handled_as_before_afterwards(model, out):
+    handler = signal.getsignal(signal.SIGTERM)
+    attribute(model, PROMPTS, out=out, **OPTIONS)
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_any_reader_of_safetensors_reads_it(model, out):
+    got = attribute(model, PROMPTS, out=out, **OPTIONS)
+    with safe_open(out, framework="np") as file:
+        assert set(file.keys()) == {"scores", *NAMES}
+        assert (file.get_tensor("scores") == got.scores.numpy()).all()
+        assert json.loads(file.metadata()["run"]) == got.run
