@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .ops._dispatch import backends
     from .ops.row_masked_linear import row_masked_linear
     from .protection import Protection, estimate_protection
-    from .questions import load_questions, read_questions
+    from .questions import PromptStream, load_questions, read_questions
     from .selection import RowSelection, select
     from .training import (
         LokiLinear,
@@ -40,6 +40,7 @@ __all__ = [
     "DriftCallback",
     "LokiLinear",
     "Patch",
+    "PromptStream",
     "Protection",
     "RowSelection",
     "UnsupportedModelError",
@@ -70,6 +71,7 @@ _MODULES = {
     "LokiLinear": "training",
     "Patch": "training",
     "Protection": "protection",
+    "PromptStream": "questions",
     "RowSelection": "selection",
     "UnsupportedModelError": "errors",
     "attribute": "attribution",

@@ -153,18 +153,18 @@ def _add_selection_options(parser: argparse.ArgumentParser) -> None:
 def add_question_options(parser: argparse.ArgumentParser) -> None:
     """``--questions`` and ``--dataset``, which `questions_of` reads."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--questions", help="your own questions: MMLU's csv, or jsonl")
+    source.add_argument("--questions", help="your own questions: MMLU's csv, jsonl or parquet")
     source.add_argument("--dataset", help="a Hugging Face dataset, NAME or NAME:CONFIG")
 
 
 def questions_of(arguments: argparse.Namespace) -> Any:
-    """The user's own questions, or None."""
-    from .questions import read_dataset, read_questions
+    """The user's own questions or other prompts, as a stream, or None."""
+    from .questions import PromptStream
 
     if arguments.questions:
-        return read_questions(arguments.questions)
+        return PromptStream.of_file(arguments.questions)
     if arguments.dataset:
-        return read_dataset(arguments.dataset)
+        return PromptStream.of_dataset(arguments.dataset)
     return None
 
 
@@ -206,7 +206,7 @@ def _attribute(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     result = attribute(
         model,
-        [question.prompt(tokenizer) for question in questions],
+        questions,
         tokenizer=tokenizer,
         chat_template_kwargs=arguments.chat_template_kwargs,
         definition=arguments.definition,

@@ -1,11 +1,13 @@
-"""General multiple-choice questions: the bundled calibration set, and a user's own."""
+"""General multiple-choice questions: the bundled calibration set, and a user's own prompts."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,8 @@ def load_questions(per_subject: int | None = None, *, skip: int = 0) -> list[Que
     text = resources.files("loki_kernels").joinpath("data/questions.jsonl").read_text("utf-8")
     by_subject: dict[str, list[Question]] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        question = _from_json(line, f"questions.jsonl, line {number}")
+        where = f"questions.jsonl, line {number}"
+        question = _checked(_from_json(line, where), where)
         by_subject.setdefault(question.subject, []).append(question)
     least = min(len(questions) for questions in by_subject.values())
     wanted = least - skip if per_subject is None else per_subject
@@ -58,34 +61,17 @@ def load_questions(per_subject: int | None = None, *, skip: int = 0) -> list[Que
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[Question]:
-    """Read MMLU's headerless csv (question, four choices, letter) or jsonl.
+    """Read MMLU's headerless csv (question, four choices, letter), jsonl or parquet.
 
-    A jsonl line has ``question``, ``choices`` (four) and ``answer`` (0 to 3, or a letter).
+    A record of the latter two has ``question``, ``choices`` (four) and ``answer`` (0 to 3, or a
+    letter).
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ImportError: for parquet without the ``datasets`` extra.
         ValueError: for another suffix, or a record that is not a question, naming the line.
     """
-    path = Path(path)
-    if path.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"{path}: questions are read from .csv or .jsonl, not {path.suffix!r}.")
-    with open(path, encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark
-        reader = csv.reader(file)
-        try:
-            if path.suffix == ".jsonl":
-                questions = [
-                    _from_json(line, f"{path}, line {number}")
-                    for number, line in enumerate(file, 1)
-                    if line.strip()
-                ]
-            else:
-                questions = [
-                    _from_csv(fields, f"{path}, line {reader.line_num}") for fields in reader
-                ]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text.") from error
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num} is not csv: {error}.") from error
+    questions = [_checked(record, where) for where, record in _records_of_file(Path(path))]
     if not questions:
         raise ValueError(f"{path} holds no question.")
     return questions
@@ -103,31 +89,120 @@ def read_dataset(name: str, split: str = "test") -> list[Question]:
         ImportError: without the ``datasets`` extra.
         ValueError: if its records are not questions.
     """
+    dataset = _load_dataset(name, split)
+    return [_checked(dict(r), f"{name}, record {i}") for i, r in enumerate(dataset)]
+
+
+class PromptStream(Iterable[Any]):
+    """Prompts of a file or a dataset, read whenever they are gone through and never held.
+
+    Records are questions, as `read_questions` takes them, or have ``messages`` (a chat), ``prompt``
+    or ``text``. All are read once at the start, so that what is neither raises before anything else
+    is done.
+    """
+
+    def __init__(self, records: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+        """``records`` begins anew at each call; each comes with the place to name in an error."""
+        self._records = records
+        self._count = sum(1 for _ in self)
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> PromptStream:
+        """Of csv, jsonl or parquet.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ImportError: for parquet without the ``datasets`` extra.
+            ValueError: for another suffix, no record, or one that is no prompt, naming the line.
+        """
+        stream = cls(partial(_records_of_file, Path(path)))
+        if not len(stream):
+            raise ValueError(f"{path} holds no question.")
+        return stream
+
+    @classmethod
+    def of_dataset(cls, name: str, split: str = "test") -> PromptStream:
+        """Of a Hugging Face dataset, as `read_dataset` names it.
+
+        Raises:
+            ImportError: without the ``datasets`` extra.
+            ValueError: if a record is no prompt.
+        """
+        dataset = _load_dataset(name, split)
+        return cls(lambda: ((f"{name}, record {i}", dict(r)) for i, r in enumerate(dataset)))
+
+    def __iter__(self) -> Iterator[Any]:
+        for where, record in self._records():
+            written = isinstance(record, dict) and "question" not in record
+            yield record if written and text_of(record) is not None else _checked(record, where)
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def text_of(record: Mapping[str, Any]) -> Any:
+    """The chat or the text of a record in the columns that datasets have; None without one."""
+    return next((record[name] for name in ("messages", "prompt", "text") if name in record), None)
+
+
+def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each record of a file is, and what it is."""
+    if path.suffix == ".parquet":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist.")
+        rows = _import_datasets().load_dataset(
+            "parquet", data_files=str(path), split="train", streaming=True
+        )
+        yield from ((f"{path}, record {i}", row) for i, row in enumerate(rows))
+        return
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ValueError(
+            f"{path}: questions are read from .csv or .jsonl, or .parquet, not {path.suffix!r}."
+        )
+    with open(path, encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark
+        reader = csv.reader(file)
+        try:
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        where = f"{path}, line {number}"
+                        yield where, _from_json(line, where)
+            else:
+                for fields in reader:
+                    where = f"{path}, line {reader.line_num}"
+                    yield where, _from_csv(fields, where)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text.") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} is not csv: {error}.") from error
+
+
+def _load_dataset(name: str, split: str) -> Any:
+    path, _, config = name.partition(":")
+    return _import_datasets().load_dataset(path, config or None, split=split)
+
+
+def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
             "reading a dataset needs: pip install 'loki-kernels[datasets]'."
         ) from error
-    path, _, config = name.partition(":")
-    records = datasets.load_dataset(path, config or None, split=split)
-    return [_checked(dict(r), f"{name}, record {i}") for i, r in enumerate(records)]
+    return datasets
 
 
-def _from_json(line: str, where: str) -> Question:
+def _from_json(line: str, where: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
-    return _checked(record, where)
 
 
-def _from_csv(fields: list[str], where: str) -> Question:
+def _from_csv(fields: list[str], where: str) -> dict[str, Any]:
     if len(fields) != 6:
         raise ValueError(f"{where} has {len(fields)} fields; MMLU's csv has 6.")
-    return _checked(
-        {"question": fields[0], "choices": fields[1:5], "answer": fields[5].strip()}, where
-    )
+    return {"question": fields[0], "choices": fields[1:5], "answer": fields[5].strip()}
 
 
 def _checked(record: Any, where: str) -> Question:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal, Unpack, get_args, overload
 
 import torch
@@ -19,7 +20,7 @@ from ..ranking import rows_per_layer
 from ..structure import Structure, refuse_tensor_parallelism
 from .definitions import Overrides, PathIntegral
 from .job import Job
-from .plan import BatchLimits
+from .plan import WINDOW, BatchLimits, windows
 from .prompts import tokenize_prompts
 from .result import Attribution, AttributionCounts, describe_run
 from .scores import Counter
@@ -112,9 +113,11 @@ def attribute(
 
     Args:
         model: a transformers causal language model, or a PEFT model around one.
-        prompts: strings or chat-message lists (with ``tokenizer``, a transformers tokenizer or a
-            processor), or mappings with ``input_ids`` and ``attention_mask``, padded on either
-            side. A prompt whose own last token is EOS is attributed at the token after it.
+        prompts: strings, chat-message lists or questions (with ``tokenizer``, a transformers
+            tokenizer or a processor), mappings with ``messages``, ``prompt`` or ``text``, or with
+            ``input_ids`` and ``attention_mask``, padded on either side. Lists and tuples are
+            checked whole before anything runs; another iterable is read as it is needed. A prompt
+            whose own last token is EOS is attributed at the token after it.
         chat_template_kwargs: for the chat template, such as ``{"enable_thinking": False}``.
         definition: ``"published"``, ``"paper"`` or ``"captum"``.
         steps: path points m.
@@ -147,16 +150,19 @@ def attribute(
     _check_attributable(structure)
     counter = _make_counter(keep, quota, criterion, structure.width(integral.definition.site))
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)
-    targets = _check_target(target, len(sequences), structure.vocab_size)
-    limits = BatchLimits.of(structure.device, batch_size)
-    job = Job(structure, integral, limits, counter)
+    held = isinstance(prompts, (list, tuple))
+    targets = _check_target(target, structure.vocab_size)
+    parts = windows(sequences, targets, None if held else WINDOW)
+    first = next(parts)
+    job = Job(structure, integral, BatchLimits.of(structure.device, batch_size), counter)
     store = job.store(out, describe_run(model, definition, integral.definition, steps))
-    bar = progress_bar(len(sequences), "attribute", progress, unit="prompt")
+    total = len(prompts) if isinstance(prompts, Sized) and not held else first.end
+    bar = progress_bar(total, "attribute", progress, unit="prompt")
     _warm_up(structure)
     with store, borrowed(structure), bar:
-        result = job.run(sequences, targets, store, bar)
+        result = job.run(itertools.chain([first], parts), store, bar)
     _warn_if_unresolved(result)
-    _warn_of_one_target(result, targets, tokenizer)
+    _warn_of_one_target(result, tokenizer, given=target is not None)
     return result
 
 
@@ -193,18 +199,16 @@ def _make_counter(
     return Counter(quota, rows_per_layer(quota, width), criterion)
 
 
-def _check_target(
-    target: Sequence[int] | Tensor | None, count: int, vocab_size: int
-) -> Tensor | None:
+def _check_target(target: Sequence[int] | Tensor | None, vocab_size: int) -> Tensor | None:
     if target is None:
         return None
     targets = torch.as_tensor(target).cpu()
-    if targets.shape != (count,) or targets.is_floating_point() or targets.dtype == torch.bool:
+    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(
-            f"target must hold one token id for each of the {count} prompts; it is "
-            f"{targets.dtype} {tuple(targets.shape)}."
+            f"target must hold one token id for each prompt; it is {targets.dtype} "
+            f"{tuple(targets.shape)}."
         )
-    if targets.min() < 0 or targets.max() >= vocab_size:
+    if len(targets) and (targets.min() < 0 or targets.max() >= vocab_size):
         raise ValueError(f"target holds a token id outside the vocabulary of {vocab_size}.")
     return targets.to(torch.int64)
 
@@ -212,8 +216,7 @@ def _check_target(
 def _warn_if_unresolved(result: Attribution | AttributionCounts) -> None:
     if result.completeness is None or result.change is None:
         return
-    error = float(result.completeness.abs().mean())
-    change = float(result.change.abs().mean())
+    error, change = _mean_size(result.completeness), _mean_size(result.change)
     if error > _UNRESOLVED * change:
         logger.warning(
             "The scores do not add up to the change they attribute: mean |sum of scores - "
@@ -225,12 +228,19 @@ def _warn_if_unresolved(result: Attribution | AttributionCounts) -> None:
         )
 
 
+def _mean_size(values: Tensor) -> float:
+    """The mean absolute value, a part at a time: it may be larger than memory."""
+    return sum(float(part.abs().sum(dtype=torch.float64)) for part in values.split(1 << 16)) / max(
+        values.numel(), 1
+    )
+
+
 def _warn_of_one_target(
-    result: Attribution | AttributionCounts, targets: Tensor | None, tokenizer: Any
+    result: Attribution | AttributionCounts, tokenizer: Any, *, given: bool
 ) -> None:
     """A model that thinks, or one that repeats the question, begins every answer the same way."""
     predicted = result.targets
-    if targets is not None or len(predicted) < _ENOUGH_PROMPTS:
+    if given or len(predicted) < _ENOUGH_PROMPTS:
         return
     token = int(predicted.mode().values)
     share = (predicted == token).double().mean().item()

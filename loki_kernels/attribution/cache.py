@@ -81,7 +81,7 @@ def cached_attribution(
         tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(structure.causal_lm)
         prompts = [q.prompt(tokenizer) for q in load_questions(CALIBRATION_PER_SUBJECT)]
     chat = options.pop("chat_template_kwargs", None)
-    tokens = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat)
+    tokens = list(tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat))
     path = cache_folder() / f"{_key(structure.causal_lm, tokens, options)}.safetensors"
     if path.is_file():
         try:

@@ -8,12 +8,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..fingerprint import model_fingerprint
@@ -22,10 +21,9 @@ from ..structure import Structure
 from .definitions import PathIntegral
 from .log import Log, check_out
 from .placement import accelerator
-from .plan import BatchLimits, plan_batches
+from .plan import BatchLimits, PlannedBatch, Window
 from .prefill import Batch, run_prefill
 from .probe import check_model
-from .prompts import Tokens
 from .result import Attribution, AttributionCounts, describe_machine, model_settings
 from .scores import Counter, Scores
 from .sequence import scaled_prefixes
@@ -67,33 +65,36 @@ class Job:
         return Log(out, layout, run, counter, self.limits, identity, machine)
 
     def run(
-        self, sequences: list[Tokens], targets: Tensor | None, store: Memory | Log, bar: tqdm
+        self, windows: Iterable[Window], store: Memory | Log, bar: tqdm
     ) -> Attribution | AttributionCounts:
         """Attribute what is not there yet."""
-        structure, steps = self.structure, len(self.integral.alphas)
-        store.reserve(len(sequences))
-        plan = plan_batches(sequences, targets, store.limits, structure, steps)
-        left = []
-        for planned in plan:
-            if store.has(planned):
-                skip(bar, len(planned.members))
-            else:
-                left.append(planned)
-        start = time.perf_counter()
+        points = len(self.structure.layers) * len(self.integral.alphas)
+        batches = end = 0
+        start: float | None = time.perf_counter()
         with stopping(enabled=isinstance(store, Log)) as stopped:
-            for i, planned in enumerate(left):
-                scores = _attribute_batch(structure, planned.on(structure.device), self.integral)
-                if self.counter is not None:
-                    _check_rankable(scores, planned.members)
-                store.write(planned, scores)
-                bar.update(len(planned.members))
-                stopped()
-                if i == 0:
-                    seconds = (time.perf_counter() - start) / planned.tokens
-                    tokens = sum(p.tokens for p in left[1:])
-                    prompts = sum(len(p.members) for p in left[1:])
-                    _announce(prompts, seconds * tokens, structure.device)
-        return store.result(len(sequences), len(plan))
+            for window in windows:
+                end = window.end
+                store.reserve(end)
+                plan = window.batches(batches, store.limits, points)
+                batches += len(plan)
+                left = [planned for planned in plan if not store.has(planned)]
+                skip(bar, len(window.sequences) - sum(len(p.members) for p in left))
+                for i, planned in enumerate(left, 1):
+                    self._run_batch(planned, store)
+                    bar.update(len(planned.members))
+                    stopped()
+                    if start is not None:
+                        seconds = (time.perf_counter() - start) / planned.tokens
+                        start = None
+                        _announce(seconds, left[i:], self.structure.device)
+        return store.result(end, batches)
+
+    def _run_batch(self, planned: PlannedBatch, store: Memory | Log) -> None:
+        device = self.structure.device
+        scores = _attribute_batch(self.structure, planned.on(device), self.integral)
+        if self.counter is not None:
+            _check_rankable(scores, planned.members)
+        store.write(planned, scores)
 
 
 def _attribute_batch(structure: Structure, batch: Batch, integral: PathIntegral) -> Scores:
@@ -123,12 +124,14 @@ def _check_rankable(scores: Scores, members: list[int]) -> None:
         )
 
 
-def _announce(left: int, seconds: float, device: torch.device) -> None:
+def _announce(seconds_a_token: float, left: list[PlannedBatch], device: torch.device) -> None:
     """How long the other prompts will take, if that is over a minute."""
+    tokens, prompts = sum(p.tokens for p in left), sum(len(p.members) for p in left)
+    seconds = seconds_a_token * tokens
     if seconds < _LONG:
         return
     length = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
-    logger.info("%d prompts take about %s more", left, length)
+    logger.info("%d prompts take about %s more", prompts, length)
     beside = accelerator() if device.type == "cpu" else None
     if beside is not None:
         logger.warning(

@@ -1,17 +1,20 @@
-"""Which prompts are attributed together."""
+"""Which prompts are attributed together: windows of a stream, and the batches of each."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..structure import Structure
 from .prefill import Batch
 from .prompts import Tokens
+
+# Prompts of a stream that are held at a time: of 1,000 tokens each 32 MiB.
+WINDOW = 4096
 
 
 @dataclass(frozen=True)
@@ -85,31 +88,66 @@ class PlannedBatch:
         return Batch(self.members, input_ids.to(device), lengths.to(device), self.target)
 
 
-def plan_batches(
-    sequences: Sequence[Tokens],
-    targets: Tensor | None,
-    limits: BatchLimits,
-    structure: Structure,
-    steps: int,
-) -> list[PlannedBatch]:
-    """The longest prompts first, so that what does not fit fails now.
+@dataclass(frozen=True)
+class Window:
+    """Prompts that are sorted by length together.
 
-    Args:
-        sequences: N prompts.
-        targets: int64 ``[N]``, or None.
-        limits: of each batch.
-        structure: of the model.
-        steps: path points of a layer.
+    Attributes:
+        first: the place of the first in the result.
+        sequences: their tokens.
+        targets: int64, one for each; None for those that the model predicts.
     """
-    points = len(structure.layers) * steps
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    batches: list[PlannedBatch] = []
-    start = 0
-    while start < len(order):
-        size = limits.size(len(sequences[order[start]]), points)
-        members = order[start : start + size]
-        start += size
-        chosen = [sequences[i] for i in members]
-        target = None if targets is None else targets[members]
-        batches.append(PlannedBatch(len(batches), members, chosen, target))
-    return batches
+
+    first: int
+    sequences: list[Tokens]
+    targets: Tensor | None
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.sequences)
+
+    def batches(self, number: int, limits: BatchLimits, points: int) -> list[PlannedBatch]:
+        """The longest prompts first, so that what does not fit fails now.
+
+        Args:
+            number: of the first batch.
+            limits: of each batch.
+            points: path points of a prompt.
+        """
+        order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i]))
+        batches: list[PlannedBatch] = []
+        start = 0
+        while start < len(order):
+            size = limits.size(len(self.sequences[order[start]]), points)
+            chosen = order[start : start + size]
+            start += size
+            target = None if self.targets is None else self.targets[chosen]
+            members = [self.first + i for i in chosen]
+            sequences = [self.sequences[i] for i in chosen]
+            batches.append(PlannedBatch(number + len(batches), members, sequences, target))
+        return batches
+
+
+def windows(
+    sequences: Iterable[Tokens], targets: Tensor | None, size: int | None
+) -> Iterator[Window]:
+    """Windows of ``size`` prompts, or one window of all.
+
+    Raises:
+        ValueError: if there are more or fewer targets than prompts.
+    """
+    source, first = iter(sequences), 0
+    while True:
+        read = list(itertools.islice(source, size))
+        end = first + len(read)
+        last = size is None or len(read) < size
+        if targets is not None and (len(targets) < end or (last and len(targets) > end)):
+            raise ValueError(
+                f"target must hold one token id for each of the {end} prompts"
+                f"{'' if last else ' and more'}; it holds {len(targets)}."
+            )
+        if read:
+            yield Window(first, read, None if targets is None else targets[first:end])
+        if last:
+            return
+        first = end

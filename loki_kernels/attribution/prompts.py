@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from ..questions import Question, text_of
 
 Tokens = np.ndarray  # one prompt: int64 [T]
 
@@ -20,13 +22,14 @@ def tokenize_prompts(
     tokenizer: Any,
     vocab_size: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[Tokens]:
-    """Every prompt as an int64 array of its tokens, padding removed.
+) -> Iterator[Tokens]:
+    """Every prompt as an int64 array of its tokens, padding removed; one after the other.
 
     Args:
-        prompts: strings, chat-message lists, or mappings with ``input_ids`` (``[T]`` or ``[B, T]``)
-            and optionally ``attention_mask`` and ``position_ids``. Token ids are taken as they are,
-            and so are special tokens that a string or a template names.
+        prompts: strings, chat-message lists, questions, or mappings with ``input_ids`` (``[T]`` or
+            ``[B, T]``) and optionally ``attention_mask`` and ``position_ids``, or else with
+            ``messages``, ``prompt`` or ``text``. Token ids are taken as they are, and so are
+            special tokens that a string or a template names.
         tokenizer: needed for strings and messages, a transformers tokenizer or a processor with
             one; messages go through its chat template with the generation prompt appended.
         vocab_size: ids must be below it.
@@ -46,28 +49,36 @@ def tokenize_prompts(
         raise ValueError(
             f"chat_template_kwargs names {reserved[0]}, which is not for the template."
         )
-    sequences: list[Tokens] = []
-    chats = False
+    i, chats = 0, False
     for prompt in prompts:
-        i = len(sequences)
+        if isinstance(prompt, Question):
+            prompt = prompt.prompt(tokenizer)
+        elif isinstance(prompt, Mapping) and "input_ids" not in prompt:
+            text = text_of(prompt)
+            prompt = prompt if text is None else text
         if isinstance(prompt, Mapping):
-            sequences += _from_mapping(prompt, i)
-            continue
-        chats |= not isinstance(prompt, str)
-        sequences.append(_from_text(prompt, tokenizer, i, options))
-    if not sequences:
+            sequences = _from_mapping(prompt, i)
+        else:
+            chats |= not isinstance(prompt, str)
+            sequences = [_from_text(prompt, tokenizer, i, options)]
+        for tokens in sequences:
+            _check_tokens(tokens, i, vocab_size)
+            yield tokens
+            i += 1
+    if not i:
         raise ValueError("prompts is empty; there is nothing to attribute.")
     if options and not chats:
         raise ValueError("chat_template_kwargs is given, but no prompt is a chat.")
-    for i, tokens in enumerate(sequences):
-        if tokens.size == 0:
-            raise ValueError(f"prompt {i} is empty: it has no token.")
-        if tokens.min() < 0 or tokens.max() >= vocab_size:
-            bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
-            raise ValueError(
-                f"prompt {i} holds token id {bad}, outside the model's vocabulary of {vocab_size}."
-            )
-    return sequences
+
+
+def _check_tokens(tokens: Tokens, i: int, vocab_size: int) -> None:
+    if tokens.size == 0:
+        raise ValueError(f"prompt {i} is empty: it has no token.")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
+        raise ValueError(
+            f"prompt {i} holds token id {bad}, outside the model's vocabulary of {vocab_size}."
+        )
 
 
 def _from_text(prompt: Any, tokenizer: Any, i: int, options: dict[str, Any]) -> Tokens:
@@ -139,7 +150,10 @@ def _from_chat(
 
 def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
     if "input_ids" not in batch:
-        raise ValueError(f"batch at prompt {first} has no input_ids; it has {sorted(batch)}.")
+        raise ValueError(
+            f"batch at prompt {first} has no input_ids, and no messages, "
+            f"prompt or text; it has {sorted(batch)}."
+        )
     ids = _as_tensor(batch["input_ids"], "input_ids", first)
     ids = ids if ids.numel() else ids.to(torch.int64)  # an empty list becomes a float tensor
     if ids.is_floating_point() or ids.ndim not in (1, 2):

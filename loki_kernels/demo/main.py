@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..attribution import attribute
 from ..attribution.cache import CALIBRATION_PER_SUBJECT
 from ..files import atomic_path
 from ..options import DEFAULT_QUOTA
-from ..questions import Question, load_questions
+from ..questions import load_questions
 from ..selection import RowSelection, select
 from ..training.patching import patch
 from . import verify
@@ -59,9 +59,7 @@ QUICK_SIZE = Size(per_subject=1, held_out=1, every=2, steps=8, train=32, test=24
 LEARNING_RATE = {"full": 1e-4, "LoKI": 2e-3}
 
 
-def run_demo(
-    out: Path, *, quick: bool = False, questions: Sequence[Question] | None = None
-) -> None:
+def run_demo(out: Path, *, quick: bool = False, questions: Iterable[Any] | None = None) -> None:
     """Run everything and write ``out``: table, row file, heatmap, checkpoint.
 
     Raises:
@@ -98,8 +96,7 @@ def run_demo(
     with stage("evaluate before"):
         results["before"] = measure(model, "before")
     with stage(f"analyse {len(analysed)} questions"):
-        prompts = [question.prompt(tokenizer) for question in analysed]
-        attribution = attribute(model, prompts, tokenizer=tokenizer, progress=True)
+        attribution = attribute(model, analysed, tokenizer=tokenizer, progress=True)
         attribution.heatmap(out / "heatmap.png", DEFAULT_QUOTA)
     with stage(f"select {DEFAULT_QUOTA:g} % of the rows"):
         rows = select(attribution, DEFAULT_QUOTA)

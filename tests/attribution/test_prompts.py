@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from loki_kernels.attribution.prompts import tokenize_prompts
+from loki_kernels.questions import Question
 
 BOS, EOS, A, B = 1, 2, 3, 4
 # A generation prompt that an option changes, as enable_thinking does.
@@ -80,6 +81,20 @@ def test_a_processor_stands_for_its_tokenizer():
     processor.tokenizer = tokenizer(chat_template=CHAT)
     processor.chat_template = None
     assert tokens(CHAT_OF_A, processor) == [BOS, A, B]
+
+
+@pytest.mark.parametrize("name", ["messages", "prompt", "text"])
+def test_the_columns_that_datasets_have(name):
+    record = {"id": 3, name: CHAT_OF_A if name == "messages" else "a"}
+    want = tokens(record[name], tokenizer(chat_template=CHAT))
+    assert tokens(record, tokenizer(chat_template=CHAT)) == want
+
+
+def test_a_question_is_a_chat_or_a_text():
+    question = Question("b a", ("a", "a", "b", "b"), 1)
+    assert tokens(question, tokenizer()) == tokens(question.text(), tokenizer())
+    words = tokenizer(chat_template=CHAT)
+    assert tokens(question, words) == tokens(question.prompt(words), words)
 
 
 def test_token_ids_are_taken_as_they_are():
@@ -154,4 +169,4 @@ REFUSED = "{{ raise_exception('roles must alternate') }}"
 def test_what_is_no_prompt_is_named(prompt, options, error, message):
     options = {"tokenizer": None} | options
     with pytest.raises(error, match=message):
-        tokenize_prompts([{"input_ids": [A]}, prompt], vocab_size=97, **options)
+        list(tokenize_prompts([{"input_ids": [A]}, prompt], vocab_size=97, **options))
