@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -179,6 +180,19 @@ def _load_model(name: str, dtype: str) -> Any:
     )
 
 
+def _join_processes() -> bool:
+    """Join those that torchrun has started; whether this is the first of all."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")  # what is exchanged is on the CPU
+    return torch.distributed.get_rank() == 0
+
+
 def _attribute(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer
@@ -201,6 +215,7 @@ def _attribute(arguments: argparse.Namespace) -> None:
     if arguments.keep == "counts" and (arguments.heatmap or suffix != ".safetensors"):
         raise ValueError("--keep counts writes .safetensors and has no scores for a heatmap.")
     questions = questions_of(arguments) or load_questions()
+    first = _join_processes()
     model = _load_model(arguments.model, arguments.dtype)
     model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -218,6 +233,8 @@ def _attribute(arguments: argparse.Namespace) -> None:
         criterion=arguments.criterion,
         out=arguments.out if suffix == ".safetensors" else None,
     )
+    if not first:
+        return
     if suffix != ".safetensors":
         result.save(arguments.out)
     if isinstance(result, Attribution) and arguments.heatmap:

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 
 from ..discovery import find_structure
 from ..errors import UnsupportedModelError, check_choice
-from ..ops._dispatch import warm_up
 from ..options import DEFAULT_CRITERION, DEFAULT_QUOTA, Criterion, DefinitionName, Keep
-from ..progress import progress_bar
 from ..ranking import rows_per_layer
 from ..structure import Structure, refuse_tensor_parallelism
+from ..team import Team
 from .definitions import Overrides, PathIntegral
 from .job import Job
 from .plan import WINDOW, BatchLimits, windows
 from .prompts import tokenize_prompts
 from .result import Attribution, AttributionCounts, describe_run
 from .scores import Counter
-from .steering import borrowed, why_no_attribution
+from .steering import why_no_attribution
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +48,7 @@ def attribute(
     target: Sequence[int] | Tensor | None = None,
     keep: Literal["scores"] = "scores",
     out: str | os.PathLike[str] | None = None,
+    share: bool = True,
     progress: bool | None = None,
     **overrides: Unpack[Overrides],
 ) -> Attribution: ...
@@ -67,6 +67,7 @@ def attribute(
     quota: float | None = None,
     criterion: Criterion | None = None,
     out: str | os.PathLike[str] | None = None,
+    share: bool = True,
     progress: bool | None = None,
     **overrides: Unpack[Overrides],
 ) -> AttributionCounts: ...
@@ -85,6 +86,7 @@ def attribute(
     quota: float | None = None,
     criterion: Criterion | None = None,
     out: str | os.PathLike[str] | None = None,
+    share: bool = True,
     progress: bool | None = None,
     **overrides: Unpack[Overrides],
 ) -> Attribution | AttributionCounts: ...
@@ -102,6 +104,7 @@ def attribute(
     quota: float | None = None,
     criterion: Criterion | None = None,
     out: str | os.PathLike[str] | None = None,
+    share: bool = True,
     progress: bool | None = None,
     **overrides: Unpack[Overrides],
 ) -> Attribution | AttributionCounts:
@@ -131,6 +134,8 @@ def attribute(
         out: a ``.safetensors`` file that receives the results as they come, so that memory does not
             grow with N. Until it is complete they lie in a folder beside it, ``OUT.partial``, from
             which the same call goes on if the process ends early. SIGTERM ends it after a batch.
+        share: under torchrun or the like, the processes share the prompts and each returns all
+            results; all have to make this call. False: this process attributes all by itself.
         progress: True or False for the bar; by default it shows on a terminal.
         **overrides: fields of `Definition` to change.
 
@@ -141,7 +146,8 @@ def attribute(
     Raises:
         ValueError: for an unknown definition or option, empty prompts, token ids out of range, a
             mask with holes, a target that does not fit, NaN weights, counts of NaN scores, or an
-            ``out`` that was begun with another model, other options or other prompts.
+            ``out`` that was begun with another model, other options or other prompts; or processes
+            with such.
         TypeError: for prompts of another kind, or text without a tokenizer.
         UnsupportedModelError: if the model's layers cannot be treated exactly.
     """
@@ -151,18 +157,17 @@ def attribute(
     counter = _make_counter(keep, quota, criterion, structure.width(integral.definition.site))
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)
     held = isinstance(prompts, (list, tuple))
-    targets = _check_target(target, structure.vocab_size)
-    parts = windows(sequences, targets, None if held else WINDOW)
-    first = next(parts)
-    job = Job(structure, integral, BatchLimits.of(structure.device, batch_size), counter)
-    store = job.store(out, describe_run(model, definition, integral.definition, steps))
-    total = len(prompts) if isinstance(prompts, Sized) and not held else first.end
-    bar = progress_bar(total, "attribute", progress, unit="prompt")
-    _warm_up(structure)
-    with store, borrowed(structure), bar:
-        result = job.run(itertools.chain([first], parts), store, bar)
-    _warn_if_unresolved(result)
-    _warn_of_one_target(result, tokenizer, given=target is not None)
+    parts = windows(sequences, _check_target(target, structure), None if held else WINDOW)
+    run = describe_run(model, definition, integral.definition, steps)
+    with Team(share=share) as team:
+        limits = BatchLimits.of(structure.device, batch_size, team.size)
+        first = next(parts)
+        total = len(prompts) if isinstance(prompts, Sized) and not held else first.end
+        job = Job(structure, integral, limits, counter, team)
+        result = job.run(itertools.chain([first], parts), total, out, run, progress)
+    if team.rank == 0:
+        _warn_if_unresolved(result)
+        _warn_of_one_target(result, tokenizer, given=target is not None)
     return result
 
 
@@ -174,12 +179,6 @@ def _check_attributable(structure: Structure) -> None:
     reason = why_no_attribution(structure.decoder)
     if reason is not None:
         raise UnsupportedModelError(reason)
-
-
-def _warm_up(structure: Structure) -> None:
-    """Check the kernels that the points will use, before memory is full."""
-    weight = structure.head().weight
-    warm_up(("shared_prefix_attention", "target_probability"), weight.device, weight.dtype)
 
 
 def _make_counter(
@@ -199,10 +198,10 @@ def _make_counter(
     return Counter(quota, rows_per_layer(quota, width), criterion)
 
 
-def _check_target(target: Sequence[int] | Tensor | None, vocab_size: int) -> Tensor | None:
+def _check_target(target: Sequence[int] | Tensor | None, structure: Structure) -> Tensor | None:
     if target is None:
         return None
-    targets = torch.as_tensor(target).cpu()
+    targets, vocab_size = torch.as_tensor(target).cpu(), structure.vocab_size
     if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(
             f"target must hold one token id for each prompt; it is {targets.dtype} "

@@ -18,6 +18,7 @@ from ..fingerprint import model_fingerprint
 from ..options import DefinitionName
 from ..questions import load_questions
 from ..structure import Structure
+from ..team import Team
 from .attribute import attribute
 from .definitions import Overrides, resolve_definition
 from .placement import on_accelerator
@@ -82,21 +83,35 @@ def cached_attribution(
         prompts = [q.prompt(tokenizer) for q in load_questions(CALIBRATION_PER_SUBJECT)]
     chat = options.pop("chat_template_kwargs", None)
     tokens = list(tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat))
-    path = cache_folder() / f"{_key(structure.causal_lm, tokens, options)}.safetensors"
-    if path.is_file():
-        try:
-            result = Attribution.load(path)
-            logger.info("using the analysis cached in %s", path)
-            return result
-        except ValueError as error:
-            logger.warning("%s; analysing again", error)
+    key = _key(structure.causal_lm, tokens, options)
+    path = cache_folder() / f"{key}.safetensors"
+    found = _load(path)
+    with Team() as team:
+        # Loaded in one process alone, or without weights in the others: each looks after itself.
+        options["share"] = team.same(key)
+        everywhere = team.all(found is not None)
+    if found is not None and (everywhere or not options["share"]):
+        logger.info("using the analysis cached in %s", path)
+        return found
     result = _analyse(model, [{"input_ids": ids} for ids in tokens], tokenizer, options)
+    if team.size > 1 and int(os.environ.get("LOCAL_RANK", team.rank)):
+        return result  # another process of this machine writes it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         result.save(path)
     except OSError as error:
         logger.warning("the analysis could not be cached: %s", error)
     return result
+
+
+def _load(path: Path) -> Attribution | None:
+    if not path.is_file():
+        return None
+    try:
+        return Attribution.load(path)
+    except ValueError as error:
+        logger.warning("%s; analysing again", error)
+        return None
 
 
 def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> str:

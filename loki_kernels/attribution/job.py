@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -16,8 +17,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..fingerprint import model_fingerprint
-from ..progress import skip
+from ..ops._dispatch import warm_up
+from ..progress import progress_bar, skip
 from ..structure import Structure
+from ..team import Team
 from .definitions import PathIntegral
 from .log import Log, check_out
 from .placement import accelerator
@@ -28,6 +31,7 @@ from .result import Attribution, AttributionCounts, describe_machine, model_sett
 from .scores import Counter, Scores
 from .sequence import scaled_prefixes
 from .staircase import Staircase
+from .steering import borrowed
 from .store import Layout, Memory
 
 logger = logging.getLogger(__name__)
@@ -43,15 +47,46 @@ class Job:
     integral: PathIntegral
     limits: BatchLimits
     counter: Counter | None
+    team: Team
 
-    def store(self, out: str | os.PathLike[str] | None, run: dict[str, Any]) -> Memory | Log:
+    def run(
+        self,
+        windows: Iterable[Window],
+        total: int,
+        out: str | os.PathLike[str] | None,
+        run: dict[str, Any],
+        progress: bool | None,
+    ) -> Attribution | AttributionCounts:
+        """Attribute what is not there yet, this process's share of it.
+
+        Args:
+            windows: of the prompts.
+            total: how many there are, for the bar.
+            out: where to, as `attribute` has it.
+            run: the result's.
+            progress: as `attribute` has it.
+        """
+        weight = self.structure.head().weight
+        store = self._store(out, run)
+        shown = progress if self.team.rank == 0 else False
+        bar = progress_bar(total, "attribute", shown, unit="prompt")
+        # before memory is full
+        warm_up(("shared_prefix_attention", "target_probability"), weight.device, weight.dtype)
+        with store, borrowed(self.structure), bar:
+            prompts, batches = self._run_windows(windows, store, bar)
+            result = store.result(prompts, batches)
+            bar.update(self.team.advance(0))
+        return result
+
+    def _store(self, out: str | os.PathLike[str] | None, run: dict[str, Any]) -> Memory | Log:
         """Where the results go."""
         structure, counter, definition = self.structure, self.counter, self.integral.definition
         layers, width = len(structure.layers), structure.width(definition.site)
         layout = Layout(layers, width, scores=counter is None, complete=definition.completes)
-        if out is None:
-            return Memory(layout, run, counter, self.limits)
-        check_out(out)  # before the weights are read
+        if out is not None:
+            check_out(out)  # before the weights are read
+        elif self.team.size == 1:
+            return Memory(layout, run, counter, self.limits, self.team)
         identity = {
             "model": model_fingerprint(structure.causal_lm),
             "settings": model_settings(structure.causal_lm),
@@ -61,33 +96,50 @@ class Job:
             "criterion": None if counter is None else counter.criterion,
             "batch_size": self.limits.prompts,
         }
+        mine = json.dumps([identity, None if out is None else os.fspath(out)])
+        self.team.agree("job", mine, "another model, by other options or to another file")
+        if out is None:
+            return Memory(layout, run, counter, self.limits, self.team)
         machine = describe_machine(structure.device)
-        return Log(out, layout, run, counter, self.limits, identity, machine)
+        return Log(out, layout, run, counter, self.limits, identity, machine, self.team)
 
-    def run(
+    def _run_windows(
         self, windows: Iterable[Window], store: Memory | Log, bar: tqdm
-    ) -> Attribution | AttributionCounts:
-        """Attribute what is not there yet."""
+    ) -> tuple[int, int]:
+        """How many prompts and batches there were."""
         points = len(self.structure.layers) * len(self.integral.alphas)
-        batches = end = 0
+        prompts = batches = 0
         start: float | None = time.perf_counter()
         with stopping(enabled=isinstance(store, Log)) as stopped:
             for window in windows:
-                end = window.end
-                store.reserve(end)
+                prompts = window.end
+                store.reserve(prompts)
                 plan = window.batches(batches, store.limits, points)
                 batches += len(plan)
-                left = [planned for planned in plan if not store.has(planned)]
-                skip(bar, len(window.sequences) - sum(len(p.members) for p in left))
+                left = self._share(plan, store, bar, points)
                 for i, planned in enumerate(left, 1):
+                    self.team.check()
                     self._run_batch(planned, store)
-                    bar.update(len(planned.members))
+                    bar.update(self.team.advance(len(planned.members)))
                     stopped()
                     if start is not None:
                         seconds = (time.perf_counter() - start) / planned.tokens
                         start = None
                         _announce(seconds, left[i:], self.structure.device)
-        return store.result(end, batches)
+        return prompts, batches
+
+    def _share(
+        self, plan: list[PlannedBatch], store: Memory | Log, bar: tqdm, points: int
+    ) -> list[PlannedBatch]:
+        """Of a window's batches, those that this process has to compute."""
+        if self.team.size > 1:
+            digests = " ".join(planned.digest() for planned in plan)
+            self.team.agree(f"batch {plan[0].number}", digests, "other prompts")
+        known = [store.knows(planned) for planned in plan]
+        skip(bar, sum(len(p.members) for p, k in zip(plan, known, strict=True) if k))
+        costs = [0 if k else p.cost(points) for p, k in zip(plan, known, strict=True)]
+        mine = self.team.share(costs)
+        return [p for p, m in zip(plan, mine, strict=True) if m and not store.has(p)]
 
     def _run_batch(self, planned: PlannedBatch, store: Memory | Log) -> None:
         device = self.structure.device

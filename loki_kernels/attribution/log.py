@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..files import atomic_path, check_writable, read_safetensors, write_safetensors
+from ..team import Team
 from .plan import BatchLimits, PlannedBatch
 from .result import Attribution, AttributionCounts, counts_metadata, scores_metadata
 from .scores import Counter, Scores
@@ -62,6 +63,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
         limits: BatchLimits,
         identity: dict[str, Any],
         machine: dict[str, str],
+        team: Team,
     ) -> None:
         """
         Args:
@@ -72,6 +74,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
             limits: of the batches; those of the first process stay in force.
             identity: what a process must have in common with those before it, as JSON values.
             machine: what it should have in common with them for the same bits.
+            team: the processes that write it together.
 
         Raises:
             OSError: if nothing can be written there.
@@ -81,7 +84,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
         self.layout, self.run, self.counter, self.limits = layout, run, counter, limits
         self.folder = self.out.with_name(f"{self.out.name}.partial")
         self.id = uuid.uuid4().hex
-        self._identity, self._machine = identity, machine
+        self._identity, self._machine, self.team = identity, machine, team
         self._machines: list[dict[str, str]] = []
         # The file of the scores becomes the result: room for its header comes first.
         self._space = _ROOM * (2 + len(self._header(10**15)) // _ROOM)
@@ -92,6 +95,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
         self._kept_at = time.monotonic()
         self._counted = True  # whether the counter has what `_lines` are of
         self._counts: list[Tensor] = []
+        self._finished = self._complete = False
 
     def __enter__(self) -> Log:
         """
@@ -99,21 +103,28 @@ class Log(contextlib.AbstractContextManager["Log"]):
             ValueError: if the folder there is of another run.
             RuntimeError: if another process writes it now.
         """
-        self.folder.mkdir(exist_ok=True)
+        first = self.team.rank == 0
         with contextlib.ExitStack() as stack:
-            self._lock(stack)
-            self._agree()
+            if first:
+                self.folder.mkdir(exist_ok=True)
+                self._lock(stack)
+                self._agree()
+            self.team.meet()
+            if not first:
+                self._agree()
             self._read()
             self._finished = self._is_finished()
-            for name in self.layout.empty:
-                (self.folder / name).touch()
-                self._files[name] = stack.enter_context(io.FileIO(self.folder / name, "r+"))
-            number = 1 + max((int(path.stem) for path in self._journals()), default=-1)
-            self._journal_path = self.folder / f"{number:06d}.jsonl"
+            numbers = [int(path.stem.split("-")[0]) for path in self._journals()]
+            name = f"{1 + max(numbers, default=-1):06d}-{self.team.rank:04d}.jsonl"
+            self.team.meet()  # before anything of this run is there to be read
+            for array in self.layout.empty:
+                (self.folder / array).touch()
+                self._files[array] = stack.enter_context(io.FileIO(self.folder / array, "r+"))
+            self._journal_path = self.folder / name
             self._journal = stack.enter_context(io.FileIO(self._journal_path, "x"))
             self._append({"machine": self._machine})
             self._stack = stack.pop_all()
-        if self._done:
+        if self._done and first:
             self._announce()
         return self
 
@@ -124,19 +135,25 @@ class Log(contextlib.AbstractContextManager["Log"]):
         traceback: TracebackType | None,
     ) -> None:
         with self._stack:
-            if not self.folder.is_dir():  # it is finished
+            if self._complete:
                 return
             with contextlib.suppress(OSError):  # of a full disk, which was the error itself
                 self._keep_counts()
-            if not self._done and not self._lines:
+            if not self._done and not self._lines and self.team.size == 1:
                 shutil.rmtree(self.folder)
 
     def reserve(self, total: int) -> None:
         """Make room on the disk for so many prompts: a full one is an OSError now."""
-        for name, file in self._files.items() if not self._finished else ():
+        if self._finished or self.team.rank:
+            return
+        for name, file in self._files.items():
             size = self._place(name, total)
             if hasattr(os, "posix_fallocate") and size > os.fstat(file.fileno()).st_size:
                 os.posix_fallocate(file.fileno(), 0, size)
+
+    def knows(self, planned: PlannedBatch) -> bool:
+        """Whether a former process says to have done this batch."""
+        return planned.number in self._done
 
     def has(self, planned: PlannedBatch) -> bool:
         """Whether a former process has left this batch, whole.
@@ -175,12 +192,16 @@ class Log(contextlib.AbstractContextManager["Log"]):
             ValueError: if there were more prompts before.
         """
         self._keep_counts()
-        if not self._finished:
+        self.team.meet()
+        if not self._finished and self.team.rank == 0:
             self._read()
             if len(self._done) > batches:
                 raise self._other("prompts")
             os.replace(self._assemble(total), self.out)
-        shutil.rmtree(self.folder)
+        self.team.meet()
+        self._complete = True
+        if self.team.rank == 0:
+            shutil.rmtree(self.folder)
         return (Attribution if self.counter is None else AttributionCounts).load(self.out)
 
     # what is there
@@ -218,6 +239,11 @@ class Log(contextlib.AbstractContextManager["Log"]):
         path = self.folder / "run.json"
         identity = json.loads(json.dumps(self._identity))
         if not path.exists():
+            if self.team.rank:
+                raise FileNotFoundError(
+                    f"process {self.team.rank} does not see {path}, which process 0 wrote: out= "
+                    "must be in a folder that all processes share."
+                )
             mine = {
                 "format": _FORMAT,
                 "id": self.id,

@@ -25,14 +25,16 @@ class BatchLimits:
         prompts: that many in each, whatever they cost; None for as many as the rest allows.
         tokens: of all its prompts, padded to the longest.
         points: of all its prompts' paths.
+        processes: that share the batches; none is left without one for the size of the others'.
     """
 
     prompts: int | None
     tokens: int
     points: int
+    processes: int = 1
 
     @classmethod
-    def of(cls, device: torch.device, prompts: int | None) -> BatchLimits:
+    def of(cls, device: torch.device, prompts: int | None, processes: int = 1) -> BatchLimits:
         """Those of a device, or so many ``prompts``.
 
         Raises:
@@ -42,11 +44,19 @@ class BatchLimits:
             raise ValueError(f"batch_size must be a positive integer; it is {prompts!r}.")
         # Measured on 2 cores (benchmarks/NOTES.md): more points leave the cache, fewer idle the
         # cores.
-        return cls(prompts, *((1024, 512) if device.type == "cpu" else (16384, 16384)))
+        sizes = (1024, 512) if device.type == "cpu" else (16384, 16384)
+        return cls(prompts, *sizes, processes)
 
-    def size(self, longest: int, points: int) -> int:
-        """How many prompts of up to ``longest`` tokens and ``points`` path points make a batch."""
-        return self.prompts or max(1, min(self.tokens // longest, self.points // points))
+    def size(self, longest: int, points: int, among: int) -> int:
+        """How many make a batch.
+
+        Args:
+            longest: tokens of the longest prompt.
+            points: path points of a prompt.
+            among: prompts in the window.
+        """
+        fitting = min(self.tokens // longest, self.points // points)
+        return self.prompts or max(1, min(fitting, -(-among // self.processes)))
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,13 @@ class PlannedBatch:
     @property
     def tokens(self) -> int:
         return sum(map(len, self.sequences))
+
+    def cost(self, points: int) -> int:
+        """In tokens, with so many path points a prompt.
+
+        A point passes half of the layers on average, forward and backward.
+        """
+        return len(self.members) * (max(map(len, self.sequences)) + points)
 
     def digest(self) -> str:
         """A hash of all that the batch's results depend on beside the model and the definition."""
@@ -118,7 +135,7 @@ class Window:
         batches: list[PlannedBatch] = []
         start = 0
         while start < len(order):
-            size = limits.size(len(self.sequences[order[start]]), points)
+            size = limits.size(len(self.sequences[order[start]]), points, len(order))
             chosen = order[start : start + size]
             start += size
             target = None if self.targets is None else self.targets[chosen]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..team import Team
 from .plan import BatchLimits, PlannedBatch
 from .result import Attribution, AttributionCounts
 from .scores import Counter, Scores
@@ -59,9 +60,15 @@ class Memory(contextlib.AbstractContextManager["Memory"]):
     """Results in this process's memory."""
 
     def __init__(
-        self, layout: Layout, run: dict[str, Any], counter: Counter | None, limits: BatchLimits
+        self,
+        layout: Layout,
+        run: dict[str, Any],
+        counter: Counter | None,
+        limits: BatchLimits,
+        team: Team,
     ) -> None:
         self.layout, self.run, self.counter, self.limits = layout, run, counter, limits
+        self.team = team
         self._arrays = {name: array.copy() for name, array in layout.empty.items()}
 
     def __exit__(self, *_: object) -> None:
@@ -71,6 +78,10 @@ class Memory(contextlib.AbstractContextManager["Memory"]):
         """Make room for so many prompts."""
         for array in self._arrays.values():
             array.resize((total, *array.shape[1:]), refcheck=False)
+
+    def knows(self, planned: PlannedBatch) -> bool:
+        """Whether a former process says to have done this batch."""
+        return False
 
     def has(self, planned: PlannedBatch) -> bool:
         """Whether a former process has left this batch."""
@@ -83,10 +94,15 @@ class Memory(contextlib.AbstractContextManager["Memory"]):
             self._arrays[name][planned.members] = values
 
     def result(self, total: int, batches: int) -> Attribution | AttributionCounts:
-        """All of it, when it is complete."""
+        """All of it, in every process, when it is complete."""
+        self.team.meet()
         tensors = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
+        for tensor in tensors.values():
+            self.team.add_up(tensor)
         counter = self.counter
-        if counter is None or counter.counts is None:
+        if counter is None:
             return Attribution(run=self.run, **tensors)
-        counts = counter.counts.cpu()
+        counts = torch.zeros(self.layout.layers, self.layout.width, dtype=torch.int64)
+        counts = counts if counter.counts is None else counter.counts.cpu()
+        self.team.add_up(counts)
         return AttributionCounts(counts, counter.quota, counter.criterion, run=self.run, **tensors)

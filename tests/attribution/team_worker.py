@@ -1,0 +1,130 @@
+"""Run under torchrun by test_team: one attribution by two processes, in all ways that there are.
+
+    torchrun --nproc-per-node 2 -m tests.attribution.team_worker FOLDER BASE
+
+Each process writes FOLDER/RANK.json: what it found for each case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import loki_kernels as loki
+from loki_kernels import attribute
+from loki_kernels.attribution import job, log
+from loki_kernels.cli import main as command
+from tests.models import build_model
+
+RANK = int(os.environ["RANK"])
+PROMPTS = [{"input_ids": [1 + i, 5, *range(2, 2 + i % 4)]} for i in range(11)]
+OPTIONS = {"batch_size": 2, "steps": 2}
+KEPT = ("targets", "value", "completeness", "change")
+
+attributed: list[list[int]] = []
+compute = job._attribute_batch
+
+
+def recording(structure, batch, integral):
+    attributed.append(batch.members)
+    return compute(structure, batch, integral)
+
+
+def same(got, want) -> bool:
+    names = (*KEPT, "counts" if hasattr(want, "counts") else "scores")
+    return all(torch.equal(getattr(got, name), getattr(want, name)) for name in names)
+
+
+def failing(after: int, error: Exception):
+    """An attribution of which process 1 raises after some batches."""
+
+    def fail(*arguments):
+        if RANK == 1 and len(attributed) >= after:
+            raise error
+        return recording(*arguments)
+
+    return fail
+
+
+def results(model, folder: Path, keep: str) -> dict[str, object]:
+    alone = attribute(model, PROMPTS, keep=keep, share=False, **OPTIONS)
+    found: dict[str, object] = {}
+    for name, prompts, out in (
+        ("memory", PROMPTS, None),
+        ("file", PROMPTS, folder / f"{keep}.safetensors"),
+        ("stream", iter(PROMPTS), None),
+        ("one batch", PROMPTS[:1], None),
+    ):
+        attributed.clear()
+        got = attribute(model, prompts, keep=keep, out=out, **OPTIONS)
+        if name == "one batch":
+            found[name] = len(got.targets)
+            continue
+        found[name] = {"same": same(got, alone), "batches": attributed[:]}
+    out = folder / "killed.safetensors"
+    attributed.clear()
+    job._attribute_batch = failing(2, KeyError("killed"))
+    found["failed"] = error_of(lambda: attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS))
+    before = len(attributed)
+    job._attribute_batch = recording
+    dist.barrier()
+    attributed.clear()
+    got = attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS)
+    found["continued"] = {"same": same(got, alone), "before": before, "after": len(attributed)}
+    return found
+
+
+def error_of(call) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def main(folder: Path, base: Path) -> None:
+    os.environ["LOKI_KERNELS_CACHE"] = str(folder / "cache")
+    dist.init_process_group("gloo")
+    log._SECONDS_BETWEEN_COUNTS = 0
+    job._attribute_batch = recording
+    model = build_model(device="cpu")
+    found: dict[str, object] = {k: results(model, folder, k) for k in ("scores", "counts")}
+    own = [*PROMPTS[:-1], {"input_ids": [60 + RANK]}]
+    found["other prompts"] = error_of(lambda: attribute(model, own, **OPTIONS))
+    found["other model"] = error_of(
+        lambda: attribute(build_model(seed=RANK, device="cpu"), PROMPTS, **OPTIONS)
+    )
+    attributed.clear()
+    job._attribute_batch = failing(1, torch.OutOfMemoryError("full"))
+    found["memory"] = error_of(lambda: attribute(model, PROMPTS, **OPTIONS))
+    job._attribute_batch = recording
+
+    attributed.clear()
+    with loki.patch(model, quota=25, analysis={"prompts": PROMPTS, **OPTIONS}) as handle:
+        found["patch"] = {
+            "rows": [layer.tolist() for layer in handle.rows],
+            "batches": len(attributed),
+        }
+    attributed.clear()
+    with loki.patch(model, quota=25, analysis={"prompts": PROMPTS, **OPTIONS}):
+        found["patch again"] = len(attributed)
+
+    questions = folder / "mine.jsonl"
+    if RANK == 0:
+        questions.write_text("".join(f'{{"text": "w{i} w7"}}\n' for i in range(20)))
+    dist.barrier()
+    attributed.clear()
+    arguments = [str(base), str(folder / "command.safetensors"), "--batch-size", "4"]
+    found["command"] = command(["attribute", *arguments, "--questions", str(questions)])
+    found["command batches"] = len(attributed)
+    (folder / f"{RANK}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
