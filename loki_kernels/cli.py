@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 1 after a message on what was wrong."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger(f"{__package__}.attribution").setLevel(logging.INFO)  # how long it takes
     try:
         arguments.run(arguments)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
@@ -44,20 +45,13 @@ def _parser() -> argparse.ArgumentParser:
 
     attribute = commands.add_parser("attribute", help="attribute a model's answers to FFN nodes")
     attribute.add_argument("model", help="folder or hub name of a causal language model")
-    attribute.add_argument(
-        "out", help="file to write: .safetensors, which a killed run goes on with, .h5 or .hdf5"
-    )
-    add_question_options(attribute)
-    attribute.add_argument("--definition", choices=get_args(DefinitionName), default="published")
-    attribute.add_argument("--steps", type=int, default=7)
+    attribute.add_argument("out", help="file to write: .safetensors, .h5 or .hdf5")
+    _add_analysis_options(attribute)
     attribute.add_argument("--site", choices=get_args(Site), default="down_proj")
-    attribute.add_argument("--batch-size", type=int)
     attribute.add_argument(
         "--chat-template-kwargs", type=_json_object, metavar="JSON",
         help="for the tokenizer's chat template, such as '{\"enable_thinking\": false}'",
     )  # fmt: skip
-    attribute.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
-    attribute.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one)")
     attribute.add_argument("--heatmap", help="also draw this .png")
     attribute.add_argument(
         "--keep", choices=get_args(Keep), default="scores",
@@ -114,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", help="folder or hub name of a language model")
     inspect.set_defaults(run=_inspect)
 
+    estimate = commands.add_parser("estimate", help="time and memory of an attribution")
+    estimate.add_argument("model", help="folder or hub name of a causal language model")
+    _add_analysis_options(estimate)
+    estimate.add_argument("--gpus", type=int, default=1, help="that share the questions")
+    estimate.set_defaults(run=_estimate)
+
     environment = commands.add_parser("env", help="versions, device and live backends")
     environment.set_defaults(run=_env)
     return parser
@@ -133,7 +133,7 @@ def _add_drift(commands: Any) -> None:
     drift.add_argument("--tokens", type=int, default=20_000, help="to read at most")
     drift.add_argument("--length", type=int, default=512, help="tokens of a chunk")
     drift.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
-    drift.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    drift.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one)")
     drift.set_defaults(run=_drift)
 
 
@@ -142,6 +142,16 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text} is no JSON object")
     return value
+
+
+def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
+    """What is attributed, how, and on what."""
+    add_question_options(parser)
+    parser.add_argument("--definition", choices=get_args(DefinitionName), default="published")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
+    parser.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one)")
 
 
 def _add_selection_options(parser: argparse.ArgumentParser) -> None:
@@ -343,6 +353,23 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from .inspection import inspect_model
 
     print(inspect_model(arguments.model))
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    from .estimate import estimate
+
+    print(
+        estimate(
+            arguments.model,
+            questions_of(arguments),
+            gpus=arguments.gpus,
+            definition=arguments.definition,
+            steps=arguments.steps,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            dtype=arguments.dtype,
+        )
+    )
 
 
 def _env(_arguments: argparse.Namespace) -> None:

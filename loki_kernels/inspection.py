@@ -27,7 +27,7 @@ def inspect_model(name: str | os.PathLike[str]) -> str:
         ValueError: if transformers knows no language model of this config.
         OSError: if there is no config.
     """
-    model = _build(transformers.AutoConfig.from_pretrained(name))
+    model = build_model(transformers.AutoConfig.from_pretrained(name), torch.device("meta"))
     kind = type(model).__name__
     try:
         decoder, _, layers = examine(model)
@@ -47,13 +47,18 @@ def inspect_model(name: str | os.PathLike[str]) -> str:
     return "\n".join(lines)
 
 
-def _build(config: Any) -> Any:
+def build_model(config: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """A model of this config with random weights, or on the meta device without.
+
+    Raises:
+        ValueError: if transformers knows no language model of this config.
+    """
     names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
     classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     for kind in classes:
         if type(config) in kind._model_mapping:
-            with torch.device("meta"):
-                return kind.from_config(config)
+            with device:
+                return kind.from_config(config, dtype=dtype)
     raise ValueError(f"transformers knows no language model of a {type(config).__name__}.")
 
 

@@ -126,13 +126,8 @@ class Team(contextlib.AbstractContextManager["Team"]):
         return new
 
     def share(self, costs: Sequence[float]) -> list[bool]:
-        """Which parts of a job are this process's: each goes to who has the least to do so far."""
-        mine = []
-        for cost in costs:
-            owner = self._loads.index(min(self._loads))
-            self._loads[owner] += cost
-            mine.append(owner == self.rank)
-        return mine
+        """Which parts of a job are this process's."""
+        return [owner == self.rank for owner in share_out(costs, self._loads)]
 
     def add_up(self, tensor: Tensor) -> None:
         """The sum over all processes, in place of a tensor on the CPU.
@@ -149,3 +144,12 @@ class Team(contextlib.AbstractContextManager["Team"]):
             summed = part.to(device)
             torch.distributed.all_reduce(summed)
             part.copy_(summed)
+
+
+def share_out(costs: Sequence[float], loads: list[float]) -> list[int]:
+    """Whose each part of a job is, who has the least to do so far; its cost goes into ``loads``."""
+    owners = []
+    for cost in costs:
+        owners.append(loads.index(min(loads)))
+        loads[owners[-1]] += cost
+    return owners

@@ -79,12 +79,17 @@ class PlannedBatch:
     def tokens(self) -> int:
         return sum(map(len, self.sequences))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt, to which all are padded."""
+        return max(map(len, self.sequences))
+
     def cost(self, points: int) -> int:
         """In tokens, with so many path points a prompt.
 
         A point passes half of the layers on average, forward and backward.
         """
-        return len(self.members) * (max(map(len, self.sequences)) + points)
+        return len(self.members) * (self.longest + points)
 
     def digest(self) -> str:
         """A hash of all that the batch's results depend on beside the model and the definition."""
@@ -99,7 +104,7 @@ class PlannedBatch:
     def on(self, device: torch.device) -> Batch:
         """The batch itself, padded on the right, where the model takes its tokens."""
         lengths = torch.tensor([len(tokens) for tokens in self.sequences])
-        input_ids = torch.zeros(len(self.members), int(lengths.max()), dtype=torch.int64)
+        input_ids = torch.zeros(len(self.members), self.longest, dtype=torch.int64)
         for padded, tokens in zip(input_ids, self.sequences, strict=True):
             padded[: len(tokens)] = torch.from_numpy(tokens)
         return Batch(self.members, input_ids.to(device), lengths.to(device), self.target)

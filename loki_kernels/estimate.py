@@ -1,0 +1,329 @@
+"""What an attribution will take, from the model's config and the prompts alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+
+from .attribution.attribute import attribute
+from .attribution.definitions import PathIntegral
+from .attribution.plan import WINDOW, BatchLimits, windows
+from .attribution.prompts import tokenize_prompts
+from .discovery import find_structure
+from .inspection import build_model
+from .options import DefinitionName
+from .questions import load_questions
+from .structure import Structure, text_config
+from .team import share_out
+
+# Layers of the two random models that are timed: what one has more is what layers take.
+_TIMED = (1, 3)
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations (a multiplication and an addition are two).
+
+    Attributes:
+        layers: in the decoder layers.
+        head: in the output head.
+    """
+
+    layers: float
+    head: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.layers + other.layers, self.head + other.head)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that costs depend on.
+
+    Attributes:
+        layers: how many.
+        weights: of one layer's matrices.
+        queries: heads times their width.
+        prefix: keys and values of one token in one layer.
+        head: weights of the output head.
+        width: nodes of a layer.
+    """
+
+    layers: int
+    weights: int
+    queries: int
+    prefix: int
+    head: int
+    width: int
+
+    @classmethod
+    def of(cls, structure: Structure) -> Shape:
+        config = text_config(structure.causal_lm)
+        matrices = (p.numel() for x in structure.layers for p in x.parameters() if p.ndim == 2)
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        pairs = getattr(config, "num_key_value_heads", None) or heads
+        count = len(structure.layers)
+        return cls(
+            layers=count,
+            weights=sum(matrices) // count,
+            queries=heads * width,
+            prefix=2 * pairs * width,
+            head=structure.hidden_size * structure.vocab_size,
+            width=structure.hidden_size,
+        )
+
+    def cost(self, prompts: int, tokens: int, integral: PathIntegral) -> Cost:
+        """Of one batch, padded to ``tokens``.
+
+        A point of layer l runs through the layers from l on. The backward pass runs through the
+        points of all layers that have some below them, and the unperturbed one.
+        """
+        m, layers = len(integral.alphas), self.layers
+        above = layers * (layers + 1) // 2
+        prefill = tokens * layers * (2 if integral.definition.baseline == "token_zero" else 1)
+        if integral.definition.path == "sequence":  # a layer at a time, after its scaled copies
+            prefill += tokens * (layers**2 + m * above)
+            points, heads = layers**2 + m * above, layers * (m + 1)
+            back = (m + 1) * (above - layers)
+        else:
+            points, heads = layers + m * above, layers * m + 1
+            back = layers - 1 + m * (above - 1)
+        products = 2 * self.weights * (prefill + points + back)
+        attended = 2 * tokens * self.queries * (prefill + 2 * points + 4 * back)
+        return Cost(prompts * (products + attended), prompts * 2 * self.head * (1 + 2 * heads))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an attribution will take.
+
+    Attributes:
+        prompts, tokens, batches: how many.
+        cost: of all prompts.
+        weights: bytes of the model.
+        activations: bytes beside it, for the largest batch.
+        seconds: until the last of the devices is done.
+        gpus: that share the prompts.
+        device: what was timed.
+    """
+
+    prompts: int
+    tokens: int
+    batches: int
+    cost: Cost
+    weights: int
+    activations: float
+    seconds: float
+    gpus: int
+    device: str
+
+    def __str__(self) -> str:
+        total = self.cost.layers + self.cost.head
+        where = self.device if self.gpus == 1 else f"{self.gpus} of {self.device}"
+        return "\n".join(
+            [
+                f"prompts  {self.prompts:,}, {self.tokens:,} tokens, {self.batches:,} batches",
+                f"work     {total:.3g} FLOPs, {self.cost.head / total:.0%} of them in the head",
+                f"memory   {(self.weights + self.activations) / 1e9:.3g} GB a device: weights "
+                f"{self.weights / 1e9:.3g}, the largest batch {self.activations / 1e9:.3g}",
+                f"time     {_length(self.seconds)} on {where}",
+            ]
+        )
+
+
+def _length(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} seconds"
+
+
+def estimate(
+    name: str | os.PathLike[str],
+    prompts: Iterable[Any] | None = None,
+    *,
+    gpus: int = 1,
+    definition: DefinitionName = "published",
+    steps: int = 7,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+) -> Estimate:
+    """What `attribute` will take, without the model's weights.
+
+    Operations are counted on the meta device. Time and memory come from attributing the prompts of
+    one batch, on ``device``, with two random models of one and of three of the layers.
+
+    Args:
+        name: folder or hub name; its config and tokenizer are read.
+        prompts: as `attribute` takes them; the bundled questions by default.
+        gpus: processes with a device like this one that share the prompts.
+        definition: as in `attribute`.
+        steps: as in `attribute`.
+        batch_size: as in `attribute`.
+        device: cuda where there is one, by default.
+        dtype: that of the checkpoint by default.
+
+    Raises:
+        OSError: if there is no config or tokenizer.
+        UnsupportedModelError: if the model's layers cannot be treated exactly.
+        ValueError: if transformers knows no language model of this config, or for what `attribute`
+            refuses.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = AutoConfig.from_pretrained(name)
+    own = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    chosen = own if dtype == "auto" else getattr(torch, dtype)
+    model = build_model(config, torch.device("meta"), chosen)
+    structure = find_structure(model)
+    integral = PathIntegral.resolve(definition, {}, steps)
+    limits = BatchLimits.of(device, batch_size, gpus)
+    shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
+    prompts = load_questions() if prompts is None else prompts
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size)
+    size = None if isinstance(prompts, (list, tuple)) else WINDOW
+    costs, loads = [Cost(0.0, 0.0)] * gpus, [0.0] * gpus
+    tokens = count = batches = 0
+    largest = (0, 0)
+    for window in windows(sequences, None, size):
+        plan = window.batches(batches, limits, points)
+        batches, count = batches + len(plan), window.end
+        tokens += sum(planned.tokens for planned in plan)
+        sizes = [(len(planned.members), planned.longest) for planned in plan]
+        largest = max(largest, *sizes, key=math.prod)
+        owners = share_out([planned.cost(points) for planned in plan], loads)
+        for (members, longest), owner in zip(sizes, owners, strict=True):
+            costs[owner] += shape.cost(members, longest, integral)
+    speed = _Speed.measure(config, device, chosen, shape, largest, definition, steps)
+    return Estimate(
+        prompts=count,
+        tokens=tokens,
+        batches=batches,
+        cost=sum(costs, Cost(0.0, 0.0)),
+        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
+        activations=speed.memory,
+        seconds=max(map(speed.seconds, costs)),
+        gpus=gpus,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU",
+    )
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """What was timed.
+
+    Attributes:
+        of_layers, of_head: seconds an operation.
+        memory: bytes of activations of the largest batch, in the whole model.
+    """
+
+    of_layers: float
+    of_head: float
+    memory: float
+
+    def seconds(self, cost: Cost) -> float:
+        return self.of_layers * cost.layers + self.of_head * cost.head
+
+    @classmethod
+    def measure(
+        cls,
+        config: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        shape: Shape,
+        batch: tuple[int, int],
+        definition: DefinitionName,
+        steps: int,
+    ) -> _Speed:
+        """Attribute one batch of the whole model's size with models of few layers.
+
+        They have as many points a prompt as the whole model: more steps a layer.
+        """
+        prompts, tokens = batch
+        times, costs, peaks = [], [], []
+        for layers in _TIMED:
+            model = build_model(_shortened(config, layers), device, dtype).eval()
+            more = max(1, round(steps * shape.layers / layers))
+            part = replace(shape, layers=layers)
+            costs.append(part.cost(prompts, tokens, PathIntegral.resolve(definition, {}, more)))
+            ids = torch.randint(0, text_config(model).vocab_size, (prompts, tokens))
+
+            def run(model: nn.Module = model, ids: Tensor = ids, more: int = more) -> None:
+                attribute(
+                    model, [{"input_ids": ids}], definition=definition, steps=more,
+                    batch_size=len(ids), share=False, progress=False,
+                )  # fmt: skip
+
+            peaks.append(_peak(run, model, device))
+            times.append(min(_time(run) for _ in range(_ROUNDS)))
+        (short, long), head = (cost.layers for cost in costs), costs[0].head
+        of_layers = max(0.0, times[1] - times[0]) / (long - short)
+        of_head = max(0.0, times[0] - of_layers * short) / head
+        return cls(of_layers, of_head, _whole_peak(peaks, shape, prompts * tokens * dtype.itemsize))
+
+
+def _shortened(config: Any, layers: int) -> Any:
+    """A config of the first layers alone."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def _time(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()  # ends with the scores on the CPU
+    return time.perf_counter() - start
+
+
+def _peak(run: Callable[[], None], model: nn.Module, device: torch.device) -> int:
+    """Bytes that a run takes beside the weights; on a CPU, what it keeps for the backward pass."""
+    if device.type == "cuda":
+        run()  # what stays from a first time is none of the batch's
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+def _whole_peak(peaks: list[int], shape: Shape, token_bytes: int) -> float:
+    """That of all layers, from those of `_TIMED`, which have as many points.
+
+    The points of layer l are kept in every layer from l on, but for the lowest, below which nothing
+    is differentiated; keys and values of the prompts are kept in every one.
+    """
+
+    def kept(layers: int) -> float:
+        """How often each point is kept, on average."""
+        return (layers + 1) / 2 - 1 / layers
+
+    prefix = shape.prefix * token_bytes
+    few, many = (peak - layers * prefix for peak, layers in zip(peaks, _TIMED, strict=True))
+    each = (many - few) / (kept(_TIMED[1]) - kept(_TIMED[0]))
+    return few + each * (kept(shape.layers) - kept(_TIMED[0])) + shape.layers * prefix
