@@ -68,20 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--seed", type=int, default=0)
     select.set_defaults(run=_select)
 
-    protection = commands.add_parser(
-        "protection", help="estimate the directions that a protected update leaves alone"
-    )
-    protection.add_argument("model", help="folder or hub name of a causal language model")
-    protection.add_argument("out", help="file to write: .safetensors")
-    protection.add_argument(
-        "--texts", help="your own, .txt or .jsonl, as for drift (default: the model's samples)"
-    )
-    protection.add_argument("--share", type=float, default=0.9, help="of the inputs' energy")
-    protection.add_argument("--max-directions", type=int, help="of a layer")
-    protection.add_argument("--earlier", help="a protection whose energy is added")
-    protection.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
-    protection.set_defaults(run=_protection)
-
     merge = commands.add_parser(
         "merge", help="put the rows of an adapter, or of a checkpoint's side file, into their base"
     )
@@ -100,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--rank", type=int, help="of LoKI*")
     adapter.set_defaults(run=_adapter)
 
+    _add_protection(commands)
     _add_drift(commands)
 
     inspect = commands.add_parser(
@@ -117,6 +104,22 @@ def _parser() -> argparse.ArgumentParser:
     environment = commands.add_parser("env", help="versions, device and live backends")
     environment.set_defaults(run=_env)
     return parser
+
+
+def _add_protection(commands: Any) -> None:
+    protection = commands.add_parser(
+        "protection", help="estimate the directions that a protected update leaves alone"
+    )
+    protection.add_argument("model", help="folder or hub name of a causal language model")
+    protection.add_argument("out", help="file to write: .safetensors")
+    protection.add_argument(
+        "--texts", help="your own, .txt or .jsonl, as for drift (default: the model's samples)"
+    )
+    protection.add_argument("--share", type=float, default=0.9, help="of the inputs' energy")
+    protection.add_argument("--max-directions", type=int, help="of a layer")
+    protection.add_argument("--earlier", help="a protection whose energy is added")
+    protection.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
+    protection.set_defaults(run=_protection)
 
 
 def _add_drift(commands: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -62,6 +62,15 @@ def has_fsdp(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free what FSDP2 has gathered of the weights that it looks after in these modules."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def ignore_in_ddp(model: nn.Module, names: Collection[str]) -> None:

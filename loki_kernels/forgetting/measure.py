@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UnsupportedModelError
 from ..progress import progress_bar
-from ..sharding import full_values, is_sharded, shards_its_weights
+from ..sharding import full_values, is_sharded, reshard, shards_its_weights
 from ..structure import (
     embedding_weight,
     first_non_finite,
@@ -332,6 +331,4 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
         for module, flag in training:
             module.training = flag
         if shards_its_weights(model):  # FSDP2 leaves what the root holds gathered
-            for module, _ in training:
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            reshard([module for module, _ in training])

@@ -17,9 +17,9 @@ from ..discovery import find_structure
 from ..fingerprint import model_fingerprint
 from ..progress import progress_bar
 from ..structure import DownProjection, Structure
-from . import samples
 from .moments import layers_at_a_time, moment_of, second_moments, top_eigenvectors
 from .result import Protection
+from .samples import draw_samples
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +74,8 @@ def estimate_protection(
     with on_accelerator(model), _evaluating(structure.causal_lm):
         own = texts is None
         if own:
-            texts = samples.draw_samples(
-                structure.causal_lm,
-                tokenizer or _tokenizer_of(structure),
-                seed=seed,
-                progress=progress,
-            )
+            tokenizer = tokenizer or _tokenizer_of(structure)
+            texts = draw_samples(structure.causal_lm, tokenizer, seed=seed, progress=progress)
         assert texts is not None
         windows = list(_windows(texts, tokenizer, structure))
         if not any(len(window) > 1 for window in windows):
@@ -94,11 +90,10 @@ def estimate_protection(
                         moment = moment + moment_of(earlier, down_proj.name, moment.device)
                     parts[down_proj.name] = top_eigenvectors(moment, share, max_directions)
                     bar.update()
-    tokens = sum(len(window) - 1 for window in windows)
     info = {
         "model": getattr(structure.causal_lm, "name_or_path", None),
         "texts": "the model's own samples" if own else "given",
-        "tokens": tokens,
+        "tokens": sum(len(window) - 1 for window in windows),
         "share": share,
         "earlier": None if earlier is None else earlier.fingerprint,
         "loki_kernels": __version__,

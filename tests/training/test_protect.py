@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import loki_kernels as loki
 from loki_kernels.attribution import cache
-from loki_kernels.protection import estimate, samples
+from loki_kernels.protection import estimate
 from loki_kernels.training.adapters import merge_folder
 from loki_kernels.training.linear import LokiLinear
 from tests.models import build_model, to_device
@@ -212,7 +212,7 @@ def test_every_row_is_trained_without_an_analysis(protection, monkeypatch):
 def test_a_protection_is_estimated_once(monkeypatch, tmp_path):
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
     drawn = [[5, 6, 7, 8, 9], [11, 12, 13]]
-    monkeypatch.setattr(samples, "draw_samples", lambda *_, **__: drawn)
+    monkeypatch.setattr(estimate, "draw_samples", lambda *_, **__: drawn)
     model = build_model()
     handle = loki.patch(model, ROWS, protect=True, tokenizer=object())
     handle.unpatch()
