@@ -95,11 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", help="folder or hub name of a language model")
     inspect.set_defaults(run=_inspect)
 
-    estimate = commands.add_parser("estimate", help="time and memory of an attribution")
-    estimate.add_argument("model", help="folder or hub name of a causal language model")
-    _add_analysis_options(estimate)
-    estimate.add_argument("--gpus", type=int, default=1, help="that share the questions")
-    estimate.set_defaults(run=_estimate)
+    _add_estimate(commands)
 
     environment = commands.add_parser("env", help="versions, device and live backends")
     environment.set_defaults(run=_env)
@@ -138,6 +134,14 @@ def _add_drift(commands: Any) -> None:
     drift.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     drift.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one)")
     drift.set_defaults(run=_drift)
+
+
+def _add_estimate(commands: Any) -> None:
+    estimate = commands.add_parser("estimate", help="time and memory of an attribution")
+    estimate.add_argument("model", help="folder or hub name of a causal language model")
+    _add_analysis_options(estimate)
+    estimate.add_argument("--gpus", type=int, default=1, help="that share the questions")
+    estimate.set_defaults(run=_estimate)
 
 
 def _json_object(text: str) -> dict[str, Any]:
