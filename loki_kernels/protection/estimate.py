@@ -107,6 +107,14 @@ def estimate_protection(
 
 
 def _warn_of_few(protection: Protection, share: float) -> None:
+    """Of few tokens for the width: their directions hold their own energy whatever they are."""
+    width, tokens = max(map(len, protection.directions.values())), protection.info["tokens"]
+    if tokens < 2 * width:
+        logger.warning(
+            "the protection is estimated from %d tokens, fewer than two for each of the %d inputs "
+            "of a layer; it protects these texts and little else. Give more texts.",
+            tokens, width,
+        )  # fmt: skip
     name, least = min(protection.shares().items(), key=lambda item: item[1])
     if least < share - 1e-4:
         logger.warning(

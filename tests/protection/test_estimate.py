@@ -90,6 +90,10 @@ def test_few_directions_are_said_to_hold_less(caplog):
     protection = loki.estimate_protection(build_model(), texts(), share=0.99, max_directions=2)
     assert all(d.shape[1] == 2 for d in protection.directions.values())
     assert "2 directions hold" in caplog.text
+    assert "fewer than two for each of the 112 inputs" in caplog.text
+    caplog.clear()
+    loki.estimate_protection(build_model(), texts(20))
+    assert not caplog.text
 
 
 def test_an_earlier_protection_is_added():
