@@ -79,7 +79,7 @@ def cached_attribution(
     check_analysis_options(options)
     prompts = options.pop("prompts", None)
     if prompts is None:
-        tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(structure.causal_lm)
+        tokenizer = tokenizer if tokenizer is not None else find_tokenizer(structure.causal_lm)
         prompts = [q.prompt(tokenizer) for q in load_questions(CALIBRATION_PER_SUBJECT)]
     chat = options.pop("chat_template_kwargs", None)
     tokens = list(tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat))
@@ -150,7 +150,8 @@ def _analyse(
     return run(chosen)
 
 
-def _find_tokenizer(model: nn.Module) -> Any:
+def find_tokenizer(model: nn.Module) -> Any:
+    """The tokenizer of ``model.name_or_path``; ValueError where there is none."""
     from transformers import AutoTokenizer
 
     name = getattr(model, "name_or_path", "")

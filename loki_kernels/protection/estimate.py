@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..attribution.cache import cache_folder
+from ..attribution.cache import cache_folder, find_tokenizer
 from ..attribution.placement import on_accelerator
 from ..discovery import find_structure
 from ..fingerprint import model_fingerprint
@@ -74,7 +74,7 @@ def estimate_protection(
     with on_accelerator(model), _evaluating(structure.causal_lm):
         own = texts is None
         if own:
-            tokenizer = tokenizer or _tokenizer_of(structure)
+            tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
             texts = draw_samples(structure.causal_lm, tokenizer, seed=seed, progress=progress)
         assert texts is not None
         windows = list(_windows(texts, tokenizer, structure))
@@ -153,16 +153,6 @@ def _check_earlier(earlier: Protection | None, layers: Sequence[DownProjection])
             raise ValueError(f"the earlier protection is of another model: {down_proj.name}.")
 
 
-def _tokenizer_of(structure: Structure) -> Any:
-    from transformers import AutoTokenizer
-
-    name = getattr(structure.causal_lm, "name_or_path", "")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer was found under {name!r}; pass tokenizer=...") from error
-
-
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
@@ -179,7 +169,7 @@ def _windows(
 ) -> Iterator[list[int]]:
     for text in texts:
         if isinstance(text, str):
-            tokenizer = tokenizer or _tokenizer_of(structure)
+            tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
             text = tokenizer(text, verbose=False)["input_ids"]
         for start in range(0, len(text), _WINDOW):
             yield list(text[start : start + _WINDOW])

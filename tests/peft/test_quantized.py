@@ -81,7 +81,7 @@ def test_starts_as_the_base_and_learns(base, tmp_path):
 
 def test_analyses_by_itself(base, tmp_path, monkeypatch):
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(cache, "_find_tokenizer", lambda model: WordTokenizer())
+    monkeypatch.setattr(cache, "find_tokenizer", lambda model: WordTokenizer())
     try:
         model = peft.get_peft_model(base(), LokiConfig(quota=5))
     except loki.UnsupportedModelError as error:  # the analysis is a forward pass
