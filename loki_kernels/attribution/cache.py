@@ -6,9 +6,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .prompts import Tokens, tokenize_prompts
 from .result import Attribution, model_settings
 
 logger = logging.getLogger(__name__)
+_Kept = TypeVar("_Kept")
 
 # Of 5 bundled questions a subject, the analysis uses 3 (171 in all) and leaves 2 for evaluation.
 CALIBRATION_PER_SUBJECT = 3
@@ -85,7 +86,7 @@ def cached_attribution(
     tokens = list(tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat))
     key = _key(structure.causal_lm, tokens, options)
     path = cache_folder() / f"{key}.safetensors"
-    found = _load(path)
+    found = read_cached(path, Attribution.load)
     with Team() as team:
         # Loaded in one process alone, or without weights in the others: each looks after itself.
         options["share"] = team.same(key)
@@ -96,22 +97,28 @@ def cached_attribution(
     result = _analyse(model, [{"input_ids": ids} for ids in tokens], tokenizer, options)
     if team.size > 1 and int(os.environ.get("LOCAL_RANK", team.rank)):
         return result  # another process of this machine writes it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result.save(path)
-    except OSError as error:
-        logger.warning("the analysis could not be cached: %s", error)
+    write_cached(path, result.save)
     return result
 
 
-def _load(path: Path) -> Attribution | None:
+def read_cached(path: Path, load: Callable[[Path], _Kept]) -> _Kept | None:
+    """What a file of the cache holds; None if it is not there, or damaged, which is logged."""
     if not path.is_file():
         return None
     try:
-        return Attribution.load(path)
+        return load(path)
     except ValueError as error:
-        logger.warning("%s; analysing again", error)
+        logger.warning("%s; it is made again", error)
         return None
+
+
+def write_cached(path: Path, save: Callable[[Path], None]) -> None:
+    """Write a file of the cache; that it cannot be is logged."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path)
+    except OSError as error:
+        logger.warning("%s could not be written: %s", path, error)
 
 
 def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> str:

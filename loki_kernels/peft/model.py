@@ -27,7 +27,6 @@ from ..training.targets import (
     agree_on_rows,
     as_selection,
     assign_rows,
-    check_protection,
     check_rows_agree,
     find_modules,
     new_heads,
@@ -202,7 +201,7 @@ def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
     if config.protect is None:
         raise ValueError("the adapter was trained with a protection; name its file (protect=).")
     protection = Protection.load(config.protect)
-    check_protection(protection, structure)
+    protection.check(structure)
     if config.protection not in (None, protection.fingerprint):
         raise ValueError(f"the adapter was trained with another protection than {config.protect}.")
     config.protection = protection.fingerprint

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..attribution.cache import cache_folder, find_tokenizer
+from ..attribution.cache import cache_folder, find_tokenizer, read_cached, write_cached
 from ..attribution.placement import on_accelerator
 from ..discovery import find_structure
 from ..fingerprint import model_fingerprint
 from ..progress import progress_bar
-from ..structure import DownProjection, Structure
+from ..structure import Structure
 from .moments import layers_at_a_time, moment_of, second_moments, top_eigenvectors
 from .result import Protection
 from .samples import draw_samples
@@ -70,7 +70,8 @@ def estimate_protection(
         raise ValueError("max_directions and batch_size must be positive.")
     structure = find_structure(model)
     layers = [down_proj for _, down_proj in structure.trainable()]
-    _check_earlier(earlier, layers)
+    if earlier is not None:
+        earlier.check(structure)
     with on_accelerator(model), _evaluating(structure.causal_lm):
         own = texts is None
         if own:
@@ -128,29 +129,13 @@ def cached_protection(model: nn.Module, structure: Structure, tokenizer: Any) ->
     """`estimate_protection` on the model's own samples, from the cache if it is there."""
     key = hashlib.sha256(f"{__version__} {model_fingerprint(structure.causal_lm)}".encode())
     path = cache_folder() / f"protection-{key.hexdigest()[:32]}.safetensors"
-    if path.is_file():
-        try:
-            result = Protection.load(path)
-            logger.info("using the protection cached in %s", path)
-            return result
-        except ValueError as error:
-            logger.warning("%s; estimating again", error)
+    found = read_cached(path, Protection.load)
+    if found is not None:
+        logger.info("using the protection cached in %s", path)
+        return found
     result = estimate_protection(model, tokenizer=tokenizer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result.save(path)
-    except OSError as error:
-        logger.warning("the protection could not be cached: %s", error)
+    write_cached(path, result.save)
     return result
-
-
-def _check_earlier(earlier: Protection | None, layers: Sequence[DownProjection]) -> None:
-    if earlier is None:
-        return
-    for down_proj in layers:
-        held = earlier.directions.get(down_proj.name)
-        if held is None or len(held) != down_proj.module.in_features:
-            raise ValueError(f"the earlier protection is of another model: {down_proj.name}.")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..files import read_safetensors, write_safetensors
 from ..fingerprint import tensors_fingerprint
 from ..ops._check import without_autocast
+from ..structure import Structure
 
 _FORMAT = "loki-kernels-protection"
 
@@ -50,6 +51,18 @@ class Protection:
     def shares(self) -> dict[str, float]:
         """Layer name -> the share of its inputs' energy that its directions hold."""
         return {name: float(e.sum()) / self.totals[name] for name, e in self.energies.items()}
+
+    def check(self, structure: Structure) -> None:
+        """Raise ValueError if it is none of this model's layers."""
+        for _, down_proj in structure.trainable():
+            held = self.directions.get(down_proj.name)
+            if held is None:
+                raise ValueError(f"the protection is of another model: it lacks {down_proj.name}.")
+            if len(held) != down_proj.module.in_features:
+                raise ValueError(
+                    f"the protection is of another model: {down_proj.name} has "
+                    f"{down_proj.module.in_features} inputs, and {len(held)} there."
+                )
 
     @property
     def fingerprint(self) -> str:

@@ -38,7 +38,6 @@ from .targets import (
     as_selection,
     assign_rows,
     check_patchable,
-    check_protection,
     find_modules,
     new_heads,
 )
@@ -281,7 +280,7 @@ def _protection_to_keep(
             )
         return cached_protection(model, structure, tokenizer)
     kept = protect if isinstance(protect, Protection) else Protection.load(protect)
-    check_protection(kept, structure)
+    kept.check(structure)
     return kept
 
 

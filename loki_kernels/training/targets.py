@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..protection import Protection
 from ..selection import RowSelection
 from ..sharding import DTensor, is_distributed
 from ..structure import (
@@ -188,19 +187,6 @@ def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
         for part in TRAINED
     }
     return {n: p for n, p in model.named_parameters() if p.requires_grad and n not in own}
-
-
-def check_protection(protection: Protection, structure: Structure) -> None:
-    """Raise ValueError if a protection is none of this model's layers."""
-    for _, down_proj in structure.trainable():
-        held = protection.directions.get(down_proj.name)
-        if held is None:
-            raise ValueError(f"the protection is of another model: it lacks {down_proj.name}.")
-        if len(held) != down_proj.module.in_features:
-            raise ValueError(
-                f"the protection is of another model: {down_proj.name} has "
-                f"{down_proj.module.in_features} inputs, and {len(held)} there."
-            )
 
 
 def agree_on_rows(selection: RowSelection, *, analysed: bool) -> RowSelection:
