@@ -158,6 +158,8 @@ def _patch_rows(
             _load(layers, saved)
             present = adapter_file.protection_of(layers)
             writer.refusal = adapter_file.why_other_protection(saved.protection, present)
+            if present is not None and writer.refusal is not None:  # it would act otherwise
+                raise ValueError(f"the update that was saved does not fit: {writer.refusal}.")
         trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
         report = replace(report, trainable=trained)
         logger.info("%s", report)

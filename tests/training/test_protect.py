@@ -188,6 +188,12 @@ def test_a_trainer_resumes_with_the_same_protection_alone(protection, tmp_path):
     again = build_model()
     loki.patch(again, folder, protect=protection)
     train(again)
+    # with another one the update would act otherwise than it was saved
+    refused = build_model()
+    want = logits(refused)
+    with pytest.raises(ValueError, match="another protection"):
+        loki.patch(refused, folder, protect=protection_of(build_model(), seed=5))
+    assert torch.equal(logits(refused), want)
 
 
 def test_an_adapter_is_trained_on_with_its_protection_alone(protection, tmp_path):
