@@ -204,6 +204,6 @@ def _captum(model: LlamaForCausalLM, ids: Tensor, layer: int, steps: int) -> Any
     def forward(ids: Tensor) -> Tensor:
         return model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].softmax(-1)
 
-    down_proj = find_structure(model).down_projs[layer].module
+    down_proj = find_structure(model).ffns[layer].nodes[0]
     explainer = LayerIntegratedGradients(forward, down_proj)
     return explainer.attribute(ids[None], target=1, n_steps=steps, method="riemann_trapezoid")

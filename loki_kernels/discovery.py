@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, replace
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .sharding import full_shape
 from .structure import (
+    FFN,
     DownProjection,
     Structure,
     embedding_weight,
-    is_linear_like,
+    linear_shape,
     text_config,
     unwrap,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # What the forward pass of a module takes that mixes tokens (attention, recurrence, convolution):
 # one of these names. Measured on the 177 ``*ForCausalLM`` classes of transformers 5.24; attributes
@@ -53,12 +51,12 @@ class Layer:
 
     Attributes:
         name: of the decoder layer.
-        down_proj: what is trained and attributed; None without an FFN, or where it is refused.
+        ffn: what is trained and attributed; None without one, or where it is refused.
         reason: why it is refused; None where it is not.
     """
 
     name: str
-    down_proj: DownProjection | None
+    ffn: FFN | None
     reason: str | None
 
 
@@ -74,13 +72,14 @@ def find_structure(model: nn.Module) -> Structure:
     for layer in layers:
         if layer.reason is not None:
             raise UnsupportedModelError(layer.reason)
-    found = [layer.down_proj for layer in layers if layer.down_proj is not None]
-    if not found:
+    ffns = [layer.ffn for layer in layers if layer.ffn is not None]
+    if not ffns:
         raise UnsupportedModelError(
             f"no decoder layer of {type(causal_lm).__name__} has an FFN; LoKI trains rows of its "
             "down-projection."
         )
-    for shared in ([d.module for d in found], [getattr(d.module, "weight", d) for d in found]):
+    found = [(d.module, d.parameter) for ffn in ffns for d in ffn.projections]
+    for shared in ([m for m, _ in found], [getattr(m, name, m) for m, name in found]):
         if len(set(map(id, shared))) < len(found):
             raise UnsupportedModelError(
                 f"decoder layers of {type(causal_lm).__name__} share one FFN's weight, so a row "
@@ -90,9 +89,8 @@ def find_structure(model: nn.Module) -> Structure:
         causal_lm=causal_lm,
         decoder=decoder,
         layers=tuple(stack),
-        down_projs=tuple(layer.down_proj for layer in layers),
+        ffns=tuple(layer.ffn for layer in layers),
         hidden_size=text_config(causal_lm).hidden_size,
-        intermediate_size=max(down_proj.module.in_features for down_proj in found),
         vocab_size=full_shape(embedding_weight(causal_lm))[0],
     )
 
@@ -141,6 +139,8 @@ def _find_layers(causal_lm: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleL
         tower = causal_lm.get_submodule(name)
         prefix = f"{name}." if name else ""
         stacks = [(prefix + n, stack) for n, stack in _stacks(tower)]
+        if len(stacks) > 1:  # a vision or audio tower is a model of its own
+            stacks = [(prefix + n, stack) for n, stack in _stacks(tower, models=False)]
         if len(stacks) == 1:
             return tower, *stacks[0]
         if stacks:
@@ -155,25 +155,63 @@ def _find_layers(causal_lm: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleL
     )
 
 
-def _stacks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost lists of modules that hold mixers."""
+def _stacks(
+    module: nn.Module, prefix: str = "", *, models: bool = True
+) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The outermost lists of modules that hold mixers; not those in ``models`` inside this one."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList) and any(
             is_mixer(part) for layer in child for part in layer.modules() if part is not layer
         ):
             yield prefix + name, child
-        else:
-            yield from _stacks(child, f"{prefix}{name}.")
+        elif models or not isinstance(child, PreTrainedModel):
+            yield from _stacks(child, f"{prefix}{name}.", models=models)
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear layer outside the mixers, and the matrices beside it that are none."""
+    """A linear layer outside the mixers."""
 
     name: str
     parent: nn.Module
     attribute: str
-    module: nn.Linear
+    module: nn.Module
+    in_features: int
+    out_features: int
+    axis: int
+
+    @property
+    def down_proj(self) -> DownProjection:
+        return DownProjection(self.name, self.parent, self.attribute, self.module, axis=self.axis)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A parameter of three dimensions: the matrices of several experts."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    module: nn.Module
+    parameter: str
+    shape: tuple[int, int, int]
+
+    def feeders(self, hidden_size: int, axis: int, others: list[_Stack]) -> int:
+        """How many stacks feed it, if its rows are along ``axis``; 0 where they cannot be.
+
+        A stack of up-projections has the same layout, and as many experts or more (those that
+        compute nothing have none).
+        """
+        inner = self.shape[3 - axis]
+        if self.shape[axis] != hidden_size:
+            return 0
+        return sum(
+            other is not self
+            and other.shape[0] >= self.shape[0]
+            and other.shape[3 - axis] == hidden_size
+            and other.shape[axis] in (inner, 2 * inner)
+            for other in others
+        )
 
 
 @dataclass
@@ -182,39 +220,81 @@ class _Branch:
 
     Attributes:
         name: dotted name in the model; the decoder layer's for what it holds directly.
-        kind: class of the module.
+        module: that; None for the latter.
+        kind: its class.
         linears: every linear layer in it.
-        others: (dotted name, shape) of matrices in it that are no linear layer's.
+        stacks: matrices of experts in it.
+        others: (dotted name, shape) of matrices in it that are neither's.
     """
 
     name: str
+    module: nn.Module | None
     kind: str
     linears: list[_Linear]
+    stacks: list[_Stack]
     others: list[tuple[str, tuple[int, ...]]]
 
-    def collect(self, module: nn.Module, prefix: str, *, deep: bool) -> None:
-        """Add what ``module`` holds, mixers not entered."""
+    def collect(
+        self, module: nn.Module, prefix: str, owner: tuple[nn.Module, str] | None, *, deep: bool
+    ) -> None:
+        """Add what ``module``, which ``owner`` holds under a name, holds; mixers not entered."""
+        # of rows, in a patched model
+        trained: list[tuple[str, nn.Parameter]] = getattr(module, "trained_parameters", list)()
         for name, parameter in module.named_parameters(recurse=False):
-            if len(full_shape(parameter)) >= 2:
-                self.others.append((prefix + name, full_shape(parameter)))
+            shape = full_shape(parameter)
+            if sum(size > 1 for size in shape) < 2 or any(parameter is p for _, p in trained):
+                continue
+            if len(shape) == 3 and owner is not None:
+                path = prefix.removesuffix(".")
+                self.stacks.append(_Stack(path, *owner, module, name, shape))
+            else:
+                self.others.append((prefix + name, shape))
         for name, child in module.named_children():
-            if is_linear_like(child):
-                linear = cast(nn.Linear, child)
-                self.linears.append(_Linear(prefix + name, module, name, linear))
+            shape_of_linear = linear_shape(child)
+            if shape_of_linear is not None:
+                self.linears.append(_Linear(prefix + name, module, name, child, *shape_of_linear))
             elif deep and not is_mixer(child):
-                self.collect(child, f"{prefix}{name}.", deep=True)
+                self.collect(child, f"{prefix}{name}.", (module, name), deep=True)
+
+    def experts(self, hidden_size: int) -> list[DownProjection]:
+        """The stacks that are experts' down-projections.
+
+        Raises:
+            UnsupportedModelError: if which dimension holds the rows is unknown.
+        """
+        found: dict[int, list[tuple[int, _Stack]]] = {1: [], 2: []}
+        for axis, stacks in found.items():
+            for stack in self.stacks:
+                transposed = getattr(stack.module, "is_transposed", None)
+                feeders = stack.feeders(hidden_size, axis, self.stacks)
+                if feeders and transposed in (None, axis == 2):
+                    stacks.append((feeders, stack))
+        # Up-projections that are not gated, read as transposed, look as if the down-projection fed
+        # them; where they are, two feed one.
+        most = [max((feeders for feeders, _ in stacks), default=0) for stacks in found.values()]
+        if most[0] and most[0] == most[1]:
+            first = found[1][0][1]
+            raise UnsupportedModelError(
+                f"{first.name} ({type(first.module).__name__}) holds {first.parameter} "
+                f"{list(first.shape)}, which may be the experts' up- or down-projection."
+            )
+        axis = 1 if most[0] > most[1] else 2
+        return [
+            DownProjection(x.name, x.parent, x.attribute, x.module, x.parameter, axis)
+            for _, x in found[axis]
+        ]
 
 
 def _branches(layer: nn.Module, layer_name: str) -> list[_Branch]:
-    own = _Branch(layer_name, type(layer).__name__, [], [])
-    own.collect(layer, f"{layer_name}.", deep=False)
+    own = _Branch(layer_name, None, type(layer).__name__, [], [], [])
+    own.collect(layer, f"{layer_name}.", None, deep=False)
     found = [own]
     for name, child in layer.named_children():
-        if not is_linear_like(child) and not is_mixer(child):
-            branch = _Branch(f"{layer_name}.{name}", type(child).__name__, [], [])
-            branch.collect(child, f"{branch.name}.", deep=True)
+        if linear_shape(child) is None and not is_mixer(child):
+            branch = _Branch(f"{layer_name}.{name}", child, type(child).__name__, [], [], [])
+            branch.collect(child, f"{branch.name}.", (layer, name), deep=True)
             found.append(branch)
-    return [branch for branch in found if branch.linears or branch.others]
+    return [branch for branch in found if branch.linears or branch.stacks or branch.others]
 
 
 def _examine_layer(layer: nn.Module, layer_name: str, hidden_size: int) -> Layer:
@@ -226,68 +306,100 @@ def _examine_layer(layer: nn.Module, layer_name: str, hidden_size: int) -> Layer
         )
     branches = _branches(layer, layer_name)
     linears = [linear for branch in branches for linear in branch.linears]
-    candidates: list[_Linear] = []
+    experts: dict[str, list[DownProjection]] = {}
     for branch in branches:
-        own = [linear for linear in branch.linears if _is_down(linear, hidden_size, linears)]
-        if branch.others:
-            name, shape = branch.others[0]
-            return _refused(
-                layer_name,
-                f"{branch.name} ({branch.kind}) holds {name} {list(shape)}, which is no linear "
-                "layer's: mixtures of experts and Conv1D are not supported yet.",
-            )
-        if len(own) > 1:
-            return _refused(
-                layer_name,
-                f"{branch.name} ({branch.kind}) has {len(own)} linears that could be the FFN's "
-                f"down-projection ({', '.join(linear.name for linear in own)}): mixtures of "
-                "experts and intermediate_size = hidden_size are not supported yet.",
-            )
-        candidates += own
-    if not candidates and not branches:
-        return Layer(layer_name, None, None)  # a mixer alone
-    if not candidates:
+        try:
+            experts[branch.name] = branch.experts(hidden_size)
+        except UnsupportedModelError as error:
+            return _refused(layer_name, str(error))
+    candidates = _choose(branches, experts, hidden_size)
+    for branch in branches:
+        reason = _why_refused(branch, candidates[branch.name], experts[branch.name], hidden_size)
+        if reason is not None:
+            return _refused(layer_name, reason)
+    ends = [b for b in branches if candidates[b.name] or experts[b.name]]
+    if not ends and linears:
         return _refused(
             layer_name,
             f"{layer_name} ({type(layer).__name__}) has no FFN down-projection: no linear outside "
             f"its mixers with out_features = hidden_size = {hidden_size} that another linear "
             f"feeds, in {', '.join(branch.name for branch in branches)}.",
         )
-    # A second branch beside a gated FFN that is not gated, such as Gemma-3n's low-rank residual and
-    # Gemma-4's per-layer input, is none; nor is a narrower one beside a plain FFN.
-    gated = [linear for linear in candidates if _is_gated(linear, linears)]
-    candidates = gated or candidates
-    widest = max(linear.module.in_features for linear in candidates)
-    best = [linear for linear in candidates if linear.module.in_features == widest]
-    if len(best) > 1:
-        return _refused(
-            layer_name,
-            f"{layer_name} sums {len(best)} branches that end in linears of one width "
-            f"({', '.join(linear.name for linear in best)}); a sum is not supported yet.",
+    if not ends:
+        return Layer(layer_name, None, None)  # a mixer alone
+    projections = [d for b in ends for d in experts[b.name]]
+    projections += [x.down_proj for b in ends for x in candidates[b.name]]
+    ffn = FFN(tuple(b.module for b in ends if b.module is not None), tuple(projections))
+    if ffn.lone is not None or not ffn.nodes:
+        ffn = replace(ffn, nodes=tuple(x.module for b in ends for x in candidates[b.name]))
+    return Layer(layer_name, ffn, None)
+
+
+def _choose(
+    branches: list[_Branch], experts: dict[str, list[DownProjection]], hidden_size: int
+) -> dict[str, list[_Linear]]:
+    """The linears of each branch that end an FFN.
+
+    Beside a gated FFN, or experts, one that is not gated is none, such as Gemma-3n's low-rank
+    residual and Gemma-4's per-layer input; nor is a narrower one beside a plain FFN.
+    """
+    linears = [linear for branch in branches for linear in branch.linears]
+    found = {
+        branch.name: [x for x in branch.linears if _is_down(x, hidden_size, linears)]
+        for branch in branches
+    }
+    gated = {name: [x for x in own if _is_gated(x, linears)] for name, own in found.items()}
+    if any(experts.values()):
+        return {n: gated[n] or (own if experts[n] else []) for n, own in found.items()}
+    if any(gated.values()):
+        widest = max(x.in_features for own in gated.values() for x in own)
+        return {
+            n: own if any(x.in_features == widest for x in own) else [] for n, own in gated.items()
+        }
+    widest = max((x.in_features for own in found.values() for x in own), default=0)
+    return {n: [x for x in own if x.in_features == widest] for n, own in found.items()}
+
+
+def _why_refused(
+    branch: _Branch, own: list[_Linear], stacks: list[DownProjection], hidden_size: int
+) -> str | None:
+    """What in a branch may be a part of the FFN that is not known; None if nothing is."""
+    if len({id(x.parent) for x in own}) < len(own):
+        return (
+            f"{branch.name} ({branch.kind}) has {len(own)} linears that could be the FFN's "
+            f"down-projection ({', '.join(linear.name for linear in own)}): intermediate_size = "
+            "hidden_size is not supported yet."
         )
-    down = best[0]
-    path = down.name.rpartition(".")[0] + "."
-    feeders = [x for x in linears if x.name.startswith(path) and x is not down]
-    block = down.parent if feeders and down.parent is not layer else down.module
-    return Layer(
-        layer_name,
-        DownProjection(down.name, down.parent, down.attribute, down.module, block),
-        None,
-    )
+    experts = {stack.shape[0] for stack in branch.stacks}
+    experts.add(sum({id(stack.module): stack.shape[0] for stack in branch.stacks}.values()))
+    for name, shape in branch.others:
+        # a router has a row for each expert, a bias of the experts likewise
+        if hidden_size in shape and shape[0] not in experts:
+            return (
+                f"{branch.name} ({branch.kind}) holds {name} {list(shape)}, which is neither a "
+                "linear layer's nor experts' that are known here."
+            )
+    if branch.stacks and not stacks and not own:
+        first = branch.stacks[0]
+        return (
+            f"{branch.name} ({branch.kind}) holds {first.name}.{first.parameter} "
+            f"{list(first.shape)}, but no experts' down-projection of {hidden_size} rows."
+        )
+    return None
 
 
 def _is_down(linear: _Linear, hidden_size: int, linears: list[_Linear]) -> bool:
     """Whether a plain or gated up-projection feeds it, or one that fuses gate and up."""
-    inner = linear.module.in_features
-    return linear.module.out_features == hidden_size and any(
-        other.module.out_features in (inner, 2 * inner) for other in linears if other is not linear
+    inner = linear.in_features
+    return linear.out_features == hidden_size and any(
+        other.out_features in (inner, 2 * inner) for other in linears if other is not linear
     )
 
 
 def _is_gated(down: _Linear, linears: list[_Linear]) -> bool:
     """Whether two linears beside it feed it, or one that fuses gate and up."""
-    inner, path = down.module.in_features, down.name.rpartition(".")[0] + "."
-    widths = [x.module.out_features for x in linears if x is not down and x.name.startswith(path)]
+    inner, path = down.in_features, down.name.rpartition(".")[0] + "."
+    widths = [x.out_features for x in linears if x is not down and x.name.startswith(path)]
     return widths.count(inner) >= 2 or 2 * inner in widths
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from .attribution.steering import why_no_attribution
+from .attribution.steering import why_no_staircase
 from .discovery import Layer, examine
 from .errors import UnsupportedModelError
 from .sharding import full_shape
@@ -33,11 +33,11 @@ def inspect_model(name: str | os.PathLike[str]) -> str:
         decoder, _, layers = examine(model)
     except UnsupportedModelError as error:
         return f"{kind}: refused. {error}"
-    reason = why_no_attribution(decoder)
-    attribution = f"refused. {reason}" if reason else "exact, or refused when it first runs"
+    reason = why_no_staircase(decoder)
+    attribution = f"not by the staircase: {reason}" if reason else "by the staircase"
     lines = [
         f"{kind}: {len(layers)} decoder layers, hidden_size {text_config(model).hidden_size}",
-        f"attribution: {attribution}",
+        f"attribution: {attribution}, if it reproduces the model's logits when it first runs",
     ]
     numbered = enumerate(layers)
     for text, group in itertools.groupby(numbered, lambda item: _describe(*item)):
@@ -70,10 +70,14 @@ def _describe(number: int, layer: Layer) -> str:
 
     if layer.reason is not None:
         return f"refused: {general(layer.reason)}"
-    if layer.down_proj is None:
+    if layer.ffn is None:
         return "no FFN: nothing is trained"
-    module = layer.down_proj.module
-    if not is_plain_linear(module):
-        return f"{general(layer.down_proj.name)} is a {type(module).__name__}: refused"
-    shape = list(full_shape(module.weight))
-    return f"{general(layer.down_proj.name)}.weight {shape}: its rows (axis 0) are trained"
+    parts = []
+    for down in layer.ffn.projections:
+        name = general(f"{down.name}.{down.parameter}")
+        parts.append(f"{name} {list(full_shape(down.weight))}, rows along axis {down.axis}")
+    lone = layer.ffn.lone
+    text = "; ".join(parts)
+    if lone is not None and not is_plain_linear(lone.module):
+        return f"{text}: a {type(lone.module).__name__}"
+    return text

@@ -13,6 +13,8 @@ Strategy = Literal[
 DefinitionName = Literal["published", "paper", "captum"]
 # Where nodes are: the output of `down_proj`, or what enters it.
 Site = Literal["down_proj", "ffn_neurons"]
+# How an attribution runs the path points: see `attribute`.
+EngineName = Literal["staircase", "decode", "reforward"]
 # What `attribute` keeps of the scores.
 Keep = Literal["scores", "counts"]
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args, overload
@@ -200,14 +200,25 @@ def select(
     }
     if strategy == "random":
         info["seed"] = seed
-        return RowSelection(random_rows(layers, width, k, seed), info)
+        return RowSelection(_but(random_rows(layers, width, k, seed), run), info)
     if strategy.startswith("layer_balanced"):
         counts = count_extreme(scores, k, strategy.endswith("highest"), criterion)
-        return RowSelection([most_frequent(layer, k) for layer in counts], info)
-    flat = scores.reshape(len(scores), 1, layers * width)
-    counts = count_extreme(flat, layers * k, strategy.endswith("highest"), criterion)
-    chosen = most_frequent(counts[0], layers * k)
-    return RowSelection([chosen[chosen // width == layer] % width for layer in range(layers)], info)
+        return RowSelection(_but([most_frequent(layer, k) for layer in counts], run), info)
+    without = run.get("without_ffn", ())
+    present = [layer for layer in range(layers) if layer not in without]
+    if without:
+        scores = scores[:, present]
+    flat = scores.reshape(len(scores), 1, len(present) * width)
+    counts = count_extreme(flat, len(present) * k, strategy.endswith("highest"), criterion)
+    chosen = most_frequent(counts[0], len(present) * k)
+    found = {layer: chosen[chosen // width == i] % width for i, layer in enumerate(present)}
+    return RowSelection([found.get(layer, []) for layer in range(layers)], info)
+
+
+def _but(rows: Sequence[Any], run: Mapping[str, Any]) -> list[Any]:
+    """No rows of the layers that have no FFN."""
+    without = run.get("without_ffn", ())
+    return [[] if layer in without else chosen for layer, chosen in enumerate(rows)]
 
 
 def _select_counted(
@@ -233,7 +244,8 @@ def _select_counted(
         "site": counted.run.get("site", "down_proj"),
         "attribution": counted.run,
     }
-    return RowSelection([most_frequent(layer, k) for layer in counted.counts], info)
+    chosen = [most_frequent(layer, k) for layer in counted.counts]
+    return RowSelection(_but(chosen, counted.run), info)
 
 
 def random_rows(layers: int, width: int, k: int, seed: int) -> list[list[int]]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
-from .sharding import DTensor, has_fsdp, is_sharded
+from .sharding import DTensor, full_shape, has_fsdp, is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,21 +37,64 @@ class Head:
 
 @dataclass(frozen=True)
 class DownProjection:
-    """One layer's FFN down-projection: ``module`` is ``getattr(parent, attribute)``.
+    """A weight whose rows are the nodes of an FFN: ``getattr(module, parameter)``.
 
     Attributes:
-        name: dotted name in the model.
+        name: dotted name of ``module`` in the model.
         parent: the module that holds it.
         attribute: its name there.
-        module: the linear layer, or a module that stands in for one.
-        block: the FFN whose output it is; ``module`` itself where the decoder layer holds it.
+        module: an ``nn.Linear``, a module that stands in for one, transformers' ``Conv1D``, or the
+            experts of a mixture.
+        parameter: name of the weight in it.
+        axis: the weight's dimension along which rows are numbered: 0 of a linear's
+            ``[D, I]``, 1 of Conv1D's ``[I, D]``, 1 or 2 of experts' ``[E, D, I]`` or ``[E, I, D]``.
     """
 
     name: str
     parent: nn.Module
     attribute: str
-    module: nn.Linear
-    block: nn.Module
+    module: nn.Module
+    parameter: str = "weight"
+    axis: int = 0
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, getattr(self.module, self.parameter))
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it holds the rows of several experts."""
+        return linear_shape(self.module) is None
+
+    @property
+    def in_features(self) -> int:
+        """Weights of a row, of one expert."""
+        width = getattr(self.module, "in_features", None)
+        if isinstance(width, int):
+            return width
+        shape = full_shape(self.weight)
+        return shape[-1] if self.axis == len(shape) - 2 else shape[-2]
+
+
+@dataclass(frozen=True)
+class FFN:
+    """The feed-forward network of one decoder layer.
+
+    Attributes:
+        nodes: the modules whose outputs, added up, are attributed: the down-projection where there
+            is one alone, else the block; several where the layer adds up blocks.
+        projections: what makes its output; row j of the FFN is row j of each. Several in a mixture
+            of experts: the experts', and the shared expert's.
+    """
+
+    nodes: tuple[nn.Module, ...]
+    projections: tuple[DownProjection, ...]
+
+    @property
+    def lone(self) -> DownProjection | None:
+        """Its only down-projection, of one matrix; None in a mixture of experts."""
+        first, *others = self.projections
+        return None if others or first.of_experts else first
 
 
 @dataclass(frozen=True)
@@ -61,20 +105,35 @@ class Structure:
         causal_lm: the transformers model.
         decoder: the text model inside, which turns tokens into last hidden states.
         layers: its decoder layers.
-        down_projs: each layer's; None for a layer without an FFN.
+        ffns: each layer's; None for a layer without one.
     """
 
     causal_lm: PreTrainedModel
     decoder: nn.Module
     layers: tuple[nn.Module, ...]
-    down_projs: tuple[DownProjection | None, ...]
+    ffns: tuple[FFN | None, ...]
     hidden_size: int
-    intermediate_size: int
     vocab_size: int
 
     def width(self, site: str) -> int:
-        """How many nodes a layer has at the attributed site."""
-        return self.hidden_size if site == "down_proj" else self.intermediate_size
+        """How many nodes a layer has at the attributed site.
+
+        Raises:
+            UnsupportedModelError: for ``ffn_neurons`` of mixtures of experts, or of layers of
+                several widths.
+        """
+        if site == "down_proj":
+            return self.hidden_size
+        lone = [None if ffn is None else ffn.lone for ffn in self.ffns]
+        widths = {None if down is None else down.in_features for down in lone}
+        (width, *others) = widths
+        if width is None or others:
+            raise UnsupportedModelError(
+                f"site='ffn_neurons' needs one FFN of one width in every layer; "
+                f"{type(self.causal_lm).__name__} has a mixture of experts, layers without an FFN "
+                "or of several widths. Attribute site='down_proj'."
+            )
+        return width
 
     @property
     def device(self) -> torch.device:
@@ -82,25 +141,14 @@ class Structure:
         return embedding_weight(self.causal_lm).device
 
     def trainable(self) -> Iterator[tuple[int, DownProjection]]:
-        """(layer, its down-projection) of the layers that have one."""
-        for i, down_proj in enumerate(self.down_projs):
-            if down_proj is not None:
+        """(layer, one of its down-projections); several of a mixture of experts."""
+        for i, ffn in enumerate(self.ffns):
+            for down_proj in () if ffn is None else ffn.projections:
                 yield i, down_proj
 
-    def every_down_proj(self) -> list[DownProjection]:
-        """All layers' down-projections, for what needs one in each.
-
-        Raises:
-            UnsupportedModelError: if a layer has no FFN.
-        """
-        found = [down_proj for _, down_proj in self.trainable()]
-        if len(found) < len(self.layers):
-            missing = self.down_projs.index(None)
-            raise UnsupportedModelError(
-                f"layer {missing} of {type(self.causal_lm).__name__} has no FFN; attribution needs "
-                "one in every decoder layer so far."
-            )
-        return found
+    def present(self) -> dict[int, FFN]:
+        """Layer -> its FFN, of the layers that have one."""
+        return {i: ffn for i, ffn in enumerate(self.ffns) if ffn is not None}
 
     def head(self) -> Head:
         """The output projection, with the logit scale and soft-cap its config names.
@@ -139,11 +187,13 @@ def refuse_tensor_parallelism(structure: Structure) -> None:
     """
     model = structure.causal_lm
     split = (getattr(model, "_tp_size", None) or 1) > 1
-    weights = (getattr(down.module, "weight", None) for _, down in structure.trainable())
-    for weight in weights:
+    for _, down in structure.trainable():
+        weight = getattr(down.module, down.parameter, None)
         if isinstance(weight, DTensor):
             split |= "tp" in (weight.device_mesh.mesh_dim_names or ())
-            across = any(p.is_shard(1) or p.is_shard(-1) for p in weight.placements)
+            # FSDP splits the first dimension; another is that of the rows' numbers or within them
+            inner = [*range(1, weight.ndim), *range(1 - weight.ndim, 0)]
+            across = any(p.is_shard(i) for p in weight.placements for i in inner)
             split |= across and not has_fsdp(model)
     if split:
         raise UnsupportedModelError(
@@ -207,6 +257,16 @@ def is_linear_like(module: nn.Module) -> bool:
     return isinstance(getattr(module, "in_features", None), int) and isinstance(
         getattr(module, "out_features", None), int
     )
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int, int] | None:
+    """(in_features, out_features, axis of the rows) of a linear layer; None for another module."""
+    if is_linear_like(module):
+        return module.in_features, module.out_features, 0  # type: ignore[return-value]
+    if isinstance(module, Conv1D):
+        inner, outer = full_shape(module.weight)
+        return inner, outer, 1
+    return None
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -12,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..discovery import find_structure
-from ..errors import UnsupportedModelError, check_choice
-from ..options import DEFAULT_CRITERION, DEFAULT_QUOTA, Criterion, DefinitionName, Keep
+from ..errors import check_choice
+from ..options import (
+    DEFAULT_CRITERION,
+    DEFAULT_QUOTA,
+    Criterion,
+    DefinitionName,
+    EngineName,
+    Keep,
+)
 from ..ranking import rows_per_layer
 from ..structure import Structure, refuse_tensor_parallelism
 from ..team import Team
@@ -23,7 +29,6 @@ from .plan import WINDOW, BatchLimits, windows
 from .prompts import tokenize_prompts
 from .result import Attribution, AttributionCounts, describe_run
 from .scores import Counter
-from .steering import why_no_attribution
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,7 @@ def attribute(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     definition: DefinitionName = "published",
     steps: int = 7,
+    engine: EngineName | None = None,
     batch_size: int | None = None,
     target: Sequence[int] | Tensor | None = None,
     keep: Literal["scores"] = "scores",
@@ -61,6 +67,7 @@ def attribute(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     definition: DefinitionName = "published",
     steps: int = 7,
+    engine: EngineName | None = None,
     batch_size: int | None = None,
     target: Sequence[int] | Tensor | None = None,
     keep: Literal["counts"],
@@ -80,6 +87,7 @@ def attribute(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     definition: DefinitionName = "published",
     steps: int = 7,
+    engine: EngineName | None = None,
     batch_size: int | None = None,
     target: Sequence[int] | Tensor | None = None,
     keep: Keep,
@@ -98,6 +106,7 @@ def attribute(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     definition: DefinitionName = "published",
     steps: int = 7,
+    engine: EngineName | None = None,
     batch_size: int | None = None,
     target: Sequence[int] | Tensor | None = None,
     keep: Keep = "scores",
@@ -124,6 +133,8 @@ def attribute(
         chat_template_kwargs: for the chat template, such as ``{"enable_thinking": False}``.
         definition: ``"published"``, ``"paper"`` or ``"captum"``.
         steps: path points m.
+        engine: ``"staircase"``, ``"decode"`` or ``"reforward"`` (docs/analysis.md); by default the
+            first of the former two that reproduces the model's logits.
         batch_size: prompts at a time; by default as many as fit 1,024 prompt tokens and 512 path
             points on a CPU, 16,384 of both on a GPU.
         target: ``[N]`` token ids to attribute; by default the token the model predicts.
@@ -146,14 +157,13 @@ def attribute(
     Raises:
         ValueError: for an unknown definition or option, empty prompts, token ids out of range, a
             mask with holes, a target that does not fit, NaN weights, counts of NaN scores, or an
-            ``out`` that was begun with another model, other options or other prompts; or processes
-            with such.
+            ``out`` begun with another model, other options or prompts; or processes with such.
         TypeError: for prompts of another kind, or text without a tokenizer.
-        UnsupportedModelError: if the model's layers cannot be treated exactly.
+        UnsupportedModelError: if no engine treats the model's layers exactly.
     """
     integral = PathIntegral.resolve(definition, overrides, steps)
     structure = find_structure(model)
-    _check_attributable(structure)
+    _check_attributable(structure, engine)
     counter = _make_counter(keep, quota, criterion, structure.width(integral.definition.site))
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)
     held = isinstance(prompts, (list, tuple))
@@ -163,22 +173,21 @@ def attribute(
         limits = BatchLimits.of(structure.device, batch_size, team.size)
         first = next(parts)
         total = len(prompts) if isinstance(prompts, Sized) and not held else first.end
-        job = Job(structure, integral, limits, counter, team)
-        result = job.run(itertools.chain([first], parts), total, out, run, progress)
+        job = Job(structure, integral, limits, counter, team, engine)
+        result = job.run(first, parts, total, out, run, progress)
     if team.rank == 0:
         _warn_if_unresolved(result)
         _warn_of_one_target(result, tokenizer, given=target is not None)
     return result
 
 
-def _check_attributable(structure: Structure) -> None:
-    """Raise UnsupportedModelError for what can be known before anything runs."""
+def _check_attributable(structure: Structure, engine: EngineName | None) -> None:
+    """Raise UnsupportedModelError for what no engine can do, ValueError for an unknown one."""
+    if engine is not None:
+        check_choice("engine", engine, get_args(EngineName))
     refuse_tensor_parallelism(structure)
     structure.head()
-    structure.every_down_proj()
-    reason = why_no_attribution(structure.decoder)
-    if reason is not None:
-        raise UnsupportedModelError(reason)
+    structure.present()
 
 
 def _make_counter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -18,19 +19,18 @@ from tqdm.auto import tqdm
 
 from ..fingerprint import model_fingerprint
 from ..ops._dispatch import warm_up
+from ..options import EngineName
 from ..progress import progress_bar, skip
-from ..structure import Structure
+from ..structure import Structure, embedding_weight
 from ..team import Team
 from .definitions import PathIntegral
+from .engine import Engine, choose_engine
 from .log import Log, check_out
 from .placement import accelerator
 from .plan import BatchLimits, PlannedBatch, Window
-from .prefill import Batch, run_prefill
-from .probe import check_model
+from .prefill import Batch
 from .result import Attribution, AttributionCounts, describe_machine, model_settings
 from .scores import Counter, Scores
-from .sequence import scaled_prefixes
-from .staircase import Staircase
 from .steering import borrowed
 from .store import Layout, Memory
 
@@ -48,10 +48,12 @@ class Job:
     limits: BatchLimits
     counter: Counter | None
     team: Team
+    engine: EngineName | None = None
 
     def run(
         self,
-        windows: Iterable[Window],
+        first: Window,
+        others: Iterable[Window],
         total: int,
         out: str | os.PathLike[str] | None,
         run: dict[str, Any],
@@ -60,20 +62,27 @@ class Job:
         """Attribute what is not there yet, this process's share of it.
 
         Args:
-            windows: of the prompts.
+            first, others: windows of the prompts.
             total: how many there are, for the bar.
             out: where to, as `attribute` has it.
             run: the result's.
             progress: as `attribute` has it.
         """
-        weight = self.structure.head().weight
+        without = [i for i, ffn in enumerate(self.structure.ffns) if ffn is None]
+        if without:
+            run["without_ffn"] = without
         store = self._store(out, run)
+        weight = embedding_weight(self.structure.causal_lm)
         shown = progress if self.team.rank == 0 else False
         bar = progress_bar(total, "attribute", shown, unit="prompt")
         # before memory is full
         warm_up(("shared_prefix_attention", "target_probability"), weight.device, weight.dtype)
         with store, borrowed(self.structure), bar:
-            prompts, batches = self._run_windows(windows, store, bar)
+            tokens = torch.from_numpy(first.sequences[0])
+            engine = choose_engine(self.structure, tokens, self.integral, self.engine)
+            store.run["engine"] = engine.name
+            every = itertools.chain([first], others)
+            prompts, batches = self._run_windows(every, store, bar, engine)
             result = store.result(prompts, batches)
             bar.update(self.team.advance(0))
         return result
@@ -95,6 +104,7 @@ class Job:
             "quota": None if counter is None else counter.quota,
             "criterion": None if counter is None else counter.criterion,
             "batch_size": self.limits.prompts,
+            "engine": self.engine,
         }
         mine = json.dumps([identity, None if out is None else os.fspath(out)])
         self.team.agree("job", mine, "another model, by other options or to another file")
@@ -104,7 +114,7 @@ class Job:
         return Log(out, layout, run, counter, self.limits, identity, machine, self.team)
 
     def _run_windows(
-        self, windows: Iterable[Window], store: Memory | Log, bar: tqdm
+        self, windows: Iterable[Window], store: Memory | Log, bar: tqdm, engine: Engine
     ) -> tuple[int, int]:
         """How many prompts and batches there were."""
         points = len(self.structure.layers) * len(self.integral.alphas)
@@ -119,7 +129,7 @@ class Job:
                 left = self._share(plan, store, bar, points)
                 for i, planned in enumerate(left, 1):
                     self.team.check()
-                    self._run_batch(planned, store)
+                    self._run_batch(planned, store, engine)
                     bar.update(self.team.advance(len(planned.members)))
                     stopped()
                     if start is not None:
@@ -141,29 +151,16 @@ class Job:
         mine = self.team.share(costs)
         return [p for p, m in zip(plan, mine, strict=True) if m and not store.has(p)]
 
-    def _run_batch(self, planned: PlannedBatch, store: Memory | Log) -> None:
-        device = self.structure.device
-        scores = _attribute_batch(self.structure, planned.on(device), self.integral)
+    def _run_batch(self, planned: PlannedBatch, store: Memory | Log, engine: Engine) -> None:
+        scores = _attribute_batch(engine, planned.on(self.structure.device))
+        scores = scores.at(list(self.structure.present()), len(self.structure.layers))
         if self.counter is not None:
             _check_rankable(scores, planned.members)
         store.write(planned, scores)
 
 
-def _attribute_batch(structure: Structure, batch: Batch, integral: PathIntegral) -> Scores:
-    check_model(structure, batch)
-    prefill = run_prefill(structure, batch, integral.definition)
-    staircase = Staircase(structure, batch, prefill, integral)
-    layers = range(len(structure.layers))
-    if integral.definition.path == "last_token":
-        return staircase.run(layers, prefill.prefix)
-    parts = []
-    # One layer at a time: a copy of the whole prompt's keys and values a path point is what the
-    # memory holds.
-    for layer in layers:
-        one = range(layer, layer + 1)
-        prefix = scaled_prefixes(structure, batch, prefill, integral, one)
-        parts.append(staircase.run(one, prefix, prefix_per_point=True))
-    return Scores.of_layers(parts)
+def _attribute_batch(engine: Engine, batch: Batch) -> Scores:
+    return engine.attribute(batch)
 
 
 def _check_rankable(scores: Scores, members: list[int]) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from ..errors import UnsupportedModelError
-from ..structure import DownProjection, Structure, first_non_finite
+from ..structure import Structure, first_non_finite
 from .definitions import Definition
 from .steering import hook_layer_input, hook_site, hooking, refusing
 
@@ -60,14 +60,14 @@ class Prefill:
         target: int64 ``[B]``, the tokens to attribute.
         layer_inputs: L of ``[B, hidden_size]``, at the last token.
         prefix: layer_idx -> keys and values ``[B, Hkv, T, d]``.
-        start: L of ``[B, T, D]``, where the path starts at every position; None for zero.
+        start: layer -> ``[B, T, D]``, where the path starts at every position; None for zero.
     """
 
     logits: Tensor
     target: Tensor
     layer_inputs: list[Tensor]
     prefix: Prefix
-    start: list[Tensor] | None
+    start: dict[int, Tensor] | None
 
 
 def run_prefill(structure: Structure, batch: Batch, definition: Definition) -> Prefill:
@@ -77,15 +77,17 @@ def run_prefill(structure: Structure, batch: Batch, definition: Definition) -> P
     compared with is the model itself.
 
     Raises:
-        UnsupportedModelError: if the layers run more than once, a block changes what its
-            down-projection gives, or there are no keys and values to keep.
+        UnsupportedModelError: if the layers run more than once, or there are no keys and values to
+            keep.
         ValueError: if the logits are NaN.
     """
-    start: list[Tensor] | None = None
+    start: dict[int, Tensor] | None = None
     if definition.baseline == "token_zero":
-        start = []
+        start = {}
         blank = torch.zeros_like(batch.input_ids)
-        native_forward(structure, blank, batch, _keep_site(structure, definition.site, start))
+        native_forward(structure, blank, batch, keep_site(structure, definition.site, start))
+        samples, tokens = blank.shape
+        start = {layer: x.reshape(samples, tokens, -1) for layer, x in start.items()}
     layer_inputs: list[Tensor] = []
 
     def keep_last(hidden: Tensor) -> Tensor:
@@ -95,9 +97,6 @@ def run_prefill(structure: Structure, batch: Batch, definition: Definition) -> P
     def hooks() -> Iterator[RemovableHandle]:
         for layer in structure.layers:
             yield hook_layer_input(layer, keep_last)
-        if definition.site == "down_proj":
-            for down_proj in structure.every_down_proj():
-                yield from _check_block(down_proj)
 
     logits, prefix = native_forward(structure, batch.input_ids, batch, hooks())
     name = type(structure.causal_lm).__name__
@@ -106,10 +105,7 @@ def run_prefill(structure: Structure, batch: Batch, definition: Definition) -> P
             f"{name} runs its {len(structure.layers)} decoder layers {len(layer_inputs)} times in "
             "one forward pass, so a node has no single value."
         )
-    if torch.isnan(logits).any():
-        parameter = first_non_finite(structure.causal_lm)
-        reason = f"; its parameter {parameter} is not finite" if parameter else " for these prompts"
-        raise ValueError(f"the model's logits are NaN{reason}.")
+    check_logits(structure, logits)
     target = logits.argmax(-1) if batch.target is None else batch.target.to(logits.device)
     return Prefill(logits, target, layer_inputs, prefix, start)
 
@@ -152,11 +148,6 @@ def _keys_and_values(structure: Structure, cache: DynamicCache, tokens: int) -> 
                 f"layer {i} of {name} keeps no keys and values of every token; attribution needs "
                 "attention in every layer so far."
             )
-        if keys.shape != values.shape:
-            raise UnsupportedModelError(
-                f"layer {i} of {name} has keys {list(keys.shape)} and values {list(values.shape)} "
-                "of unequal width (multi-head latent attention), which is not supported yet."
-            )
         prefix[i] = keys, values
     if not prefix:
         raise UnsupportedModelError(
@@ -165,34 +156,28 @@ def _keys_and_values(structure: Structure, cache: DynamicCache, tokens: int) -> 
     return prefix
 
 
-def _keep_site(structure: Structure, site: str, kept: list[Tensor]) -> Iterator[RemovableHandle]:
-    """Register hooks that leave every layer's attributed activation in ``kept``."""
-
-    def keep(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
-
-    for down in structure.every_down_proj():
-        yield hook_site(down.module, site, keep)
+def check_logits(structure: Structure, logits: Tensor) -> None:
+    """Raise ValueError if they are NaN."""
+    if torch.isnan(logits).any():
+        parameter = first_non_finite(structure.causal_lm)
+        reason = f"; its parameter {parameter} is not finite" if parameter else " for these prompts"
+        raise ValueError(f"the model's logits are NaN{reason}.")
 
 
-def _check_block(down_proj: DownProjection) -> Iterator[RemovableHandle]:
-    """Register hooks that raise unless an FFN gives what its down-projection gives."""
-    if down_proj.block is down_proj.module:
-        return
-    given: list[Tensor] = []
+def keep_site(
+    structure: Structure, site: str, kept: dict[int, Tensor]
+) -> Iterator[RemovableHandle]:
+    """Register hooks that leave every layer's attributed activation in ``kept``.
 
-    def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        given.append(output)
+    Copies, since some layers (Falcon's, Llama 4's) add to it in place.
+    """
 
-    def compare(block: nn.Module, _args: Any, output: Any) -> None:
-        got = output[0] if isinstance(output, tuple) else output
-        want = given.pop() if given else None
-        if got is not want and (want is None or got.shape != want.shape or not got.equal(want)):
-            raise UnsupportedModelError(
-                f"the FFN around {down_proj.name} ({type(block).__name__}) changes what its "
-                "down-projection gives; a node of its output is not supported yet."
-            )
+    def keep(layer: int) -> Callable[[Tensor], Tensor]:
+        def change(x: Tensor) -> Tensor:
+            kept[layer] = x.clone()
+            return x
 
-    yield down_proj.module.register_forward_hook(keep)
-    yield down_proj.block.register_forward_hook(compare)
+        return change
+
+    for layer, ffn in structure.present().items():
+        yield from hook_site(ffn, site, keep(layer))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..discovery import find_structure
 from ..options import DefinitionName
 from .definitions import DEFINITIONS, Definition, path_rule
+from .steering import hook_site, like
 
 
 def attribute_reference(
@@ -25,30 +26,31 @@ def attribute_reference(
     target: int | None = None,
     layers: range | None = None,
 ) -> Tensor:
-    """Scores ``[L, D]`` of one unpadded prompt ``[T]``, in the model's dtype or float32."""
+    """Scores ``[L, D]`` of one unpadded prompt ``[T]``, in the model's dtype or float32.
+
+    L are the layers that have an FFN, or ``layers`` of them.
+    """
     if isinstance(definition, str):
         definition = DEFINITIONS[definition]
     structure = find_structure(model)
     alphas, weights = path_rule(definition.rule, steps)
     ids = input_ids[None]
-    sites = [down_proj.module for down_proj in structure.every_down_proj()]
+    nodes = structure.present()
     wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
 
-    def hook(module: nn.Module, change: Any) -> Any:
-        if definition.site == "down_proj":
-            return module.register_forward_hook(lambda _m, _a, output: change(output))
-        return module.register_forward_pre_hook(lambda _m, args: (change(args[0]),))
+    def hook(layer: int, change: Any) -> Any:
+        return list(hook_site(nodes[layer], definition.site, change))
 
     def keep(store: list[Tensor]) -> Any:
         def change(x: Tensor) -> Tensor:
-            store.append(x.detach())
+            store.append(x.detach().clone().view(1, -1, x.shape[-1]))
             return x
 
         return change
 
     def record(tokens: Tensor) -> tuple[list[Tensor], Tensor]:
         values: list[Tensor] = []
-        handles = [hook(site, keep(values)) for site in sites]
+        handles = [handle for layer in nodes for handle in hook(layer, keep(values))]
         with torch.no_grad():
             logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1]
         for handle in handles:
@@ -62,8 +64,9 @@ def attribute_reference(
         starts, _ = record(torch.zeros_like(ids))
 
     scores = []
-    for layer in layers or range(len(sites)):
-        end, start = ends[layer], starts[layer]
+    for layer in layers or nodes:
+        place = list(nodes).index(layer)
+        end, start = ends[place], starts[place]
         steps_ = alphas.to(end)[:, None, None]
         if definition.path == "sequence":
             path = start + steps_ * (end - start)  # [m, T, D]
@@ -71,7 +74,7 @@ def attribute_reference(
             path = end.repeat(len(alphas), 1, 1)
             path[:, -1:] = start[:, -1:] + steps_ * (end - start)[:, -1:]
         path.requires_grad_()
-        handle = hook(sites[layer], lambda _x, path=path: path)
+        handles = hook(layer, lambda x, path=path: like(path, x).clone())
         with torch.enable_grad():
             output = model(input_ids=ids.expand(len(alphas), -1), use_cache=False, logits_to_keep=1)
             last = output.logits[:, -1].to(wide)
@@ -81,7 +84,8 @@ def attribute_reference(
                 "logit": last,
             }[definition.objective][:, token]
             (gradient,) = torch.autograd.grad(value.sum(), path)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         score = (weights.to(end.device, wide)[:, None] * gradient[:, -1].to(wide)).sum(0)
         if definition.multiply:
             score = score * (end - start)[0, -1].to(wide)

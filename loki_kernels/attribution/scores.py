@@ -38,6 +38,21 @@ class Scores:
             parts[0].target,
         )
 
+    @classmethod
+    def of_samples(cls, parts: Sequence[Scores]) -> Scores:
+        """The results of one batch from those of its prompts."""
+        fields = ([getattr(p, name) for p in parts] for name in cls.__dataclass_fields__)
+        return cls(*(torch.cat(tensors) for tensors in fields))
+
+    def at(self, layers: Sequence[int], count: int) -> Scores:
+        """Those of ``layers`` among ``count``; zero where there is nothing to attribute."""
+        if len(layers) == count:
+            return self
+        scores = self.scores.new_zeros(len(self.scores), count, self.scores.shape[2])
+        change = self.change.new_zeros(len(self.change), count)
+        scores[:, layers], change[:, layers] = self.scores, self.change
+        return Scores(scores, change, self.value, self.target)
+
     def sums(self) -> Tensor:
         """Each layer's sum of scores, float64 ``[B, L]`` on the CPU."""
         # Apple's devices have no float64.

@@ -10,7 +10,7 @@ and leave their keys and values, then the last tokens run over those as in the s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,15 @@ from ..structure import Structure
 from .definitions import PathIntegral
 from .path import path_points
 from .prefill import Batch, Prefill, Prefix
-from .steering import Attend, hook_layer_input, hook_site, steered
+from .steering import Attend, hook_layer_input, hook_site, like, steered
 
 
 def scaled_prefixes(
-    structure: Structure, batch: Batch, prefill: Prefill, integral: PathIntegral, layers: range
+    structure: Structure,
+    batch: Batch,
+    prefill: Prefill,
+    integral: PathIntegral,
+    layers: Sequence[int],
 ) -> Prefix:
     """Keys and values of the ordinary prompt and of every scaled copy of ``layers``.
 
@@ -34,7 +38,7 @@ def scaled_prefixes(
         layer_idx -> K, V ``[B * S, Hkv, T, d]``, sample-major, S growing by m at each of
         ``layers``; copy 0 is unperturbed.
     """
-    samples, m = batch.input_ids.shape[0], len(integral.alphas)
+    (samples, tokens), m = batch.input_ids.shape, len(integral.alphas)
     prefix: Prefix = {}
 
     def append_copies(hidden: Tensor) -> Tensor:
@@ -43,17 +47,17 @@ def scaled_prefixes(
 
     def scale_copies(layer: int) -> Callable[[Tensor], Tensor]:
         def change(x: Tensor) -> Tensor:
-            copies = x.view(samples, -1, *x.shape[1:])  # [B, S, T, D]
+            copies = x.view(samples, -1, tokens, x.shape[-1])  # [B, S, T, D]
             z = copies[:, 0].flatten(0, 1)  # [B * T, D]
             start = None if prefill.start is None else prefill.start[layer].flatten(0, 1)
             path = path_points(z, integral.alphas, start).view(samples, -1, m, x.shape[-1])
-            return torch.cat([copies[:, :-m], path.transpose(1, 2)], dim=1).flatten(0, 1)
+            return like(torch.cat([copies[:, :-m], path.transpose(1, 2)], dim=1), x)
 
         return change
 
-    site, down_projs = integral.definition.site, structure.every_down_proj()
+    site, nodes = integral.definition.site, structure.present()
     inputs = (hook_layer_input(structure.layers[i], append_copies) for i in layers)
-    sites = (hook_site(down_projs[i].module, site, scale_copies(i)) for i in layers)
+    sites = (hook for i in layers for hook in hook_site(nodes[i], site, scale_copies(i)))
     with steered(structure, _capturing_attention(prefix), itertools.chain(inputs, sites)):
         structure.decoder(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
     return prefix

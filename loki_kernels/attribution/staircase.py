@@ -13,36 +13,24 @@ implementation registered with transformers attends to the prefix.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
-from ..ops import (
-    integrate_path,
-    shared_prefix_attention,
-    target_probability,
-)
-from ..structure import Head, Structure, in_float64
+from ..ops import shared_prefix_attention, target_probability
+from ..structure import Head, Structure
 from .definitions import PathIntegral
+from .integration import GUARD_TOLERANCE, integrate, relative_error
 from .path import path_points
 from .prefill import Batch, Prefill, Prefix
 from .scores import Scores
-from .steering import Attend, hook_layer_input, hook_site, refusing, steered
-
-# Largest relative difference allowed between the unperturbed point's logits and the prefill's: the
-# same numbers through products of another shape. Measured on SmolLM2-135M: 2e-6 (float32),
-# 1e-2 (bfloat16).
-_GUARD_TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 8e-2,
-}
+from .steering import Attend, hook_layer_input, hook_site, like, refusing, steered
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ class Staircase:
 
     def run(
         self,
-        layers: range,
+        layers: Sequence[int],
         prefix: Prefix,
         *,
         prefix_per_point: bool = False,
@@ -106,16 +94,21 @@ class Staircase:
         ):
             hidden, values, gradients = self._differentiate(layers, trace)
         self._guard(hidden, trace.layer_inputs)
-        return self._integrate(layers, trace.ends, values, gradients)
+        ends = [trace.ends[layer] for layer in layers]
+        starts = None
+        if self.prefill.start is not None:
+            starts = [self.batch.at_last(self.prefill.start[layer]) for layer in layers]
+        return integrate(self.integral, values, gradients, ends, starts, self.prefill.target)
 
     def _start(self, layer: int) -> Tensor | None:
         """``[B, D]``, where the layer's path starts at the last token; None for zero."""
         start = self.prefill.start
         return None if start is None else self.batch.at_last(start[layer])
 
-    def _hook(self, layers: range, trace: _Trace) -> Iterator[RemovableHandle]:
+    def _hook(self, layers: Sequence[int], trace: _Trace) -> Iterator[RemovableHandle]:
         """Register the hooks that make the decoder run the points of ``layers``."""
         structure, m = self.structure, len(self.integral.alphas)
+        samples = self.batch.input_ids.shape[0]
 
         def append_points(layer: int) -> Callable[[Tensor], Tensor]:
             def change(hidden: Tensor) -> Tensor:
@@ -128,18 +121,19 @@ class Staircase:
 
         def set_points(layer: int) -> Callable[[Tensor], Tensor]:
             def change(x: Tensor) -> Tensor:
-                trace.ends[layer] = z = x[:, 0].detach()
+                points = x.view(samples, -1, x.shape[-1])
+                trace.ends[layer] = z = points[:, 0].detach()
                 path = path_points(z, self.integral.alphas, self._start(layer))
                 trace.leaves[layer] = path.requires_grad_()
-                return torch.cat([x[:, :-m], path], dim=1)
+                return like(torch.cat([points[:, :-m], path], dim=1), x)
 
             return change
 
-        site, down_projs = self.integral.definition.site, structure.every_down_proj()
+        site, nodes = self.integral.definition.site, structure.present()
         for i, layer in enumerate(structure.layers):
             yield hook_layer_input(layer, append_points(i))
         for i in layers:
-            yield hook_site(down_projs[i].module, site, set_points(i))
+            yield from hook_site(nodes[i], site, set_points(i))
 
     def _attend_shared(self, prefix: Prefix) -> Attend:
         """All points of a sample over one prefix."""
@@ -154,9 +148,14 @@ class Staircase:
         ) -> Tensor:
             prefix_k, prefix_v = prefix[module.layer_idx]  # type: ignore[index]
             lengths = self.batch.last.to(query.device)
-            return shared_prefix_attention(
+            width = value.shape[-1]
+            query, key, value, prefix_k, prefix_v = _of_one_width(
+                query, key, value, prefix_k, prefix_v
+            )
+            output = shared_prefix_attention(
                 query, key, value, prefix_k, prefix_v, lengths, **options
             )
+            return output[..., :width]
 
         return attend
 
@@ -172,6 +171,10 @@ class Staircase:
             **options: Any,
         ) -> Tensor:
             prefix_k, prefix_v = prefix[module.layer_idx]  # type: ignore[index]
+            width = value.shape[-1]
+            query, key, value, prefix_k, prefix_v = _of_one_width(
+                query, key, value, prefix_k, prefix_v
+            )
             samples, heads, points, dim = query.shape
             q, k, v = (
                 x.transpose(1, 2).reshape(samples * points, x.shape[1], 1, dim)
@@ -179,12 +182,12 @@ class Staircase:
             )
             lengths = self.batch.last.to(query.device).repeat_interleave(points)
             output = shared_prefix_attention(q, k, v, prefix_k, prefix_v, lengths, **options)
-            return output.view(samples, points, heads, dim).transpose(1, 2)
+            return output.view(samples, points, heads, dim).transpose(1, 2)[..., :width]
 
         return attend
 
     def _differentiate(
-        self, layers: range, trace: _Trace
+        self, layers: Sequence[int], trace: _Trace
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """All points forward, and back to the leaves; ``torch.compile`` takes it whole.
 
@@ -217,54 +220,15 @@ class Staircase:
         )
         return hidden[:, 0].detach(), objectives[objective].detach(), gradients
 
-    def _integrate(
-        self,
-        layers: range,
-        ends: dict[int, Tensor],
-        values: Tensor,
-        gradients: tuple[Tensor, ...],
-    ) -> Scores:
-        """All layers at once: a launch a layer costs the host 20 to 60 times the device's work."""
-        definition, alphas = self.integral.definition, self.integral.alphas
-        samples, m, device = values.shape[0], len(alphas), values.device
-
-        def stacked(of_layers: Iterable[Tensor]) -> Tensor:
-            """L of ``[B, ...]`` as ``[L * B, ...]``; layers may lie on several devices."""
-            return torch.stack([x.to(device) for x in of_layers]).flatten(0, 1)
-
-        at_points = values[:, 1:].view(samples, len(layers), m)
-        weights = self.integral.weights.to(values, non_blocking=True)
-        if definition.objective == "probability":
-            weights = weights * at_points
-        z = start = None
-        if definition.multiply:
-            z = stacked(ends[layer] for layer in layers)
-            if self.prefill.start is not None:
-                start = stacked(self.batch.at_last(self.prefill.start[layer]) for layer in layers)
-        weights = weights.expand_as(at_points).transpose(0, 1).flatten(0, 1)
-        scores = integrate_path(stacked(gradients), weights, z, start)
-        start_point = (alphas == 0).nonzero().flatten()
-        change = (
-            values[:, :1] - at_points[:, :, int(start_point[0])]
-            if len(start_point)
-            else torch.full_like(at_points[:, :, 0], float("nan"))
-        )
-        return Scores(
-            scores.view(len(layers), samples, -1).transpose(0, 1),
-            change,
-            values[:, 0],
-            self.prefill.target,
-        )
-
     def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:
         """The unperturbed point must reproduce the prefill, or the model is refused."""
-        tolerance = _GUARD_TOLERANCE[hidden.dtype]
-        error = _relative_error(self.head.logits(hidden), self.prefill.logits)
+        tolerance = GUARD_TOLERANCE[hidden.dtype]
+        error = relative_error(self.head.logits(hidden), self.prefill.logits)
         if error <= tolerance:
             return
         name = type(self.structure.causal_lm).__name__
         pairs = itertools.pairwise(
-            _relative_error(got, want)
+            relative_error(got, want)
             for got, want in zip(layer_inputs, self.prefill.layer_inputs, strict=True)
         )
         for layer, (before, after) in enumerate(pairs):
@@ -282,8 +246,14 @@ class Staircase:
         )
 
 
-def _relative_error(got: Tensor, want: Tensor) -> float:
-    """The largest of the samples' errors; infinite where one is NaN."""
-    got, want = in_float64(got.to(want.device)), in_float64(want)
-    error = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
-    return float(error.nan_to_num(nan=float("inf")).max())
+def _of_one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values ``[..., d]`` filled up with zeros to the widest.
+
+    In multi-head latent attention values are narrower than keys. Zeros add nothing to a product,
+    and the columns that they add to the output are cut off.
+    """
+    widest = max(x.shape[-1] for x in tensors)
+    return tuple(
+        x if x.shape[-1] == widest else functional.pad(x, (0, widest - x.shape[-1]))
+        for x in tensors
+    )

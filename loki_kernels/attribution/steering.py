@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
-from ..structure import Structure
+from ..structure import FFN, Structure
 
 ATTENTION_NAME = "loki_kernels"
 
@@ -54,8 +54,8 @@ AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
-def why_no_attribution(decoder: Any) -> str | None:
-    """What speaks against attributing a text decoder before it runs; None if nothing does."""
+def why_no_staircase(decoder: Any) -> str | None:
+    """What speaks against the staircase before a text decoder runs; None if nothing does."""
     name = type(decoder).__name__
     dispatches = getattr(type(decoder), "_can_set_attn_implementation", None)
     if dispatches is not None and not dispatches():
@@ -65,7 +65,7 @@ def why_no_attribution(decoder: Any) -> str | None:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return (
                 f"layer {i} of {name} keeps another state than keys and values "
-                f"({type(layer).__name__}), which is not supported yet."
+                f"({type(layer).__name__})."
             )
     return None
 
@@ -193,9 +193,36 @@ def hook_layer_input(layer: nn.Module, change: Change) -> RemovableHandle:
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def hook_site(module: nn.Module, site: str, change: Change) -> RemovableHandle:
-    """Call ``change`` on the attributed activation: the module's output, or its input."""
-    if site == "down_proj":
-        return module.register_forward_hook(lambda _module, _args, output: change(output))
+def hook_site(ffn: FFN, site: str, change: Change) -> Iterator[RemovableHandle]:
+    """Register hooks that call ``change`` on the attributed activation: the node's output, or its
+    input.
 
-    return module.register_forward_pre_hook(lambda _module, args: (change(args[0]), *args[1:]))
+    Of an output with more in it, such as a router's logits, on the first part. Where a layer adds
+    up several, the last gives the changed sum and the others zero; that the layer does add them up
+    as they are is seen from its logits.
+    """
+    earlier: list[Tensor] = []
+
+    def replace(_node: nn.Module, _args: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        if len(earlier) < len(ffn.nodes) - 1:
+            earlier.append(x)
+            x = torch.zeros_like(x)
+        else:
+            total = x
+            for part in earlier:
+                total = total + part.view_as(x)
+            earlier.clear()
+            x = change(total)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    for node in ffn.nodes:
+        if site == "down_proj":
+            yield node.register_forward_hook(replace)
+        else:
+            yield node.register_forward_pre_hook(lambda _m, args: (change(args[0]), *args[1:]))
+
+
+def like(new: Tensor, given: Tensor) -> Tensor:
+    """``[..., tokens, D]`` with as many dimensions as a module gave: OPT's gives two."""
+    return new.flatten(0, new.ndim - given.ndim)

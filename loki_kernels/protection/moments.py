@@ -23,9 +23,9 @@ def layers_at_a_time(layers: Sequence[DownProjection]) -> Iterator[list[DownProj
     again for its eigenvectors."""
     group: list[DownProjection] = []
     taken = 0
-    room = _room(layers[0].module.weight.device)
+    room = _room(layers[0].weight.device)
     for down_proj in layers:
-        size = 8 * down_proj.module.in_features**2
+        size = 8 * down_proj.in_features**2
         if group and taken + size > room:
             yield group
             group, taken = [], 0

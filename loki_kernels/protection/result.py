@@ -58,10 +58,10 @@ class Protection:
             held = self.directions.get(down_proj.name)
             if held is None:
                 raise ValueError(f"the protection is of another model: it lacks {down_proj.name}.")
-            if len(held) != down_proj.module.in_features:
+            if len(held) != down_proj.in_features:
                 raise ValueError(
                     f"the protection is of another model: {down_proj.name} has "
-                    f"{down_proj.module.in_features} inputs, and {len(held)} there."
+                    f"{down_proj.in_features} inputs, and {len(held)} there."
                 )
 
     @property

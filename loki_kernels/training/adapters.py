@@ -48,8 +48,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = AdapterConfig(
         base=_base_name(structure),
         rows=[
-            layers[d.name].index.tolist() if d is not None and d.name in layers else []
-            for d in structure.down_projs
+            layers[ffn.projections[0].name].index.tolist()
+            if ffn is not None and ffn.projections[0].name in layers
+            else []
+            for ffn in structure.ffns
         ],
         rank=next(iter(layers.values())).rank,
         base_rows=adapter_file.base_rows(layers),

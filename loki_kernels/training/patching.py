@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ def patch(
         raise ValueError("analysis= is for rows=None; rows that are given need none.")
     saved = _saved_update(rows)
     if saved is not None:
-        names = [d.name if d else None for d in structure.down_projs]
+        names = [ffn.projections[0].name if ffn else None for ffn in structure.ffns]
         rows, rank = saved.rows_of(names), saved.rank
     protection = _protection_to_keep(model, structure, protect, tokenizer)
     selection = _selection_to_train(model, structure, rows, tokenizer, quota, analysis)
@@ -258,7 +258,7 @@ def _selection_to_train(
         return agree_on_rows(as_selection(rows), analysed=False)
     if rows_per_layer(quota, structure.hidden_size) == structure.hidden_size:
         width = structure.hidden_size
-        every = [list(range(width)) if d is not None else [] for d in structure.down_projs]
+        every = [list(range(width)) if ffn is not None else [] for ffn in structure.ffns]
         return RowSelection(every, {"width": width, "quota": quota})
     selection = select(cached_attribution(model, structure, tokenizer, analysis), quota)
     return agree_on_rows(selection, analysed=True)
@@ -289,7 +289,7 @@ def _protection_to_keep(
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:
     if rank is not None:
         return "low-rank rows need the product itself"
-    if is_sharded(down_proj.module.weight):
+    if is_sharded(down_proj.weight):
         return "its weights are sharded"
     return find_gating(down_proj)
 
@@ -315,7 +315,7 @@ def _replace_linear(
     directions: Tensor | None,
     undo: contextlib.ExitStack,
 ) -> LokiLinear:
-    linear = down_proj.module
+    linear = cast(nn.Linear, down_proj.module)
     layer = LokiLinear.from_linear(linear, index, rank, directions)
     for hooks in _HOOKS:  # the same objects, so that a handle removes its hook from both
         setattr(layer, hooks, getattr(linear, hooks))

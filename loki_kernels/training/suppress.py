@@ -27,8 +27,7 @@ def suppress(model: nn.Module, rows: Rows) -> Iterator[nn.Module]:
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         for down_proj, layer_rows in by_layer:
-            linear = down_proj.module
-            for parameter in (linear.weight, linear.bias):
+            for parameter in (down_proj.weight, getattr(down_proj.module, "bias", None)):
                 if parameter is None:
                     continue
                 index = layer_rows.to(parameter.device)

@@ -114,14 +114,14 @@ def assign_rows(
             f"{structure.hidden_size}."
         )
     assigned: list[tuple[DownProjection, Tensor]] = []
-    for layer, (rows, down_proj) in enumerate(zip(selection, structure.down_projs, strict=True)):
+    for layer, (rows, ffn) in enumerate(zip(selection, structure.ffns, strict=True)):
         if len(rows) and int(rows[-1]) >= structure.hidden_size:
             raise ValueError(
                 f"row {int(rows[-1])} of layer {layer} is out of range: the model's hidden_size "
                 f"is {structure.hidden_size}."
             )
-        if down_proj is not None:
-            assigned.append((down_proj, rows))
+        if ffn is not None:
+            assigned += [(down_proj, rows) for down_proj in ffn.projections]
         elif len(rows):
             raise ValueError(f"the selection has rows of layer {layer}, which has no FFN.")
     return assigned

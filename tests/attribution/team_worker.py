@@ -30,9 +30,9 @@ attributed: list[list[int]] = []
 compute = job._attribute_batch
 
 
-def recording(structure, batch, integral):
+def recording(engine, batch):
     attributed.append(batch.members)
-    return compute(structure, batch, integral)
+    return compute(engine, batch)
 
 
 def same(got, want) -> bool:

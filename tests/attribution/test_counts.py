@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loki_kernels import Attribution, AttributionCounts, attribute, select
-from loki_kernels.attribution import staircase
+from loki_kernels.attribution import integration
 from loki_kernels.ops import count_lowest, integrate_path
 
 
@@ -88,6 +88,6 @@ def test_counting_nan_scores_names_the_prompt(model, prompts, monkeypatch):
     def undefined(gradients, *args, **options):
         return integrate_path(gradients * float("nan"), *args, **options)
 
-    monkeypatch.setattr(staircase, "integrate_path", undefined)
+    monkeypatch.setattr(integration, "integrate_path", undefined)
     with pytest.raises(ValueError, match="the scores of prompt 2 in layer 0 hold NaN"):
         attribute(model, prompts, keep="counts", batch_size=1)

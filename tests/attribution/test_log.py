@@ -49,9 +49,9 @@ def attributed(monkeypatch):
     batches = []
     compute = job._attribute_batch
 
-    def recording(structure, batch, integral):
+    def recording(engine, batch):
         batches.append(batch.members)
-        return compute(structure, batch, integral)
+        return compute(engine, batch)
 
     monkeypatch.setattr(job, "_attribute_batch", recording)
     return batches

@@ -57,10 +57,10 @@ def test_no_more_than_a_window_is_read_ahead(model, windows_of_three, monkeypatc
 
     compute = job._attribute_batch
 
-    def looking(structure, batch, integral):
+    def looking(engine, batch):
         assert len(read) <= 3 * (len(lengths) // 2 + 1)
         lengths.append(batch.lengths.tolist())
-        return compute(structure, batch, integral)
+        return compute(engine, batch)
 
     monkeypatch.setattr(job, "_attribute_batch", looking)
     attribute(model, prompts(), **OPTIONS)

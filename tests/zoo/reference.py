@@ -36,6 +36,7 @@ _LOOSE = (
 _DOWN = (
     "down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h", "wo", "Wo", "output_linear",
     "w_out", "layer_2", "lin2", "linear2", "proj_out", "value", "output", "proj_down", "2",
+    "post_expert_proj",
 )  # fmt: skip
 
 _PLAIN = (nn.Linear, FalconLinear, Conv1D)
@@ -51,15 +52,16 @@ class Site:
 
     Attributes:
         layer: its name in the model.
-        node: the name of the module whose output is attributed: the lone down-projection, or the
-            whole branch where it has several (experts). None without an FFN, or without one node.
+        nodes: the names of the modules whose outputs, added up, are attributed: the lone
+            down-projection, or the whole branch where it has several (experts); several branches
+            where the layer adds them up. Empty without an FFN.
         weights: the down-projections in the state dict, with the axis that the rows are along.
         width: how many rows they have.
         branches: the names of the modules that are the FFN.
     """
 
     layer: str
-    node: str | None
+    nodes: tuple[str, ...]
     weights: tuple[tuple[str, int], ...]
     width: int
     branches: tuple[str, ...]
@@ -100,7 +102,7 @@ def _hidden_size(model: nn.Module) -> int:
 def _site(name: str, layer: nn.Module, width: int) -> Site:
     for loose in _LOOSE:
         if _has(layer, loose):
-            return Site(name, f"{name}.{loose}", ((f"{name}.{loose}.weight", 0),), width, ())
+            return Site(name, (f"{name}.{loose}",), ((f"{name}.{loose}.weight", 0),), width, ())
     branches = [branch for branch in _BRANCHES if _has(layer, branch)]
     mixer = getattr(layer, "mixer", None)
     if type(mixer).__name__.endswith(("MLP", "MoE")):  # a layer of NemotronH is one or the other
@@ -112,11 +114,10 @@ def _site(name: str, layer: nn.Module, width: int) -> Site:
         nodes += [node for node, _, _ in found]
         weights += [(weight, axis) for _, weight, axis in found]
     names = tuple(f"{name}.{branch}" for branch in branches)
-    node = None
-    if len(branches) == 1:
-        lone = len(nodes) == 1 and type(layer.get_submodule(nodes[0][len(name) + 1 :])) in _PLAIN
-        node = nodes[0] if lone else names[0]
-    return Site(name, node, tuple(weights), width, names)
+    lone = len(branches) == len(nodes) == 1
+    if lone and type(layer.get_submodule(nodes[0][len(name) + 1 :])) in _PLAIN:
+        return Site(name, (nodes[0],), tuple(weights), width, names)
+    return Site(name, names, tuple(weights), width, names)
 
 
 def _has(layer: nn.Module, name: str) -> bool:
@@ -131,13 +132,13 @@ def _down_weights(branch: nn.Module, width: int, prefix: str) -> Iterator[tuple[
     """(module, parameter, axis of the rows) of everything named like a down-projection."""
     for name, parameter in branch.named_parameters():
         path = name.removesuffix(".weight").split(".")
-        if parameter.ndim < 2 or path[-1] not in _DOWN:
+        if parameter.ndim < 2 or path[-1] not in _DOWN or "gate" in path:  # Zaya's router
             continue
         if name.endswith(".weight"):
             module = branch.get_submodule(name.removesuffix(".weight"))
             axis = 0 if isinstance(module, nn.Linear) else parameter.shape.index(width)
             yield f"{prefix}.{name.removesuffix('.weight')}", f"{prefix}.{name}", axis
-        else:  # experts in one tensor
+        elif width in parameter.shape:  # experts in one tensor; MuseSpark's are narrower
             yield prefix, f"{prefix}.{name}", parameter.shape.index(width)
 
 
@@ -147,23 +148,27 @@ def reference_scores(model: nn.Module, ids: Tensor, points: int) -> dict[int, Te
     Raises:
         NoReference: if the model does not run on tokens alone, or a layer's FFN has no single node.
     """
-    sites = {i: site for i, site in enumerate(find_layers(model)) if site.branches or site.node}
+    sites = {i: site for i, site in enumerate(find_layers(model)) if site.nodes}
     if not sites:
         raise NoReference("no layer has an FFN")
-    logits, calls = _record(model, ids, [site.node for site in sites.values() if site.node])
-    for site in sites.values():
-        if site.node is None:
-            raise NoReference(f"{site.layer} sums {' and '.join(site.branches)}: no single node")
-        if len(calls.get(site.node, ())) != 1:
-            raise NoReference(f"{site.node} is called {len(calls.get(site.node, ()))} times")
+    logits, calls = _record(model, ids, [node for site in sites.values() for node in site.nodes])
     token = int(logits.argmax())
     scores = {}
     for layer, site in sites.items():
-        output = calls[site.node][0]
-        if output.numel() != len(ids) * output.shape[-1]:
-            raise NoReference(f"{site.node} gives {tuple(output.shape)} for {len(ids)} tokens")
-        z = _by_token(output, 1, len(ids))[0, -1]
-        scores[layer] = _scores(model, model.get_submodule(site.node), ids, z, token, points)
+        z = torch.zeros(())
+        for node in site.nodes:
+            if len(calls.get(node, ())) != 1:
+                raise NoReference(f"{node} is called {len(calls.get(node, ()))} times")
+            output = calls[node][0]
+            if output.numel() != len(ids) * output.shape[-1]:
+                raise NoReference(f"{node} gives {tuple(output.shape)} for {len(ids)} tokens")
+            z = z + _by_token(output, 1, len(ids))[0, -1]
+        modules = [model.get_submodule(node) for node in site.nodes]
+        if len(modules) > 1:
+            got = _replaced(model, modules, ids, z[None])
+            if not torch.allclose(got[0], logits, rtol=1e-4, atol=1e-4):
+                raise NoReference(f"{site.layer} does more than add up {' and '.join(site.nodes)}")
+        scores[layer] = _scores(model, modules, ids, z, token, points)
     return scores
 
 
@@ -174,7 +179,7 @@ def layers_that_run(model: nn.Module, ids: Tensor) -> list[bool]:
         NoReference: if the model does not run on tokens alone.
     """
     sites = find_layers(model)
-    first = [site.node or site.branches[0] if site.weights else None for site in sites]
+    first = [site.nodes[0] if site.weights else None for site in sites]
     _, calls = _record(model, ids, [name for name in first if name])
     return [name in calls for name in first]
 
@@ -206,31 +211,41 @@ def _record(
 
 
 def _scores(
-    model: nn.Module, node: nn.Module, ids: Tensor, z: Tensor, token: int, points: int
+    model: nn.Module, nodes: list[nn.Module], ids: Tensor, z: Tensor, token: int, points: int
 ) -> Tensor:
     steps = torch.arange(points) / points
     path = (steps[:, None] * z).requires_grad_()  # [m, D], the left rule from zero
+    with torch.enable_grad():
+        value = _replaced(model, nodes, ids, path).float().softmax(-1)[:, token]
+        (gradient,) = torch.autograd.grad(value.sum(), path, allow_unused=True)
+    if gradient is None or not gradient.any():
+        raise NoReference("no gradient reaches the FFN")
+    return (gradient.mean(0) * z).detach()
 
-    def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+
+def _replaced(model: nn.Module, nodes: list[nn.Module], ids: Tensor, last: Tensor) -> Tensor:
+    """The last token's logits ``[m, V]`` where the nodes add up to ``last`` ``[m, D]`` there."""
+    points = len(last)
+    called: list[nn.Module] = []
+
+    def replace(module: nn.Module, _inputs: Any, output: Any) -> Any:
         x = _first(output)
+        called.append(module)
+        new = last if len(called) == len(nodes) else torch.zeros_like(last)
         tokens = _by_token(x, points, len(ids))
-        tokens = torch.cat([tokens[:, :-1], path[:, None]], dim=1)
+        tokens = torch.cat([tokens[:, :-1], new[:, None]], dim=1)
         if x.shape[:2] == (len(ids), points):
             tokens = tokens.transpose(0, 1)
         x = tokens.reshape(x.shape)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
-    handle = node.register_forward_hook(replace)
+    handles = [node.register_forward_hook(replace) for node in nodes]
     try:
-        with torch.enable_grad():
-            logits = model(input_ids=ids.expand(points, -1), use_cache=False).logits
-            value = logits[:, -1].float().softmax(-1)[:, token]
-            (gradient,) = torch.autograd.grad(value.sum(), path, allow_unused=True)
+        logits: Tensor = model(input_ids=ids.expand(points, -1), use_cache=False).logits
+        return logits[:, -1]
     finally:
-        handle.remove()
-    if gradient is None or not gradient.any():
-        raise NoReference("no gradient reaches the FFN")
-    return (gradient.mean(0) * z).detach()
+        for handle in handles:
+            handle.remove()
 
 
 def _first(output: Any) -> Tensor:

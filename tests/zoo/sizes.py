@@ -281,6 +281,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "depths": [1],
             "num_hidden_layers": 1,
         },
+        "text_config": {"moe_hidden_size": 40},
         "out_hidden_size": 32,
         "projector_hidden_size": 32,
     },

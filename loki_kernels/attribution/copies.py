@@ -1,0 +1,308 @@
+"""Path points as copies of the prompt in a batch, through the model's own forward pass.
+
+The engines for models that the staircase cannot run. *decode*: all but the last token go through an
+ordinary cached prefill, and the copies are that cache, repeated, with the last token processed in
+one step; what the model keeps (keys and values, a recurrent state, a convolution's window) is the
+model's own affair. *reforward*: the copies are whole prompts, for models without such a cache. In
+both a hook on each FFN puts the points of its layer in place, copy 0 stays as it is and has to give
+the logits of the ordinary prompt, and one backward pass reaches all points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..discovery import is_mixer
+from ..errors import UnsupportedModelError
+from ..options import EngineName
+from ..structure import FFN, Structure
+from .definitions import PathIntegral
+from .integration import GUARD_TOLERANCE, integrate, relative_error
+from .path import path_points
+from .prefill import Batch, check_logits, keep_site
+from .scores import Scores
+from .steering import hook_site, hooking, like, refusing
+
+# What the copies of a chunk may keep beside the model: their caches, or their hidden states.
+_BYTES_ON_CPU = 2**30
+_SHARE_OF_FREE = 0.25
+# Hidden states that a layer keeps of a token for its backward pass, roughly.
+_STATES = 30
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Attributes one prompt after another, some layers at a time.
+
+    Attributes:
+        structure: the model.
+        integral: what is integrated.
+        cached: whether all but the last token come from a cache (*decode*).
+        numbered: whether the model is told the last token's position; some count themselves.
+    """
+
+    structure: Structure
+    integral: PathIntegral
+    cached: bool
+    numbered: bool = True
+    name: EngineName = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", "decode" if self.cached else "reforward")
+
+    def attribute(self, batch: Batch) -> Scores:
+        """Scores of every prompt and layer.
+
+        Raises:
+            UnsupportedModelError: if copy 0 does not reproduce the prompt's logits, or the model's
+                code does not take the copies.
+            ValueError: if the logits are NaN.
+        """
+        samples = []
+        for i, length in enumerate(batch.lengths.tolist()):
+            target = None if batch.target is None else batch.target[i : i + 1]
+            samples.append(self._attribute_prompt(batch.input_ids[i : i + 1, :length], target))
+        return Scores.of_samples(samples)
+
+    def _attribute_prompt(self, ids: Tensor, target: Tensor | None) -> Scores:
+        """Of ``ids`` ``[1, T]``."""
+        structure, nodes = self.structure, self.structure.present()
+        calls = dict.fromkeys(nodes, 0)
+        with refusing(structure, "its forward pass over the prompt"):
+            starts = self._baseline(ids)
+            with hooking(_counting(nodes, calls)):
+                logits = self._run(ids)
+            for layer, count in calls.items():
+                if count != 1:
+                    raise UnsupportedModelError(
+                        f"the FFN of layer {layer} of {type(structure.causal_lm).__name__} runs "
+                        f"{count} times in one forward pass, so a node has no single value."
+                    )
+            check_logits(structure, logits)
+            cache = self._prefill(ids[:, :-1]) if self.cached and ids.shape[1] > 1 else None
+        token = logits.argmax(-1) if target is None else target.to(logits.device)
+        parts = []
+        for layers in self._chunks(list(nodes), ids.shape[1], cache):
+            what = f"{1 + len(layers) * len(self.integral.alphas)} copies in its own forward pass"
+            with refusing(structure, what), torch.enable_grad():
+                parts.append(self._attribute_layers(layers, ids, cache, starts, logits, token))
+        return Scores.of_layers(parts)
+
+    def _baseline(self, ids: Tensor) -> dict[int, Tensor] | None:
+        """Layer -> ``[T, D]``, where the path starts; None for zero."""
+        definition = self.integral.definition
+        if definition.baseline != "token_zero":
+            return None
+        kept: dict[int, Tensor] = {}
+        with hooking(keep_site(self.structure, definition.site, kept)):
+            self._run(torch.zeros_like(ids))
+        return {layer: x.reshape(ids.shape[1], -1) for layer, x in kept.items()}
+
+    def _attribute_layers(
+        self,
+        layers: Sequence[int],
+        ids: Tensor,
+        cache: Any,
+        starts: dict[int, Tensor] | None,
+        logits: Tensor,
+        token: Tensor,
+    ) -> Scores:
+        """Of these layers, given the prompt's own ``logits`` ``[1, V]``."""
+        structure, integral, m = self.structure, self.integral, len(self.integral.alphas)
+        rows = 1 + len(layers) * m
+        leaves: dict[int, Tensor] = {}
+        ends: dict[int, Tensor] = {}
+
+        def set_points(layer: int, first: int) -> Callable[[Tensor], Tensor]:
+            def change(x: Tensor) -> Tensor:
+                copies = x.reshape(rows, -1, x.shape[-1])  # [copies, tokens, D]
+                scaled = copies.shape[1] if integral.definition.path == "sequence" else 1
+                z = copies[0, -scaled:].detach()  # [scaled, D]
+                start = None if starts is None else starts[layer][-scaled:]
+                points = path_points(z, integral.alphas, start).transpose(0, 1).contiguous()
+                ends[layer], leaves[layer] = z[-1:], points.requires_grad_()
+                ours = copies[first : first + m]
+                ours = torch.cat([ours[:, :-scaled], points], dim=1)
+                return like(torch.cat([copies[:first], ours, copies[first + m :]]), x)
+
+            return change
+
+        nodes = structure.present()
+
+        def hooks() -> Iterator[RemovableHandle]:
+            for i, layer in enumerate(layers):
+                yield from hook_site(
+                    nodes[layer], integral.definition.site, set_points(layer, 1 + i * m)
+                )
+            yield from _check_mixers(structure)
+
+        with hooking(hooks()), _mutable(cache):
+            got = self._step(ids, cache, rows) if self.cached else self._run(ids.expand(rows, -1))
+            wide = torch.float64 if got.dtype == torch.float64 else torch.float32
+            objectives = _objectives(got.to(wide), token)
+            objective = integral.definition.objective
+            # The gradient of p is p times that of log p, which does not underflow in float16.
+            which = "logit" if objective == "logit" else "log_probability"
+            gradients = torch.autograd.grad(
+                objectives[which][1:].sum(), [leaves[layer] for layer in layers]
+            )
+        error, tolerance = relative_error(got[:1].detach(), logits), GUARD_TOLERANCE[logits.dtype]
+        if error > tolerance:
+            raise UnsupportedModelError(
+                f"{type(structure.causal_lm).__name__}: a copy of the prompt "
+                f"{'over its cache ' if self.cached else ''}gives other logits than the prompt "
+                f"alone (relative error {error:.2g}, allowed {tolerance:.0e})."
+            )
+        return integrate(
+            integral,
+            objectives[objective].detach()[None],
+            [gradient[None, :, -1] for gradient in gradients],
+            [ends[layer] for layer in layers],
+            None if starts is None else [starts[layer][-1:] for layer in layers],
+            token,
+        )
+
+    def _run(self, ids: Tensor) -> Tensor:
+        """Logits ``[copies, V]`` at the last token of whole prompts, without a cache."""
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in self._arguments:
+            options["logits_to_keep"] = 1
+        output: Any = self.structure.causal_lm(input_ids=ids, **options)
+        logits: Tensor = output.logits
+        return logits[:, -1]
+
+    def _prefill(self, ids: Tensor) -> Any:
+        """The model's own cache of these tokens.
+
+        Raises:
+            UnsupportedModelError: if it returns none.
+        """
+        output: Any = self.structure.causal_lm(input_ids=ids, use_cache=True)
+        caches = (getattr(output, name, None) for name in _CACHES)
+        cache = next((cache for cache in caches if cache is not None), None)
+        if not hasattr(cache, "reorder_cache"):
+            raise UnsupportedModelError(
+                f"{type(self.structure.causal_lm).__name__} returns no cache that could "
+                "be repeated."
+            )
+        return cache
+
+    def _step(self, ids: Tensor, cache: Any, rows: int) -> Tensor:
+        """Logits ``[rows, V]`` of the last token over ``rows`` copies of the cache."""
+        options: dict[str, Any] = {"use_cache": True}
+        if cache is not None:
+            repeated = copy.deepcopy(cache)
+            repeated.reorder_cache(torch.zeros(rows, dtype=torch.long, device=ids.device))
+            options[next(name for name in _CACHES if name in self._arguments)] = repeated
+        if self.numbered and "position_ids" in self._arguments:
+            place = torch.tensor([[ids.shape[1] - 1]], device=ids.device)
+            options["position_ids"] = place.expand(rows, -1)
+        last = ids[:, -1:].expand(rows, -1)
+        output: Any = self.structure.causal_lm(input_ids=last, **options)
+        logits: Tensor = output.logits
+        return logits[:, -1]
+
+    @property
+    def _arguments(self) -> Any:
+        return inspect.signature(type(self.structure.causal_lm).forward).parameters
+
+    def _chunks(self, layers: list[int], tokens: int, cache: Any) -> Iterator[list[int]]:
+        """As many layers at a time as there is room for copies."""
+        device = self.structure.device
+        room: float = _BYTES_ON_CPU
+        if device.type == "cuda":
+            room = _SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]
+        weight = next(self.structure.causal_lm.parameters())
+        states = _STATES * len(self.structure.layers) * self.structure.hidden_size
+        each = weight.element_size() * states * (1 if self.cached else tokens) + _size(cache)
+        count = max(1, int((room / each - 1) // len(self.integral.alphas)))
+        for first in range(0, len(layers), count):
+            yield layers[first : first + count]
+
+
+# What transformers calls a cache, in arguments and outputs.
+_CACHES = ("cache", "past_key_values", "cache_params")
+_OUT_OF_PLACE = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _mutable(cache: Any) -> AbstractContextManager[Any]:
+    """Where a recurrent state may be written in place, also in the step that is differentiated."""
+    layers = [] if cache is None else getattr(cache, "layers", [None])
+    if all(type(layer) in _OUT_OF_PLACE for layer in layers):
+        return contextlib.nullcontext()
+    return torch.autograd.graph.allow_mutation_on_saved_tensors()
+
+
+def _size(cache: Any) -> int:
+    """Bytes of the tensors in a cache of one prompt."""
+    total = 0
+    for layer in getattr(cache, "layers", []):
+        for value in vars(layer).values():
+            held = value if isinstance(value, (list, tuple)) else [value]
+            total += sum(x.nbytes for x in held if isinstance(x, Tensor))
+    return total
+
+
+def _objectives(logits: Tensor, token: Tensor) -> dict[str, Tensor]:
+    """Each objective of the token, ``[copies]``."""
+    log_probability = logits.log_softmax(-1)[:, token[0]]
+    return {
+        "logit": logits[:, token[0]],
+        "log_probability": log_probability,
+        "probability": log_probability.exp(),
+    }
+
+
+def _counting(nodes: dict[int, FFN], calls: dict[int, int]) -> Iterator[RemovableHandle]:
+    """Register hooks that count how often each layer's FFN runs."""
+
+    def count(layer: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[layer] += 1
+
+        return hook
+
+    for layer, ffn in nodes.items():
+        yield ffn.nodes[0].register_forward_hook(count(layer))
+
+
+def _check_mixers(structure: Structure) -> Iterator[RemovableHandle]:
+    """Register hooks that raise where a module that mixes tokens drops the gradient.
+
+    Fused kernels for one token, where they are installed, may have no backward pass, and some say
+    nothing.
+    """
+
+    def check(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        given = [*args, *kwargs.values()]
+        result = list(output) if isinstance(output, (tuple, list)) else [output]
+        tensors = [x for x in result if isinstance(x, Tensor) and x.is_floating_point()]
+        wanted = any(isinstance(x, Tensor) and x.requires_grad for x in given)
+        if wanted and tensors and not any(x.requires_grad for x in tensors):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} gives no gradient of what it is given; a fused kernel "
+                "without a backward pass (mamba_ssm, causal_conv1d, fla) may be installed."
+            )
+
+    for layer in structure.layers:
+        for module in _outermost_mixers(layer):
+            yield module.register_forward_hook(check, with_kwargs=True)
+
+
+def _outermost_mixers(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if is_mixer(child):
+            yield child
+        else:
+            yield from _outermost_mixers(child)

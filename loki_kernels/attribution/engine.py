@@ -1,0 +1,145 @@
+"""Which engine runs an attribution: the cheapest that reproduces the model's own logits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from ..errors import UnsupportedModelError
+from ..options import EngineName
+from ..structure import Structure
+from .copies import Copies
+from .definitions import PathIntegral
+from .prefill import Batch, run_prefill
+from .probe import check_model
+from .scores import Scores
+from .staircase import Staircase
+from .steering import why_no_staircase
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = 16  # of the prompt that engines are tried with
+
+
+class Engine(Protocol):
+    """Attributes batches of prompts.
+
+    Attributes:
+        name: of the engine, for the record.
+    """
+
+    @property
+    def name(self) -> EngineName: ...
+
+    def attribute(self, batch: Batch) -> Scores:
+        """Scores of the layers that have an FFN."""
+
+
+@dataclass(frozen=True)
+class OnStaircase:
+    """All path points in one growing batch over the prompt's keys and values (`Staircase`)."""
+
+    structure: Structure
+    integral: PathIntegral
+    name: ClassVar[EngineName] = "staircase"
+
+    def attribute(self, batch: Batch) -> Scores:
+        structure, integral = self.structure, self.integral
+        check_model(structure, batch)
+        layers = list(structure.present())
+        prefill = run_prefill(structure, batch, integral.definition)
+        staircase = Staircase(structure, batch, prefill, integral)
+        if integral.definition.path == "last_token":
+            return staircase.run(layers, prefill.prefix)
+        from .sequence import scaled_prefixes
+
+        parts = []
+        # One layer at a time: a copy of the whole prompt's keys and values a path point is what the
+        # memory holds.
+        for layer in layers:
+            prefix = scaled_prefixes(structure, batch, prefill, integral, [layer])
+            parts.append(staircase.run([layer], prefix, prefix_per_point=True))
+        return Scores.of_layers(parts)
+
+
+def choose_engine(
+    structure: Structure, tokens: torch.Tensor, integral: PathIntegral, wanted: EngineName | None
+) -> Engine:
+    """The first engine that passes its own guard on a short prompt.
+
+    Args:
+        structure: a borrowed model.
+        tokens: int64 ``[T]``, of a prompt.
+        integral: what will be integrated.
+        wanted: an engine by name; None tries the staircase, then decode.
+
+    Raises:
+        UnsupportedModelError: if none does; it names each one's reason.
+        ValueError: if the logits are NaN.
+    """
+    one = PathIntegral(integral.definition, integral.alphas[-1:], integral.weights[-1:])
+    ids = tokens.repeat(-(-_TOKENS // len(tokens)))[-_TOKENS:].to(structure.device)
+    probe = Batch([], ids[None], torch.tensor([len(ids)], device=ids.device))
+    reasons = []
+    for engine in _candidates(structure, one, wanted):
+        try:
+            _refuse_early(engine, structure, integral)
+            engine.attribute(probe)
+        except UnsupportedModelError as error:
+            reasons.append(f"{engine.name}: {error}")
+            continue
+        chosen = _with_integral(engine, integral)
+        _say(chosen, reasons)
+        return chosen
+    hint = ""
+    if wanted is None:
+        hint = (
+            " engine='reforward' runs whole prompts for every path point, which takes about a "
+            "hundred times as long."
+        )
+    raise UnsupportedModelError("; ".join(dict.fromkeys(reasons)) + hint)
+
+
+def _candidates(
+    structure: Structure, integral: PathIntegral, wanted: EngineName | None
+) -> Iterator[OnStaircase | Copies]:
+    if wanted in (None, "staircase"):
+        yield OnStaircase(structure, integral)
+    if wanted in (None, "decode"):
+        yield Copies(structure, integral, cached=True)
+        yield Copies(structure, integral, cached=True, numbered=False)
+    if wanted == "reforward":
+        yield Copies(structure, integral, cached=False)
+
+
+def _with_integral(engine: OnStaircase | Copies, integral: PathIntegral) -> Engine:
+    if isinstance(engine, Copies):
+        return Copies(engine.structure, integral, engine.cached, engine.numbered)
+    return OnStaircase(engine.structure, integral)
+
+
+def _refuse_early(engine: Engine, structure: Structure, integral: PathIntegral) -> None:
+    """Raise UnsupportedModelError for what is known before anything runs."""
+    if engine.name == "staircase":
+        reason = why_no_staircase(structure.decoder)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+    if engine.name == "decode" and integral.definition.path == "sequence":
+        raise UnsupportedModelError(
+            "path='sequence' scales every token, and the earlier ones are in the cache."
+        )
+
+
+def _say(engine: Engine, reasons: list[str]) -> None:
+    if engine.name == "decode":
+        because = f" ({reasons[0]})" if reasons else ""
+        logger.info("attributing with the decode engine%s", because)
+    elif engine.name == "reforward":
+        logger.warning(
+            "the reforward engine runs the whole prompt for every path point of every layer, about "
+            "a hundred times the staircase's work at 128 tokens."
+        )

@@ -1,0 +1,104 @@
+"""Tiny random models of families that are no plain stack of attention and one linear FFN."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from tests.models import GQA
+
+PROMPT = [{"input_ids": [5, 6, 7, 8, 9, 10]}]
+VISION = {
+    "hidden_size": 48,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def built(model_class, config):
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if float(parameter.abs().max()) == 0:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def mixtral():
+    config = transformers.MixtralConfig(**GQA, num_local_experts=2)
+    return built(transformers.MixtralForCausalLM, config)
+
+
+def glm_moe():
+    config = transformers.Glm4MoeConfig(
+        **GQA, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2,
+        n_shared_experts=1, first_k_dense_replace=1, head_dim=12,
+    )  # fmt: skip
+    return built(transformers.Glm4MoeForCausalLM, config)
+
+
+def internvl():
+    config = transformers.InternVLConfig(
+        vision_config={**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+        text_config={"model_type": "qwen2", **GQA},
+        image_token_id=90,
+    )
+    return built(transformers.InternVLForConditionalGeneration, config)
+
+
+def paligemma():
+    config = transformers.PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", **VISION, "projection_dim": 48},
+        text_config={"model_type": "gemma", **GQA, "head_dim": 12},
+        projection_dim=48,
+        image_token_index=90,
+    )
+    return built(transformers.PaliGemmaForConditionalGeneration, config)
+
+
+def mamba():
+    config = transformers.MambaConfig(
+        vocab_size=97, hidden_size=48, state_size=8, num_hidden_layers=3, time_step_rank=4
+    )
+    return built(transformers.MambaForCausalLM, config)
+
+
+def gpt2():
+    config = transformers.GPT2Config(vocab_size=97, n_embd=48, n_layer=3, n_head=4, n_positions=32)
+    return built(transformers.GPT2LMHeadModel, config)
+
+
+def falcon():
+    config = transformers.FalconConfig(
+        vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=4
+    )
+    return built(transformers.FalconForCausalLM, config)
+
+
+def lfm2():
+    config = transformers.Lfm2Config(
+        **GQA, layer_types=["full_attention", "conv", "full_attention"],
+        block_auto_adjust_ff_dim=False, pad_token_id=0,
+    )  # fmt: skip
+    return built(transformers.Lfm2ForCausalLM, config)
+
+
+def falcon_h1():
+    config = transformers.FalconH1Config(
+        **GQA, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8,
+        mamba_chunk_size=8, lm_head_multiplier=1.5, mlp_multipliers=[1.3, 0.7], pad_token_id=0,
+    )  # fmt: skip
+    return built(transformers.FalconH1ForCausalLM, config)
+
+
+def granite_moe_hybrid():
+    config = transformers.GraniteMoeHybridConfig(
+        **GQA, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=64,
+        layer_types=["attention", "mamba", "attention"], mamba_n_heads=8, mamba_d_head=12,
+        mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8, pad_token_id=0,
+    )  # fmt: skip
+    return built(transformers.GraniteMoeHybridForCausalLM, config)

@@ -1,0 +1,145 @@
+"""The engines for models that are no plain stack of attention, against naive re-forwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import loki_kernels as loki
+from loki_kernels.attribution import copies
+from loki_kernels.attribution.reference import attribute_reference
+from tests.architectures import (
+    falcon,
+    falcon_h1,
+    glm_moe,
+    gpt2,
+    granite_moe_hybrid,
+    lfm2,
+    mixtral,
+    paligemma,
+)
+from tests.models import assert_unchanged, build_model, snapshot
+
+PROMPTS = [{"input_ids": [5, 6, 7, 8, 9, 10]}, {"input_ids": [11, 12]}, {"input_ids": [13]}]
+ENGINES = {
+    mixtral: "staircase",
+    glm_moe: "staircase",
+    gpt2: "decode",
+    falcon: "decode",
+    lfm2: "decode",
+    falcon_h1: "decode",
+    granite_moe_hybrid: "decode",
+}
+
+
+def assert_exact(model, result, tolerance=1e-4, **options):
+    for scores, prompt in zip(result.scores, PROMPTS, strict=True):
+        want = attribute_reference(model, torch.tensor(prompt["input_ids"]), **options)
+        error = (scores - want).norm(dim=-1) / want.norm(dim=-1)
+        assert error.max() <= tolerance
+
+
+@pytest.mark.parametrize("build", ENGINES)
+def test_equals_naive_reforward(build):
+    model = build()
+    before = snapshot(model)
+    result = loki.attribute(model, PROMPTS)
+    assert_unchanged(model, before)
+    assert result.run["engine"] == ENGINES[build]
+    assert_exact(model, result)
+
+
+@pytest.mark.parametrize("engine", ["decode", "reforward"])
+@pytest.mark.parametrize("definition", ["published", "paper"])
+def test_engines_by_name_equal_the_staircase(engine, definition):
+    model = build_model("qwen3")
+    want = loki.attribute(model, PROMPTS, definition=definition)
+    got = loki.attribute(model, PROMPTS, definition=definition, engine=engine)
+    assert got.run["engine"] == engine
+    assert torch.equal(got.targets, want.targets)
+    for name in ("scores", "value", "change", "completeness"):
+        wanted, found = getattr(want, name), getattr(got, name)
+        if wanted is not None:
+            assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6, equal_nan=True), name
+
+
+@pytest.mark.parametrize("site", ["down_proj", "ffn_neurons"])
+def test_reforward_takes_the_sequence_path(site):
+    model = build_model("llama")
+    want = loki.attribute(model, PROMPTS, definition="captum", site=site)
+    got = loki.attribute(model, PROMPTS, definition="captum", site=site, engine="reforward")
+    assert torch.allclose(got.scores, want.scores, rtol=1e-4, atol=1e-7)
+    with pytest.raises(loki.UnsupportedModelError, match="in the cache"):
+        loki.attribute(model, PROMPTS, definition="captum", engine="decode")
+
+
+def test_decode_starts_at_a_baseline():
+    model = lfm2()
+    got = loki.attribute(model, PROMPTS, baseline="token_zero", rule="midpoint", steps=3)
+    definition = loki.attribution.definitions.resolve_definition(
+        "published", {"baseline": "token_zero", "rule": "midpoint"}
+    )
+    assert_exact(model, got, definition=definition, steps=3)
+
+
+@pytest.mark.parametrize("engine", ["decode", "reforward"])
+def test_a_few_layers_at_a_time(engine, monkeypatch):
+    model = lfm2()
+    want = loki.attribute(model, PROMPTS)
+    monkeypatch.setattr(copies, "_BYTES_ON_CPU", 1)
+    got = loki.attribute(model, PROMPTS, engine=engine)
+    assert torch.allclose(got.scores, want.scores, rtol=1e-3, atol=1e-7)
+
+
+def test_a_prefix_that_is_not_causal_takes_reforward():
+    model = paligemma()
+    before = snapshot(model)
+    with pytest.raises(loki.UnsupportedModelError, match=r"later ones.*decode: .*engine='refor"):
+        loki.attribute(model, PROMPTS[:1])
+    assert_unchanged(model, before)
+
+
+def test_targets_that_are_given():
+    got = loki.attribute(lfm2(), PROMPTS, target=[3, 4, 5])
+    assert got.targets.tolist() == [3, 4, 5]
+    other = loki.attribute(lfm2(), PROMPTS, target=[3, 4, 6])
+    assert torch.equal(got.scores[:2], other.scores[:2])
+    assert not torch.allclose(got.scores[2], other.scores[2])
+
+
+def test_layers_run_twice_are_refused():
+    model = build_model()
+    layer = model.model.layers[1]
+    once = layer.forward
+    layer.forward = lambda x, **options: once(once(x, **options), **options)
+    for engine in (None, "decode", "reforward"):
+        with pytest.raises(loki.UnsupportedModelError, match=r"runs? .*times"):
+            loki.attribute(model, PROMPTS, engine=engine)
+
+
+def test_a_mixer_that_drops_the_gradient_is_noticed():
+    model = build_model()
+    attention = model.model.layers[2].self_attn
+    attention.register_forward_hook(lambda _m, _a, output: (output[0].detach(), *output[1:]))
+    with pytest.raises(loki.UnsupportedModelError, match="gives no gradient"):
+        loki.attribute(model, PROMPTS, engine="decode")
+
+
+def test_layers_without_an_ffn_have_no_rows():
+    model = build_model()
+    model.model.layers[1].mlp = torch.nn.Identity()
+    result = loki.attribute(model, PROMPTS)
+    assert result.run["without_ffn"] == [1]
+    assert not result.scores[:, 1].any()
+    assert result.scores[:, 0].any()
+    for strategy in ("layer_balanced", "global_lowest", "random"):
+        rows = loki.select(result, quota=10, strategy=strategy)
+        assert len(rows[1]) == 0
+        assert sum(map(len, rows)) == 2 * 4
+    counts = loki.attribute(model, PROMPTS, keep="counts")
+    assert [len(rows) for rows in loki.select(counts)] == [4, 0, 4]
+
+
+def test_unknown_engine():
+    with pytest.raises(ValueError, match="engine"):
+        loki.attribute(build_model(), PROMPTS, engine="fast")
