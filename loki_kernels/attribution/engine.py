@@ -17,6 +17,7 @@ from .definitions import PathIntegral
 from .prefill import Batch, run_prefill
 from .probe import check_model
 from .scores import Scores
+from .sequence import scaled_prefixes
 from .staircase import Staircase
 from .steering import why_no_staircase
 
@@ -55,8 +56,6 @@ class OnStaircase:
         staircase = Staircase(structure, batch, prefill, integral)
         if integral.definition.path == "last_token":
             return staircase.run(layers, prefill.prefix)
-        from .sequence import scaled_prefixes
-
         parts = []
         # One layer at a time: a copy of the whole prompt's keys and values a path point is what the
         # memory holds.
