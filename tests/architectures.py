@@ -102,3 +102,29 @@ def granite_moe_hybrid():
         mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8, pad_token_id=0,
     )  # fmt: skip
     return built(transformers.GraniteMoeHybridForCausalLM, config)
+
+
+def llava():
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **VISION, "projection_dim": 48},
+        text_config={"model_type": "llama", **GQA},
+        image_token_id=90,
+    )
+    return built(transformers.LlavaForConditionalGeneration, config)
+
+
+def qwen_vl():
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config={
+            "hidden_size": 48, "intermediate_size": 112, "depth": 2, "num_heads": 4,
+            "out_hidden_size": 48, "patch_size": 14, "window_size": 28, "fullatt_block_indexes": [1],
+        },
+        text_config={
+            **GQA,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2],
+            },
+        },
+        image_token_id=90, vision_start_token_id=91, vision_end_token_id=92, video_token_id=93,
+    )  # fmt: skip
+    return built(transformers.Qwen2_5_VLForConditionalGeneration, config)

@@ -132,8 +132,7 @@ def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> 
     key = hashlib.sha256(model_fingerprint(model).encode())
     key.update(f"{__version__} {model_settings(model)} {json.dumps(computed)}".encode())
     for ids in tokens:
-        key.update(f"{len(ids)} ".encode())
-        key.update(ids.tobytes())
+        key.update(ids.content())
     return key.hexdigest()[:32]
 
 

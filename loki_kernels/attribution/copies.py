@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,41 @@ _BYTES_ON_CPU = 2**30
 _SHARE_OF_FREE = 0.25
 # Hidden states that a layer keeps of a token for its backward pass, roughly.
 _STATES = 30
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One prompt where the model takes it.
+
+    Attributes:
+        ids: int64 ``[1, T]``.
+        media: images or sounds, by the model's own names.
+    """
+
+    ids: Tensor
+    media: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, structure: Structure, batch: Batch, sample: int) -> _Prompt:
+        ids = batch.input_ids[sample : sample + 1, : int(batch.lengths[sample])]
+        weight = next(structure.causal_lm.parameters())
+        media = batch.media[sample] if batch.media else {}
+        return cls(
+            ids,
+            {
+                name: x.to(ids.device, weight.dtype if x.is_floating_point() else x.dtype)
+                for name, x in media.items()
+            },
+        )
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+    def earlier(self) -> _Prompt:
+        """All but the last token; of what has a number for each token likewise."""
+        kept = {n: x[:, :-1] if x.shape == self.ids.shape else x for n, x in self.media.items()}
+        return _Prompt(self.ids[:, :-1], kept)
 
 
 @dataclass(frozen=True)
@@ -70,19 +105,19 @@ class Copies:
             ValueError: if the logits are NaN.
         """
         samples = []
-        for i, length in enumerate(batch.lengths.tolist()):
+        for i in range(len(batch.lengths)):
             target = None if batch.target is None else batch.target[i : i + 1]
-            samples.append(self._attribute_prompt(batch.input_ids[i : i + 1, :length], target))
+            prompt = _Prompt.of(self.structure, batch, i)
+            samples.append(self._attribute_prompt(prompt, target))
         return Scores.of_samples(samples)
 
-    def _attribute_prompt(self, ids: Tensor, target: Tensor | None) -> Scores:
-        """Of ``ids`` ``[1, T]``."""
+    def _attribute_prompt(self, prompt: _Prompt, target: Tensor | None) -> Scores:
         structure, nodes = self.structure, self.structure.present()
         calls = dict.fromkeys(nodes, 0)
         with refusing(structure, "its forward pass over the prompt"):
-            starts = self._baseline(ids)
+            starts = self._baseline(prompt)
             with hooking(_counting(nodes, calls)):
-                logits = self._run(ids)
+                logits = self._run(prompt)
             for layer, count in calls.items():
                 if count != 1:
                     raise UnsupportedModelError(
@@ -90,29 +125,29 @@ class Copies:
                         f"{count} times in one forward pass, so a node has no single value."
                     )
             check_logits(structure, logits)
-            cache = self._prefill(ids[:, :-1]) if self.cached and ids.shape[1] > 1 else None
+            cache = self._prefill(prompt) if self.cached and prompt.length > 1 else None
         token = logits.argmax(-1) if target is None else target.to(logits.device)
         parts = []
-        for layers in self._chunks(list(nodes), ids.shape[1], cache):
+        for layers in self._chunks(list(nodes), prompt.length, cache):
             what = f"{1 + len(layers) * len(self.integral.alphas)} copies in its own forward pass"
             with refusing(structure, what), torch.enable_grad():
-                parts.append(self._attribute_layers(layers, ids, cache, starts, logits, token))
+                parts.append(self._attribute_layers(layers, prompt, cache, starts, logits, token))
         return Scores.of_layers(parts)
 
-    def _baseline(self, ids: Tensor) -> dict[int, Tensor] | None:
+    def _baseline(self, prompt: _Prompt) -> dict[int, Tensor] | None:
         """Layer -> ``[T, D]``, where the path starts; None for zero."""
         definition = self.integral.definition
         if definition.baseline != "token_zero":
             return None
         kept: dict[int, Tensor] = {}
         with hooking(keep_site(self.structure, definition.site, kept)):
-            self._run(torch.zeros_like(ids))
-        return {layer: x.reshape(ids.shape[1], -1) for layer, x in kept.items()}
+            self._run(_Prompt(torch.zeros_like(prompt.ids), {}))
+        return {layer: x.reshape(prompt.length, -1) for layer, x in kept.items()}
 
     def _attribute_layers(
         self,
         layers: Sequence[int],
-        ids: Tensor,
+        prompt: _Prompt,
         cache: Any,
         starts: dict[int, Tensor] | None,
         logits: Tensor,
@@ -148,7 +183,7 @@ class Copies:
             yield from _check_mixers(structure)
 
         with hooking(hooks()), _mutable(cache):
-            got = self._step(ids, cache, rows) if self.cached else self._run(ids.expand(rows, -1))
+            got = self._step(prompt, cache, rows) if self.cached else self._run(prompt, rows)
             wide = torch.float64 if got.dtype == torch.float64 else torch.float32
             objectives = _objectives(got.to(wide), token)
             objective = integral.definition.objective
@@ -173,22 +208,27 @@ class Copies:
             token,
         )
 
-    def _run(self, ids: Tensor) -> Tensor:
-        """Logits ``[copies, V]`` at the last token of whole prompts, without a cache."""
-        options: dict[str, Any] = {"use_cache": False}
+    def _run(self, prompt: _Prompt, rows: int = 1) -> Tensor:
+        """Logits ``[rows, V]`` at the last token of copies of a prompt, without a cache."""
+        media = {name: torch.cat([x] * rows) for name, x in prompt.media.items()}
+        options: dict[str, Any] = {"use_cache": False, **media}
         if "logits_to_keep" in self._arguments:
             options["logits_to_keep"] = 1
+        ids = prompt.ids.expand(rows, -1)
         output: Any = self.structure.causal_lm(input_ids=ids, **options)
         logits: Tensor = output.logits
         return logits[:, -1]
 
-    def _prefill(self, ids: Tensor) -> Any:
-        """The model's own cache of these tokens.
+    def _prefill(self, prompt: _Prompt) -> Any:
+        """The model's own cache of all tokens but the last.
 
         Raises:
             UnsupportedModelError: if it returns none.
         """
-        output: Any = self.structure.causal_lm(input_ids=ids, use_cache=True)
+        earlier = prompt.earlier()
+        output: Any = self.structure.causal_lm(
+            input_ids=earlier.ids, use_cache=True, **earlier.media
+        )
         caches = (getattr(output, name, None) for name in _CACHES)
         cache = next((cache for cache in caches if cache is not None), None)
         if not hasattr(cache, "reorder_cache"):
@@ -198,17 +238,17 @@ class Copies:
             )
         return cache
 
-    def _step(self, ids: Tensor, cache: Any, rows: int) -> Tensor:
+    def _step(self, prompt: _Prompt, cache: Any, rows: int) -> Tensor:
         """Logits ``[rows, V]`` of the last token over ``rows`` copies of the cache."""
         options: dict[str, Any] = {"use_cache": True}
         if cache is not None:
             repeated = copy.deepcopy(cache)
-            repeated.reorder_cache(torch.zeros(rows, dtype=torch.long, device=ids.device))
+            repeated.reorder_cache(torch.zeros(rows, dtype=torch.long, device=prompt.ids.device))
             options[next(name for name in _CACHES if name in self._arguments)] = repeated
         if self.numbered and "position_ids" in self._arguments:
-            place = torch.tensor([[ids.shape[1] - 1]], device=ids.device)
+            place = torch.tensor([[prompt.length - 1]], device=prompt.ids.device)
             options["position_ids"] = place.expand(rows, -1)
-        last = ids[:, -1:].expand(rows, -1)
+        last = prompt.ids[:, -1:].expand(rows, -1)
         output: Any = self.structure.causal_lm(input_ids=last, **options)
         logits: Tensor = output.logits
         return logits[:, -1]

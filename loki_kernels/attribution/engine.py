@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from .copies import Copies
 from .definitions import PathIntegral
 from .prefill import Batch, run_prefill
 from .probe import check_model
+from .prompts import Tokens
 from .scores import Scores
 from .sequence import scaled_prefixes
 from .staircase import Staircase
@@ -50,6 +51,11 @@ class OnStaircase:
 
     def attribute(self, batch: Batch) -> Scores:
         structure, integral = self.structure, self.integral
+        if any(batch.media):
+            raise UnsupportedModelError(
+                "prompts with images or sounds count their positions in a way of their own; give "
+                "one of them first, or engine='decode'."
+            )
         check_model(structure, batch)
         layers = list(structure.present())
         prefill = run_prefill(structure, batch, integral.definition)
@@ -66,13 +72,16 @@ class OnStaircase:
 
 
 def choose_engine(
-    structure: Structure, tokens: torch.Tensor, integral: PathIntegral, wanted: EngineName | None
+    structure: Structure,
+    prompts: Sequence[Tokens],
+    integral: PathIntegral,
+    wanted: EngineName | None,
 ) -> Engine:
-    """The first engine that passes its own guard on a short prompt.
+    """The first engine that passes its own guard on a short prompt, or one with images or sounds.
 
     Args:
         structure: a borrowed model.
-        tokens: int64 ``[T]``, of a prompt.
+        prompts: some of those that will be attributed.
         integral: what will be integrated.
         wanted: an engine by name; None tries the staircase, then decode.
 
@@ -81,8 +90,7 @@ def choose_engine(
         ValueError: if the logits are NaN.
     """
     one = PathIntegral(integral.definition, integral.alphas[-1:], integral.weights[-1:])
-    ids = tokens.repeat(-(-_TOKENS // len(tokens)))[-_TOKENS:].to(structure.device)
-    probe = Batch([], ids[None], torch.tensor([len(ids)], device=ids.device))
+    probe = _probe(structure, prompts)
     reasons = []
     for engine in _candidates(structure, one, wanted):
         try:
@@ -101,6 +109,15 @@ def choose_engine(
             "hundred times as long."
         )
     raise UnsupportedModelError("; ".join(dict.fromkeys(reasons)) + hint)
+
+
+def _probe(structure: Structure, prompts: Sequence[Tokens]) -> Batch:
+    prompt = next((tokens for tokens in prompts if tokens.media), prompts[0])
+    ids = torch.from_numpy(prompt.ids).to(structure.device)
+    if not prompt.media:
+        ids = ids.repeat(-(-_TOKENS // len(ids)))[-_TOKENS:]
+    lengths = torch.tensor([len(ids)], device=ids.device)
+    return Batch([], ids[None], lengths, media=[prompt.media])
 
 
 def _candidates(

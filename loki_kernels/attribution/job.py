@@ -78,8 +78,7 @@ class Job:
         # before memory is full
         warm_up(("shared_prefix_attention", "target_probability"), weight.device, weight.dtype)
         with store, borrowed(self.structure), bar:
-            tokens = torch.from_numpy(first.sequences[0])
-            engine = choose_engine(self.structure, tokens, self.integral, self.engine)
+            engine = choose_engine(self.structure, first.sequences, self.integral, self.engine)
             store.run["engine"] = engine.name
             every = itertools.chain([first], others)
             prompts, batches = self._run_windows(every, store, bar, engine)

@@ -95,8 +95,7 @@ class PlannedBatch:
         """A hash of all that the batch's results depend on beside the model and the definition."""
         digest = hashlib.sha256(repr(self.members).encode())
         for tokens in self.sequences:
-            digest.update(f"{len(tokens)} ".encode())
-            digest.update(tokens.tobytes())
+            digest.update(tokens.content())
         if self.target is not None:
             digest.update(repr(self.target.tolist()).encode())
         return digest.hexdigest()[:32]
@@ -106,8 +105,9 @@ class PlannedBatch:
         lengths = torch.tensor([len(tokens) for tokens in self.sequences])
         input_ids = torch.zeros(len(self.members), self.longest, dtype=torch.int64)
         for padded, tokens in zip(input_ids, self.sequences, strict=True):
-            padded[: len(tokens)] = torch.from_numpy(tokens)
-        return Batch(self.members, input_ids.to(device), lengths.to(device), self.target)
+            padded[: len(tokens)] = torch.from_numpy(tokens.ids)
+        media = [tokens.media for tokens in self.sequences]
+        return Batch(self.members, input_ids.to(device), lengths.to(device), self.target, media)
 
 
 @dataclass(frozen=True)

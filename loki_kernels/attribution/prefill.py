@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,14 @@ class Batch:
         input_ids: int64 ``[B, T]``.
         lengths: int64 ``[B]``.
         target: int64 ``[B]``, the tokens to attribute; None for those that the model predicts.
+        media: images or sounds of each prompt, by the model's own names.
     """
 
     members: list[int]
     input_ids: Tensor
     lengths: Tensor
     target: Tensor | None = None
+    media: Sequence[Mapping[str, Tensor]] = ()
 
     @property
     def positions(self) -> Tensor:

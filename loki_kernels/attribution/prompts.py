@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,44 @@ from transformers import PreTrainedTokenizerBase
 
 from ..questions import Question, text_of
 
-Tokens = np.ndarray  # one prompt: int64 [T]
+# What lies beside token ids in a mapping and is not for the model.
+_BESIDE = frozenset(
+    {
+        "attention_mask",
+        "input_ids",
+        "labels",
+        "length",
+        "num_items_in_batch",
+        "offset_mapping",
+        "position_ids",
+        "special_tokens_mask",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One prompt.
+
+    Attributes:
+        ids: int64 ``[T]``.
+        media: what a processor made of its images or sounds, by the model's own names.
+    """
+
+    ids: np.ndarray
+    media: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def content(self) -> bytes:
+        """What a hash of the prompt is made of."""
+        parts = [f"{len(self.ids)} ".encode(), self.ids.tobytes()]
+        for name, tensor in sorted(self.media.items()):
+            parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            parts.append(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return b"".join(parts)
+
 
 _OURS = frozenset({"tokenize", "return_dict", "return_tensors", "tokenizer_kwargs"})
 
@@ -23,13 +61,14 @@ def tokenize_prompts(
     vocab_size: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[Tokens]:
-    """Every prompt as an int64 array of its tokens, padding removed; one after the other.
+    """Every prompt as its tokens, padding removed; one after the other.
 
     Args:
         prompts: strings, chat-message lists, questions, or mappings with ``input_ids`` (``[T]`` or
             ``[B, T]``) and optionally ``attention_mask`` and ``position_ids``, or else with
             ``messages``, ``prompt`` or ``text``. Token ids are taken as they are, and so are
-            special tokens that a string or a template names.
+            special tokens that a string or a template names. Other tensors beside the
+            ``input_ids`` of one prompt are a processor's images or sounds.
         tokenizer: needed for strings and messages, a transformers tokenizer or a processor with
             one; messages go through its chat template with the generation prompt appended.
         vocab_size: ids must be below it.
@@ -62,7 +101,7 @@ def tokenize_prompts(
             chats |= not isinstance(prompt, str)
             sequences = [_from_text(prompt, tokenizer, i, options)]
         for tokens in sequences:
-            _check_tokens(tokens, i, vocab_size)
+            _check_tokens(tokens.ids, i, vocab_size)
             yield tokens
             i += 1
     if not i:
@@ -71,7 +110,7 @@ def tokenize_prompts(
         raise ValueError("chat_template_kwargs is given, but no prompt is a chat.")
 
 
-def _check_tokens(tokens: Tokens, i: int, vocab_size: int) -> None:
+def _check_tokens(tokens: np.ndarray, i: int, vocab_size: int) -> None:
     if tokens.size == 0:
         raise ValueError(f"prompt {i} is empty: it has no token.")
     if tokens.min() < 0 or tokens.max() >= vocab_size:
@@ -83,6 +122,8 @@ def _check_tokens(tokens: Tokens, i: int, vocab_size: int) -> None:
 
 def _from_text(prompt: Any, tokenizer: Any, i: int, options: dict[str, Any]) -> Tokens:
     is_chat = isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)
+    if is_chat and any(map(_shows, prompt)):
+        return _from_processor(prompt, tokenizer, i, options)
     if not isinstance(prompt, str) and not is_chat:
         raise TypeError(
             f"prompt {i} is a {type(prompt).__name__}; give strings, chat-message lists, or "
@@ -104,7 +145,35 @@ def _from_text(prompt: Any, tokenizer: Any, i: int, options: dict[str, Any]) -> 
         ids = []
     else:
         ids = _from_chat(prompt, tokenizer, template, i, options)
-    return np.asarray(ids, dtype=np.int64)
+    return Tokens(np.asarray(ids, dtype=np.int64))
+
+
+def _shows(message: Mapping[str, Any]) -> bool:
+    """Whether a chat message has an image, a sound or a video in it."""
+    content = message.get("content")
+    return isinstance(content, Sequence) and any(
+        isinstance(part, Mapping) and part.get("type", "text") != "text" for part in content
+    )
+
+
+def _from_processor(chat: Sequence[Any], processor: Any, i: int, options: dict[str, Any]) -> Tokens:
+    """A chat with images or sounds, by the processor that reads them."""
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "apply_chat_template"):
+        raise TypeError(
+            f"prompt {i} has images or sounds, so tokenizer= must be the model's processor; it is "
+            f"a {type(processor).__name__}."
+        )
+    options = {"add_generation_prompt": True} | options
+    try:
+        made = processor.apply_chat_template(
+            chat, tokenize=True, return_dict=True, return_tensors="pt", **options
+        )
+    except Exception as error:  # a file that cannot be read, roles out of order
+        raise ValueError(
+            f"prompt {i} is refused by the processor ({type(error).__name__}: {error})."
+        ) from error
+    (tokens,) = _from_mapping(made, i)
+    return tokens
 
 
 def _from_string(text: str, tokenizer: Any) -> list[int]:
@@ -172,8 +241,20 @@ def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
             kept = _kept(mask[row], i)
         if positions is not None:
             _check_positions(positions[row][kept], i)
-        sequences.append(tokens[kept].to(torch.int64).numpy())
-    return sequences
+        sequences.append(Tokens(tokens[kept].to(torch.int64).numpy()))
+    media = {
+        name: value.cpu()
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and name not in _BESIDE
+    }
+    if set(media) <= {"token_type_ids"}:  # a text tokenizer's
+        return sequences
+    if len(sequences) > 1:
+        raise ValueError(
+            f"prompts {first} to {first + len(sequences) - 1} come as one batch with "
+            f"{', '.join(sorted(media))}; give each prompt with images or sounds by itself."
+        )
+    return [Tokens(sequences[0].ids, media)]
 
 
 def _as_tensor(values: Any, name: str, first: int) -> Tensor:

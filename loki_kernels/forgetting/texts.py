@@ -261,7 +261,7 @@ def encode(text: Text, tokenizer: Any) -> Tensor:
     if not isinstance(content, str):
         options["add_generation_prompt"] = content[-1].get("role") != "assistant"
     try:
-        (ids,) = tokenize_prompts([content], tokenizer, sys.maxsize, options)
+        (tokens,) = tokenize_prompts([content], tokenizer, sys.maxsize, options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{text.where}: {error}") from error
-    return torch.from_numpy(ids)
+    return torch.from_numpy(tokens.ids)

@@ -15,8 +15,10 @@ from tests.architectures import (
     gpt2,
     granite_moe_hybrid,
     lfm2,
+    llava,
     mixtral,
     paligemma,
+    qwen_vl,
 )
 from tests.models import assert_unchanged, build_model, snapshot
 
@@ -143,3 +145,84 @@ def test_layers_without_an_ffn_have_no_rows():
 def test_unknown_engine():
     with pytest.raises(ValueError, match="engine"):
         loki.attribute(build_model(), PROMPTS, engine="fast")
+
+
+def with_image(build):
+    generator = torch.Generator().manual_seed(0)
+    if build is llava:
+        pixels = torch.randn(1, 3, 28, 28, generator=generator)
+        return {"input_ids": torch.tensor([5, 90, 90, 90, 90, 6, 7]), "pixel_values": pixels}
+    patches = torch.randn(16, 3 * 2 * 14 * 14, generator=generator)
+    return {
+        "input_ids": torch.tensor([5, 91, 90, 90, 90, 90, 92, 6, 7]),
+        "pixel_values": patches,
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+
+@pytest.mark.parametrize("build", [llava, qwen_vl])
+def test_images_are_in_the_prefill(build):
+    """Also where positions are counted in three dimensions (Qwen-VL)."""
+    model, prompt = build(), with_image(build)
+    result = loki.attribute(model, [prompt, PROMPTS[0]])
+    assert result.run["engine"] == "decode"
+    nodes = [layer.mlp.down_proj for layer in model.model.language_model.layers]
+    inputs = {name: tensor for name, tensor in prompt.items() if name != "input_ids"}
+    ids = prompt["input_ids"][None]
+
+    def last_logits(layer, z):
+        def replace(_module, _args, output):
+            return torch.cat([output[:, :-1], z[None, None]], dim=1)
+
+        hook = nodes[layer].register_forward_hook(replace)
+        logits = model(input_ids=ids, use_cache=False, **inputs).logits[0, -1]
+        hook.remove()
+        return logits
+
+    for layer, node in enumerate(nodes):
+        ends = []
+        hook = node.register_forward_hook(lambda _m, _a, y, ends=ends: ends.append(y[0, -1]))
+        logits = model(input_ids=ids, use_cache=False, **inputs).logits[0, -1]
+        hook.remove()
+        token, gradients = int(logits.argmax()), []
+        for k in range(7):
+            z = (k / 7 * ends[0].detach()).requires_grad_()
+            last_logits(layer, z).softmax(-1)[token].backward()
+            gradients.append(z.grad)
+        want = torch.stack(gradients).mean(0) * ends[0].detach()
+        assert (result.scores[0, layer] - want).norm() <= 1e-4 * want.norm()
+    alone = loki.attribute(model, PROMPTS[:1])
+    assert torch.allclose(result.scores[1], alone.scores[0], rtol=1e-3, atol=1e-7)
+    again = loki.attribute(model, [prompt, PROMPTS[0]], engine="reforward")
+    assert torch.allclose(again.scores, result.scores, rtol=1e-3, atol=1e-7)
+
+
+def test_images_have_to_come_before_the_staircase_is_chosen():
+    with pytest.raises(loki.UnsupportedModelError, match="images or sounds"):
+        loki.attribute(llava(), [with_image(llava)], engine="staircase")
+    batch = {
+        "input_ids": torch.tensor([[5, 90], [5, 90]]),
+        "pixel_values": torch.ones(2, 3, 28, 28),
+    }
+    with pytest.raises(ValueError, match="by itself"):
+        loki.attribute(llava(), [batch])
+
+
+def test_a_chat_with_an_image_goes_through_the_processor():
+    class Processor:
+        tokenizer = None
+
+        def apply_chat_template(self, chat, **options):
+            assert options["return_dict"]
+            assert options["add_generation_prompt"]
+            assert chat[0]["content"][0]["type"] == "image"
+            made = with_image(llava)
+            return {**made, "input_ids": made["input_ids"][None]}
+
+    chat = [{"role": "user", "content": [{"type": "image", "url": "x"}]}]
+    model = llava()
+    got = loki.attribute(model, [chat], tokenizer=Processor())
+    want = loki.attribute(model, [with_image(llava)])
+    assert torch.equal(got.scores, want.scores)
+    with pytest.raises(TypeError, match="processor"):
+        loki.attribute(model, [chat], tokenizer=lambda text: {"input_ids": [1]})

@@ -41,7 +41,7 @@ def tokenizer(adds="<s> $A", chat_template=None):
 
 def tokens(prompt, *arguments, **options):
     (sequence,) = tokenize_prompts([prompt], *arguments, 97, **options)
-    return sequence.tolist()
+    return sequence.ids.tolist()
 
 
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
@@ -117,7 +117,7 @@ IDS = [[A, B, A, B], [A, B, A, B]]
 )
 def test_ordinary_masks_and_positions(beside):
     got = tokenize_prompts([{"input_ids": IDS, **beside}], None, 97)
-    assert [sequence.tolist() for sequence in got] == IDS
+    assert [sequence.ids.tolist() for sequence in got] == IDS
 
 
 def test_positions_of_padded_prompts():
@@ -127,7 +127,7 @@ def test_positions_of_padded_prompts():
         "position_ids": [[1, 1, 0, 1], [0, 1, 2, 1]],
     }
     got = tokenize_prompts([batch], None, 97)
-    assert [sequence.tolist() for sequence in got] == [[A, B], [A, B, A]]
+    assert [sequence.ids.tolist() for sequence in got] == [[A, B], [A, B, A]]
 
 
 WHOLE = torch.ones(2, 4)
