@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from . import ops
     from .attribution import Attribution, AttributionCounts
     from .attribution.attribute import attribute
+    from .attribution.baseline import mean_activations
     from .errors import UnsupportedModelError
     from .forgetting import Drift, DriftCallback, drift
     from .ops._dispatch import backends
@@ -52,6 +53,7 @@ __all__ = [
     "export_lora",
     "load_adapter",
     "load_questions",
+    "mean_activations",
     "ops",
     "patch",
     "read_questions",
@@ -81,6 +83,7 @@ _MODULES = {
     "export_lora": "training",
     "load_adapter": "training",
     "load_questions": "questions",
+    "mean_activations": "attribution.baseline",
     "patch": "training",
     "read_questions": "questions",
     "row_masked_linear": "ops",

@@ -197,7 +197,7 @@ def estimate(
     costs, loads = [Cost(0.0, 0.0)] * gpus, [0.0] * gpus
     tokens = count = batches = 0
     largest = (0, 0)
-    for window in windows(sequences, None, size):
+    for window in windows(sequences, size):
         plan = window.batches(batches, limits, points)
         batches, count = batches + len(plan), window.end
         tokens += sum(planned.tokens for planned in plan)

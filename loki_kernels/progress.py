@@ -8,7 +8,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 
-def progress_bar(total: int, description: str, enabled: bool | None = None, **options: Any) -> tqdm:
+def progress_bar(
+    total: int | None, description: str, enabled: bool | None = None, **options: Any
+) -> tqdm:
     """A tqdm bar on stderr; ``enabled=None`` shows it only on a terminal."""
     if enabled is None:
         enabled = sys.stderr.isatty()

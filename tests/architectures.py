@@ -117,7 +117,8 @@ def qwen_vl():
     config = transformers.Qwen2_5_VLConfig(
         vision_config={
             "hidden_size": 48, "intermediate_size": 112, "depth": 2, "num_heads": 4,
-            "out_hidden_size": 48, "patch_size": 14, "window_size": 28, "fullatt_block_indexes": [1],
+            "out_hidden_size": 48, "patch_size": 14, "window_size": 28,
+            "fullatt_block_indexes": [1],
         },
         text_config={
             **GQA,

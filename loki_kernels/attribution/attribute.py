@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, Literal, Unpack, get_args, overload
 
 import torch
@@ -23,6 +23,7 @@ from ..options import (
 from ..ranking import rows_per_layer
 from ..structure import Structure, refuse_tensor_parallelism
 from ..team import Team
+from .answers import Target, check_answers, with_answers
 from .definitions import Overrides, PathIntegral
 from .job import Job
 from .plan import WINDOW, BatchLimits, windows
@@ -51,7 +52,8 @@ def attribute(
     steps: int = 7,
     engine: EngineName | None = None,
     batch_size: int | None = None,
-    target: Sequence[int] | Tensor | None = None,
+    target: Target | None = None,
+    contrast: Target | None = None,
     keep: Literal["scores"] = "scores",
     out: str | os.PathLike[str] | None = None,
     share: bool = True,
@@ -69,7 +71,8 @@ def attribute(
     steps: int = 7,
     engine: EngineName | None = None,
     batch_size: int | None = None,
-    target: Sequence[int] | Tensor | None = None,
+    target: Target | None = None,
+    contrast: Target | None = None,
     keep: Literal["counts"],
     quota: float | None = None,
     criterion: Criterion | None = None,
@@ -89,7 +92,8 @@ def attribute(
     steps: int = 7,
     engine: EngineName | None = None,
     batch_size: int | None = None,
-    target: Sequence[int] | Tensor | None = None,
+    target: Target | None = None,
+    contrast: Target | None = None,
     keep: Keep,
     quota: float | None = None,
     criterion: Criterion | None = None,
@@ -108,7 +112,8 @@ def attribute(
     steps: int = 7,
     engine: EngineName | None = None,
     batch_size: int | None = None,
-    target: Sequence[int] | Tensor | None = None,
+    target: Target | None = None,
+    contrast: Target | None = None,
     keep: Keep = "scores",
     quota: float | None = None,
     criterion: Criterion | None = None,
@@ -131,24 +136,22 @@ def attribute(
             checked whole before anything runs; another iterable is read as it is needed. A prompt
             whose own last token is EOS is attributed at the token after it.
         chat_template_kwargs: for the chat template, such as ``{"enable_thinking": False}``.
-        definition: ``"published"``, ``"paper"`` or ``"captum"``.
-        steps: path points m.
-        engine: ``"staircase"``, ``"decode"`` or ``"reforward"`` (docs/analysis.md); by default the
-            first of the former two that reproduces the model's logits.
+        definition: ``"published"``, ``"paper"`` or ``"captum"``; by ``steps`` path points m.
+        engine: ``"staircase"``, ``"decode"`` or ``"reforward"``; the first exact one of the former.
         batch_size: prompts at a time; by default as many as fit 1,024 prompt tokens and 512 path
             points on a CPU, 16,384 of both on a GPU.
-        target: ``[N]`` token ids to attribute; by default the token the model predicts.
+        target: each prompt's token to attribute, or answer of several (its tokens or its text); by
+            default what the model predicts. With ``contrast``, of F(target) - F(contrast).
         keep: ``"counts"`` keeps only what `select` needs for one quota and criterion, how often
             each node is among the lowest of its layer: L * D numbers for any number of prompts.
-        quota: with ``keep="counts"``, the percentage of rows (10 by default) ...
-        criterion: ... and ``"magnitude"`` (the default) or ``"signed"``, as in `select`.
+        quota, criterion: with ``keep="counts"``, as in `select`.
         out: a ``.safetensors`` file that receives the results as they come, so that memory does not
-            grow with N. Until it is complete they lie in a folder beside it, ``OUT.partial``, from
-            which the same call goes on if the process ends early. SIGTERM ends it after a batch.
+            grow with N. If the process ends early (after a batch on SIGTERM), the same call goes on
+            from the folder ``OUT.partial`` beside it.
         share: under torchrun or the like, the processes share the prompts and each returns all
             results; all have to make this call. False: this process attributes all by itself.
         progress: True or False for the bar; by default it shows on a terminal.
-        **overrides: fields of `Definition` to change.
+        **overrides: fields of `Definition` to change; ``baseline`` may be a tensor ``[L, D]``.
 
     Returns:
         An `Attribution` with scores ``[N, L, D]``, D = hidden_size, or intermediate_size for
@@ -164,11 +167,13 @@ def attribute(
     integral = PathIntegral.resolve(definition, overrides, steps)
     structure = find_structure(model)
     _check_attributable(structure, engine)
-    counter = _make_counter(keep, quota, criterion, structure.width(integral.definition.site))
-    sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)
+    counter = _make_counter(keep, quota, criterion, _width(integral, structure))
+    vocabulary = structure.vocab_size
+    sequences = tokenize_prompts(prompts, tokenizer, vocabulary, chat_template_kwargs)
+    sequences = with_answers(sequences, target, contrast, tokenizer, vocabulary)
     held = isinstance(prompts, (list, tuple))
-    parts = windows(sequences, _check_target(target, structure), None if held else WINDOW)
-    run = describe_run(model, definition, integral.definition, steps)
+    parts = windows(check_answers(sequences, integral.definition), None if held else WINDOW)
+    run = describe_run(model, definition, integral, steps)
     with Team(share=share) as team:
         limits = BatchLimits.of(structure.device, batch_size, team.size)
         first = next(parts)
@@ -176,8 +181,7 @@ def attribute(
         job = Job(structure, integral, limits, counter, team, engine)
         result = job.run(first, parts, total, out, run, progress)
     if team.rank == 0:
-        _warn_if_unresolved(result)
-        _warn_of_one_target(result, tokenizer, given=target is not None)
+        _warn(result, tokenizer, given=target is not None)
     return result
 
 
@@ -207,18 +211,15 @@ def _make_counter(
     return Counter(quota, rows_per_layer(quota, width), criterion)
 
 
-def _check_target(target: Sequence[int] | Tensor | None, structure: Structure) -> Tensor | None:
-    if target is None:
-        return None
-    targets, vocab_size = torch.as_tensor(target).cpu(), structure.vocab_size
-    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+def _width(integral: PathIntegral, structure: Structure) -> int:
+    """How many nodes a layer has; ValueError if a given baseline has other ones."""
+    width, given = structure.width(integral.definition.site), integral.baseline
+    shape = (len(structure.layers), width)
+    if given is not None and tuple(given.shape) != shape:
         raise ValueError(
-            f"target must hold one token id for each prompt; it is {targets.dtype} "
-            f"{tuple(targets.shape)}."
+            f"baseline= must be [layers, nodes] = {list(shape)}; it is {list(given.shape)}."
         )
-    if len(targets) and (targets.min() < 0 or targets.max() >= vocab_size):
-        raise ValueError(f"target holds a token id outside the vocabulary of {vocab_size}.")
-    return targets.to(torch.int64)
+    return width
 
 
 def _warn_if_unresolved(result: Attribution | AttributionCounts) -> None:
@@ -243,12 +244,16 @@ def _mean_size(values: Tensor) -> float:
     )
 
 
-def _warn_of_one_target(
-    result: Attribution | AttributionCounts, tokenizer: Any, *, given: bool
-) -> None:
+def _warn(result: Attribution | AttributionCounts, tokenizer: Any, *, given: bool) -> None:
+    _warn_if_unresolved(result)
+    if not given:
+        _warn_of_one_target(result, tokenizer)
+
+
+def _warn_of_one_target(result: Attribution | AttributionCounts, tokenizer: Any) -> None:
     """A model that thinks, or one that repeats the question, begins every answer the same way."""
     predicted = result.targets
-    if given or len(predicted) < _ENOUGH_PROMPTS:
+    if len(predicted) < _ENOUGH_PROMPTS:
         return
     token = int(predicted.mode().values)
     share = (predicted == token).double().mean().item()

@@ -6,21 +6,22 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._version import __version__
 from ..fingerprint import model_fingerprint
-from ..options import DefinitionName
+from ..options import DefinitionName, EngineName
 from ..questions import load_questions
 from ..structure import Structure
 from ..team import Team
+from .answers import Target, with_answers
 from .attribute import attribute
-from .definitions import Overrides, resolve_definition
+from .definitions import Overrides, PathIntegral
 from .placement import on_accelerator
 from .prompts import Tokens, tokenize_prompts
 from .result import Attribution, model_settings
@@ -46,8 +47,10 @@ class AnalysisOptions(Overrides, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
     definition: DefinitionName
     steps: int
+    engine: EngineName | None
     batch_size: int | None
-    target: Sequence[int] | Tensor | None
+    target: Target | None
+    contrast: Target | None
     progress: bool | None
 
 
@@ -83,7 +86,10 @@ def cached_attribution(
         tokenizer = tokenizer if tokenizer is not None else find_tokenizer(structure.causal_lm)
         prompts = [q.prompt(tokenizer) for q in load_questions(CALIBRATION_PER_SUBJECT)]
     chat = options.pop("chat_template_kwargs", None)
-    tokens = list(tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat))
+    vocabulary = structure.vocab_size
+    sequences = tokenize_prompts(prompts, tokenizer, vocabulary, chat)
+    target, contrast = options.get("target"), options.get("contrast")
+    tokens = list(with_answers(sequences, target, contrast, tokenizer, vocabulary))
     key = _key(structure.causal_lm, tokens, options)
     path = cache_folder() / f"{key}.safetensors"
     found = read_cached(path, Attribution.load)
@@ -94,7 +100,8 @@ def cached_attribution(
     if found is not None and (everywhere or not options["share"]):
         logger.info("using the analysis cached in %s", path)
         return found
-    result = _analyse(model, [{"input_ids": ids} for ids in tokens], tokenizer, options)
+    held = [{"input_ids": prompt.ids, **prompt.media} for prompt in tokens]
+    result = _analyse(model, held, tokenizer, options)
     if team.size > 1 and int(os.environ.get("LOCAL_RANK", team.rank)):
         return result  # another process of this machine writes it
     write_cached(path, result.save)
@@ -124,15 +131,16 @@ def write_cached(path: Path, save: Callable[[Path], None]) -> None:
 def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> str:
     """What the result depends on: the model, the tokens, and what is computed."""
     how = {k: v for k, v in options.items() if k not in ("batch_size", "progress")}
-    name, steps, target = (how.pop(k, None) for k in ("definition", "steps", "target"))
-    definition = resolve_definition("published" if name is None else name, how)  # type: ignore[arg-type]
-    computed = [definition.as_dict(), 7 if steps is None else steps]
-    if target is not None:
-        computed.append(torch.as_tensor(target).tolist())
+    for of_the_tokens in ("target", "contrast"):
+        how.pop(of_the_tokens, None)
+    name, steps, engine = (how.pop(k, None) for k in ("definition", "steps", "engine"))
+    name, steps = "published" if name is None else name, 7 if steps is None else steps
+    integral = PathIntegral.resolve(name, how, steps)  # type: ignore[arg-type]
+    computed = [integral.described(), steps, engine]
     key = hashlib.sha256(model_fingerprint(model).encode())
     key.update(f"{__version__} {model_settings(model)} {json.dumps(computed)}".encode())
-    for ids in tokens:
-        key.update(ids.content())
+    for prompt in tokens:
+        key.update(prompt.content())
     return key.hexdigest()[:32]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -43,37 +44,47 @@ _STATES = 30
 
 @dataclass(frozen=True)
 class _Prompt:
-    """One prompt where the model takes it.
+    """One prompt where the model takes it, and all tokens of its answer but the last.
 
     Attributes:
         ids: int64 ``[1, T]``.
         media: images or sounds, by the model's own names.
+        answer: int64 ``[n]``, the tokens to attribute; None for the one that the model predicts.
     """
 
     ids: Tensor
     media: Mapping[str, Tensor]
+    answer: Tensor | None = None
 
     @classmethod
     def of(cls, structure: Structure, batch: Batch, sample: int) -> _Prompt:
         ids = batch.input_ids[sample : sample + 1, : int(batch.lengths[sample])]
+        answer = None if batch.answers is None else batch.answers[sample].to(ids.device)
+        more = 0 if answer is None else len(answer) - 1
         weight = next(structure.causal_lm.parameters())
-        media = batch.media[sample] if batch.media else {}
-        return cls(
-            ids,
-            {
-                name: x.to(ids.device, weight.dtype if x.is_floating_point() else x.dtype)
-                for name, x in media.items()
-            },
-        )
+        media = {}
+        for name, x in (batch.media[sample] if batch.media else {}).items():
+            if x.shape == ids.shape:  # a number for each token: the answer is text
+                x = functional.pad(x, (0, more))
+            media[name] = x.to(ids.device, weight.dtype if x.is_floating_point() else x.dtype)
+        if answer is not None:
+            ids = torch.cat([ids, answer[None, :-1]], dim=1)
+        return cls(ids, media, answer)
+
+    @property
+    def tail(self) -> int:
+        """The last token of the prompt and what follows it."""
+        return 1 if self.answer is None else len(self.answer)
 
     @property
     def length(self) -> int:
         return self.ids.shape[1]
 
     def earlier(self) -> _Prompt:
-        """All but the last token; of what has a number for each token likewise."""
-        kept = {n: x[:, :-1] if x.shape == self.ids.shape else x for n, x in self.media.items()}
-        return _Prompt(self.ids[:, :-1], kept)
+        """The tokens before the tail; of what has a number for each token likewise."""
+        end = self.length - self.tail
+        kept = {n: x[:, :end] if x.shape == self.ids.shape else x for n, x in self.media.items()}
+        return _Prompt(self.ids[:, :end], kept)
 
 
 @dataclass(frozen=True)
@@ -106,18 +117,16 @@ class Copies:
         """
         samples = []
         for i in range(len(batch.lengths)):
-            target = None if batch.target is None else batch.target[i : i + 1]
-            prompt = _Prompt.of(self.structure, batch, i)
-            samples.append(self._attribute_prompt(prompt, target))
+            samples.append(self._attribute_prompt(_Prompt.of(self.structure, batch, i)))
         return Scores.of_samples(samples)
 
-    def _attribute_prompt(self, prompt: _Prompt, target: Tensor | None) -> Scores:
+    def _attribute_prompt(self, prompt: _Prompt) -> Scores:
         structure, nodes = self.structure, self.structure.present()
         calls = dict.fromkeys(nodes, 0)
         with refusing(structure, "its forward pass over the prompt"):
             starts = self._baseline(prompt)
             with hooking(_counting(nodes, calls)):
-                logits = self._run(prompt)
+                (logits,) = self._run(prompt)
             for layer, count in calls.items():
                 if count != 1:
                     raise UnsupportedModelError(
@@ -125,18 +134,22 @@ class Copies:
                         f"{count} times in one forward pass, so a node has no single value."
                     )
             check_logits(structure, logits)
-            cache = self._prefill(prompt) if self.cached and prompt.length > 1 else None
-        token = logits.argmax(-1) if target is None else target.to(logits.device)
+            cached = self.cached and prompt.length > prompt.tail
+            cache = self._prefill(prompt) if cached else None
+        answer = logits.argmax(-1) if prompt.answer is None else prompt.answer.to(logits.device)
         parts = []
         for layers in self._chunks(list(nodes), prompt.length, cache):
             what = f"{1 + len(layers) * len(self.integral.alphas)} copies in its own forward pass"
             with refusing(structure, what), torch.enable_grad():
-                parts.append(self._attribute_layers(layers, prompt, cache, starts, logits, token))
+                parts.append(self._attribute_layers(layers, prompt, cache, starts, logits, answer))
         return Scores.of_layers(parts)
 
     def _baseline(self, prompt: _Prompt) -> dict[int, Tensor] | None:
         """Layer -> ``[T, D]``, where the path starts; None for zero."""
-        definition = self.integral.definition
+        definition, given = self.integral.definition, self.integral.baseline
+        if given is not None:
+            on = prompt.ids.device
+            return {i: given[i].to(on).expand(prompt.length, -1) for i in self.structure.present()}
         if definition.baseline != "token_zero":
             return None
         kept: dict[int, Tensor] = {}
@@ -151,24 +164,26 @@ class Copies:
         cache: Any,
         starts: dict[int, Tensor] | None,
         logits: Tensor,
-        token: Tensor,
+        answer: Tensor,
     ) -> Scores:
-        """Of these layers, given the prompt's own ``logits`` ``[1, V]``."""
+        """Of these layers, given the prompt's own ``logits`` ``[n, V]``."""
         structure, integral, m = self.structure, self.integral, len(self.integral.alphas)
         rows = 1 + len(layers) * m
+        after = prompt.tail - 1  # tokens of the answer that follow the node
         leaves: dict[int, Tensor] = {}
         ends: dict[int, Tensor] = {}
 
         def set_points(layer: int, first: int) -> Callable[[Tensor], Tensor]:
             def change(x: Tensor) -> Tensor:
                 copies = x.reshape(rows, -1, x.shape[-1])  # [copies, tokens, D]
-                scaled = copies.shape[1] if integral.definition.path == "sequence" else 1
-                z = copies[0, -scaled:].detach()  # [scaled, D]
-                start = None if starts is None else starts[layer][-scaled:]
+                end = copies.shape[1] - after
+                begin = 0 if integral.definition.path == "sequence" else end - 1
+                z = copies[0, begin:end].detach()  # [scaled, D]
+                start = None if starts is None else starts[layer][-after - len(z) :][: len(z)]
                 points = path_points(z, integral.alphas, start).transpose(0, 1).contiguous()
                 ends[layer], leaves[layer] = z[-1:], points.requires_grad_()
                 ours = copies[first : first + m]
-                ours = torch.cat([ours[:, :-scaled], points], dim=1)
+                ours = torch.cat([ours[:, :begin], points, ours[:, end:]], dim=1)
                 return like(torch.cat([copies[:first], ours, copies[first + m :]]), x)
 
             return change
@@ -185,14 +200,14 @@ class Copies:
         with hooking(hooks()), _mutable(cache):
             got = self._step(prompt, cache, rows) if self.cached else self._run(prompt, rows)
             wide = torch.float64 if got.dtype == torch.float64 else torch.float32
-            objectives = _objectives(got.to(wide), token)
+            objectives = _objectives(got.to(wide), answer)
             objective = integral.definition.objective
             # The gradient of p is p times that of log p, which does not underflow in float16.
             which = "logit" if objective == "logit" else "log_probability"
             gradients = torch.autograd.grad(
                 objectives[which][1:].sum(), [leaves[layer] for layer in layers]
             )
-        error, tolerance = relative_error(got[:1].detach(), logits), GUARD_TOLERANCE[logits.dtype]
+        error, tolerance = relative_error(got[0].detach(), logits), GUARD_TOLERANCE[logits.dtype]
         if error > tolerance:
             raise UnsupportedModelError(
                 f"{type(structure.causal_lm).__name__}: a copy of the prompt "
@@ -204,23 +219,23 @@ class Copies:
             objectives[objective].detach()[None],
             [gradient[None, :, -1] for gradient in gradients],
             [ends[layer] for layer in layers],
-            None if starts is None else [starts[layer][-1:] for layer in layers],
-            token,
+            None if starts is None else [starts[layer][-prompt.tail][None] for layer in layers],
+            answer[:1],
         )
 
     def _run(self, prompt: _Prompt, rows: int = 1) -> Tensor:
-        """Logits ``[rows, V]`` at the last token of copies of a prompt, without a cache."""
+        """Logits at the tail of copies of a prompt, without a cache: ``[rows, n, V]``."""
         media = {name: torch.cat([x] * rows) for name, x in prompt.media.items()}
         options: dict[str, Any] = {"use_cache": False, **media}
         if "logits_to_keep" in self._arguments:
-            options["logits_to_keep"] = 1
+            options["logits_to_keep"] = prompt.tail
         ids = prompt.ids.expand(rows, -1)
         output: Any = self.structure.causal_lm(input_ids=ids, **options)
-        logits: Tensor = output.logits
-        return logits[:, -1]
+        logits: Tensor = output.logits[:, -prompt.tail :]
+        return logits
 
     def _prefill(self, prompt: _Prompt) -> Any:
-        """The model's own cache of all tokens but the last.
+        """The model's own cache of the tokens before the tail.
 
         Raises:
             UnsupportedModelError: if it returns none.
@@ -239,19 +254,19 @@ class Copies:
         return cache
 
     def _step(self, prompt: _Prompt, cache: Any, rows: int) -> Tensor:
-        """Logits ``[rows, V]`` of the last token over ``rows`` copies of the cache."""
+        """Logits ``[rows, n, V]`` of the tail over ``rows`` copies of the cache."""
         options: dict[str, Any] = {"use_cache": True}
         if cache is not None:
             repeated = copy.deepcopy(cache)
             repeated.reorder_cache(torch.zeros(rows, dtype=torch.long, device=prompt.ids.device))
             options[next(name for name in _CACHES if name in self._arguments)] = repeated
         if self.numbered and "position_ids" in self._arguments:
-            place = torch.tensor([[prompt.length - 1]], device=prompt.ids.device)
-            options["position_ids"] = place.expand(rows, -1)
-        last = prompt.ids[:, -1:].expand(rows, -1)
-        output: Any = self.structure.causal_lm(input_ids=last, **options)
+            places = torch.arange(prompt.length, device=prompt.ids.device)[-prompt.tail :]
+            options["position_ids"] = places.expand(rows, -1)
+        tail = prompt.ids[:, -prompt.tail :].expand(rows, -1)
+        output: Any = self.structure.causal_lm(input_ids=tail, **options)
         logits: Tensor = output.logits
-        return logits[:, -1]
+        return logits
 
     @property
     def _arguments(self) -> Any:
@@ -294,11 +309,12 @@ def _size(cache: Any) -> int:
     return total
 
 
-def _objectives(logits: Tensor, token: Tensor) -> dict[str, Tensor]:
-    """Each objective of the token, ``[copies]``."""
-    log_probability = logits.log_softmax(-1)[:, token[0]]
+def _objectives(logits: Tensor, answer: Tensor) -> dict[str, Tensor]:
+    """Each objective of the answer ``[n]``, ``[copies]``, of logits ``[copies, n, V]``."""
+    index = answer.expand(len(logits), -1)[..., None]
+    log_probability = logits.log_softmax(-1).gather(-1, index).sum((1, 2))
     return {
-        "logit": logits[:, token[0]],
+        "logit": logits.gather(-1, index).sum((1, 2)),
         "log_probability": log_probability,
         "probability": log_probability.exp(),
     }

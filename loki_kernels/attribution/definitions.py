@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypedDict, get_args
 
@@ -15,7 +16,7 @@ from ..options import DefinitionName, Site
 Path = Literal["last_token", "sequence"]
 Objective = Literal["probability", "logit", "log_probability"]
 Rule = Literal["left", "right", "midpoint", "trapezoid", "captum_trapezoid", "gauss-legendre"]
-Baseline = Literal["zero", "token_zero"]
+Baseline = Literal["zero", "token_zero", "given"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Definition:
         objective: of the target token: its softmax ``"probability"``, ``"logit"`` or
             ``"log_probability"``.
         rule: where on the path gradients are taken and how they are weighted (see `path_rule`).
-        baseline: where the path starts: ``"zero"``, or ``"token_zero"``, the node's value on the
-            prompt with every token id replaced by 0.
+        baseline: where the path starts: ``"zero"``; ``"token_zero"``, the node's value on the
+            prompt with every token id replaced by 0; or ``"given"``, a tensor that `attribute` was
+            given, such as `mean_activations`.
         multiply: whether the averaged gradient is multiplied by (z - baseline), which is what makes
             the scores add up to F(z) - F(baseline).
         site: ``"down_proj"``, its output nodes, or ``"ffn_neurons"``, the activations entering it.
@@ -69,7 +71,7 @@ class Overrides(TypedDict, total=False):
     path: Path
     objective: Objective
     rule: Rule
-    baseline: Baseline
+    baseline: Baseline | Tensor
     multiply: bool
     site: Site
 
@@ -97,7 +99,7 @@ def resolve_definition(name: DefinitionName, overrides: Overrides) -> Definition
             f"unknown option {', '.join(sorted(unknown))}; a definition has "
             f"{', '.join(Definition.__dataclass_fields__)}."
         )
-    return replace(DEFINITIONS[name], **overrides)
+    return replace(DEFINITIONS[name], **overrides)  # type: ignore[arg-type]
 
 
 def path_rule(rule: Rule, steps: int) -> tuple[Tensor, Tensor]:
@@ -138,11 +140,13 @@ class PathIntegral:
         definition: what is integrated.
         alphas: float64 ``[m]``, where on the path gradients are taken.
         weights: float64 ``[m]``, what each of them counts.
+        baseline: ``[L, D]``, where the path starts, if it was given.
     """
 
     definition: Definition
     alphas: Tensor
     weights: Tensor
+    baseline: Tensor | None = None
 
     @classmethod
     def resolve(cls, name: DefinitionName, overrides: Overrides, steps: int) -> PathIntegral:
@@ -151,10 +155,27 @@ class PathIntegral:
         Raises:
             ValueError: for an unknown name or field, or fewer steps than the rule needs.
         """
+        given = overrides.get("baseline")
+        if isinstance(given, Tensor):
+            overrides = {**overrides, "baseline": "given"}
+        elif given == "given":
+            raise ValueError("baseline='given' is written by a tensor: baseline=mean_activations.")
         definition = resolve_definition(name, overrides)
         alphas, weights = path_rule(definition.rule, steps)
         if definition.completes and not (alphas == 0).any():
             # Completeness needs F(baseline), a point this rule does not visit: add it, unweighted.
             zero = torch.zeros(1, dtype=alphas.dtype)
             alphas, weights = torch.cat([zero, alphas]), torch.cat([zero, weights])
-        return cls(definition, alphas, weights)
+        return cls(definition, alphas, weights, given if isinstance(given, Tensor) else None)
+
+    def described(self) -> dict[str, Any]:
+        """The definition, and a hash of the baseline that was given."""
+        described = self.definition.as_dict()
+        if self.baseline is not None:
+            values = self.baseline.detach().cpu().contiguous().float().numpy()
+            described["baseline_values"] = hashlib.sha256(values.tobytes()).hexdigest()
+        return described
+
+    def start(self, layer: int, like: Tensor) -> Tensor | None:
+        """The given baseline of a layer ``[D]``, on the device of ``like``; None without one."""
+        return None if self.baseline is None else self.baseline[layer].to(like.device)

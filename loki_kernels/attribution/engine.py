@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-import torch
+import numpy as np
 
 from ..errors import UnsupportedModelError
 from ..options import EngineName
 from ..structure import Structure
 from .copies import Copies
 from .definitions import PathIntegral
+from .plan import PlannedBatch
 from .prefill import Batch, run_prefill
 from .probe import check_model
 from .prompts import Tokens
@@ -56,9 +57,14 @@ class OnStaircase:
                 "prompts with images or sounds count their positions in a way of their own; give "
                 "one of them first, or engine='decode'."
             )
+        if any(len(answer) > 1 for answer in batch.answers or ()):
+            raise UnsupportedModelError(
+                "an answer of several tokens is processed after the prompt; give one of them "
+                "first, or engine='decode'."
+            )
         check_model(structure, batch)
         layers = list(structure.present())
-        prefill = run_prefill(structure, batch, integral.definition)
+        prefill = run_prefill(structure, batch, integral)
         staircase = Staircase(structure, batch, prefill, integral)
         if integral.definition.path == "last_token":
             return staircase.run(layers, prefill.prefix)
@@ -69,6 +75,14 @@ class OnStaircase:
             prefix = scaled_prefixes(structure, batch, prefill, integral, [layer])
             parts.append(staircase.run([layer], prefix, prefix_per_point=True))
         return Scores.of_layers(parts)
+
+
+def attribute_batch(engine: Engine, batch: Batch) -> Scores:
+    """Scores of a batch, those of its contrast subtracted: the integral is linear in F."""
+    scores = engine.attribute(batch)
+    if batch.contrast is None:
+        return scores
+    return scores.minus(engine.attribute(replace(batch, answers=batch.contrast)))
 
 
 def choose_engine(
@@ -89,13 +103,13 @@ def choose_engine(
         UnsupportedModelError: if none does; it names each one's reason.
         ValueError: if the logits are NaN.
     """
-    one = PathIntegral(integral.definition, integral.alphas[-1:], integral.weights[-1:])
+    one = replace(integral, alphas=integral.alphas[-1:], weights=integral.weights[-1:])
     probe = _probe(structure, prompts)
     reasons = []
     for engine in _candidates(structure, one, wanted):
         try:
             _refuse_early(engine, structure, integral)
-            engine.attribute(probe)
+            attribute_batch(engine, probe)
         except UnsupportedModelError as error:
             reasons.append(f"{engine.name}: {error}")
             continue
@@ -111,13 +125,18 @@ def choose_engine(
     raise UnsupportedModelError("; ".join(dict.fromkeys(reasons)) + hint)
 
 
+def _several(tokens: Tokens) -> bool:
+    """Whether an answer of several tokens is attributed."""
+    return any(x is not None and len(x) > 1 for x in (tokens.answer, tokens.contrast))
+
+
 def _probe(structure: Structure, prompts: Sequence[Tokens]) -> Batch:
-    prompt = next((tokens for tokens in prompts if tokens.media), prompts[0])
-    ids = torch.from_numpy(prompt.ids).to(structure.device)
-    if not prompt.media:
-        ids = ids.repeat(-(-_TOKENS // len(ids)))[-_TOKENS:]
-    lengths = torch.tensor([len(ids)], device=ids.device)
-    return Batch([], ids[None], lengths, media=[prompt.media])
+    whole = (tokens for tokens in prompts if tokens.media or _several(tokens))
+    prompt = next(whole, None)
+    if prompt is None:
+        ids = prompts[0].ids
+        prompt = replace(prompts[0], ids=np.tile(ids, -(-_TOKENS // len(ids)))[-_TOKENS:])
+    return PlannedBatch(0, [0], [prompt]).on(structure.device)
 
 
 def _candidates(

@@ -24,11 +24,10 @@ from ..progress import progress_bar, skip
 from ..structure import Structure, embedding_weight
 from ..team import Team
 from .definitions import PathIntegral
-from .engine import Engine, choose_engine
+from .engine import Engine, attribute_batch, choose_engine
 from .log import Log, check_out
 from .placement import accelerator
 from .plan import BatchLimits, PlannedBatch, Window
-from .prefill import Batch
 from .result import Attribution, AttributionCounts, describe_machine, model_settings
 from .scores import Counter, Scores
 from .steering import borrowed
@@ -78,10 +77,8 @@ class Job:
         # before memory is full
         warm_up(("shared_prefix_attention", "target_probability"), weight.device, weight.dtype)
         with store, borrowed(self.structure), bar:
-            engine = choose_engine(self.structure, first.sequences, self.integral, self.engine)
-            store.run["engine"] = engine.name
             every = itertools.chain([first], others)
-            prompts, batches = self._run_windows(every, store, bar, engine)
+            prompts, batches = self._run_windows(every, store, bar)
             result = store.result(prompts, batches)
             bar.update(self.team.advance(0))
         return result
@@ -98,7 +95,7 @@ class Job:
         identity = {
             "model": model_fingerprint(structure.causal_lm),
             "settings": model_settings(structure.causal_lm),
-            **definition.as_dict(),
+            **self.integral.described(),
             "steps": run["steps"],
             "quota": None if counter is None else counter.quota,
             "criterion": None if counter is None else counter.criterion,
@@ -113,16 +110,23 @@ class Job:
         return Log(out, layout, run, counter, self.limits, identity, machine, self.team)
 
     def _run_windows(
-        self, windows: Iterable[Window], store: Memory | Log, bar: tqdm, engine: Engine
+        self, windows: Iterable[Window], store: Memory | Log, bar: tqdm
     ) -> tuple[int, int]:
         """How many prompts and batches there were."""
         points = len(self.structure.layers) * len(self.integral.alphas)
         prompts = batches = 0
-        start: float | None = time.perf_counter()
+        engine: Engine | None = None
+        start: float | None = None
         with stopping(enabled=isinstance(store, Log)) as stopped:
             for window in windows:
                 prompts = window.end
                 store.reserve(prompts)
+                if engine is None:
+                    engine = choose_engine(
+                        self.structure, window.sequences, self.integral, self.engine
+                    )
+                    store.run["engine"] = engine.name
+                    start = time.perf_counter()
                 plan = window.batches(batches, store.limits, points)
                 batches += len(plan)
                 left = self._share(plan, store, bar, points)
@@ -151,15 +155,11 @@ class Job:
         return [p for p, m in zip(plan, mine, strict=True) if m and not store.has(p)]
 
     def _run_batch(self, planned: PlannedBatch, store: Memory | Log, engine: Engine) -> None:
-        scores = _attribute_batch(engine, planned.on(self.structure.device))
+        scores = attribute_batch(engine, planned.on(self.structure.device))
         scores = scores.at(list(self.structure.present()), len(self.structure.layers))
         if self.counter is not None:
             _check_rankable(scores, planned.members)
         store.write(planned, scores)
-
-
-def _attribute_batch(engine: Engine, batch: Batch) -> Scores:
-    return engine.attribute(batch)
 
 
 def _check_rankable(scores: Scores, members: list[int]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,13 +68,11 @@ class PlannedBatch:
         number: of the batch, counted from 0.
         members: the prompts' places in the result.
         sequences: their tokens.
-        target: int64 ``[B]``, the tokens to attribute; None for those that the model predicts.
     """
 
     number: int
     members: list[int]
     sequences: list[Tokens]
-    target: Tensor | None
 
     @property
     def tokens(self) -> int:
@@ -96,8 +95,6 @@ class PlannedBatch:
         digest = hashlib.sha256(repr(self.members).encode())
         for tokens in self.sequences:
             digest.update(tokens.content())
-        if self.target is not None:
-            digest.update(repr(self.target.tolist()).encode())
         return digest.hexdigest()[:32]
 
     def on(self, device: torch.device) -> Batch:
@@ -106,8 +103,21 @@ class PlannedBatch:
         input_ids = torch.zeros(len(self.members), self.longest, dtype=torch.int64)
         for padded, tokens in zip(input_ids, self.sequences, strict=True):
             padded[: len(tokens)] = torch.from_numpy(tokens.ids)
-        media = [tokens.media for tokens in self.sequences]
-        return Batch(self.members, input_ids.to(device), lengths.to(device), self.target, media)
+        batch = Batch(
+            self.members,
+            input_ids.to(device),
+            lengths.to(device),
+            _tensors(tokens.answer for tokens in self.sequences),
+            [tokens.media for tokens in self.sequences],
+        )
+        contrast = _tensors(tokens.contrast for tokens in self.sequences)
+        return batch if contrast is None else replace(batch, contrast=contrast)
+
+
+def _tensors(answers: Iterable[np.ndarray | None]) -> list[Tensor] | None:
+    """All or none of a batch's prompts have one."""
+    found = [torch.from_numpy(answer) for answer in answers if answer is not None]
+    return found or None
 
 
 @dataclass(frozen=True)
@@ -117,12 +127,10 @@ class Window:
     Attributes:
         first: the place of the first in the result.
         sequences: their tokens.
-        targets: int64, one for each; None for those that the model predicts.
     """
 
     first: int
     sequences: list[Tokens]
-    targets: Tensor | None
 
     @property
     def end(self) -> int:
@@ -143,33 +151,19 @@ class Window:
             size = limits.size(len(self.sequences[order[start]]), points, len(order))
             chosen = order[start : start + size]
             start += size
-            target = None if self.targets is None else self.targets[chosen]
             members = [self.first + i for i in chosen]
             sequences = [self.sequences[i] for i in chosen]
-            batches.append(PlannedBatch(number + len(batches), members, sequences, target))
+            batches.append(PlannedBatch(number + len(batches), members, sequences))
         return batches
 
 
-def windows(
-    sequences: Iterable[Tokens], targets: Tensor | None, size: int | None
-) -> Iterator[Window]:
-    """Windows of ``size`` prompts, or one window of all.
-
-    Raises:
-        ValueError: if there are more or fewer targets than prompts.
-    """
+def windows(sequences: Iterable[Tokens], size: int | None) -> Iterator[Window]:
+    """Windows of ``size`` prompts, or one window of all."""
     source, first = iter(sequences), 0
     while True:
         read = list(itertools.islice(source, size))
-        end = first + len(read)
-        last = size is None or len(read) < size
-        if targets is not None and (len(targets) < end or (last and len(targets) > end)):
-            raise ValueError(
-                f"target must hold one token id for each of the {end} prompts"
-                f"{'' if last else ' and more'}; it holds {len(targets)}."
-            )
         if read:
-            yield Window(first, read, None if targets is None else targets[first:end])
-        if last:
+            yield Window(first, read)
+        first += len(read)
+        if size is None or len(read) < size:
             return
-        first = end

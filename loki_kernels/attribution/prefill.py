@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from ..errors import UnsupportedModelError
 from ..structure import Structure, first_non_finite
-from .definitions import Definition
+from .definitions import PathIntegral
 from .steering import hook_layer_input, hook_site, hooking, refusing
 
 # layer_idx -> keys and values
@@ -29,15 +29,23 @@ class Batch:
         members: the prompts' places in the result.
         input_ids: int64 ``[B, T]``.
         lengths: int64 ``[B]``.
-        target: int64 ``[B]``, the tokens to attribute; None for those that the model predicts.
+        answers: int64 ``[n]`` of each prompt, the tokens to attribute; None for the one that the
+            model predicts.
         media: images or sounds of each prompt, by the model's own names.
+        contrast: like ``answers``; their attribution is subtracted.
     """
 
     members: list[int]
     input_ids: Tensor
     lengths: Tensor
-    target: Tensor | None = None
+    answers: Sequence[Tensor] | None = None
     media: Sequence[Mapping[str, Tensor]] = ()
+    contrast: Sequence[Tensor] | None = None
+
+    @property
+    def target(self) -> Tensor | None:
+        """int64 ``[B]``, the first token of each answer."""
+        return None if self.answers is None else torch.stack([x[0] for x in self.answers])
 
     @property
     def positions(self) -> Tensor:
@@ -72,7 +80,7 @@ class Prefill:
     start: dict[int, Tensor] | None
 
 
-def run_prefill(structure: Structure, batch: Batch, definition: Definition) -> Prefill:
+def run_prefill(structure: Structure, batch: Batch, integral: PathIntegral) -> Prefill:
     """The ordinary forward pass, and the baseline's where the definition has one.
 
     The attention is the model's own, its keys and values come from its cache: what the points are
@@ -84,11 +92,17 @@ def run_prefill(structure: Structure, batch: Batch, definition: Definition) -> P
         ValueError: if the logits are NaN.
     """
     start: dict[int, Tensor] | None = None
+    samples, tokens = batch.input_ids.shape
+    if integral.baseline is not None:
+        start = {
+            layer: integral.baseline[layer].to(batch.input_ids.device).expand(samples, tokens, -1)
+            for layer in structure.present()
+        }
+    definition = integral.definition
     if definition.baseline == "token_zero":
         start = {}
         blank = torch.zeros_like(batch.input_ids)
         native_forward(structure, blank, batch, keep_site(structure, definition.site, start))
-        samples, tokens = blank.shape
         start = {layer: x.reshape(samples, tokens, -1) for layer, x in start.items()}
     layer_inputs: list[Tensor] = []
 

@@ -35,10 +35,14 @@ class Tokens:
     Attributes:
         ids: int64 ``[T]``.
         media: what a processor made of its images or sounds, by the model's own names.
+        answer: int64 ``[n]``, the tokens to attribute; None for the one that the model predicts.
+        contrast: int64 ``[n]``, those whose attribution is subtracted.
     """
 
     ids: np.ndarray
     media: Mapping[str, Tensor] = field(default_factory=dict)
+    answer: np.ndarray | None = None
+    contrast: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,6 +53,9 @@ class Tokens:
         for name, tensor in sorted(self.media.items()):
             parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             parts.append(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, ids in (("answer", self.answer), ("contrast", self.contrast)):
+            if ids is not None:
+                parts += [f"{name} {len(ids)} ".encode(), ids.tobytes()]
         return b"".join(parts)
 
 

@@ -19,7 +19,7 @@ from .._version import __version__
 from ..files import atomic_path, read_safetensors, write_safetensors
 from ..options import DEFAULT_QUOTA, Criterion
 from ..structure import text_config
-from .definitions import Definition
+from .definitions import PathIntegral
 
 _FORMAT = "loki-kernels-attribution"
 _COUNTS_FORMAT = "loki-kernels-counts"
@@ -196,14 +196,14 @@ def _present(result: Attribution | AttributionCounts) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def describe_run(model: nn.Module, name: str, definition: Definition, steps: int) -> dict[str, Any]:
+def describe_run(model: nn.Module, name: str, integral: PathIntegral, steps: int) -> dict[str, Any]:
     """Everything needed to repeat an attribution, as JSON values."""
     return {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "definition": name,
         "steps": steps,
-        **definition.as_dict(),
+        **integral.described(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "loki_kernels": __version__,

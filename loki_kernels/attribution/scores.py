@@ -53,6 +53,15 @@ class Scores:
         scores[:, layers], change[:, layers] = self.scores, self.change
         return Scores(scores, change, self.value, self.target)
 
+    def minus(self, other: Scores) -> Scores:
+        """The difference to another target's; ``target`` stays."""
+        return Scores(
+            self.scores - other.scores,
+            self.change - other.change,
+            self.value - other.value,
+            self.target,
+        )
+
     def sums(self) -> Tensor:
         """Each layer's sum of scores, float64 ``[B, L]`` on the CPU."""
         # Apple's devices have no float64.

@@ -27,7 +27,7 @@ OPTIONS = {"batch_size": 2, "steps": 2}
 KEPT = ("targets", "value", "completeness", "change")
 
 attributed: list[list[int]] = []
-compute = job._attribute_batch
+compute = job.attribute_batch
 
 
 def recording(engine, batch):
@@ -68,10 +68,10 @@ def results(model, folder: Path, keep: str) -> dict[str, object]:
         found[name] = {"same": same(got, alone), "batches": attributed[:]}
     out = folder / "killed.safetensors"
     attributed.clear()
-    job._attribute_batch = failing(2, KeyError("killed"))
+    job.attribute_batch = failing(2, KeyError("killed"))
     found["failed"] = error_of(lambda: attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS))
     before = len(attributed)
-    job._attribute_batch = recording
+    job.attribute_batch = recording
     dist.barrier()
     attributed.clear()
     got = attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS)
@@ -91,7 +91,7 @@ def main(folder: Path, base: Path) -> None:
     os.environ["LOKI_KERNELS_CACHE"] = str(folder / "cache")
     dist.init_process_group("gloo")
     log._SECONDS_BETWEEN_COUNTS = 0
-    job._attribute_batch = recording
+    job.attribute_batch = recording
     model = build_model(device="cpu")
     found: dict[str, object] = {k: results(model, folder, k) for k in ("scores", "counts")}
     own = [*PROMPTS[:-1], {"input_ids": [60 + RANK]}]
@@ -100,9 +100,9 @@ def main(folder: Path, base: Path) -> None:
         lambda: attribute(build_model(seed=RANK, device="cpu"), PROMPTS, **OPTIONS)
     )
     attributed.clear()
-    job._attribute_batch = failing(1, torch.OutOfMemoryError("full"))
+    job.attribute_batch = failing(1, torch.OutOfMemoryError("full"))
     found["memory"] = error_of(lambda: attribute(model, PROMPTS, **OPTIONS))
-    job._attribute_batch = recording
+    job.attribute_batch = recording
 
     attributed.clear()
     with loki.patch(model, quota=25, analysis={"prompts": PROMPTS, **OPTIONS}) as handle:

@@ -516,7 +516,7 @@ def test_staircase_compiles_whole():
     integral = PathIntegral.resolve("published", {}, 7)
     batch = Batch([0, 1], *to_device([torch.arange(18).view(2, 9), torch.tensor([9, 5])]))
     with borrowed(structure):
-        prefill = run_prefill(structure, batch, integral.definition)
+        prefill = run_prefill(structure, batch, integral)
         staircase = Staircase(structure, batch, prefill, integral)
         want = staircase.run(range(3), prefill.prefix)
         staircase._differentiate = torch.compile(

@@ -47,13 +47,13 @@ def out(tmp_path):
 def attributed(monkeypatch):
     """The prompts of each batch that is computed."""
     batches = []
-    compute = job._attribute_batch
+    compute = job.attribute_batch
 
     def recording(engine, batch):
         batches.append(batch.members)
         return compute(engine, batch)
 
-    monkeypatch.setattr(job, "_attribute_batch", recording)
+    monkeypatch.setattr(job, "attribute_batch", recording)
     return batches
 
 
@@ -172,7 +172,7 @@ def test_sigkill_and_sigterm(tmp_path, attributed):
 
 def leave_two_batches(model, out, monkeypatch, **options):
     """A log as a run leaves it that is interrupted in its third batch."""
-    compute = job._attribute_batch
+    compute = job.attribute_batch
     left = [1, 1]
 
     def two(*arguments):
@@ -182,7 +182,7 @@ def leave_two_batches(model, out, monkeypatch, **options):
         return compute(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(job, "_attribute_batch", two)
+        patched.setattr(job, "attribute_batch", two)
         with pytest.raises(KeyboardInterrupt):
             attribute(model, PROMPTS, out=out, **(OPTIONS | options))
 
@@ -309,15 +309,15 @@ def test_a_finished_file_is_replaced(model, out):
 
 
 def test_two_processes_do_not_write_one_file(model, out, attributed, monkeypatch):
-    compute = job._attribute_batch
+    compute = job.attribute_batch
 
     def again(*arguments):
-        monkeypatch.setattr(job, "_attribute_batch", compute)
+        monkeypatch.setattr(job, "attribute_batch", compute)
         with pytest.raises(RuntimeError, match=r"another process is writing .*result\.safetensors"):
             attribute(build_model(), PROMPTS, out=out, **OPTIONS)
         return compute(*arguments)
 
-    monkeypatch.setattr(job, "_attribute_batch", again)
+    monkeypatch.setattr(job, "attribute_batch", again)
     attribute(model, PROMPTS, out=out, **OPTIONS)
 
 

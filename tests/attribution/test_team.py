@@ -14,6 +14,7 @@ import torch
 
 import loki_kernels as loki
 from loki_kernels.attribution.plan import BatchLimits, Window
+from loki_kernels.attribution.prompts import Tokens
 from loki_kernels.team import Team
 from tests.attribution.test_log import PROMPTS as TINY_PROMPTS
 from tests.models import build_model
@@ -117,7 +118,7 @@ def test_shares_are_of_equal_cost():
 
 
 def test_few_prompts_are_batches_for_all():
-    window = Window(0, [np.arange(4)] * 10, None)
+    window = Window(0, [Tokens(np.arange(4))] * 10)
     for processes, want in ((1, [10]), (4, [3, 3, 3, 1]), (64, [1] * 10)):
         limits = BatchLimits.of(torch.device("cuda"), None, processes)
         assert [len(b.members) for b in window.batches(0, limits, 7)] == want

@@ -1,0 +1,75 @@
+"""Baselines that are measured: what the nodes do on average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..discovery import find_structure
+from ..options import Site
+from ..progress import progress_bar
+from .plan import WINDOW, BatchLimits, windows
+from .prefill import keep_site
+from .prompts import tokenize_prompts
+from .steering import borrowed, hooking
+
+
+def mean_activations(
+    model: nn.Module,
+    prompts: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    site: Site = "down_proj",
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Tensor:
+    """The mean value of every node over all tokens of some prompts.
+
+    A baseline for `attribute`: ``attribute(model, prompts, baseline=mean_activations(model,
+    texts))`` measures what a node does beyond its average.
+
+    Args:
+        model: as in `attribute`.
+        prompts: as in `attribute`.
+        tokenizer: as in `attribute`.
+        chat_template_kwargs: as in `attribute`.
+        site: as in `attribute`.
+        batch_size: as in `attribute`.
+        progress: as in `attribute`.
+
+    Returns:
+        float32 ``[L, D]`` on the CPU; zero in layers without an FFN.
+
+    Raises:
+        ValueError: as `attribute` for prompts.
+        UnsupportedModelError: if the model's layers are not known.
+    """
+    structure = find_structure(model)
+    sums = torch.zeros(len(structure.layers), structure.width(site), dtype=torch.float64)
+    sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)
+    limits = BatchLimits.of(structure.device, batch_size)
+    tokens = 0
+    bar = progress_bar(None, "mean activations", progress, unit="prompt")
+
+    def batches() -> Iterator[Any]:
+        for window in windows(sequences, WINDOW):
+            for planned in window.batches(0, limits, 1):
+                yield planned.on(structure.device)
+
+    with borrowed(structure), bar:
+        for batch in batches():
+            kept: dict[int, Tensor] = {}
+            with hooking(keep_site(structure, site, kept)):
+                structure.decoder(input_ids=batch.input_ids, use_cache=False)
+            samples, longest = batch.input_ids.shape
+            ours = torch.arange(longest, device=batch.lengths.device) < batch.lengths[:, None]
+            for layer, x in kept.items():
+                x = x.reshape(samples, longest, -1)
+                sums[layer] += x[ours.to(x.device)].float().sum(0).cpu().double()
+            tokens += int(batch.lengths.sum())
+            bar.update(samples)
+    return (sums / tokens).float()
