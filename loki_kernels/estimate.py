@@ -20,7 +20,7 @@ from .attribution.plan import WINDOW, BatchLimits, windows
 from .attribution.prompts import tokenize_prompts
 from .discovery import find_structure
 from .inspection import build_model
-from .options import DefinitionName
+from .options import DefinitionName, EngineName
 from .questions import load_questions
 from .structure import Structure, text_config
 from .team import share_out
@@ -69,7 +69,14 @@ class Shape:
     @classmethod
     def of(cls, structure: Structure) -> Shape:
         config = text_config(structure.causal_lm)
-        matrices = (p.numel() for x in structure.layers for p in x.parameters() if p.ndim == 2)
+        chosen = _experts_per_token(config)
+        matrices = (
+            # of the experts, those that a token passes
+            p.numel() if p.ndim == 2 else p.numel() // len(p) * min(chosen, len(p))
+            for layer in structure.layers
+            for p in layer.parameters()
+            if p.ndim in (2, 3)
+        )
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         pairs = getattr(config, "num_key_value_heads", None) or heads
@@ -83,11 +90,14 @@ class Shape:
             width=structure.hidden_size,
         )
 
-    def cost(self, prompts: int, tokens: int, integral: PathIntegral) -> Cost:
+    def cost(
+        self, prompts: int, tokens: int, integral: PathIntegral, engine: EngineName = "staircase"
+    ) -> Cost:
         """Of one batch, padded to ``tokens``.
 
-        A point of layer l runs through the layers from l on. The backward pass runs through the
-        points of all layers that have some below them, and the unperturbed one.
+        A point of layer l runs through the layers from l on, in the decode engine through all. The
+        backward pass runs through the points of all layers that have some below them, and the
+        unperturbed one.
         """
         m, layers = len(integral.alphas), self.layers
         above = layers * (layers + 1) // 2
@@ -99,6 +109,9 @@ class Shape:
         else:
             points, heads = layers + m * above, layers * m + 1
             back = layers - 1 + m * (above - 1)
+        if engine == "decode":
+            prefill += (tokens - 1) * layers
+            points, back = layers * heads, (layers - 1) * heads
         products = 2 * self.weights * (prefill + points + back)
         attended = 2 * tokens * self.queries * (prefill + 2 * points + 4 * back)
         return Cost(prompts * (products + attended), prompts * 2 * self.head * (1 + 2 * heads))
@@ -116,6 +129,7 @@ class Estimate:
         seconds: until the last of the devices is done.
         gpus: that share the prompts.
         device: what was timed.
+        engine: that attributes such a model.
     """
 
     prompts: int
@@ -127,6 +141,7 @@ class Estimate:
     seconds: float
     gpus: int
     device: str
+    engine: EngineName
 
     def __str__(self) -> str:
         total = self.cost.layers + self.cost.head
@@ -134,7 +149,8 @@ class Estimate:
         return "\n".join(
             [
                 f"prompts  {self.prompts:,}, {self.tokens:,} tokens, {self.batches:,} batches",
-                f"work     {total:.3g} FLOPs, {self.cost.head / total:.0%} of them in the head",
+                f"work     {total:.3g} FLOPs, {self.cost.head / total:.0%} of them in the head, "
+                f"by the {self.engine} engine",
                 f"memory   {(self.weights + self.activations) / 1e9:.3g} GB a device: weights "
                 f"{self.weights / 1e9:.3g}, the largest batch {self.activations / 1e9:.3g}",
                 f"time     {_length(self.seconds)} on {where}",
@@ -189,6 +205,7 @@ def estimate(
     structure = find_structure(model)
     integral = PathIntegral.resolve(definition, {}, steps)
     limits = BatchLimits.of(device, batch_size, gpus)
+    engine = _engine(config, device, chosen)
     shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
     prompts = load_questions() if prompts is None else prompts
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -205,8 +222,8 @@ def estimate(
         largest = max(largest, *sizes, key=math.prod)
         owners = share_out([planned.cost(points) for planned in plan], loads)
         for (members, longest), owner in zip(sizes, owners, strict=True):
-            costs[owner] += shape.cost(members, longest, integral)
-    speed = _Speed.measure(config, device, chosen, shape, largest, definition, steps)
+            costs[owner] += shape.cost(members, longest, integral, engine)
+    speed = _Speed.measure(config, device, chosen, shape, largest, definition, steps, engine)
     return Estimate(
         prompts=count,
         tokens=tokens,
@@ -217,6 +234,7 @@ def estimate(
         seconds=max(map(speed.seconds, costs)),
         gpus=gpus,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU",
+        engine=engine,
     )
 
 
@@ -246,6 +264,7 @@ class _Speed:
         batch: tuple[int, int],
         definition: DefinitionName,
         steps: int,
+        engine: EngineName,
     ) -> _Speed:
         """Attribute one batch of the whole model's size with models of few layers.
 
@@ -257,7 +276,8 @@ class _Speed:
             model = build_model(_shortened(config, layers), device, dtype).eval()
             more = max(1, round(steps * shape.layers / layers))
             part = replace(shape, layers=layers)
-            costs.append(part.cost(prompts, tokens, PathIntegral.resolve(definition, {}, more)))
+            integral = PathIntegral.resolve(definition, {}, more)
+            costs.append(part.cost(prompts, tokens, integral, engine))
             ids = torch.randint(0, text_config(model).vocab_size, (prompts, tokens))
 
             def run(model: nn.Module = model, ids: Tensor = ids, more: int = more) -> None:
@@ -274,13 +294,34 @@ class _Speed:
         return cls(of_layers, of_head, _whole_peak(peaks, shape, prompts * tokens * dtype.itemsize))
 
 
+def _experts_per_token(config: Any) -> int:
+    """How many experts a token passes; 1 where there are none, or the config says it otherwise."""
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return 1
+
+
+def _engine(config: Any, device: torch.device, dtype: torch.dtype) -> EngineName:
+    """Which engine attributes such a model."""
+    model = build_model(_shortened(config, _TIMED[-1]), device, dtype).eval()
+    prompt = [{"input_ids": torch.arange(1, 9) % text_config(model).vocab_size}]
+    result = attribute(model, prompt, steps=1, share=False, progress=False)
+    engine: EngineName = result.run["engine"]
+    return engine
+
+
 def _shortened(config: Any, layers: int) -> Any:
     """A config of the first layers alone."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+    for name in ("layer_types", "mlp_layer_types"):
+        if vars(text).get(name):  # a few derive it
+            setattr(text, name, getattr(text, name)[:layers])
+    if getattr(text, "first_k_dense_replace", None):  # what most layers are
+        text.first_k_dense_replace = 0
     return config
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from loki_kernels import attribute
@@ -15,6 +17,7 @@ from loki_kernels.cli import main
 from loki_kernels.discovery import find_structure
 from loki_kernels.errors import UnsupportedModelError
 from loki_kernels.estimate import Shape, _peak, _whole_peak, estimate
+from tests.architectures import falcon_h1, glm_moe
 from tests.models import build_model
 
 PROMPTS, TOKENS, STEPS = 3, 11, 4
@@ -86,8 +89,32 @@ def test_activations_of_a_deep_model_follow_from_shallow_ones():
 
 
 def test_what_cannot_be_attributed_is_refused(tmp_path):
-    import transformers
-
-    transformers.MixtralConfig(num_hidden_layers=2).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"[Mm]ixture"):
+    transformers.MambaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="has an FFN"):
         estimate(tmp_path, [{"input_ids": [1]}])
+
+
+@pytest.mark.parametrize("build", [glm_moe, falcon_h1])
+def test_mixtures_and_hybrids(build, base_folder, tmp_path):
+    """The tokenizer's folder with another config."""
+    shutil.copytree(base_folder, tmp_path, dirs_exist_ok=True)
+    build().config.save_pretrained(tmp_path)
+    prompts = [{"input_ids": [1, 2, 3]}] * 4
+    result = estimate(tmp_path, prompts, batch_size=2, device="cpu", steps=2)
+    assert result.engine == ("staircase" if build is glm_moe else "decode")
+    assert f"by the {result.engine} engine" in str(result)
+
+
+def test_a_token_passes_some_experts():
+    model = glm_moe()
+    structure = find_structure(model)
+    for layer in structure.layers:
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model.model(input_ids=torch.arange(7)[None], use_cache=False)
+    shape = replace(Shape.of(structure), queries=0)
+    # what grouped products take is not counted by torch, nor routers that are no linear layer
+    assert counter.get_total_flops() < 2 * 7 * shape.weights * shape.layers
+    dense = sum(p.numel() for x in structure.layers for p in x.parameters() if p.ndim > 1)
+    assert shape.weights * shape.layers < dense

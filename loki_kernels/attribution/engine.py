@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..options import EngineName
@@ -77,6 +80,15 @@ class OnStaircase:
         return Scores.of_layers(parts)
 
 
+# What makes an engine of a structure and what is integrated.
+_Make = Callable[[Structure, PathIntegral], Engine]
+
+# Trying engines takes as long as a short prompt does; each batch is guarded anyway.
+_chosen: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Make]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def attribute_batch(engine: Engine, batch: Batch) -> Scores:
     """Scores of a batch, those of its contrast subtracted: the integral is linear in F."""
     scores = engine.attribute(batch)
@@ -104,18 +116,27 @@ def choose_engine(
         ValueError: if the logits are NaN.
     """
     one = replace(integral, alphas=integral.alphas[-1:], weights=integral.weights[-1:])
-    probe = _probe(structure, prompts)
+    probe, definition = _probe(structure, prompts), integral.definition
+    config = structure.causal_lm.config
+    known = _chosen.setdefault(structure.causal_lm, {})
+    key = (
+        wanted, definition.path, definition.site, any(probe.media), probe.longest_answer,
+        next(structure.causal_lm.parameters()).dtype, getattr(config, "_attn_implementation", None),
+    )  # fmt: skip
+    if key in known:
+        return known[key](structure, integral)
     reasons = []
-    for engine in _candidates(structure, one, wanted):
+    for make in _candidates(wanted):
+        engine = make(structure, one)
         try:
             _refuse_early(engine, structure, integral)
             attribute_batch(engine, probe)
         except UnsupportedModelError as error:
             reasons.append(f"{engine.name}: {error}")
             continue
-        chosen = _with_integral(engine, integral)
-        _say(chosen, reasons)
-        return chosen
+        known[key] = make
+        _say(engine, reasons)
+        return make(structure, integral)
     hint = ""
     if wanted is None:
         hint = (
@@ -139,22 +160,14 @@ def _probe(structure: Structure, prompts: Sequence[Tokens]) -> Batch:
     return PlannedBatch(0, [0], [prompt]).on(structure.device)
 
 
-def _candidates(
-    structure: Structure, integral: PathIntegral, wanted: EngineName | None
-) -> Iterator[OnStaircase | Copies]:
+def _candidates(wanted: EngineName | None) -> Iterator[_Make]:
     if wanted in (None, "staircase"):
-        yield OnStaircase(structure, integral)
+        yield OnStaircase
     if wanted in (None, "decode"):
-        yield Copies(structure, integral, cached=True)
-        yield Copies(structure, integral, cached=True, numbered=False)
+        yield functools.partial(Copies, cached=True)
+        yield functools.partial(Copies, cached=True, numbered=False)
     if wanted == "reforward":
-        yield Copies(structure, integral, cached=False)
-
-
-def _with_integral(engine: OnStaircase | Copies, integral: PathIntegral) -> Engine:
-    if isinstance(engine, Copies):
-        return Copies(engine.structure, integral, engine.cached, engine.numbered)
-    return OnStaircase(engine.structure, integral)
+        yield functools.partial(Copies, cached=False)
 
 
 def _refuse_early(engine: Engine, structure: Structure, integral: PathIntegral) -> None:
