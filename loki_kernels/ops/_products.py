@@ -12,6 +12,17 @@ def as_matrix(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` in an autograd function, whose result a model may change in place.
+
+    With a bias ``F.linear`` gives a view of ``[tokens, out_features]``, which autograd lets nobody
+    add to that is not its maker, as Falcon's layers do.
+    """
+    y = functional.linear(as_matrix(x), weight, bias)
+    unviewed: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    return unviewed
+
+
 def selected_columns(grad: Tensor, index: Tensor) -> Tensor:
     """``dY[:, S]``, ``[tokens, k]``, each token's line starting at a multiple of 16 bytes.
 

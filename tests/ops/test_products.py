@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from loki_kernels import ops
 from loki_kernels.ops._products import selected_columns
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -47,3 +48,18 @@ def test_selected_columns_compile_whole():
     x, index = torch.randn(7, 129), torch.randperm(129)[:37]
     compiled = torch.compile(selected_columns, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, index), x[:, index])
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(8), None])
+def test_a_model_may_add_to_a_result_in_place(bias):
+    """Falcon's layers do, and Llama 4's mixture."""
+    x, rows, index = torch.ones(2, 5, 6), torch.zeros(3, 6, requires_grad=True), torch.arange(3)
+    weight = torch.ones(8, 6)
+    for y in (
+        ops.row_delta_linear(x, weight, rows, None, index, bias),
+        ops.row_masked_linear(x, weight, rows, index, bias),
+        ops.swiglu_row_masked_linear(x, x, weight, rows, index, bias),
+    ):
+        y += 1
+        y.sum().backward()
+    assert rows.grad.all()

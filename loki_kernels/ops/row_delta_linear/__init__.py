@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .._check import (
     autocast,
@@ -17,7 +16,7 @@ from .._check import (
     without_autocast,
 )
 from .._dispatch import Backend, check_backend
-from .._products import as_matrix, selected_columns, weight_gradient
+from .._products import as_matrix, dense_linear, selected_columns, weight_gradient
 from ..scatter_add_columns import scatter_add_columns
 
 
@@ -78,12 +77,12 @@ class _RowDeltaLinear(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         with without_autocast(x):
-            y = as_matrix(functional.linear(x, weight, bias))
+            y = dense_linear(x, weight, bias)
             u = as_matrix(x)
             if delta_b is not None:
                 u = u @ delta_b.to(x.dtype).t()
-            scatter_add_columns(y, index, u, delta_a.to(x.dtype), backend=backend)  # type: ignore[arg-type]
-            return y.view(*x.shape[:-1], weight.shape[0])
+            scatter_add_columns(as_matrix(y), index, u, delta_a.to(x.dtype), backend=backend)  # type: ignore[arg-type]
+            return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .._check import (
     autocast,
@@ -16,7 +15,7 @@ from .._check import (
     check_shape,
     without_autocast,
 )
-from .._products import as_matrix, selected_columns, weight_gradient
+from .._products import as_matrix, dense_linear, selected_columns, weight_gradient
 
 
 def row_masked_linear(
@@ -63,7 +62,7 @@ class _RowMaskedLinear(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         with without_autocast(x):
-            return functional.linear(x, weight, bias)
+            return dense_linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .._check import (
     autocast,
@@ -17,7 +16,7 @@ from .._check import (
     without_autocast,
 )
 from .._dispatch import Backend, check_backend
-from .._products import as_matrix, selected_columns, weight_gradient
+from .._products import as_matrix, dense_linear, selected_columns, weight_gradient
 from ..gated_product import Activation, check_gated
 
 
@@ -80,7 +79,7 @@ class _SwigluRowMaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         with without_autocast(gate):
             product = torch.ops.loki_kernels.gated_product(gate, up, activation, backend)
-            return functional.linear(product, weight, bias)
+            return dense_linear(product, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
