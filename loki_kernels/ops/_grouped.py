@@ -1,0 +1,155 @@
+"""Products of tokens sorted by group with one matrix a group: the experts of a mixture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ._check import check_first_derivative
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    update: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """``x[t] @ (W[g] + scatter(index, update[g])).T`` of every token t, g being its group.
+
+    The weight is frozen and never written, and neither it nor its gradient is ever formed anew:
+    the update is a second grouped product whose results are added to the columns ``index``, and
+    its gradient is ``[E, k, in_features]``. `torch.nn.functional.grouped_mm` does the products
+    where it can, else a loop over the groups that have tokens.
+
+    Args:
+        x: ``[tokens, in_features]``, sorted by group.
+        weight: ``[E, out_features, in_features]``, of x's dtype and any strides.
+        offsets: int32 ``[E]``, where each group ends; the last one is ``tokens``.
+        update: ``[E, k, in_features]`` of any floating dtype, or None.
+        index: int64 ``[k]`` in [0, out_features), distinct; None without an update.
+
+    Returns:
+        ``[tokens, out_features]`` in x's dtype, differentiable in x and update.
+    """
+    y: Tensor = _GroupedLinear.apply(x, weight, offsets, update, index)
+    return y
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, offsets: Tensor, update: Tensor | None, index: Tensor | None
+    ) -> Tensor:
+        y = _products(x, weight.transpose(1, 2), offsets)
+        if update is not None:
+            assert index is not None
+            delta = _products(x, _padded(update, x.dtype).transpose(1, 2), offsets)
+            y.index_add_(1, index, delta[:, : len(index)])
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, offsets, update, index = inputs
+        # only the gradient of an update needs x
+        ctx.save_for_backward(None if update is None else x, weight, offsets, update, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
+        x, weight, offsets, update, index = ctx.saved_tensors
+        needs_x, _, _, needs_update, _ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_x = _products(grad, weight, offsets) if needs_x else None
+        grad_update = None
+        if update is not None and (needs_x or needs_update):
+            # column 0 again where the update is padded with zeros
+            step = _step(grad.dtype)
+            selected = grad.index_select(1, functional.pad(index, (0, -len(index) % step)))
+            if grad_x is not None:
+                grad_x += _products(selected, _padded(update, grad.dtype), offsets)
+            if needs_update:
+                outer = _outer_products(selected, x, offsets)
+                grad_update = outer[:, : len(index)].to(update.dtype)
+        return grad_x, None, None, grad_update, None
+
+
+def _step(dtype: torch.dtype) -> int:
+    """How many elements 16 bytes are."""
+    return 16 // dtype.itemsize
+
+
+def _padded(update: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[E, k, in_features]`` in another dtype, k being a multiple of 16 bytes."""
+    missing = -update.shape[1] % _step(dtype)
+    return functional.pad(update.to(dtype), (0, 0, 0, missing)) if missing else update.to(dtype)
+
+
+def _products(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    """``x[t] @ M[g]``, ``[tokens, n]``, for x ``[tokens, m]`` and M ``[E, m, n]``."""
+    if _why_loop(x, matrices) is None:
+        return functional.grouped_mm(x, matrices, offs=offsets)
+    y: Tensor = _loop_products(x, matrices, offsets)
+    return y
+
+
+def _outer_products(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """``a[group].T @ b[group]`` of every group, ``[E, m, n]``, for ``[tokens, m]``, ``[.., n]``."""
+    if _why_loop(a, b) is None:
+        return functional.grouped_mm(a.t(), b, offs=offsets)
+    outer: Tensor = _loop_outer_products(a, b, offsets)
+    return outer
+
+
+def _why_loop(a: Tensor, b: Tensor) -> str | None:
+    """Why torch's grouped product cannot take these; None if it can."""
+    if a.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it does not take {a.dtype}"
+    if torch.compiler.is_compiling() and a.dtype != torch.bfloat16:
+        return "Inductor lowers it for bfloat16 alone"
+    if not len(a):
+        return "it does not take no tokens"
+    compiling, step = torch.compiler.is_compiling(), _step(a.dtype)
+    for matrix in (a, b):
+        line, element = sorted(matrix.stride()[-2:], reverse=True)
+        if element != 1 or line % step or not (compiling or matrix.data_ptr() % 16 == 0):
+            return "its lines begin at multiples of 16 bytes"
+    if a.is_cuda:
+        capability = torch.cuda.get_device_capability(a.device)
+        return None if capability >= (8, 0) else "it needs compute capability 8.0"
+    return None if a.device.type == "cpu" else f"it was not tried on {a.device.type}"
+
+
+@torch.library.custom_op("loki_kernels::grouped_products", mutates_args=())
+def _loop_products(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    y = x.new_zeros(len(x), matrices.shape[2])
+    start = 0
+    for group, end in enumerate(offsets.tolist()):
+        if end > start:
+            torch.mm(x[start:end], matrices[group], out=y[start:end])
+            start = end
+    return y
+
+
+@_loop_products.register_fake
+def _(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(len(x), matrices.shape[2])
+
+
+@torch.library.custom_op("loki_kernels::grouped_outer_products", mutates_args=())
+def _loop_outer_products(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    outer = a.new_zeros(len(offsets), a.shape[1], b.shape[1])
+    start = 0
+    for group, end in enumerate(offsets.tolist()):
+        if end > start:
+            torch.mm(a[start:end].t(), b[start:end], out=outer[group])
+            start = end
+    return outer
+
+
+@_loop_outer_products.register_fake
+def _(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    return a.new_empty(len(offsets), a.shape[1], b.shape[1])
