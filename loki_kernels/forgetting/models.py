@@ -16,7 +16,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..sharding import is_partitioned
 from ..structure import text_config, unwrap
-from ..training import LokiLinear, load_adapter
+from ..training import load_adapter
+from ..training.rows import LokiRows
 from ..training.targets import trained_whole
 
 # A folder's or the hub's name, or a model in memory.
@@ -173,7 +174,7 @@ def without_update(model: Any) -> Iterator[None]:
             yield
         return
     causal_lm = unwrap(model)
-    layers = [module for module in causal_lm.modules() if isinstance(module, LokiLinear)]
+    layers = [module for module in causal_lm.modules() if isinstance(module, LokiRows)]
     if not layers:
         raise ValueError("the model is neither patched nor PEFT's; name a second one.")
     whole = trained_whole(causal_lm)

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftType, TaskType
 
 from ..errors import check_choice
 from ..options import DEFAULT_QUOTA
-from ..training.linear import check_rank
+from ..training.rows import check_rank
 from ..training.targets import as_selection
 
 MERGES = ("dequantize", "requantize")

@@ -16,7 +16,7 @@ from ..ops import row_delta_linear
 from ..protection.result import leave_out
 from ..sharding import full_values, is_partitioned, is_sharded, shard_like
 from ..structure import has_hooks
-from ..training.linear import initial_factors, updated_rows
+from ..training.rows import initial_factors, updated_rows
 from .config import MERGES, LokiConfig
 from .quantized import dequantized_weight, is_repacked, plain_linear, quantization_of
 
@@ -72,7 +72,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             update = torch.zeros(len(index), self.in_features, dtype=dtype, device=index.device)
             self.loki_update[adapter_name] = nn.Parameter(update)
         else:
-            a, b = initial_factors(len(index), config.rank, self.in_features)
+            a, b = initial_factors((len(index), self.in_features), config.rank)
             self.loki_delta_a[adapter_name] = nn.Parameter(a.to(index.device, dtype))
             self.loki_delta_b[adapter_name] = nn.Parameter(b.to(index.device, dtype))
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..attribution.cache import cached_attribution
 from ..discovery import find_structure
+from ..errors import UnsupportedModelError
 from ..fingerprint import BaseRows
 from ..protection import Protection
 from ..selection import RowSelection, select
 from ..sharding import ignore_in_ddp, is_distributed
 from ..structure import Structure
 from ..training.adapter_file import base_rows_content, base_rows_of, check_base
-from ..training.linear import LokiLinear
+from ..training.rows import LokiRows
 from ..training.targets import (
     agree_on_rows,
     as_selection,
@@ -63,6 +64,7 @@ class LokiModel(BaseTuner):
         *_, name = (name for name, config in self.peft_config.items() if config is peft_config)
         self.peft_config[name] = peft_config = copy.copy(peft_config)
         structure = find_structure(self.model)
+        _refuse_other_modules(structure)
         refuse_efficient_loading()
         _check_modules(structure, peft_config)
         selection = self._select(structure, name, peft_config)
@@ -123,7 +125,7 @@ class LokiModel(BaseTuner):
         """``module`` if it is one of ours, else one around it."""
         if isinstance(module, LokiLayer):
             return module
-        if isinstance(module, LokiLinear):
+        if isinstance(module, LokiRows):
             raise ValueError("the model is patched; call merge() or unpatch() on its handle first.")
         return LokiLayer(module, self.model)
 
@@ -192,6 +194,17 @@ class LokiModel(BaseTuner):
         elif merged and getattr(model, "is_quantized", False):
             logger.info("the merged model is quantized as its base was")
         return model
+
+
+def _refuse_other_modules(structure: Structure) -> None:
+    """Raise UnsupportedModelError for what a `LokiLayer` cannot be put around."""
+    for _, down_proj in structure.trainable():
+        if down_proj.of_experts or down_proj.axis:
+            kind = "experts" if down_proj.of_experts else "a transposed weight"
+            raise UnsupportedModelError(
+                f"{down_proj.name} ({type(down_proj.module).__name__}) holds {kind}, which a PEFT "
+                "adapter of LoKI does not support; train it with loki_kernels.patch."
+            )
 
 
 def _protection(structure: Structure, config: LokiConfig) -> Protection | None:

@@ -18,7 +18,7 @@ from ..fingerprint import model_fingerprint
 from ..progress import progress_bar
 from ..structure import Structure
 from .moments import layers_at_a_time, moment_of, second_moments, top_eigenvectors
-from .result import Protection
+from .result import Protection, refuse_experts
 from .samples import draw_samples
 
 logger = logging.getLogger(__name__)
@@ -62,13 +62,14 @@ def estimate_protection(
     Raises:
         ValueError: for no text, a share or count out of range, an ``earlier`` of other layers, or a
             model or tokenizer that samples cannot be drawn from.
-        UnsupportedModelError: if the model has no FFN down-projections.
+        UnsupportedModelError: if the model has no FFN down-projections, or experts.
     """
     if not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1); it is {share}.")
     if batch_size < 1 or (max_directions is not None and max_directions < 1):
         raise ValueError("max_directions and batch_size must be positive.")
     structure = find_structure(model)
+    refuse_experts(structure)
     layers = [down_proj for _, down_proj in structure.trainable()]
     if earlier is not None:
         earlier.check(structure)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModelError
 from ..files import read_safetensors, write_safetensors
 from ..fingerprint import tensors_fingerprint
 from ..ops._check import without_autocast
@@ -53,7 +54,12 @@ class Protection:
         return {name: float(e.sum()) / self.totals[name] for name, e in self.energies.items()}
 
     def check(self, structure: Structure) -> None:
-        """Raise ValueError if it is none of this model's layers."""
+        """Raise ValueError if it is none of this model's layers.
+
+        Raises:
+            UnsupportedModelError: for a mixture of experts.
+        """
+        refuse_experts(structure)
         for _, down_proj in structure.trainable():
             held = self.directions.get(down_proj.name)
             if held is None:
@@ -109,6 +115,16 @@ class Protection:
         if not whole or not directions:
             raise ValueError(f"{path} is damaged: its layers have not the same parts.")
         return cls(directions, energies, totals, info)
+
+
+def refuse_experts(structure: Structure) -> None:
+    """Raise UnsupportedModelError for what has inputs of many experts."""
+    for _, down_proj in structure.trainable():
+        if down_proj.of_experts:
+            raise UnsupportedModelError(
+                f"{down_proj.name} holds experts; a protection would take the second moments of "
+                "every expert's inputs, and is for dense models so far."
+            )
 
 
 def protection_fingerprint(directions: Mapping[str, Tensor]) -> str:

@@ -17,7 +17,7 @@ from ..files import atomic_path, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
 from ..protection.result import protection_fingerprint
 from ..sharding import full_shape, full_values, shard_like
-from .linear import TRAINED, LokiLinear
+from .rows import TRAINED, LokiRows
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -34,7 +34,7 @@ _KEY = re.compile(rf"(.+)\.loki_(index|{'|'.join((*TRAINED, _ABSOLUTE))})")
 _PEFT_COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 
 # The patched layers of a model by their names.
-Layers = Mapping[str, LokiLinear]
+Layers = Mapping[str, LokiRows]
 # What is kept of a layer: "index", and "update" or "delta_a" and "delta_b".
 Parts = dict[str, Tensor]
 
@@ -136,27 +136,32 @@ class SavedUpdate:
     base_rows: BaseRows | None
     protection: str | None = None
 
-    def rows_of(self, names: Sequence[str | None]) -> list[list[int]]:
-        """The rows of each layer of a model whose down-projections have these names.
+    def rows_of(self, names: Sequence[Sequence[str]]) -> list[list[int]]:
+        """The rows of each layer of a model whose down-projections have these names, by layer.
 
         Raises:
-            ValueError: if there is an update of a layer that is none of them.
+            ValueError: if there is an update of a layer that is none of them, or two of one layer
+                are of different rows.
         """
-        strangers = self.layers.keys() - set(names)
+        strangers = self.layers.keys() - {name for layer in names for name in layer}
         if strangers:
             raise ValueError(f"it has an update of {min(strangers)}, which the model lacks.")
-        return [
-            self.layers[name]["index"].tolist() if name in self.layers else [] for name in names
-        ]
+        found: list[list[int]] = []
+        for layer in names:
+            own = [self.layers[name]["index"].tolist() for name in layer if name in self.layers]
+            if any(rows != own[0] for rows in own):
+                raise ValueError(f"it has other rows of {layer[0]} than of {layer[-1]}.")
+            found.append(own[0] if own else [])
+        return found
 
     @property
     def rank(self) -> int | None:
         """Of LoKI*, or None."""
-        ranks = {parts["delta_a"].shape[1] for parts in self.layers.values() if "delta_a" in parts}
+        ranks = {parts["delta_a"].shape[-1] for parts in self.layers.values() if "delta_a" in parts}
         return min(ranks, default=None)
 
 
-def layer_parts(layer: LokiLinear) -> Parts:
+def layer_parts(layer: LokiRows) -> Parts:
     """What is kept of a layer; sharded parameters as they are."""
     return {"index": layer.index, **dict(layer.trained_parameters())}
 
@@ -296,7 +301,7 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
         for name, layer in layers.items():
             for part, parameter in layer.trained_parameters():
                 parameter.copy_(shard_like(updates[name][part].to(parameter.dtype), parameter))
-            layer.merged_alone = None
+            layer.mark_read()
     return None
 
 
@@ -311,7 +316,7 @@ def update_of(parts: Parts, rows: Tensor) -> Parts:
 
 def base_rows(layers: Layers) -> BaseRows:
     """What the layers' updates are added to."""
-    return BaseRows.of([layer.base_rows for layer in layers.values()])
+    return BaseRows.of([layer.base_rows.flatten(0, -2) for layer in layers.values()])
 
 
 def check_base(

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..discovery import find_structure
+from ..errors import UnsupportedModelError
 from ..files import check_folder
 from ..selection import RowSelection
-from ..sharding import is_distributed
+from ..sharding import full_shape, is_distributed
 from ..structure import Structure
 from . import adapter_file
 from .adapter_file import ADAPTER_FILE, CONFIG_FILE, AdapterConfig, SavedUpdate
 from .handle import Patch
-from .linear import LokiLinear
 from .patching import patch
-from .targets import trained_whole
+from .rows import LokiRows
+from .targets import projection_names, trained_whole
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = AdapterConfig(
         base=_base_name(structure),
         rows=[
-            layers[ffn.projections[0].name].index.tolist()
-            if ffn is not None and ffn.projections[0].name in layers
-            else []
-            for ffn in structure.ffns
+            next((layers[n].index.tolist() for n in names if n in layers), [])
+            for names in projection_names(structure)
         ],
         rank=next(iter(layers.values())).rank,
         base_rows=adapter_file.base_rows(layers),
@@ -109,7 +108,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
     return handle
 
 
-def _load_all(model: nn.Module, layers: Mapping[str, LokiLinear], saved: SavedUpdate) -> str | None:
+def _load_all(model: nn.Module, layers: Mapping[str, LokiRows], saved: SavedUpdate) -> str | None:
     """Load rows and whole modules; else change nothing and say why not."""
     others = trained_whole(model)
     if saved.others.keys() != others.keys():
@@ -157,12 +156,19 @@ def export_lora(
 
     Raises:
         ValueError: if the model is not patched, or max_rank is below 1.
+        UnsupportedModelError: if experts are trained.
         OSError: if the folder cannot be created or written.
     """
     structure, layers = _patched_layers(model)
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank must be positive; it is {max_rank}.")
     path = check_folder(folder)
+    experts = next((name for name, x in layers.items() if x.frozen.ndim > 2), None)
+    if experts is not None:
+        raise UnsupportedModelError(
+            f"{experts} is a stack of experts, for which servers of LoRA adapters have no common "
+            "format; serve the merged model (merge(), save_pretrained)."
+        )
     exact = max(len(factors[0]) for factors in map(_lora_factors, layers.values()))
     rank = exact if max_rank is None else min(exact, max_rank)
     if rank > _LARGEST_SERVED:
@@ -206,9 +212,9 @@ def export_lora(
     return path
 
 
-def _lora_factors(layer: LokiLinear) -> tuple[Tensor, Tensor]:
+def _lora_factors(layer: LokiRows) -> tuple[Tensor, Tensor]:
     """(A ``[r, in_features]``, B ``[out_features, r]``) whose product is the update."""
-    placement = torch.zeros(layer.out_features, len(layer.index))
+    placement = torch.zeros(full_shape(layer.frozen)[layer.axis], len(layer.index))
     placement[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
     parts = {name: tensor.float().cpu() for name, tensor in layer.formed_update().items()}
     if layer.rank is None:
@@ -248,10 +254,10 @@ def _modules_of(parameters: Mapping[str, Tensor]) -> list[str] | None:
     return sorted({name.rpartition(".")[0] for name in parameters}) or None
 
 
-def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiLinear]]:
+def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiRows]]:
     structure = find_structure(model)
     modules: dict[str, nn.Module] = {d.name: d.module for _, d in structure.trainable()}
-    layers = {n: layer for n, layer in modules.items() if isinstance(layer, LokiLinear)}
+    layers = {n: layer for n, layer in modules.items() if isinstance(layer, LokiRows)}
     if not layers:
         raise ValueError("the model is not patched; call loki_kernels.patch(model) first.")
     return structure, layers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..sharding import is_partitioned
 from . import adapter_file
 from .adapter_file import Layers, Parts
-from .linear import TRAINED, updated_rows
+from .rows import TRAINED, updated_rows
 
 
 @dataclass(eq=False)
@@ -85,10 +85,9 @@ class SavePretrained:
         for name, layer in self.layers.items():
             found = {p: merged.pop(f"{name}.{p}") for p in TRAINED if f"{name}.{p}" in merged}
             merged.pop(f"{name}.index", None)
-            if is_partitioned(layer.weight) and found:  # its weight was collected unmerged
-                weight = merged[f"{name}.weight"]
-                index = layer.index.to(weight.device)
-                rows = updated_rows(weight[index], *layer.formed(found).values())
-                merged[f"{name}.weight"] = weight.index_copy(0, index, rows)
+            if is_partitioned(layer.frozen) and found:  # its weight was collected unmerged
+                weight = merged[f"{name}.{layer.parameter}"]
+                rows = updated_rows(layer.take_rows(weight), *layer.formed(found).values())
+                merged[f"{name}.{layer.parameter}"] = layer.put_rows(weight, rows)
             parts[name] |= found
         return merged

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..selection import RowSelection
 from ..sharding import is_partitioned, is_sharded
 from . import adapter_file
-from .linear import LokiLinear
+from .rows import LokiRows, write_into
 from .serving import merged_parameters
 from .writer import RowWriter
 
@@ -77,13 +77,13 @@ class Patch:
     model: nn.Module
     rows: RowSelection
     report: Report
-    _layers: dict[str, LokiLinear] = field(repr=False)
+    _layers: dict[str, LokiRows] = field(repr=False)
     _writer: RowWriter = field(repr=False)
     _undo: ExitStack = field(repr=False)  # puts everything back but the rows
     _active: bool = field(default=True, repr=False)
 
     def merge(self) -> nn.Module:
-        """Put plain ``nn.Linear`` back with the trained rows in their weights; return the model.
+        """Put the model's own modules back, the trained rows in their weights; return the model.
 
         Raises:
             RuntimeError: if the model was already merged or unpatched, or its weights are sharded.
@@ -118,7 +118,7 @@ class Patch:
                 weights; nothing is changed then.
             RuntimeError: under ZeRO-3, whose own checkpoints hold the rows.
         """
-        if any(is_partitioned(layer.weight) for layer in self._layers.values()):
+        if any(is_partitioned(layer.frozen) for layer in self._layers.values()):
             raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
         path = Path(folder) / adapter_file.SIDE_FILE
         adapter_file.load_side_file(self._layers, path, adapter_file.read_update(path))
@@ -161,7 +161,7 @@ class Patch:
         self._check_active()
         return merged_parameters(self.model, self._layers)
 
-    def named_layers(self) -> list[tuple[str, LokiLinear]]:
+    def named_layers(self) -> list[tuple[str, LokiRows]]:
         """(name in the model, layer) of every patched layer."""
         return list(self._layers.items())
 
@@ -186,14 +186,14 @@ class Patch:
 
     def _restore(self, *, trained: bool) -> nn.Module:
         self._check_active()
-        if any(is_sharded(layer.weight) for layer in self._layers.values()):
+        if any(is_sharded(layer.frozen) for layer in self._layers.values()):
             raise RuntimeError(
                 "the model's weights are sharded; save the checkpoint (model.state_dict() holds "
                 "the trained rows) and load it into a whole model."
             )
         for layer in self._layers.values():
             if trained:
-                layer.weight.data.index_copy_(0, layer.index, layer.merged_rows())
+                write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
             else:
                 layer.reset_rows()
         self._undo.close()

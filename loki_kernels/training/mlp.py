@@ -15,15 +15,7 @@ from ..ops.gated_product import Activation
 from ..ops.gated_product.torch_impl import forward as traceable_gated_product
 from ..structure import DownProjection, has_hooks, in_float64, is_linear_like
 from .linear import LokiLinear
-
-# Largest relative difference allowed between the MLP and what we take it for, on random input: the
-# same numbers, but that an MLP of separate operations rounds act(gate) before it multiplies by up.
-_TOLERANCE = {
-    torch.float64: 1e-5,  # transformers' activations may work in float32
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 3e-2,
-}
+from .rows import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -119,7 +111,7 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
         want = in_float64(mlp(x))
         for gating in candidates:
             got = in_float64(down(gated_product(*gating.split(mlp, x), activation)))
-            if float((got - want).norm()) <= _TOLERANCE[weight.dtype] * float(want.norm()):
+            if float((got - want).norm()) <= TOLERANCE[weight.dtype] * float(want.norm()):
                 return gating
     return unknown
 

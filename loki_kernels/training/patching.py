@@ -1,4 +1,4 @@
-"""`patch`: replace a model's FFN down-projections by LokiLinear."""
+"""`patch`: replace a model's FFN down-projections by LokiLinear and LokiExperts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ from ..structure import DownProjection, Structure, embedding_weight
 from . import adapter_file
 from .adapter_file import SavedUpdate
 from .checkpoint import SavePretrained
+from .experts import LokiExperts
 from .handle import Patch, Report
 from .linear import LokiLinear
 from .mlp import FusedMLP, Gating, find_gating
+from .rows import LokiRows
 from .targets import (
     Rows,
     agree_on_rows,
@@ -40,6 +42,7 @@ from .targets import (
     check_patchable,
     find_modules,
     new_heads,
+    projection_names,
 )
 from .writer import RowWriter
 
@@ -69,7 +72,8 @@ def patch(
 ) -> Patch:
     """Make a model train an update of some rows of its FFN down-projections.
 
-    Every ``down_proj`` of this instance becomes a `LokiLinear`, whose update of its rows is trained
+    Every ``down_proj`` of this instance becomes a `LokiLinear`, the experts of a mixture together a
+    `LokiExperts` (row j of a layer is row j of every expert), whose update of its rows is trained
     in float32, and every other parameter is frozen, but for ``modules_to_save`` and a new head
     (``AutoModelForSequenceClassification``). Train with any trainer; ``save_pretrained`` gives an
     ordinary checkpoint, with the update in a file beside it.
@@ -120,8 +124,7 @@ def patch(
         raise ValueError("analysis= is for rows=None; rows that are given need none.")
     saved = _saved_update(rows)
     if saved is not None:
-        names = [ffn.projections[0].name if ffn else None for ffn in structure.ffns]
-        rows, rank = saved.rows_of(names), saved.rank
+        rows, rank = saved.rows_of(projection_names(structure)), saved.rank
     protection = _protection_to_keep(model, structure, protect, tokenizer)
     selection = _selection_to_train(model, structure, rows, tokenizer, quota, analysis)
     return _patch_rows(structure, selection, whole, rank, protection, saved, fuse_mlp=fuse_mlp)
@@ -147,7 +150,7 @@ def _patch_rows(
         _freeze(causal_lm, undo, but=whole)
         kept = {} if protection is None else protection.directions
         layers = {
-            d.name: _replace_linear(d, index, rank, kept.get(d.name), undo) for d, index in selected
+            d.name: _replace_module(d, index, rank, kept.get(d.name), undo) for d, index in selected
         }
         for down_proj, _ in selected:
             gating = gatings.get(down_proj.name)
@@ -161,7 +164,7 @@ def _patch_rows(
             if present is not None and writer.refusal is not None:  # it would act otherwise
                 raise ValueError(f"the update that was saved does not fit: {writer.refusal}.")
         trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
-        report = replace(report, trainable=trained)
+        report = replace(report, trainable=trained, notes=[*report.notes, *_whole_weights(layers)])
         logger.info("%s", report)
         _warm_up(layers, fused=any(isinstance(gating, Gating) for gating in gatings.values()))
         return Patch(causal_lm, selection, report, layers, writer, undo.pop_all())
@@ -174,7 +177,11 @@ def _plan(
     whole: dict[str, nn.Module],
 ) -> Report:
     """What will be done, of a model that is not yet changed; ``trainable`` is counted later."""
-    mlps = {name.rpartition(".")[0]: gating for name, gating in gatings.items()}
+    mlps = {
+        d.name if d.of_experts else d.name.rpartition(".")[0]: gatings[d.name]
+        for d, _ in by_layer
+        if d.name in gatings
+    }
     own = [d.name for d, index in by_layer if len(index) and "forward" in d.module.__dict__]
     notes = []
     if own:  # accelerate's hooks, for one
@@ -197,7 +204,24 @@ def _plan(
     )
 
 
-def _warm_up(layers: dict[str, LokiLinear], *, fused: bool) -> None:
+def _whole_weights(layers: dict[str, LokiRows]) -> list[str]:
+    """A note on experts whose whole weights get a gradient for a moment."""
+    whole = {
+        name: layer.why_whole
+        for name, layer in layers.items()
+        if isinstance(layer, LokiExperts) and layer.why_whole is not None
+    }
+    if not whole:
+        return []
+    name, reason = next(iter(whole.items()))
+    return [
+        f"{len(whole)} modules of experts ({name}, ...) run their own forward pass, so that "
+        "backward forms the gradient of a layer's whole down-projection and keeps its rows: "
+        f"{reason}"
+    ]
+
+
+def _warm_up(layers: dict[str, LokiRows], *, fused: bool) -> None:
     """Check the kernels that training will use, where the model lies now."""
     ops = ["sync_rows", *(["gated_product"] if fused else [])]
     for device, dtype in {
@@ -287,6 +311,8 @@ def _protection_to_keep(
 
 
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:
+    if down_proj.of_experts:
+        return "its experts are products of sorted tokens, which keep what they need themselves"
     if rank is not None:
         return "low-rank rows need the product itself"
     if is_sharded(down_proj.weight):
@@ -294,7 +320,7 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
     return find_gating(down_proj)
 
 
-def _load(layers: dict[str, LokiLinear], saved: SavedUpdate) -> None:
+def _load(layers: dict[str, LokiRows], saved: SavedUpdate) -> None:
     reason = adapter_file.load_update(layers, saved)
     if reason is not None:
         raise ValueError(f"the update that was saved is none of this model's: {reason}.")
@@ -308,28 +334,35 @@ def _freeze(model: nn.Module, undo: contextlib.ExitStack, but: dict[str, nn.Modu
         module.requires_grad_(True)
 
 
-def _replace_linear(
+def _replace_module(
     down_proj: DownProjection,
     index: Tensor,
     rank: int | None,
     directions: Tensor | None,
     undo: contextlib.ExitStack,
-) -> LokiLinear:
-    linear = cast(nn.Linear, down_proj.module)
-    layer = LokiLinear.from_linear(linear, index, rank, directions)
+) -> LokiRows:
+    module, layer = down_proj.module, _layer_for(down_proj, index, rank, directions)
     for hooks in _HOOKS:  # the same objects, so that a handle removes its hook from both
-        setattr(layer, hooks, getattr(linear, hooks))
+        setattr(layer, hooks, getattr(module, hooks))
 
     def put_back() -> None:
         # .to() and load_state_dict(assign=True) may have replaced the parameter objects
-        linear.weight = layer.weight
-        linear.bias = layer.bias  # type: ignore[assignment]  # torch declares no None
-        linear.train(layer.training)
-        setattr(down_proj.parent, down_proj.attribute, linear)
+        for held in (module._parameters, module._buffers):
+            held.update({name: getattr(layer, name) for name in held})
+        module.train(layer.training)
+        setattr(down_proj.parent, down_proj.attribute, module)
 
     setattr(down_proj.parent, down_proj.attribute, layer)
     undo.callback(put_back)
     return layer
+
+
+def _layer_for(
+    down_proj: DownProjection, index: Tensor, rank: int | None, directions: Tensor | None
+) -> LokiRows:
+    if down_proj.of_experts:
+        return LokiExperts(down_proj.module, down_proj.parameter, down_proj.axis, index, rank)
+    return LokiLinear.from_linear(cast(nn.Linear, down_proj.module), index, rank, directions)
 
 
 # What a module calls around its forward pass, in torch 2.11 to 2.13.
@@ -361,11 +394,11 @@ def _replace_mlp(
 
 
 def _attach(
-    structure: Structure, layers: dict[str, LokiLinear], undo: contextlib.ExitStack
+    structure: Structure, layers: dict[str, LokiRows], undo: contextlib.ExitStack
 ) -> RowWriter:
     """What a patched model needs outside its layers: for its decoder, its saving, and DDP."""
     model = structure.causal_lm
-    writer = RowWriter(model, list(layers.values()), agreed=is_distributed())
+    writer = RowWriter(model, layers, agreed=is_distributed())
     for hook in writer.attach(structure.decoder):
         undo.callback(hook.remove)
     saver = SavePretrained.attach(model, layers)

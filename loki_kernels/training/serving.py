@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from ..sharding import full_values
 from .adapter_file import Layers
-from .linear import TRAINED
+from .rows import TRAINED
 
 
 def merged_parameters(model: nn.Module, layers: Layers) -> Iterator[tuple[str, Tensor]]:
     """What `Patch.merged_parameters` gives."""
     updates = {f"{name}.{part}" for name in layers for part in TRAINED}
-    merged = {f"{name}.weight": layer for name, layer in layers.items()}
+    merged = {f"{name}.{layer.parameter}": layer for name, layer in layers.items()}
     for name, parameter in model.named_parameters():
         if name in merged:
             yield name, full_values(merged[name].merged_weight())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..discovery import find_structure
+from ..structure import DownProjection
 from .targets import Rows, as_selection, assign_rows, check_patchable
 
 
@@ -19,21 +20,30 @@ def suppress(model: nn.Module, rows: Rows) -> Iterator[nn.Module]:
 
     Raises:
         ValueError: for rows that do not fit the model.
-        UnsupportedModelError: if its down-projections are not plain linears.
+        UnsupportedModelError: if its down-projections cannot be patched.
     """
     structure = find_structure(model)
     check_patchable(structure)
     by_layer = assign_rows(structure, as_selection(rows))
-    saved: list[tuple[Tensor, Tensor, Tensor]] = []
+    saved: list[tuple[Tensor, int, Tensor, Tensor]] = []
     try:
         for down_proj, layer_rows in by_layer:
-            for parameter in (down_proj.weight, getattr(down_proj.module, "bias", None)):
-                if parameter is None:
-                    continue
-                index = layer_rows.to(parameter.device)
-                saved.append((parameter.data, index, parameter.data[index].clone()))
-                parameter.data.index_fill_(0, index, 0)
+            for parameter, axis in ((down_proj.weight, down_proj.axis), *_biases(down_proj)):
+                data, index = parameter.data, layer_rows.to(parameter.device)
+                saved.append((data, axis, index, data.index_select(axis, index)))
+                data.index_fill_(axis, index, 0)
         yield model
     finally:
-        for data, index, values in saved:
-            data.index_copy_(0, index, values)
+        for data, axis, index, values in saved:
+            data.index_copy_(axis, index, values)
+
+
+def _biases(down_proj: DownProjection) -> Iterator[tuple[Tensor, int]]:
+    """What is added to the product, and the axis of its rows."""
+    holders = [(down_proj.module, "bias"), (down_proj.module, f"{down_proj.parameter}_bias")]
+    if down_proj.of_experts:
+        holders.append((down_proj.parent, "bias"))  # of the sum over experts (JetMoe)
+    for module, name in holders:
+        bias = getattr(module, name, None)
+        if isinstance(bias, Tensor) and bias.shape[-1] == down_proj.weight.shape[down_proj.axis]:
+            yield bias, bias.ndim - 1

@@ -7,20 +7,17 @@ import itertools
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..selection import RowSelection
-from ..sharding import DTensor, is_distributed
-from ..structure import (
-    DownProjection,
-    Structure,
-    is_plain_linear,
-    refuse_tensor_parallelism,
-)
-from .linear import TRAINED, LokiLinear
+from ..sharding import DTensor, is_distributed, is_partitioned
+from ..structure import DownProjection, Structure, in_float64, refuse_tensor_parallelism
+from .rows import TOLERANCE, TRAINED, LokiRows
 
 # What names rows: a selection, one list a layer, or the path of a row file.
 Rows = RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str]
@@ -45,7 +42,7 @@ def as_selection(rows: Rows) -> RowSelection:
 
 
 def check_patchable(structure: Structure) -> None:
-    if any(isinstance(module, LokiLinear) for module in structure.causal_lm.modules()):
+    if any(isinstance(module, LokiRows) for module in structure.causal_lm.modules()):
         raise ValueError(
             "the model is already patched; call unpatch() or merge() on its Patch handle first."
         )
@@ -59,22 +56,68 @@ def check_patchable(structure: Structure) -> None:
     refuse_tensor_parallelism(structure)
     refuse_efficient_loading()
     for _, down_proj in structure.trainable():
-        if not is_plain_linear(down_proj.module):
-            weight = getattr(down_proj.module, "weight", None)
+        _check_projection(down_proj)
+
+
+def _check_projection(down_proj: DownProjection) -> None:
+    name, module = down_proj.name, down_proj.module
+    weight = getattr(module, down_proj.parameter, None)
+    known = down_proj.of_experts or isinstance(module, (nn.Linear, Conv1D))
+    if not known or not _is_plain(weight):
+        advice = (
+            "load the model unquantized"
+            if down_proj.of_experts
+            else "patch the model before PEFT wraps it, and train rows over a quantized base with "
+            "loki_kernels.peft.LokiConfig"
+        )
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__} with a {type(weight).__name__} of "
+            f"{getattr(weight, 'dtype', 'no dtype')}, not a plain linear layer nor plain experts; "
+            f"{advice}."
+        )
+    if isinstance(weight, DTensor):
+        raise UnsupportedModelError(
+            f"the weight of {name} is sharded; patch the model before fully_shard."
+        )
+    if weight.is_meta:
+        raise UnsupportedModelError(
+            f"the weight of {name} is not in memory (offloaded, or on the meta device); load the "
+            "model without offloading."
+        )
+    if down_proj.of_experts:
+        if getattr(module, "_is_expert_parallel", False) or is_partitioned(weight):
             raise UnsupportedModelError(
-                f"{down_proj.name} is a {type(down_proj.module).__name__} with a "
-                f"{type(weight).__name__}, not a plain nn.Linear; patch the model before PEFT "
-                "wraps it, and train rows over a quantized base with loki_kernels.peft.LokiConfig."
+                f"the experts of {name} are split between processes (expert parallelism, ZeRO-3), "
+                "which rows of experts cannot be trained over; use ZeRO-2, or shard the patched "
+                "model with FSDP2 (fully_shard)."
             )
-        if isinstance(down_proj.module.weight, DTensor):
-            raise UnsupportedModelError(
-                f"the weight of {down_proj.name} is sharded; patch the model before fully_shard."
-            )
-        if down_proj.module.weight.is_meta:
-            raise UnsupportedModelError(
-                f"the weight of {down_proj.name} is not in memory (offloaded, or on the meta "
-                "device); load the model without offloading."
-            )
+    elif not is_partitioned(weight) and not _computes_linear(module, down_proj.axis):
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__}, which computes something else than a linear "
+            "layer; its rows cannot be trained."
+        )
+
+
+def _is_plain(weight: object) -> TypeGuard[nn.Parameter]:
+    return (
+        isinstance(weight, Tensor)
+        and type(weight.data) in (Tensor, DTensor)
+        and weight.dtype in TOLERANCE
+    )
+
+
+def _computes_linear(module: nn.Module, axis: int) -> bool:
+    """Whether a subclass of ``nn.Linear`` gives what that would."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, weight.shape[1 - axis], generator=generator, device="cpu")
+    with torch.no_grad():
+        x = x.to(weight)
+        want = nn.functional.linear(x, weight.t() if axis else weight, bias)
+        error = in_float64(type(module).forward(module, x)) - in_float64(want)
+    return float(error.norm()) <= TOLERANCE[weight.dtype] * float(in_float64(want).norm())
 
 
 def refuse_efficient_loading() -> None:
@@ -125,6 +168,11 @@ def assign_rows(
         elif len(rows):
             raise ValueError(f"the selection has rows of layer {layer}, which has no FFN.")
     return assigned
+
+
+def projection_names(structure: Structure) -> list[list[str]]:
+    """The names of each layer's down-projections."""
+    return [[d.name for d in ffn.projections] if ffn else [] for ffn in structure.ffns]
 
 
 def _peft_layer(model: nn.Module) -> str | None:
@@ -183,7 +231,7 @@ def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
     own = {
         f"{name}.{part}"
         for name, module in model.named_modules()
-        if isinstance(module, LokiLinear)
+        if isinstance(module, LokiRows)
         for part in TRAINED
     }
     return {n: p for n, p in model.named_parameters() if p.requires_grad and n not in own}

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..files import check_folder
 from ..sharding import full_shape
 from .adapter_file import SIDE_FILE, Layers, SavedUpdate, load_side_file, read_update, update_of
-from .linear import same_rows, updated_rows
+from .rows import same_rows, updated_rows
 from .targets import refuse_efficient_loading
 
 
@@ -70,7 +70,7 @@ class SideFileCallback(TrainerCallback):
 
         Where a state dict held it already (FSDP, DeepSpeed) there is nothing to do.
         """
-        if not any(layer.merged_alone is not None for layer in self.layers.values()):
+        if not any(x.merged_alone is not None or x.passed_over for x in self.layers.values()):
             return
         for folder in folders:
             path = folder / SIDE_FILE
@@ -98,6 +98,8 @@ def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
             for factor, (_, p) in zip(factors, layer.trained_parameters(), strict=True)
         ):
             return False
+        if layer.passed_over:  # the checkpoint names experts otherwise; others tell
+            continue
         rows = layer.merged_rows().cpu() if layer.merged_alone is None else layer.merged_alone
         if not same_rows(updated_rows(base, *(f for f in factors if f is not None)), rows):
             return False

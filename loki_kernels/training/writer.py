@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..sharding import is_distributed, shards_its_weights
-from .linear import LokiLinear, write_rows
+from .rows import TRAINED, LokiRows, write_rows
 from .targets import check_rows_agree
 
 
@@ -25,13 +26,18 @@ class RowWriter:
     """
 
     model: nn.Module
-    layers: list[LokiLinear]
+    named_layers: Mapping[str, LokiRows]
     agreed: bool = False  # whether the processes train the same rows
     held: bool = field(default=False, init=False)  # whether the rows stay as they were written
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
 
+    @property
+    def layers(self) -> Collection[LokiRows]:
+        return self.named_layers.values()
+
     def attach(self, decoder: nn.Module) -> list[RemovableHandle]:
         return [
+            self.model.register_load_state_dict_pre_hook(self.before_loading),
             decoder.register_forward_pre_hook(self.before_forward),
             decoder.register_forward_hook(self.after_forward, always_call=True),
         ]
@@ -44,7 +50,7 @@ class RowWriter:
         if self.held:
             return
         sharded = shards_its_weights(self.model)
-        written = [layer for layer in self.layers if layer.rank is None and not sharded]
+        written = [layer for layer in self.layers if layer.can_write and not sharded]
         write_rows(written)
         for layer in self.layers:
             layer.sharded = sharded
@@ -55,6 +61,20 @@ class RowWriter:
         if not torch.compiler.is_compiling() and not self.held:
             for layer in self.layers:
                 layer.in_step = False
+
+    def before_loading(
+        self, _model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+    ) -> None:
+        """Note which rows a state dict of their decoder layers has nothing of.
+
+        HF Trainer loads a checkpoint's names as they are in the files, some families' experts one
+        by one, and takes no notice of what does not fit.
+        """
+        for name, layer in self.named_layers.items():
+            own = {f"{prefix}{name}.{part}" for part in (layer.parameter, *TRAINED)}
+            around = re.search(r"[^.]+\.\d+\.", name)  # the decoder layer, as in "layers.3."
+            of_layers = around is not None and any(around[0] in key for key in state_dict)
+            layer.passed_over = of_layers and own.isdisjoint(state_dict) and not layer.is_as_read()
 
     def _check_training(self) -> None:
         if self.held:
@@ -81,7 +101,7 @@ class RowWriter:
         if self.held or shards_its_weights(self.model):
             yield
             return
-        layers = [layer for layer in self.layers if layer.rank is None]
+        layers = [layer for layer in self.layers if layer.can_write]
         write_rows(layers)
         self.held = True
         try:

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import loki_kernels as loki
-from loki_kernels.training import linear, patching
+from loki_kernels.training import patching, rows
 from loki_kernels.training.adapters import merge_folder
 from tests.models import ARCHITECTURES, DEVICE, assert_unchanged, build_model, snapshot, to_device
 from tests.tiny_training import (
@@ -352,7 +352,7 @@ def test_bad_input_changes_nothing(model, rows, options, message):
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("step", ["_replace_linear", "_replace_mlp", "_attach", "logger.info"])
+@pytest.mark.parametrize("step", ["_replace_module", "_replace_mlp", "_attach", "logger.info"])
 def test_a_failure_in_the_middle_changes_nothing(model, monkeypatch, step):
     """Of the last layer, or right at the end: as when memory runs out, or of Ctrl-C."""
     model.lm_head.weight.requires_grad_(False)
@@ -579,13 +579,13 @@ def test_a_forward_of_its_own_is_named(model):
 def writes(monkeypatch):
     """How many layers each launch of sync_rows wrote."""
     launches = []
-    real = linear.sync_rows
+    real = rows.sync_rows
 
     def sync_rows(weights, *args, **options):
         launches.append(len(weights))
         return real(weights, *args, **options)
 
-    monkeypatch.setattr(linear, "sync_rows", sync_rows)
+    monkeypatch.setattr(rows, "sync_rows", sync_rows)
     return launches
 
 

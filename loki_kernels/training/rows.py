@@ -1,0 +1,367 @@
+"""`LokiRows`: a module of which some rows of one weight are trained and the rest is frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import sync_rows
+from ..protection.result import leave_out
+from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_sharded, shard_like
+
+# Names of the parameters that are trained; a merged state dict has none of them.
+TRAINED = ("update", "delta_a", "delta_b")
+
+# Largest relative difference allowed between a module and what we take it for, on random input: the
+# same numbers, but that operations may round once more or sum in another order.
+TOLERANCE = {
+    torch.float64: 1e-5,  # transformers' activations may work in float32
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 3e-2,
+}
+
+
+class LokiRows(nn.Module):
+    """What `LokiLinear` and `LokiExperts` share: an update of rows of one weight, and its state.
+
+    The weight is frozen and lies in the module under the name that the model's family gives it.
+    Rows are numbered along one ``axis`` of it; as tensors they are ``[k, in_features]``, and
+    ``[E, k, in_features]`` of the stacked weights of E experts, whatever the axis.
+
+    ``state_dict`` holds the merged weight under its own name, and beside it ``index`` and the
+    trained parameters, so that training goes on bit for bit. A state dict of the merged weight
+    alone can be read too, to evaluate; it does not hold the update exactly, and training from it
+    raises.
+
+    Attributes:
+        parameter: the weight's name in this module.
+        axis: the dimension of the weight along which rows are numbered.
+        index: int64 ``[k]``, sorted.
+        base_rows: the rows as they were, in the weight's dtype.
+        rank: of LoKI*, or None.
+        directions: protected ones ``[in_features, r]``, or None.
+    """
+
+    index: Tensor
+    base_rows: Tensor
+    directions: Tensor | None
+    parameter: str
+    axis: int
+    rank: int | None
+    in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
+    written = False  # whether the weight may hold an update
+    merged_alone: Tensor | None = None  # rows of a merged weight that was loaded without its update
+    passed_over = False  # whether a state dict was loaded that had nothing of these rows
+    _read_version: int | None = None  # of the update
+    gathered: dict[str, Tensor] | None = None  # what a side file needs, of a sharded model
+    sharded = False  # whether the decoder's last forward pass found the weight sharded
+
+    def _train_rows(
+        self,
+        rows: Tensor,
+        parameter: str,
+        axis: int,
+        rank: int | None = None,
+        directions: Tensor | None = None,
+    ) -> None:
+        """Begin to train rows of a parameter that the module has by now."""
+        self.parameter, self.axis, self.rank = parameter, axis, rank
+        weight = self.frozen
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"the weight is {weight.dtype}; only floating-point weights can be trained in rows."
+            )
+        index = _check_index(rows, full_shape(weight)[axis]).to(weight.device)
+        weight.requires_grad_(False)
+        self.register_buffer("index", index)
+        base = take_rows(full_values(weight), index, axis).contiguous()
+        self.register_buffer("base_rows", base, persistent=False)
+        held = None if directions is None else directions.to(weight.device, weight.dtype)
+        self.register_buffer("directions", held, persistent=False)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if rank is None:
+            self.update = nn.Parameter(torch.zeros_like(base, dtype=dtype))
+        else:
+            a, b = initial_factors(base.shape, rank)
+            self.delta_a = nn.Parameter(a.to(index.device, dtype))
+            self.delta_b = nn.Parameter(b.to(index.device, dtype))
+
+    @property
+    def frozen(self) -> nn.Parameter:
+        """The weight that rows are trained of; use `merged_weight` to read it."""
+        return cast(nn.Parameter, self._parameters[self.parameter])
+
+    @property
+    def can_write(self) -> bool:
+        """Whether the rows can be written into the weight before a product."""
+        return self.rank is None
+
+    @property
+    def writes_rows(self) -> bool:
+        """Whether the rows are written into the weight before a product, as things are."""
+        return self.can_write and not self.sharded and not torch.compiler.is_compiling()
+
+    def check_loaded(self) -> None:
+        """Raise RuntimeError if what was loaded last is not enough for what is asked now."""
+        if self.passed_over:
+            raise RuntimeError(_PASSED_OVER)
+        if self.merged_alone is not None and (
+            self.rank is not None or (self.training and torch.is_grad_enabled())
+        ):
+            raise RuntimeError(_MERGED_ALONE)
+
+    def _update_factors(self) -> tuple[Tensor, Tensor | None]:
+        """The update of what the weight holds: a product, or the difference itself and None."""
+        if self.rank is not None:
+            return self.delta_a, leave_out(self.delta_b, self.directions)
+        update = leave_out(self.update, self.directions)
+        if self.written:
+            return update + (self.base_rows.to(update) - self._weight_rows()), None
+        return update, None
+
+    def formed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of the trained parameters, by name, without the directions that do nothing."""
+        directions = self.directions
+        return {
+            name: tensor
+            if directions is None or name == "delta_a"
+            else leave_out(tensor, directions.to(tensor.device))
+            for name, tensor in values.items()
+        }
+
+    @torch.no_grad()
+    def formed_update(self) -> dict[str, Tensor]:
+        """``update``, or ``delta_a`` and ``delta_b``, as they act; whole where sharded."""
+        return self.formed({name: full_values(p) for name, p in self.trained_parameters()})
+
+    def mark_read(self) -> None:
+        """Note that the update was read from a file, which is all of it that there is to know."""
+        self.merged_alone, self.passed_over = None, False
+        self._read_version = self.trained_parameters()[-1][1]._version
+
+    def is_as_read(self) -> bool:
+        """Whether the update is one that was read, and not trained since."""
+        return self._read_version == self.trained_parameters()[-1][1]._version
+
+    def _weight_rows(self) -> Tensor:
+        return take_rows(self.frozen.detach(), self.index, self.axis).to(self.update.dtype)
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of ``update``, or of ``delta_a`` and ``delta_b``."""
+        return [(name, p) for name, p in self.named_parameters(recurse=False) if name in TRAINED]
+
+    def merged_rows(self) -> Tensor:
+        """The rows as trained so far, in the weight's dtype; ``[..., k, in_features]``."""
+        if self.rank is not None:
+            self.check_loaded()
+        with torch.no_grad():
+            return updated_rows(self.base_rows, *self.formed_update().values())
+
+    def merged_weight(self) -> Tensor:
+        """The weight as trained so far, sharded if it is."""
+        if self.rank is None and not is_sharded(self.frozen):
+            write_rows([self])
+            return self.frozen.detach()
+        return shard_like(self.put_rows(full_values(self.frozen), self.merged_rows()), self.frozen)
+
+    def take_rows(self, weight: Tensor) -> Tensor:
+        """These rows of a whole weight, where it lies."""
+        return take_rows(weight, self.index.to(weight.device), self.axis)
+
+    def put_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """A copy of a whole weight with other values of these rows."""
+        along = rows.to(weight).movedim(-2, self.axis)
+        return weight.index_copy(self.axis, self.index.to(weight.device), along)
+
+    def _write_rows(self) -> None:
+        if not self.in_step:
+            write_rows([self])
+
+    def reset_rows(self) -> None:
+        """Put the rows back to what they were before training."""
+        with torch.no_grad():
+            (self.update if self.rank is None else self.delta_a).zero_()
+            write_into(self.frozen.data, self.base_rows, self.index, self.axis)
+        self.written, self.merged_alone = False, None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_partitioned(self.frozen):  # DeepSpeed keeps every parameter's parts by itself
+            return
+        weight = self.merged_weight()
+        if isinstance(self.frozen, DTensor):
+            # every process is here; the one that writes the side file will be alone
+            self.gathered = {name: full_values(p).cpu() for name, p in self.trained_parameters()}
+        if self.rank is not None or is_sharded(self.frozen):
+            destination[prefix + self.parameter] = weight
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {prefix + name for name in ("index", *TRAINED)}
+        weight = state_dict.get(prefix + self.parameter)
+        partitioned = is_partitioned(self.frozen)
+        error = self._why_not_load(state_dict, prefix)
+        if error is not None:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+            return
+        missing: list[str] = []
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys += [name for name in missing if name not in own]
+        if weight is None or partitioned or len(error_msgs) > errors:
+            return
+        with torch.no_grad():
+            merged = full_values(self.frozen)
+            rows = self.take_rows(merged).to(self.base_rows.device)
+            self.merged_alone = None
+            if own & set(missing) and not same_rows(rows, self.merged_rows()):
+                self.merged_alone = rows.cpu()
+            if self.rank is None and self.merged_alone is not None:
+                update = rows.to(self.update.dtype) - self.base_rows.to(self.update.dtype)
+                self.update.copy_(shard_like(update, self.update))
+            if self.rank is None and not isinstance(self.frozen, DTensor):
+                self.written = True
+                return
+            # In the delta form what the weight holds is the base.
+            restored = self.put_rows(merged, self.base_rows)
+            if local_metadata.get("assign_to_params_buffers") and self.rank is not None:
+                # else the caller's state dict would change
+                setattr(self, self.parameter, nn.Parameter(self.frozen.detach().clone(), False))
+            self.frozen.data.copy_(shard_like(restored, self.frozen))
+
+    def _why_not_load(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why an update that was saved is none of this layer's rows, or of other base rows."""
+        index = state_dict.get(prefix + "index")
+        if index is not None and not torch.equal(index.cpu(), self.index.cpu()):
+            return "the rows that were trained are others than this model's; patch it with those."
+        weight = state_dict.get(prefix + self.parameter)
+        names = [prefix + name for name, _ in self.trained_parameters()]
+        if weight is None or is_partitioned(self.frozen) or not state_dict.keys() >= set(names):
+            return None
+        factors: list[Tensor] = [state_dict[name] for name in names]
+        if tuple(weight.shape) != full_shape(self.frozen) or any(
+            tuple(f.shape) != full_shape(p)
+            for f, (_, p) in zip(factors, self.trained_parameters(), strict=True)
+        ):
+            return None  # torch says so
+        rows = self.take_rows(full_values(weight)).to(self.base_rows.device)
+        names = [name for name, _ in self.trained_parameters()]
+        whole = self.formed(dict(zip(names, map(full_values, factors), strict=True)))
+        if same_rows(rows, updated_rows(self.base_rows, *whole.values())):
+            return None
+        return (
+            "the update that was saved is of other base weights, or of another protection; patch "
+            "the model it was trained on, not a merged one, with the same protect=."
+        )
+
+
+_READ_IT = (
+    "Read the update beside the checkpoint: with handle.trainer_callback() for HF Trainer, "
+    "loki_kernels.patch(model, rows=<checkpoint folder>) or handle.load_state(<checkpoint folder>)."
+)
+_PASSED_OVER = (
+    "a state dict of this model's layers was loaded that has nothing of these rows under their "
+    "names in memory, as the files of save_pretrained have not where a family's names differ "
+    f"(experts one by one), so the update is not that of the other weights. {_READ_IT}"
+)
+_MERGED_ALONE = (
+    "the weights that were loaded hold trained rows merged into them and not the update itself, so "
+    f"training would go on from a rounding. {_READ_IT} To start anew from these weights, merge and "
+    "patch."
+)
+
+
+def same_rows(got: Tensor, want: Tensor) -> bool:
+    """Whether rows are the same but for a rounding to the coarser of the two dtypes."""
+    eps = max(torch.finfo(x.dtype).eps for x in (got, want))
+    difference = got.float() - want.to(got.device).float()
+    return float(difference.norm()) <= eps * float(want.float().norm())
+
+
+def check_rank(rank: object) -> None:
+    """Raise ValueError unless ``rank`` is None or a positive integer."""
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a positive integer or None; it is {rank!r}.")
+
+
+def initial_factors(shape: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
+    """Of LoKI*, for rows ``[..., k, in_features]``: zeros ``[..., k, r]``, and
+    ``[..., r, in_features]`` normal with variance 1 / in_features."""
+    *experts, count, in_features = shape
+    return (
+        torch.zeros(*experts, count, rank),
+        torch.randn(*experts, rank, in_features) / math.sqrt(in_features),
+    )
+
+
+def updated_rows(base: Tensor, delta_a: Tensor, delta_b: Tensor | None = None) -> Tensor:
+    """``base + delta_a @ delta_b`` (``base + delta_a`` without a second factor), rounded once.
+
+    In the base's dtype, where the base lies.
+    """
+    wide = torch.promote_types(torch.promote_types(base.dtype, delta_a.dtype), torch.float32)
+    delta = delta_a if delta_b is None else delta_a.to(wide) @ delta_b.to(delta_a.device, wide)
+    return (base.to(wide) + delta.to(base.device)).to(base.dtype)
+
+
+def take_rows(weight: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Rows ``[..., k, in_features]`` of a weight that numbers them along ``axis``."""
+    return weight.index_select(axis, index).movedim(axis, -2)
+
+
+def write_into(weight: Tensor, rows: Tensor, index: Tensor, axis: int) -> None:
+    """The inverse of `take_rows`, in place."""
+    weight.index_copy_(axis, index, rows.movedim(-2, axis))
+
+
+@torch.no_grad()
+def write_rows(layers: Sequence[LokiRows]) -> None:
+    """Put base plus update into the weights of layers without a rank."""
+    groups: dict[Any, list[LokiRows]] = {}
+    for layer in layers:
+        layer.written = True
+        if layer.axis or layer.frozen.ndim > 2:
+            write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
+            continue
+        # The protected update is another tensor, at all rows as large as the weights in float32:
+        # a layer at a time.
+        alone = None if layer.directions is None else id(layer)
+        key = layer.frozen.device, layer.frozen.dtype, layer.update.dtype, alone
+        groups.setdefault(key, []).append(layer)
+    for group in groups.values():
+        # Through .data: the values a pending backward pass reads do not change unless `update` did,
+        # which row_masked_linear notices, so the weights' versions must not.
+        sync_rows(
+            [layer.frozen.data for layer in group],
+            [layer.base_rows for layer in group],
+            [leave_out(layer.update.data, layer.directions) for layer in group],
+            [layer.index for layer in group],
+        )
+
+
+def _check_index(rows: Tensor, out_features: int) -> Tensor:
+    rows = torch.as_tensor(rows)
+    if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise ValueError(f"rows must be integers [k]; they are {rows.dtype} {tuple(rows.shape)}.")
+    index = rows.to(torch.int64).sort().values
+    if len(index) and (int(index[0]) < 0 or int(index[-1]) >= out_features):
+        bad = index[0] if int(index[0]) < 0 else index[-1]
+        raise ValueError(f"row {int(bad)} is out of range for a weight of {out_features} rows.")
+    if (index[1:] == index[:-1]).any():
+        raise ValueError(f"row {int(index[1:][index[1:] == index[:-1]][0])} is given twice.")
+    return index

@@ -1,0 +1,379 @@
+"""Rows of every expert of a mixture: trained, saved, loaded and put back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import loki_kernels as loki
+from loki_kernels.peft import LokiConfig
+from loki_kernels.training.adapters import merge_folder
+from loki_kernels.training.experts import LokiExperts
+from tests.models import assert_unchanged, snapshot
+from tests.tiny_training import logits, tiny_trainer, train
+from tests.zoo.build import build
+
+# (experts in one tensor, how they lie): with a shared expert, biased and transposed, of their own
+# forward pass; the first layers of GLM and DeepSeek are dense.
+FAMILIES = ["Qwen3Moe", "Mixtral", "GptOss", "Glm4Moe", "DeepseekV3", "Llama4"]
+ROWS = [[5, 1], [0], [7, 3, 30], [2]]
+
+
+@functools.cache
+def built(family):
+    if family == "MuseSpark":  # which normalises each expert's output
+        return build("MuseSparkForConditionalGeneration")
+    return build(f"{family}ForCausalLM")
+
+
+def build_model(family="Mixtral"):
+    return copy.deepcopy(built(family))
+
+
+def stacks(model):
+    """(name, module) of the experts of a model that is not patched."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    ]
+
+
+def one_module(family, rows, dtype=torch.float32, **changes):
+    """(the experts of a layer, what trains rows of them)."""
+    module = copy.deepcopy(stacks(built(family))[-1][1]).to(dtype)
+    for name, value in changes.items():
+        setattr(module, name, value)
+    axis = 2 if getattr(module, "is_transposed", family == "Llama4") else 1
+    return copy.deepcopy(module), LokiExperts(module, "down_proj", axis, torch.tensor(rows))
+
+
+def axis_width(experts):
+    return experts.frozen.shape[experts.axis]
+
+
+def routed(experts, dtype=torch.float32):
+    """Tokens, of which none goes to the last expert, and where they go."""
+    torch.manual_seed(0)
+    shares, chosen = torch.rand(6, experts.num_experts - 1).topk(2)
+    up = experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj
+    width = up.shape[1 if experts.is_transposed else 2]
+    return torch.randn(6, width).to(dtype), chosen, shares.to(dtype)
+
+
+def run(module, weight, inputs, upstream):
+    """Output, and the gradients of the tokens, their shares and the weight."""
+    x, chosen, shares = inputs
+    wanted = [x.clone().requires_grad_(), shares.clone().requires_grad_(), weight]
+    y = module(wanted[0], chosen, wanted[1])
+    return [y.detach(), *torch.autograd.grad(y, wanted, upstream)]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "MuseSpark", "NemotronH"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_those_of_dense_training(family, implementation, dtype):
+    if dtype == torch.float64 and implementation == "grouped_mm":
+        pytest.skip("torch's grouped product takes no float64")
+    module = copy.deepcopy(stacks(built(family))[-1][1]).to(dtype)
+    module.config = copy.copy(module.config)
+    module.config._experts_implementation = implementation
+    dense = copy.deepcopy(module).requires_grad_(False)
+    rows = torch.tensor([1, 5, 17])
+    axis = 2 if dense.is_transposed else 1
+    ours = LokiExperts(module, "down_proj", axis, rows)
+    assert ours.why_whole is None
+    ours.update.data.normal_(0, 0.1)
+    with torch.no_grad():
+        dense.down_proj.copy_(ours.put_rows(dense.down_proj, ours.merged_rows()))
+    inputs, upstream = routed(ours, dtype), torch.randn(6, axis_width(ours), dtype=dtype)
+    want = run(dense, dense.down_proj.requires_grad_(), inputs, upstream)
+    want[-1] = want[-1].index_select(axis, rows).movedim(axis, -2)
+    got = run(ours, ours.update, inputs, upstream)
+    assert not got[-1][-1].any()  # of the expert without tokens
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).norm()) <= tolerance * float(b.norm())
+
+
+def test_the_whole_form_has_the_gradients_of_dense_training():
+    """Llama 4's forward pass is none of transformers' implementations."""
+    dense, ours = one_module("Llama4", [1, 5, 17])
+    assert ours.why_whole is not None
+    ours.update.data.normal_(0, 0.1)
+    with torch.no_grad():
+        dense.down_proj.copy_(ours.put_rows(dense.down_proj, ours.merged_rows()))
+    x, upstream = torch.randn(4 * 3, 32), torch.randn(12, 32)
+    weight = dense.down_proj
+    (want,) = torch.autograd.grad(dense(x), weight, upstream)
+    for sharded in (False, True):  # a merged copy there
+        ours.sharded = sharded
+        (got,) = torch.autograd.grad(ours(x), ours.update, upstream)
+        torch.testing.assert_close(got, want[..., [1, 5, 17]].transpose(1, 2), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours(x), dense(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_starts_as_the_module_it_replaces(family, dtype):
+    module, ours = one_module(family, [1, 5, 17], dtype)
+    inputs = routed(module, dtype)
+    want, got = module(*inputs), ours(*inputs)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want)
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == {"update"}
+    assert ours.update.dtype == torch.float32
+    assert ours.num_experts == module.num_experts
+
+
+def test_what_is_another_product_runs_its_own_forward_pass():
+    class Doubled(type(stacks(built("Mixtral"))[0][1])):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+    module = copy.deepcopy(stacks(built("Mixtral"))[0][1])
+    module.__class__ = Doubled
+    ours = LokiExperts(module, "down_proj", 1, torch.tensor([1]))
+    assert "does not compute" in ours.why_whole
+    inputs = routed(module)
+    assert torch.equal(ours(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trains_only_the_rows_and_unpatches(family, rank):
+    model = build_model(family)
+    before, want = snapshot(model), logits(model)
+    names = {f"{name}.down_proj": module for name, module in stacks(model)}
+    handle = loki.patch(model, ROWS, rank=rank)
+    torch.testing.assert_close(logits(model), want)
+    assert handle.report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    learned = logits(train(model))
+    assert not torch.allclose(learned, want)
+    trained = {k: v.clone() for k, v in model.state_dict().items()}
+    for key, tensor in before["weights"].items():
+        differs = trained[key] != tensor
+        if "down_proj" not in key:
+            assert not differs.any(), key
+            continue
+        axis = 0 if key not in names else 2 if family in ("GptOss", "Llama4") else 1
+        moved = differs.movedim(axis, 0).flatten(1).any(1).nonzero().flatten().tolist()
+        assert moved == ([] if "bias" in key else sorted(ROWS[int(key.split(".")[2])])), key
+    torch.testing.assert_close(logits(model), learned)  # once the state dict has been read
+    handle.unpatch()
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_and_adapters_restore_the_model(family, tmp_path):
+    model = build_model(family)
+    model.save_pretrained(tmp_path / "base")
+    handle = loki.patch(model, ROWS)
+    want = logits(train(model))
+    model.save_pretrained(tmp_path / "saved")
+    loki.save_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), want)
+
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+
+    plain, info = load("saved")  # plain transformers
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(logits(plain), want)
+    again = load("base")[0]
+    torch.testing.assert_close(logits(loki.patch(again, tmp_path / "saved").model), want)
+    again = load("base")[0]
+    loaded = loki.load_adapter(again, tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), want)
+    torch.testing.assert_close(logits(loaded.merge()), want)
+    torch.testing.assert_close(logits(merge_folder(load("base")[0], tmp_path / "saved")), want)
+    merged = dict(handle.merged_parameters())
+    assert merged.keys() == dict(again.named_parameters()).keys()
+    torch.testing.assert_close(logits(handle.merge()), want)
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], msg=name)
+
+
+def test_an_adapter_of_another_rank_is_one(tmp_path):
+    model = build_model()
+    loki.patch(model, ROWS, rank=2)
+    want = logits(train(model))
+    loki.save_adapter(model, tmp_path)
+    handle = loki.load_adapter(build_model(), tmp_path)
+    torch.testing.assert_close(logits(handle.model), want)
+
+
+@pytest.mark.parametrize("by", ["callback", "rows", "nothing"])
+def test_a_resumed_trainer_goes_on_from_the_experts_rows(tmp_path, by):
+    """Its checkpoints name experts one by one, so a state dict of one leaves them as they are."""
+
+    def run(folder, steps, resume=False):
+        model = build_model("Qwen3Moe")
+        handle = loki.patch(model, folder / "checkpoint-3" if resume and by == "rows" else ROWS)
+        callbacks = [handle.trainer_callback()] if by == "callback" else []
+        tiny_trainer(model, folder, steps, callbacks).train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    straight = run(tmp_path / "a", 6)
+    run(tmp_path / "b", 3)
+    if by == "nothing":
+        with pytest.raises(RuntimeError, match="nothing of these rows"):
+            run(tmp_path / "b", 6, resume=True)
+        return
+    resumed = run(tmp_path / "b", 6, resume=True)
+    for name, tensor in straight.items():
+        torch.testing.assert_close(tensor, resumed[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "LlavaForConditionalGeneration"])
+def test_weights_under_the_names_of_their_files_are_noticed(name, tmp_path):
+    """Mixtral's files name experts one by one, Llava's the whole decoder otherwise."""
+    model = build(name)
+    loki.patch(model, ROWS)
+    want = logits(train(model))
+    model.save_pretrained(tmp_path)
+    again = build(name)
+    handle = loki.patch(again, ROWS)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    with pytest.raises(RuntimeError, match="nothing of these rows"):
+        logits(again)
+    handle.load_state(tmp_path)
+    torch.testing.assert_close(logits(again), want)
+    again.load_state_dict({"lm_head.weight": again.lm_head.weight}, strict=False)
+    logits(again)  # a part of a model is none of its rows
+
+
+@pytest.mark.parametrize("family", ["GptOss", "Llama4"])
+def test_checkpointing_and_compilation_train_the_same(family):
+    def trained(change):
+        torch._dynamo.reset()
+        model = build_model(family)
+        loki.patch(model, ROWS)
+        change(model)
+        train(model.train())
+        return {k: v for k, v in model.state_dict().items() if "down_proj" in k or "update" in k}
+
+    want = trained(lambda model: None)
+    options = {"use_reentrant": False}
+    for change in (
+        lambda model: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options),
+        lambda model: model.model.layers[-1].compile(backend="aot_eager"),
+    ):
+        for name, tensor in trained(change).items():
+            torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_suppressed_rows_are_silent_in_every_expert():
+    """gpt-oss has a bias of each expert."""
+    model = build_model("GptOss")
+    before = snapshot(model)
+    seen = []
+    for name, module in stacks(model):
+        model.get_submodule(name.rpartition(".")[0]).register_forward_hook(
+            lambda _m, _a, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
+        assert module.down_proj_bias.any()
+    with loki.suppress(model, ROWS):
+        logits(model)
+    for output, rows in zip(seen, ROWS, strict=True):
+        silent = output.reshape(-1, 32).abs().amax(0) == 0
+        assert silent.nonzero().flatten().tolist() == sorted(rows)
+    before.pop("hooks")
+    after = snapshot(model)["weights"]
+    assert all(torch.equal(after[k], v) for k, v in before["weights"].items())
+
+
+def test_what_experts_do_not_support_is_refused():
+    model = build_model("Glm4Moe")
+    before = snapshot(model)
+    protection = loki.Protection({"x": torch.eye(3)[:, :1]}, {"x": torch.ones(1)}, {"x": 2.0})
+    for attempt in (
+        lambda: loki.patch(model, ROWS, protect=protection),
+        lambda: loki.estimate_protection(model, [[1, 2, 3]]),
+        lambda: peft.get_peft_model(model, LokiConfig(rows=ROWS)),
+    ):
+        with pytest.raises(loki.UnsupportedModelError, match="experts"):
+            attempt()
+    assert_unchanged(model, before)
+    stacks(model)[0][1]._is_expert_parallel = True
+    with pytest.raises(loki.UnsupportedModelError, match="expert parallelism"):
+        loki.patch(model, ROWS)
+    stacks(model)[0][1]._is_expert_parallel = False
+    stacks(model)[0][1].down_proj.data = stacks(model)[0][1].down_proj.data.to(torch.float8_e4m3fn)
+    with pytest.raises(loki.UnsupportedModelError, match="load the model unquantized"):
+        loki.patch(model, ROWS)
+
+
+def test_the_report_tells_what_is_not_fused_and_what_is_whole(tmp_path):
+    handle = loki.patch(build_model("Llama4"), ROWS, fuse_mlp=True)
+    assert any("own forward pass" in note for note in handle.report.notes)
+    assert any("sorted tokens" in reason for reason in handle.report.not_fused.values())
+    assert handle.report.fused  # the shared experts', whose output Llama 4 adds to in place
+    train(handle.model)
+    with pytest.raises(loki.UnsupportedModelError, match="stack of experts"):
+        loki.export_lora(handle.model, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["GPT2LMHeadModel", "FalconForCausalLM"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_other_linear_layers(family, rank, tmp_path):
+    """Conv1D's weight has rows for columns; Falcon's linear layer is a subclass of torch's."""
+    model = build(family)
+    before, want = snapshot(model), logits(model)
+    handle = loki.patch(model, ROWS, rank=rank)
+    torch.testing.assert_close(logits(model), want)
+    learned = logits(train(model))
+    assert not torch.allclose(learned, want)
+    model.save_pretrained(tmp_path / "saved")
+    loki.save_adapter(model, tmp_path / "adapter")
+    plain = type(model).from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(plain), learned)
+    again = loki.load_adapter(build(family), tmp_path / "adapter").merge()
+    torch.testing.assert_close(logits(again), learned)
+    loki.export_lora(model, tmp_path / "lora")
+    torch.testing.assert_close(
+        logits(peft.PeftModel.from_pretrained(build(family), tmp_path / "lora")), learned
+    )
+    for (name, layer), rows in zip(handle.named_layers(), ROWS, strict=True):
+        axis = 1 if family == "GPT2LMHeadModel" else 0
+        moved = (layer.merged_weight() != before["weights"][f"{name}.weight"]).any(1 - axis)
+        assert moved.nonzero().flatten().tolist() == sorted(rows)
+    handle.unpatch()
+    before.pop("config")  # save_pretrained writes the architecture to it
+    assert_unchanged(model, before)
+
+
+def test_conv1d_has_the_gradient_of_its_columns():
+    torch.manual_seed(0)
+    linear = Conv1D(9, 7)
+    layer = loki.LokiLinear.from_linear(copy.deepcopy(linear), [8, 2])
+    layer.update.data.normal_()
+    x, upstream = torch.randn(2, 5, 7), torch.randn(2, 5, 9)
+    with torch.no_grad():
+        linear.weight[:, [2, 8]] += layer.update.t()
+    (want,) = torch.autograd.grad(linear(x), linear.weight, upstream)
+    (got,) = torch.autograd.grad(layer(x), layer.update, upstream)
+    torch.testing.assert_close(got, want[:, [2, 8]].t())
+    torch.testing.assert_close(layer(x), linear(x))
+
+
+def test_a_subclass_that_is_no_linear_layer_is_refused():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = build("FalconForCausalLM")
+    model.transformer.h[1].mlp.dense_4h_to_h.__class__ = Scaled
+    with pytest.raises(loki.UnsupportedModelError, match="something else than a linear"):
+        loki.patch(model, ROWS)
