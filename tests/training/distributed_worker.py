@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 import loki_kernels as loki
 from loki_kernels.sharding import full_values
 from loki_kernels.training import patching
-from tests.models import build_model
+from tests.models import GQA, build_model
 from tests.tiny_training import ROWS
 
 STEPS, BATCH = 4, 4
@@ -41,7 +41,9 @@ def batches():
 def patched_or_wrapped(case: str, folder: Path | None = None):
     """(patched model or PeftModel, handle or None); of a checkpoint if a folder is given."""
     dtype = torch.bfloat16 if "bf16" in case else torch.float32
-    if folder is None:
+    if "experts" in case:
+        model = build_experts()
+    elif folder is None:
         model = build_model("llama_mlp_bias", dtype=dtype)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -56,6 +58,16 @@ def patched_or_wrapped(case: str, folder: Path | None = None):
         return peft.get_peft_model(model, LokiConfig(rows=ROWS, rank=rank)), None
     handle = loki.patch(model, ROWS, rank=rank, protect=protect)
     return model, handle
+
+
+def build_experts():
+    """A small mixture of experts, the same in every process."""
+    torch.manual_seed(0)
+    return transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **GQA, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+        )
+    )
 
 
 def protection():

@@ -23,9 +23,10 @@ from tests.tiny_training import ROWS
 from tests.training.distributed_worker import protection
 
 ROOT = Path(__file__).parents[2]
-PLAIN = ["plain", "plain-rank", "plain-bf16", "plain-peft", "plain-protect"]
+PLAIN = ["plain", "plain-rank", "plain-bf16", "plain-peft", "plain-protect", "plain-experts"]
 TORCH = ["ddp", "ddp-peft", "ddp-protect", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-peft",
-         "fsdp2-protect", "fsdp2-offload", "fsdp2-offload-peft"]  # fmt: skip
+         "fsdp2-protect", "fsdp2-offload", "fsdp2-offload-peft", "ddp-experts",
+         "fsdp2-experts"]  # fmt: skip
 TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
            "trainer-fsdp2-peft"]  # fmt: skip
 ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-protect"]
@@ -81,7 +82,9 @@ def zero_trainers(zero):
 def case_of_one_process(case: str) -> str:
     """The case that one process runs."""
     option = case.split("-")[-1]
-    return f"plain-{option}" if option in ("rank", "bf16", "peft", "protect") else "plain"
+    return (
+        f"plain-{option}" if option in ("rank", "bf16", "peft", "protect", "experts") else "plain"
+    )
 
 
 def assert_same_losses(alone: Path, out: Path, case: str) -> None:
@@ -117,7 +120,9 @@ def test_torch_engines(alone, torch_engines, case):
     assert_same_weights(alone, case, load_file(torch_engines / f"{case}.safetensors"))
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-protect"])
+@pytest.mark.parametrize(
+    "case", ["ddp", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-protect", "fsdp2-experts"]
+)
 def test_checkpoint_at_the_end_is_ordinary(alone, torch_engines, case):
     folder = torch_engines / case
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
