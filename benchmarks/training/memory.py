@@ -55,21 +55,25 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
 
 def _measure(method: str, name: str, layers: int, tokens: int) -> dict[str, int]:
     """Peak bytes over three steps, beyond what python, torch and transformers take."""
-    before = _peak_resident()
+    before = resident("peak")
     model = prepare(method, build(name, layers))
     step = make_step(model, tokens)
     for _ in range(3):
         step()
     on_gpu = DEVICE.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident() - before
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident("peak") - before
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return {"peak": peak, "optimizer": 2 * trained}  # AdamW's two moments
 
 
-def _peak_resident() -> int:
-    """Of this process: getrusage's maximum would be the parent's, where that was larger."""
+def resident(when: str) -> int:
+    """Bytes of this process, ``"now"`` or at its ``"peak"``.
+
+    getrusage's maximum would be the parent's, where that was larger.
+    """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    name = {"now": "VmRSS", "peak": "VmHWM"}[when]
+    found = re.search(rf"{name}:\s*(\d+) kB", status)
     assert found is not None
     return int(found[1]) * 1024
 

@@ -1,0 +1,155 @@
+"""``python -m benchmarks.training.experts [DTYPE ...]``: a training step of a block of experts.
+
+Ours at a tenth of the rows against training all of the experts, their down-projections alone, and
+PEFT's LoRA of their two parameters, in float32 and bfloat16 by default: the time of forward,
+backward and AdamW, interleaved in one process, and in a process of each one's own the memory at its
+peak beyond the block. ``count`` says what they train of two models, by their shapes. Prints
+Markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from loki_kernels import patch
+from loki_kernels.selection import random_rows
+
+from ..measure import DEVICE, interleave, quantiles
+from .memory import resident
+
+METHODS = ("ours", "all experts", "down_proj", "lora")
+SIZES = {"hidden": 1024, "experts": 32, "inner": 512, "chosen": 4, "tokens": 512}
+# hidden, experts, inner, layers
+MODELS = {"Qwen3-30B-A3B": (2048, 128, 768, 48), "gpt-oss-20b": (2880, 32, 2880, 24)}
+
+
+def block_of(method: str, dtype: torch.dtype, sizes: dict[str, int]) -> nn.Module:
+    """A mixture of Qwen3-MoE's kind, ready to be trained by a method."""
+    config = Qwen3MoeConfig(
+        vocab_size=8, hidden_size=sizes["hidden"], intermediate_size=sizes["inner"],
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        num_experts=sizes["experts"], moe_intermediate_size=sizes["inner"],
+        num_experts_per_tok=sizes["chosen"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config).to(DEVICE, dtype).requires_grad_(False)
+    experts = model.model.layers[0].mlp.experts
+    if method == "ours":
+        patch(model, random_rows(1, sizes["hidden"], sizes["hidden"] // 10, seed=0))
+    elif method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        names = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            get_peft_model(model, LoraConfig(r=16, target_modules=[], target_parameters=names))
+    else:
+        experts.down_proj.requires_grad_(True)
+        experts.gate_up_proj.requires_grad_(method == "all experts")
+    return model.model.layers[0].mlp.train()
+
+
+def step_of(block: nn.Module, dtype: torch.dtype, sizes: dict[str, int]) -> Callable[[], None]:
+    trained = [p for p in block.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    x = torch.randn(1, sizes["tokens"], sizes["hidden"], device=DEVICE).to(dtype).requires_grad_()
+    upstream = torch.randn_like(x)
+
+    def step() -> None:
+        block(x).backward(upstream)
+        x.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def times(dtype: torch.dtype, sizes: dict[str, int], rounds: int) -> dict[str, list[float]]:
+    steps = {m: step_of(block_of(m, dtype, sizes), dtype, sizes) for m in METHODS}
+    return interleave(steps, rounds)
+
+
+def _peak(method: str, dtype: torch.dtype, sizes: dict[str, int]) -> dict[str, int]:
+    """Bytes at the peak of three steps beyond the block, and those that are trained."""
+    on_gpu = DEVICE.type == "cuda"
+    block = block_of(method, dtype, sizes)
+    step = step_of(block, dtype, sizes)
+    before = torch.cuda.memory_allocated() if on_gpu else resident("now")
+    for _ in range(3):
+        step()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident("peak")
+    trained = [p for p in block.parameters() if p.requires_grad]
+    return {
+        "peak": peak - before,
+        "trained": sum(p.numel() for p in trained),
+        "gradients": sum(p.numel() * p.element_size() for p in trained),
+    }
+
+
+def measured(dtype: torch.dtype, sizes: dict[str, int], rounds: int) -> Iterator[str]:
+    """Lines of a table."""
+    taken = times(dtype, sizes, rounds)
+    for method in METHODS:
+        name = str(dtype).removeprefix("torch.")
+        command = [sys.executable, "-m", "benchmarks.training.experts", "peak", method, name]
+        process = subprocess.run(
+            [*command, json.dumps(sizes)], capture_output=True, text=True, check=True
+        )
+        peak = json.loads(process.stdout.splitlines()[-1])
+        milliseconds = {k: 1e3 * v for k, v in quantiles(taken[method]).items()}
+        ratio = quantiles([p / o for p, o in zip(taken[method], taken["ours"], strict=True)])
+        yield (
+            f"| {name} | {method} | {milliseconds['p50']:.0f} ms ({milliseconds['p20']:.0f} to "
+            f"{milliseconds['p80']:.0f}) | {ratio['p50']:.2f} | {peak['peak'] / 2**20:.0f} MiB | "
+            f"{peak['trained'] / 1e6:.2f} M | {peak['gradients'] / 2**20:.0f} MiB |"
+        )
+
+
+def counted() -> list[str]:
+    """What is trained of two models, by their shapes: a tenth of the rows, or all experts."""
+    lines = [
+        "| model | trained | parameters | gradients | AdamW's moments |",
+        "|---|---|---|---|---|",
+    ]
+    for name, (hidden, experts, inner, layers) in MODELS.items():
+        down = layers * experts * hidden * inner
+        rows = layers * experts * (hidden // 10) * inner
+        # bytes of a gradient, and of its two moments: ours are of a float32 update
+        for what, count, gradient, moments in (
+            ("a tenth of the rows", rows, 4, 8),
+            ("down-projections, bfloat16", down, 2, 4),
+            ("all experts, bfloat16", 3 * down, 2, 4),
+            ("all experts, float32 moments", 3 * down, 2, 8),
+        ):
+            lines.append(
+                f"| {name} | {what} | {count / 1e9:.2f} G | {count * gradient / 1e9:.1f} GB | "
+                f"{count * moments / 1e9:.1f} GB |"
+            )
+    return lines
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["peak"]:
+        _, method, dtype, sizes = arguments
+        print(json.dumps(_peak(method, getattr(torch, dtype), json.loads(sizes))))
+        return
+    if arguments == ["count"]:
+        print(*counted(), sep="\n")
+        return
+    print("| dtype | trained | a step (p20 to p80) | ours = 1 | peak | parameters | gradients |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype in arguments or ("float32", "bfloat16"):
+        for line in measured(getattr(torch, dtype), SIZES, rounds=5):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
