@@ -1,4 +1,4 @@
-"""Every block of README's "Use it with…" and of docs/drift.md runs as it stands."""
+"""Every block of docs/recipes.md and of docs/drift.md runs as it stands."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingA
 import loki_kernels as loki
 from tests.models import changed_rows
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-SECTION = re.search(r"^## Use it with…\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+DOCS = Path(__file__).parents[2] / "docs"
+RECIPES = (DOCS / "recipes.md").read_text(encoding="utf-8")
 BLOCKS = dict(
-    re.findall(r"^\*\*(.*?)\*\*.*?```python\n(.*?)```", SECTION, re.DOTALL | re.MULTILINE)
+    re.findall(
+        r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", RECIPES, re.DOTALL | re.MULTILINE
+    )
 )
-DRIFT = (Path(__file__).parents[1] / "docs" / "drift.md").read_text(encoding="utf-8")
+DRIFT = (DOCS / "drift.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -54,19 +56,19 @@ def run(block, names, **more):
     from loki_kernels.peft import LokiConfig
 
     names |= {"LokiConfig": LokiConfig} | more
-    exec(compile(BLOCKS[block], f"README: {block}", "exec"), names)
+    exec(compile(BLOCKS[block], f"docs/recipes.md: {block}", "exec"), names)
     return names
 
 
 def test_every_block_has_a_test():
     assert set(BLOCKS) == {
-        "HF Trainer.", "TRL", "PEFT.", "accelerate", "Lightning.", "torch.compile.",
-        "A quantized base", "Several GPUs.", "Only the update", "A server that takes LoRA",
+        "HF Trainer", "TRL", "PEFT", "accelerate", "Lightning", "torch.compile",
+        "A quantized base", "Several GPUs", "Only the update", "A server that takes LoRA",
     }  # fmt: skip
 
 
 def test_trainer(names, base_folder):
-    run("HF Trainer.", names)
+    run("HF Trainer", names)
     assert changed_rows(names["out"], base_folder) == [1, 5, 40]
 
 
@@ -94,7 +96,7 @@ def test_trl(names, base_folder):
 
 
 def test_peft(names):
-    run("PEFT.", names)
+    run("PEFT", names)
     assert isinstance(names["model"], transformers.LlamaForCausalLM)
 
 
@@ -114,7 +116,7 @@ def test_lightning(names, base_folder):
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=0.01)
 
-    run("Lightning.", names, lightning=lightning, module=Module())
+    run("Lightning", names, lightning=lightning, module=Module())
     names["model"].save_pretrained(names["out"])
     assert changed_rows(names["out"], base_folder) == [1, 5, 40]
 
@@ -123,7 +125,7 @@ def test_compile(names, monkeypatch):
     torch._dynamo.reset()
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda m: compile_(m, backend="aot_eager"))
-    run("torch.compile.", names)
+    run("torch.compile", names)
     assert names["model"].model.layers[0].mlp.down_proj.update.grad.any()
 
 
@@ -143,7 +145,7 @@ def test_several_gpus(names):
     )
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        run("Several GPUs.", names, fully_shard=lambda module: fully_shard(module, mesh=mesh))
+        run("Several GPUs", names, fully_shard=lambda module: fully_shard(module, mesh=mesh))
         names["model"](input_ids=names["ids"], labels=names["ids"]).loss.backward()
         assert names["model"].model.layers[0].mlp.down_proj.update.grad is not None
     finally:
