@@ -7,7 +7,7 @@ TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'to
 # The oldest PEFT that loki_kernels.peft is tested with, beside the newest.
 OLD_PEFT := 0.18.1
 
-.PHONY: demo test package lint bench clean
+.PHONY: demo test package lint docs bench clean
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
@@ -53,8 +53,12 @@ lint: .venv/.dev
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
+# The site, into site/. A warning is an error, a link that leads nowhere too.
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q
+
 bench: .venv/.dev
 	$(PY) -m benchmarks $(ARGS)
 
 clean:
-	rm -rf .venv demo-output build dist
+	rm -rf .venv demo-output build dist site

@@ -1,0 +1,76 @@
+"""The site: pages are in its menu, links lead somewhere, public names are described."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import loki_kernels
+import loki_kernels.ops
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md")])
+LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
+
+
+def _headings(path):
+    """As GitHub and the site make anchors of them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    for title in re.findall(r"^#+ (.*)$", text, re.M):
+        yield re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert ROOT in target.parents, link
+        if anchor and target.suffix == ".md":
+            assert anchor in set(_headings(target)), link
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w./-]+\.md", menu.partition("\nnav:")[2]))
+    assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} <= named
+
+
+def test_every_public_name_is_described():
+    described = set(re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text("utf-8"), re.M))
+    public = {f"loki_kernels.{n}" for n in loki_kernels.__all__ if n != "__version__"}
+    ops = {f"loki_kernels.ops.{n}" for n in loki_kernels.ops.__all__ if n.islower()}
+    assert public | ops | {"loki_kernels.peft.LokiConfig"} <= described | {
+        "loki_kernels.row_masked_linear"  # of ops
+    }
+
+
+def _messages():
+    """Every string of the package, with what is put into it left out."""
+    for path in Path(loki_kernels.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                parts = (getattr(value, "value", None) for value in node.values)
+                yield "\0".join(part for part in parts if isinstance(part, str))
+
+
+def test_messages_are_those_of_the_package():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    said = "\n".join(_messages())
+    for message in re.findall(r"^### `(.*)`$", text, re.M):
+        assert message in said or message in ("UnsupportedModelError", "CUDA out of memory")
+
+
+def test_a_refusal_names_a_page():
+    (note,) = loki_kernels.UnsupportedModelError("why").__notes__
+    page, _, anchor = note.rpartition(" ")[2].partition("#")
+    assert anchor in set(_headings(ROOT / page))
