@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"loki-kernels {arguments.command}: {error}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])
+        print(f"loki-kernels {arguments.command}: {error}", *notes, sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -2,9 +2,19 @@
 
 from collections.abc import Collection
 
+# Of the repository and, from there, of the site; the messages themselves are in tables and logs.
+_PAGE = "docs/troubleshooting.md#unsupportedmodelerror"
+
 
 class UnsupportedModelError(ValueError):
-    """The model's structure is one this library cannot treat exactly, so it refuses."""
+    """The model's structure is one this library cannot treat exactly, so it refuses.
+
+    A note, which a traceback shows under the message, names the page that says what can be done.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.add_note(f"What can be done: {_PAGE}")
 
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
