@@ -2,11 +2,12 @@
 
 python examples/trainer.py --data book.txt --out tuned
 
-The text is read as one stream of tokens and cut into records. Estimating the protection takes
-samples of the model first: do it on a GPU.
+The text is read as one stream of tokens and cut into records. What is protected is estimated from
+samples of the model, which wants a GPU, or from general texts of yours.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -16,10 +17,10 @@ import loki_kernels as loki
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--data", required=True, help="text file")
-parser.add_argument("--keep", help="texts to measure forgetting on (default: bundled questions)")
+parser.add_argument("--general", help=".txt to protect, a text a paragraph (default: own samples)")
+parser.add_argument("--measure", help="texts to measure forgetting on (default: own questions)")
 parser.add_argument("--out", default="tuned")
 parser.add_argument("--quota", type=float, default=100.0, help="percentage of rows")
-parser.add_argument("--no-protect", action="store_true", help="then halve the rate")
 parser.add_argument("--lr", type=float, default=5e-4)
 parser.add_argument("--steps", type=int, default=80)
 parser.add_argument("--length", type=int, default=256, help="tokens of a record")
@@ -28,15 +29,17 @@ options = parser.parse_args()
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 
-with open(options.data, encoding="utf-8") as file:
-    ids = tokenizer(file.read())["input_ids"]
+ids = tokenizer(Path(options.data).read_text(encoding="utf-8"))["input_ids"]
 length = min(options.length, len(ids))
 records = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
 dataset = [{"input_ids": record, "labels": record} for record in records]
 print(f"{len(records)} records of {length} tokens")
 
-protect = None if options.no_protect else True
-handle = loki.patch(model, tokenizer=tokenizer, quota=options.quota, protect=protect)
+general = None
+if options.general:
+    general = Path(options.general).read_text(encoding="utf-8").split("\n\n")
+protection = loki.estimate_protection(model, general, tokenizer=tokenizer)
+handle = loki.patch(model, tokenizer=tokenizer, quota=options.quota, protect=protection)
 print(handle.report)
 
 trainer = Trainer(
@@ -55,7 +58,7 @@ trainer = Trainer(
     processing_class=tokenizer,
     callbacks=[handle.trainer_callback()],
 )
-trainer.add_callback(loki.DriftCallback(trainer, options.keep, every=20, tokens=2000))
+trainer.add_callback(loki.DriftCallback(trainer, options.measure, every=20, tokens=2000))
 trainer.train()
 trainer.save_model(options.out)
-print(loki.drift(handle, texts=options.keep, tokenizer=tokenizer, tokens=2000))
+print(loki.drift(handle, texts=options.measure, tokenizer=tokenizer, tokens=2000))

@@ -46,7 +46,8 @@ def test_sft(run):
 
 def test_trainer(run, capsys):
     pytest.importorskip("accelerate")
-    run("trainer", "--data", "texts.txt", "--steps", "2", "--length", "16")
+    data = ("--data", "texts.txt", "--general", "other.txt")
+    run("trainer", *data, "--steps", "2", "--length", "16")
     assert "drift/kl" in capsys.readouterr().out
     assert len(changed_rows("tuned", NAME)) == 64
 
