@@ -28,6 +28,7 @@ from .. import _native
 from ..errors import check_choice
 from ._check import check_first_derivative, without_autocast
 from ._example import Draw, Example
+from ._table import Backends
 
 logger = logging.getLogger(__name__)
 
@@ -304,6 +305,20 @@ def _compare(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     return None
 
 
+def compare_all(backend: Backend, dtype: torch.dtype) -> dict[str, str | None]:
+    """Compare every kernel of ``backend`` with its reference now, on the device it is for.
+
+    Returns, for every op that has such a kernel, what went wrong; None where they agree.
+    """
+    device = _device_of(backend)
+    return {op: _compare(op, backend, device, dtype) for op in _ops if _exists(op, backend)}
+
+
+def why_not(backend: Backend) -> str | None:
+    """Why nothing of ``backend`` can run on this machine; None if something can."""
+    return _backend_why_not(backend, _device_of(backend))
+
+
 def _reference(op: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{op}.reference")
 
@@ -353,14 +368,18 @@ def _error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp_min(1e-300))
 
 
-def backends() -> dict[str, dict[str, str]]:
+def backends() -> Backends:
     """For every op, what each backend's state is on the current device (``cpp``: on the CPU).
+
+    The result is a dict of dicts, ``backends()[op][backend]``, that prints as a table.
 
     ``"live"`` runs; ``"verified"`` is a kernel that has passed its self-check in this process; the
     rest says why not. The environment variable ``LOKI_KERNELS_BACKEND`` (``auto``, ``cuda``,
     ``triton``, ``cpp``, ``torch``) chooses for all ops, ``backend=`` for one call.
     """
-    return {op: {name: _state(op, name, _device_of(name)) for name in BACKENDS} for op in _ops}
+    return Backends(
+        {op: {name: _state(op, name, _device_of(name)) for name in BACKENDS} for op in _ops}
+    )
 
 
 def _device_of(backend: str) -> torch.device:

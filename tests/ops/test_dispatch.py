@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 
 import loki_kernels as loki
 from loki_kernels.ops import _dispatch, count_lowest
+from loki_kernels.ops._table import Backends
 
 OP = "integrate_path"  # has kernels in Triton alone
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,6 +61,27 @@ def test_report_names_every_op_and_backend():
     for states in report.values():
         assert list(states) == ["cuda", "triton", "cpp", "torch"]
         assert states["torch"] == "live"
+
+
+def test_the_report_prints_as_a_table():
+    reason = "it needs a CUDA device, not cpu."
+    off = f"not live: {reason}"
+    report = Backends(
+        one={"cuda": off, "cpp": "verified in float32", "torch": "live"},
+        another={"cuda": off, "cpp": "not live: it has no cpp implementation.", "torch": "live"},
+    )
+    assert str(report).splitlines() == [
+        "         cuda          cpp                  torch",
+        "one      not live [1]  verified in float32  live",
+        "another  not live [1]  -                    live",
+        f"[1] {reason}",
+    ]
+    assert repr(report) == str(report)
+    assert json.loads(json.dumps(report)) == report  # a dict for everything else
+    printed = str(loki.backends())
+    assert printed.isascii()
+    assert all(printed.count(f"{op} ") == 1 for op in loki.backends())
+    assert str(Backends()) == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or interpreted, reason="triton runs here")
