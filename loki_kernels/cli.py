@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
 
     environment = commands.add_parser("env", help="versions, device and live backends")
     environment.set_defaults(run=_env)
+
+    doctor = commands.add_parser("doctor", help="try this installation, in under a minute")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -385,6 +388,18 @@ def _env(_arguments: argparse.Namespace) -> None:
 
     for name, value in environment().items():
         print(f"{name:16} {value}")
+
+
+def _doctor(_arguments: argparse.Namespace) -> None:
+    from .doctor import examine
+
+    failed = []
+    for check in examine():
+        print(check, flush=True)
+        if check.status == "FAIL":
+            failed.append(check.name)
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":
