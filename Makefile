@@ -7,7 +7,10 @@ TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'to
 # The oldest PEFT that loki_kernels.peft is tested with, beside the newest.
 OLD_PEFT := 0.18.1
 
-.PHONY: demo test package lint docs bench clean
+# The Pythons that `make wheels` tries its wheel with.
+PYTHONS ?= $(PYTHON)
+
+.PHONY: demo test package wheels lint docs bench clean
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
@@ -46,6 +49,22 @@ package: .venv/.dev
 	cd dist && $(CLEAN) venv/bin/python -m pip install -q --no-build-isolation --no-deps \
 	  --force-reinstall loki_kernels-*.tar.gz
 	cd dist && $(CLEAN) venv/bin/python ../tests/smoke.py --compiled
+
+# One wheel for every Python from 3.11 on, with the C++ implementations and, where .venv has a torch
+# with CUDA and there is its nvcc, the CUDA ones. What torch brings stays out of it. No GPU is needed.
+wheels: CLEAN := env -i HOME="$(HOME)" PATH=/usr/bin:/bin
+wheels: .venv/.dev
+	rm -rf build dist/wheels
+	LOKI_KERNELS_WHEEL=1 $(PY) -m build --wheel --no-isolation --outdir dist/wheels/raw
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m auditwheel repair --strip -w dist/wheels \
+	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' dist/wheels/raw/*.whl
+	for python in $(PYTHONS); do \
+	  rm -rf dist/wheels/venv && $$python -m venv dist/wheels/venv && cd dist/wheels && \
+	  venv/bin/python -m pip install -q '$(TORCH)' && \
+	  $(CLEAN) venv/bin/python -m pip install -q *.whl && \
+	  $(CLEAN) venv/bin/python ../../tests/smoke.py --compiled && \
+	  $(CLEAN) venv/bin/loki-kernels doctor && cd ../.. || exit 1; \
+	done
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

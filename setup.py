@@ -6,6 +6,9 @@ With a CUDA torch and nvcc this builds the CUDA kernels, for the visible GPU or
 ``TORCH_CUDA_ARCH_LIST``; with a C++ compiler and any torch, the C++ ones. What cannot be built is
 left out, and the reason kept for ``loki-kernels env``. ``LOKI_KERNELS_SKIP_CUDA=1`` leaves the CUDA
 kernels out, ``LOKI_KERNELS_FORCE_CUDA=1`` fails without them.
+
+``LOKI_KERNELS_WHEEL=1`` (``make wheels``) makes one wheel for all Pythons from 3.11 on: it fails
+where something does not compile, and has no pybind11 module, which would tie it to one Python.
 """
 
 from __future__ import annotations
@@ -33,8 +36,10 @@ CUDA_OPS = [path.stem for path in sorted(ROOT.glob("csrc/*.cu"))]
 
 SKIP = os.environ.get("LOKI_KERNELS_SKIP_CUDA") == "1"
 FORCE = os.environ.get("LOKI_KERNELS_FORCE_CUDA") == "1"
+WHEEL = os.environ.get("LOKI_KERNELS_WHEEL") == "1"
 
 reasons: dict[str, str] = {}  # library -> why it is not built
+wheel_info: dict[str, str] = {}  # what `_build_info` says elsewhere
 
 
 def why_no_compiled_code() -> str | None:
@@ -82,16 +87,17 @@ def extensions() -> list:
     """What can be compiled here; the rest goes into `reasons`."""
     reason = why_no_compiled_code()
     if reason is not None:
+        if WHEEL:
+            raise SystemExit(f"LOKI_KERNELS_WHEEL=1, but nothing can be compiled: {reason}")
         reasons.update(cuda=reason, cpp=reason)
         return []
-    import pybind11
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     flags = ["-O3", "-std=c++20", TORCH_TARGET]
     found = [
         CppExtension(
             "loki_kernels._cpp",
-            ["csrc/count_lowest.cpp"],
+            ["csrc/count_lowest.cpp", "csrc/glibc.cpp"],
             extra_compile_args={"cxx": flags},
             py_limited_api=True,
         )
@@ -103,7 +109,11 @@ def extensions() -> list:
         found.append(
             CUDAExtension(
                 "loki_kernels._cuda",
-                ["csrc/cuda_bindings.cpp", *(f"csrc/{op}.cu" for op in CUDA_OPS)],
+                [
+                    "csrc/cuda_bindings.cpp",
+                    "csrc/glibc.cpp",
+                    *(f"csrc/{op}.cu" for op in CUDA_OPS),
+                ],
                 include_dirs=[str(ROOT / "csrc")],
                 extra_compile_args={
                     "cxx": [*flags, "-DUSE_CUDA"],
@@ -112,22 +122,16 @@ def extensions() -> list:
                 py_limited_api=True,
             )
         )
-    found.append(
-        Extension(
-            "loki_kernels._build_info",
-            ["csrc/build_info.cpp"],
-            include_dirs=[str(write_build_info(flags)), pybind11.get_include()],
-            extra_compile_args=["-std=c++17"],
-            language="c++",
-        )
-    )
+    if WHEEL:
+        wheel_info.update(build_info(flags), compiler=compiler_version())
+        return found
+    found.append(build_info_extension(flags))
     for extension in found:
         extension.optional = True
     return found
 
 
-def write_build_info(flags: list[str]) -> Path:
-    """Write build_info.h and return its folder."""
+def build_info(flags: list[str]) -> dict[str, str]:
     import torch
 
     cuda = "cuda" not in reasons
@@ -140,18 +144,44 @@ def write_build_info(flags: list[str]) -> Path:
     if cuda and not architectures:
         major, minor = torch.cuda.get_device_capability()
         architectures = f"{major}.{minor}"
-    values = {
-        "REVISION": revision,
-        "TORCH": torch.__version__,
-        "FLAGS": " ".join(flags),
-        "CUDA": torch.version.cuda if cuda else "",
-        "ARCHITECTURES": architectures if cuda else "",
+    return {
+        "revision": revision,
+        "torch": torch.__version__,
+        "flags": " ".join(flags),
+        "cuda": torch.version.cuda if cuda else "",
+        "architectures": architectures if cuda else "",
     }
+
+
+def build_info_extension(flags: list[str]) -> Extension:
+    import pybind11
+
     folder = ROOT / "build" / "generated"
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"#define LOKI_{name} {json.dumps(value)}\n" for name, value in values.items()]
+    lines = [f"#define LOKI_{n.upper()} {json.dumps(v)}\n" for n, v in build_info(flags).items()]
     (folder / "build_info.h").write_text("".join(lines), encoding="utf-8")
-    return folder
+    return Extension(
+        "loki_kernels._build_info",
+        ["csrc/build_info.cpp"],
+        include_dirs=[str(folder), pybind11.get_include()],
+        extra_compile_args=["-std=c++17"],
+        language="c++",
+    )
+
+
+def compiler_version() -> str:
+    command = [*os.environ.get("CXX", "c++").split(), "-dumpfullversion", "-dumpversion"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def wheel_options() -> dict[str, str]:
+    """The tags of a wheel: all Pythons from 3.11 on; its build says the CUDA version it is for."""
+    if not WHEEL:
+        return {}
+    options = {"py_limited_api": "cp311"}
+    if wheel_info.get("cuda"):
+        options["build_number"] = f"1cu{wheel_info['cuda'].replace('.', '')}"
+    return options
 
 
 @contextlib.contextmanager
@@ -159,6 +189,8 @@ def left_out_if_it_fails(*libraries: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if WHEEL:
+            raise
         summary = str(error).partition("\n")[0]
         for library in libraries:
             reason = f"compiling it failed ({summary}; pip install -v shows more)."
@@ -176,7 +208,8 @@ def remove_older_builds(folder: Path) -> None:
 def write_report(folder: Path) -> None:
     package = folder / "loki_kernels"
     package.mkdir(parents=True, exist_ok=True)
-    (package / REPORT).write_text(json.dumps(reasons) + "\n", encoding="utf-8")
+    report = reasons | ({"build": wheel_info} if WHEEL else {})
+    (package / REPORT).write_text(json.dumps(report) + "\n", encoding="utf-8")
     if FORCE and "cuda" in reasons:
         raise SystemExit(f"LOKI_KERNELS_FORCE_CUDA=1, but not compiled: {reasons['cuda']}")
 
@@ -216,4 +249,4 @@ if ext_modules:
 
     commands["build_ext"] = BuildCompiled
 
-setup(ext_modules=ext_modules, cmdclass=commands)
+setup(ext_modules=ext_modules, cmdclass=commands, options={"bdist_wheel": wheel_options()})

@@ -2,7 +2,8 @@
 
 ``setup.py`` builds up to three modules from ``csrc/``: ``_cuda`` and ``_cpp``, which hold
 implementations of operators whose schemas the ops' ``cuda_impl.py`` and ``cpp_impl.py`` define, and
-``_build_info``. What it did not build it explains in ``_build.json``. Nothing is compiled here.
+``_build_info``. What it did not build it explains in ``_build.json``, where a wheel that serves all
+Pythons has the build information too. Nothing is compiled here.
 """
 
 from __future__ import annotations
@@ -65,14 +66,14 @@ def why_not(library: Library) -> str | None:
                 f"{error.__cause__ or error} To compile it anew, from a clone: {COMMAND}"
             )
         return None
-    reason = _reasons().get(library, "the package runs from a folder that was never installed.")
+    reason = _report().get(library, "the package runs from a folder that was never installed.")
     return f"not compiled: {reason} To compile it, from a clone: {COMMAND}"
 
 
-def _reasons() -> dict[str, str]:
+def _report() -> dict[str, Any]:
     try:
-        reasons: dict[str, str] = json.loads((_FOLDER / REPORT).read_text(encoding="utf-8"))
-        return reasons
+        report: dict[str, Any] = json.loads((_FOLDER / REPORT).read_text(encoding="utf-8"))
+        return report
     except FileNotFoundError:
         return {}
 
@@ -82,6 +83,6 @@ def build_info() -> dict[str, Any] | None:
     try:
         module = importlib.import_module(f"{__package__}._build_info")
     except ImportError:
-        return None
+        return _report().get("build")
     names = ("revision", "torch", "compiler", "flags", "cuda", "architectures")
     return {name: getattr(module, name) for name in names}

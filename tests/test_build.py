@@ -99,6 +99,25 @@ def test_forcing_cuda_fails_loudly(tmp_path):
     assert "LOKI_KERNELS_FORCE_CUDA=1, but not compiled: torch" in run.stderr
 
 
+def test_a_wheel_for_all_pythons_holds_its_build_information_in_json(tmp_path, monkeypatch):
+    run, report = build(tmp_path, LOKI_KERNELS_WHEEL="1", LOKI_KERNELS_SKIP_CUDA="1")
+    assert run.returncode == 0, run.stderr
+    assert set(report) == {"cuda", "build"}
+    assert report["build"]["torch"] == torch.__version__
+    monkeypatch.setattr(_native, "_FOLDER", tmp_path / "loki_kernels")
+    monkeypatch.setitem(sys.modules, "loki_kernels._build_info", None)
+    assert _native.build_info() == report["build"]
+    compiler = report["build"]["compiler"]
+    assert environment.environment()["build"].startswith(f"C++ by {compiler} -O3")
+
+
+def test_a_wheel_is_not_made_without_compiled_code(tmp_path):
+    run, report = build(tmp_path, before="sys.modules['torch'] = None", LOKI_KERNELS_WHEEL="1")
+    assert run.returncode != 0
+    assert report is None
+    assert "LOKI_KERNELS_WHEEL=1, but nothing can be compiled: pip built" in run.stderr
+
+
 def test_a_library_that_is_not_there_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(_native, "_FOLDER", tmp_path)
     why_not = _native.why_not.__wrapped__
