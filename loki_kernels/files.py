@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
+import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 
@@ -42,6 +48,9 @@ def read_safetensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file whose metadata names ``file_format``.
 
+    The tensors are mapped: nothing of them is read before it is used, whatever the file's size, and
+    what is written into them stays in this process.
+
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged or of another format.
@@ -50,14 +59,44 @@ def read_safetensors(
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != file_format:
-                raise ValueError(f"{path} is a safetensors file, but not a {file_format} file.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    return tensors, metadata
+    if metadata.get("format") != file_format:
+        raise ValueError(f"{path} is a safetensors file, but not a {file_format} file.")
+    mapping = _map(path)
+    start = 8 + int.from_bytes(mapping[:8], "little")
+    header = json.loads(mapping[8:start])
+    header.pop("__metadata__")
+    return {name: _mapped(mapping, start, about) for name, about in header.items()}, metadata
+
+
+def _map(path: Path) -> mmap.mmap:
+    """The file's bytes, copied where they are written to."""
+    with open(path, "rb") as file:
+        try:
+            if sys.platform == "win32":
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # Linux refuses this for a file larger than its memory, as safetensors' own mapping is
+            # refused, unless no memory is reserved. Python names the flag since 3.13.
+            reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+            flags, access = mmap.MAP_PRIVATE | reserve, mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(file.fileno(), 0, flags, access)
+        except OSError:  # memory is accounted strictly; torch warns that it cannot be written to
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _mapped(mapping: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
+    """A tensor of the file, from its entry in the header."""
+    dtype, shape = cast(torch.dtype, safetensors.torch._TYPES[about["dtype"]]), about["shape"]
+    begin, end = (start + offset for offset in about["data_offsets"])
+    if begin == end:
+        return torch.empty(shape, dtype=dtype)
+    buffer: mmap.mmap | bytearray = mapping
+    if begin % dtype.itemsize:  # behind an odd number of smaller elements
+        buffer, begin = bytearray(mapping[begin:end]), 0
+    return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
 
 
 def write_safetensors(

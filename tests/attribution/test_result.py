@@ -1,0 +1,114 @@
+"""The files of a result: mapped, whatever their size, and whole tables."""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import struct
+import sys
+
+import pytest
+import torch
+
+import loki_kernels as loki
+from loki_kernels import Attribution, files, ranking
+
+
+def make_result(samples=5, layers=3, width=7, complete=True) -> Attribution:
+    generator = torch.Generator().manual_seed(0)
+    by_layer = torch.randn(2, samples, layers, generator=generator)
+    return Attribution(
+        scores=torch.randn(samples, layers, width, generator=generator),
+        targets=torch.arange(samples),
+        value=torch.rand(samples, generator=generator),
+        completeness=by_layer[0] if complete else None,
+        change=by_layer[1] if complete else None,
+        run={"definition": "published", "steps": 7},
+    )
+
+
+def assert_same(got: Attribution, want: Attribution) -> None:
+    assert got.run == want.run
+    for name in ("scores", "targets", "value", "completeness", "change"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert (a is None) == (b is None), name
+        assert a is None or (a.dtype == b.dtype and torch.equal(a, b)), name
+
+
+def write_hole(path, samples, layers, width):
+    """A file of scores of which nothing but the header is on the disk."""
+    scores = 4 * samples * layers * width
+    ends = [scores, scores + 4 * samples, scores + 12 * samples]
+    shapes = {"scores": [samples, layers, width], "value": [samples], "targets": [samples]}
+    header = {"__metadata__": {"format": "loki-kernels-attribution", "run": "{}"}}
+    for name, begin, end in zip(shapes, [0, *ends], ends, strict=False):
+        dtype = "I64" if name == "targets" else "F32"
+        header[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + ends[-1])
+
+
+def anonymous_memory() -> int:
+    """What this process holds beside files, in bytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and needs files with holes")
+def test_a_file_of_100_gb_is_opened_and_read_in_parts(tmp_path):
+    path = tmp_path / "huge.safetensors"
+    try:
+        write_hole(path, samples=38_147, layers=80, width=8192)
+    except OSError:
+        pytest.skip("the file system has no files of this size")
+    assert path.stat().st_size > 100e9
+    if path.stat().st_blocks * 512 > 1e9:
+        pytest.skip("the file system has no holes")
+    before = anonymous_memory()
+    result = Attribution.load(path)
+    assert result.scores.shape == (38_147, 80, 8192)
+    assert result.scores[-1].sum() == 0
+    few = Attribution(result.scores[-64:], result.targets[-64:], result.value[-64:])  # 168 MB
+    assert loki.select(few).counts == [819] * 80
+    assert anonymous_memory() - before < 1.5 * (ranking._CHUNK_ELEMENTS * 4 + (64 << 20))
+
+
+def test_what_is_written_into_a_loaded_result_stays_in_this_process(tmp_path):
+    path = tmp_path / "a.safetensors"
+    want = make_result()
+    want.save(path)
+    Attribution.load(path).scores.zero_()
+    assert_same(Attribution.load(path), want)
+
+
+def test_numbers_at_odd_places_and_no_numbers(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_hole(path, samples=3, layers=1, width=2)
+    with open(path, "r+b") as file:
+        file.seek(-24, os.SEEK_END)  # behind 9 numbers of 4 bytes
+        file.write(torch.arange(3).numpy().tobytes())
+    assert Attribution.load(path).targets.tolist() == [0, 1, 2]
+    make_result(samples=0).save(path)
+    assert Attribution.load(path).scores.shape == (0, 3, 7)
+
+
+def test_where_memory_is_accounted_strictly_it_is_read_only(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    want = make_result()
+    want.save(path)
+
+    class Strict(mmap.mmap):
+        def __new__(cls, *args, **options):
+            if options.get("access") != mmap.ACCESS_READ:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            return super().__new__(cls, *args, **options)
+
+    monkeypatch.setattr(files.mmap, "mmap", Strict)
+    with pytest.warns(UserWarning, match="not writable"):
+        got = Attribution.load(path)
+    assert_same(got, want)
