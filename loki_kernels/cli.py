@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
     attribute = commands.add_parser("attribute", help="attribute a model's answers to FFN nodes")
     attribute.add_argument("model", help="folder or hub name of a causal language model")
-    attribute.add_argument("out", help="file to write: .safetensors, .h5 or .hdf5")
+    attribute.add_argument("out", help="file to write: .safetensors, .h5, .hdf5, .parquet")
     _add_analysis_options(attribute)
     attribute.add_argument("--site", choices=get_args(Site), default="down_proj")
     attribute.add_argument(
@@ -219,16 +219,12 @@ def _attribute(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from .attribution import Attribution, attribute
-    from .attribution.result import import_h5py
+    from .attribution.result import check_suffix
     from .files import check_writable
     from .plots import import_matplotlib
     from .questions import load_questions
 
-    suffix = check_writable(arguments.out).suffix
-    if suffix not in (".safetensors", ".h5", ".hdf5"):
-        raise ValueError(f"{arguments.out} must end in .safetensors, .h5 or .hdf5.")
-    if suffix != ".safetensors":
-        import_h5py()
+    suffix = check_suffix(check_writable(arguments.out))
     if arguments.heatmap:
         if check_writable(arguments.heatmap).suffix != ".png":
             raise ValueError(f"{arguments.heatmap} must end in .png.")

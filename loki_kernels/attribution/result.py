@@ -20,6 +20,7 @@ from ..files import atomic_path, read_safetensors, write_safetensors
 from ..options import DEFAULT_QUOTA, Criterion
 from ..structure import text_config
 from .definitions import PathIntegral
+from .table import import_pyarrow, read_parquet, write_parquet
 
 _FORMAT = "loki-kernels-attribution"
 _COUNTS_FORMAT = "loki-kernels-counts"
@@ -57,31 +58,39 @@ class Attribution:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to ``.safetensors``, or to ``.h5``/``.hdf5`` in the authors' layout.
+        """Write to ``.safetensors``, to ``.h5``/``.hdf5`` in the authors' layout, or to
+        ``.parquet`` for pandas and polars.
 
         The HDF5 file holds ``dataset`` ``[N, L, D]`` (float32; the authors' float16 loses small
-        scores) and the other tensors beside it. It needs the ``hdf5`` extra.
+        scores) and the other tensors beside it. It needs the ``hdf5`` extra. The parquet file has
+        a line for each prompt, layer and node, in this order: ``prompt, layer, node, score``, and
+        ``target, value, completeness, change`` repeated. It needs the ``parquet`` extra.
 
         Raises:
             ValueError: for another suffix.
+            ImportError: without the extra.
         """
         tensors = {"scores": self.scores} | _present(self)
-        suffix = Path(path).suffix
+        suffix = check_suffix(path)
         if suffix == ".safetensors":
             write_safetensors(path, tensors, scores_metadata(self.run))
-        elif suffix in (".h5", ".hdf5"):
+        elif suffix == ".parquet":
+            with atomic_path(path) as temporary:
+                write_parquet(temporary, tensors, self.run)
+        else:
             with atomic_path(path) as temporary, import_h5py().File(temporary, "w") as file:
                 for name, tensor in tensors.items():
                     file.create_dataset(
                         "dataset" if name == "scores" else name, data=tensor.numpy()
                     )
                 file.attrs["run"] = json.dumps(self.run)
-        else:
-            raise ValueError(f"{path}: save to .safetensors, .h5 or .hdf5, not {suffix!r}.")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
         """Read a file written by `save`, by ``attribute(out=...)``, or the authors' HDF5 log.
+
+        A ``.safetensors`` file is mapped: nothing of it is read before it is used, so it may be
+        larger than memory. `select` and `heatmap` go through it in parts.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -90,6 +99,9 @@ class Attribution:
         path = Path(path)
         if path.suffix in (".h5", ".hdf5"):
             return cls._load_hdf5(path)
+        if path.suffix == ".parquet":
+            tensors, run = read_parquet(path)
+            return cls(run=run, **tensors)
         tensors, metadata = read_safetensors(path, _FORMAT)
         return cls(run=json.loads(metadata["run"]), **tensors)
 
@@ -175,6 +187,23 @@ class AttributionCounts:
         tensors, metadata = read_safetensors(Path(path), _COUNTS_FORMAT)
         fields: dict[str, Any] = json.loads(metadata["counted"]) | tensors
         return cls(run=json.loads(metadata["run"]), **fields)
+
+
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """The suffix of a file that `Attribution.save` can write.
+
+    Raises:
+        ValueError: if it is another one.
+        ImportError: without the extra that it needs.
+    """
+    suffix = Path(path).suffix
+    if suffix not in (".safetensors", ".h5", ".hdf5", ".parquet"):
+        raise ValueError(f"{path}: save to .safetensors, .h5, .hdf5 or .parquet, not {suffix!r}.")
+    if suffix == ".parquet":
+        import_pyarrow()
+    elif suffix != ".safetensors":
+        import_h5py()
+    return suffix
 
 
 def load_result(path: str | os.PathLike[str]) -> Attribution | AttributionCounts:

@@ -14,6 +14,7 @@ import torch
 
 import loki_kernels as loki
 from loki_kernels import Attribution, files, ranking
+from loki_kernels.attribution import table
 
 
 def make_result(samples=5, layers=3, width=7, complete=True) -> Attribution:
@@ -112,3 +113,50 @@ def test_where_memory_is_accounted_strictly_it_is_read_only(tmp_path, monkeypatc
     with pytest.warns(UserWarning, match="not writable"):
         got = Attribution.load(path)
     assert_same(got, want)
+
+
+@pytest.mark.parametrize("lines", [1, 21, 60, 1 << 20])
+@pytest.mark.parametrize("complete", [True, False])
+def test_parquet_is_a_table_and_the_result_again(tmp_path, monkeypatch, complete, lines):
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.setattr(table, "_LINES", lines)
+    path = tmp_path / "a.parquet"
+    want = make_result(complete=complete)
+    want.save(path)
+    assert_same(Attribution.load(path), want)
+    frame = pandas.read_parquet(path)
+    assert list(frame)[:6] == ["prompt", "layer", "node", "score", "target", "value"]
+    line = frame.query("prompt == 4 and layer == 1 and node == 5").iloc[0]
+    assert line["score"] == want.scores[4, 1, 5]
+    assert line["target"] == 4
+    assert line["value"] == want.value[4]
+    if complete:
+        assert line["change"] == want.change[4, 1]
+        assert line["completeness"] == want.completeness[4, 1]
+    assert (frame["score"].to_numpy().reshape(5, 3, 7) == want.scores.numpy()).all()
+    assert loki.select(Attribution.load(path)) == loki.select(want)
+
+
+def test_parquet_of_no_prompt(tmp_path):
+    make_result(samples=0).save(tmp_path / "a.parquet")
+    assert_same(Attribution.load(tmp_path / "a.parquet"), make_result(samples=0))
+
+
+def test_parquet_of_something_else(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    path = tmp_path / "a.parquet"
+    pandas.DataFrame({"score": [1.0]}).to_parquet(path)
+    with pytest.raises(ValueError, match="not one of scores"):
+        Attribution.load(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not a whole parquet"):
+        Attribution.load(path)
+    with pytest.raises(FileNotFoundError):
+        Attribution.load(tmp_path / "b.parquet")
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"loki-kernels\[parquet\]"):
+        make_result().save(tmp_path / "a.parquet")
+    assert list(tmp_path.iterdir()) == []
