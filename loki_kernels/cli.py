@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     _add_estimate(commands)
+    _add_plot(commands)
 
     environment = commands.add_parser("env", help="versions, device and live backends")
     environment.set_defaults(run=_env)
@@ -146,6 +147,14 @@ def _add_estimate(commands: Any) -> None:
     _add_analysis_options(estimate)
     estimate.add_argument("--gpus", type=int, default=1, help="that share the questions")
     estimate.set_defaults(run=_estimate)
+
+
+def _add_plot(commands: Any) -> None:
+    plot = commands.add_parser("plot", help="a picture or a page of scores and selections")
+    plot.add_argument("files", nargs="+", metavar="file", help="of attribute, or a row file")
+    plot.add_argument("out", help=".png, or .html: one page that loads nothing else")
+    plot.add_argument("--quota", type=float, default=DEFAULT_QUOTA, help="of the heatmap, in %%")
+    plot.set_defaults(run=_plot)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -377,6 +386,13 @@ def _estimate(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
         )
     )
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from .report import plot_files
+
+    plot_files(arguments.files, arguments.out, arguments.quota)
+    print(f"{', '.join(arguments.files)} -> {arguments.out}")
 
 
 def _env(_arguments: argparse.Namespace) -> None:

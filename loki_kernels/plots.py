@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .files import atomic_path
 from .ranking import count_extreme, rows_per_layer
+
+_COLORS = ("#3b6ea5", "#c1622d")
+_LEAST = 1e-12
 
 
 def plot_heatmap(scores: Tensor, path: str | os.PathLike[str], quota: float) -> None:
@@ -38,17 +43,7 @@ def plot_heatmap(scores: Tensor, path: str | os.PathLike[str], quota: float) -> 
     }
     figure = figure_class(figsize=(10, 6), layout="constrained")
     figure_canvas(figure)
-    axes = figure.subplots(2, 1, sharex=True)
-    image = None
-    for axis, (title, counts) in zip(axes, panels.items(), strict=True):
-        share = counts.to(torch.float32) / samples
-        image = axis.imshow(
-            share.numpy(), aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest"
-        )
-        axis.set_title(title, fontsize=10)
-        axis.set_ylabel("layer")
-    axes[-1].set_xlabel("node")
-    figure.colorbar(image, ax=axes, label="share of prompts")
+    draw_heatmap(figure, {title: counts / samples for title, counts in panels.items()})
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
@@ -61,6 +56,72 @@ def import_matplotlib() -> tuple[Any, Any]:
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'loki-kernels[plot]'.") from error
     return FigureCanvasAgg, Figure
+
+
+def draw_heatmap(figure: Any, shares: Mapping[str, Tensor]) -> None:
+    """Layers x nodes, a panel for each title: the share of prompts ``[L, D]``."""
+    axes = figure.subplots(len(shares), 1, sharex=True, squeeze=False)[:, 0]
+    image = None
+    for axis, (title, share) in zip(axes, shares.items(), strict=True):
+        image = axis.imshow(
+            share.numpy(), aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest"
+        )
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel("layer")
+    axes[-1].set_xlabel("node")
+    figure.colorbar(image, ax=axes, label="share of prompts")
+
+
+def draw_profile(figure: Any, lines: Mapping[str, Tensor], label: str, *, log: bool) -> None:
+    """Each layer's median over the samples, and a band from their 10th to their 90th percentile.
+
+    Args:
+        figure: to draw on.
+        lines: by title, ``[N, L]``.
+        label: of what they are.
+        log: draw the logarithm; what is below 1e-12 is drawn there.
+    """
+    axis = figure.subplots()
+    for (title, values), color in zip(lines.items(), _COLORS, strict=False):
+        shown = values.clamp_min(_LEAST) if log else values
+        low, middle, high = np.quantile(shown.numpy(), (0.1, 0.5, 0.9), axis=0)
+        axis.fill_between(range(len(middle)), low, high, color=color, alpha=0.2, linewidth=0)
+        axis.plot(middle, color=color, marker=".", label=title)
+    if log:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
+    _label_layers(axis, label)
+    if len(lines) > 1:
+        axis.legend()
+
+
+def draw_rows(figure: Any, counts: Mapping[str, Sequence[int]]) -> None:
+    """How many rows each layer has, a line for each selection."""
+    axis = figure.subplots()
+    for name, rows in counts.items():
+        axis.plot(rows, marker=".", label=name)
+    axis.set_ylim(bottom=0)
+    _label_layers(axis, "rows")
+    axis.legend(fontsize=8)
+
+
+def _label_layers(axis: Any, label: str) -> None:
+    axis.set_xlabel("layer")
+    axis.set_ylabel(label)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+
+
+def draw_matrix(figure: Any, names: Sequence[str], shares: Tensor) -> None:
+    """A share from 0 to 1 of each pair, ``[n, n]``, as colours and numbers."""
+    axis = figure.subplots()
+    axis.imshow(shares.numpy(), cmap="magma", vmin=0, vmax=1)
+    for i, j in itertools.product(range(len(names)), repeat=2):
+        color = "white" if shares[i, j] < 0.6 else "black"
+        axis.text(j, i, f"{shares[i, j]:.2f}", color=color, ha="center", va="center", fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
 
 
 def plot_drift(

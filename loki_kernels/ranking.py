@@ -10,7 +10,7 @@ from torch import Tensor
 from .ops import count_lowest
 from .options import Criterion
 
-# Scores read at a time while counting, in elements: 64 MiB of float32.
+# Scores read at a time, in elements: 64 MiB of float32.
 _CHUNK_ELEMENTS = 1 << 24
 
 
@@ -31,16 +31,17 @@ def rows_per_layer(quota: float | Fraction, width: int) -> int:
     return max(1, int(exact * width // 100))
 
 
-def count_extreme(scores: Tensor, k: int, highest: bool, criterion: Criterion) -> Tensor:
-    """In how many samples each node is among the k highest or lowest of its layer, ``[L, D]``.
+def in_parts(scores: Tensor) -> tuple[Tensor, ...]:
+    """``[N, L, D]`` by as many samples as are read at a time: it may be larger than memory."""
+    _, layers, width = scores.shape
+    parts: tuple[Tensor, ...] = scores.split(max(1, _CHUNK_ELEMENTS // (layers * width)))
+    return parts
 
-    A chunk of samples at a time: the scores may be larger than memory.
-    """
-    samples, layers, width = scores.shape
-    counts = torch.zeros(layers, width, dtype=torch.int64, device=scores.device)
-    chunk = max(1, _CHUNK_ELEMENTS // (layers * width))
-    for start in range(0, samples, chunk):
-        part = scores[start : start + chunk]
+
+def count_extreme(scores: Tensor, k: int, highest: bool, criterion: Criterion) -> Tensor:
+    """In how many samples each node is among the k highest or lowest of its layer, ``[L, D]``."""
+    counts = torch.zeros(scores.shape[1:], dtype=torch.int64, device=scores.device)
+    for part in in_parts(scores):
         if highest:
             part = -(part.abs() if criterion == "magnitude" else part)
             count_lowest(part, k, counts)
