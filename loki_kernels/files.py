@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
@@ -116,6 +117,25 @@ def write_safetensors(
             )
         except safetensors.SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
+
+
+def lock(file: io.FileIO) -> None:
+    """Lock an open file until it is closed, which the end of the process does too.
+
+    Raises:
+        BlockingIOError: if another process has it locked.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(error.errno, error.strerror) from error
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager

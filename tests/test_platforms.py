@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,8 +15,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import loki_kernels as loki
-from loki_kernels import environment
+from loki_kernels import environment, files
+from loki_kernels.attribution import job, log
 from loki_kernels.ops import _dispatch
+from tests.attribution.test_log import OPTIONS, PROMPTS, assert_same, leave_two_batches
 from tests.models import build_model
 from tests.tiny_training import ROWS, token_batch, train
 
@@ -57,6 +61,69 @@ def test_without_triton_fcntl_and_distributed(tmp_path):
     )
     assert run.stdout.strip().endswith("fine"), run.stderr
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Files as they are there: no open or mapped one is renamed, replaced or removed."""
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    import fcntl
+
+    def locking(handle, mode, count):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PermissionError(errno.EACCES, "Permission denied") from error
+
+    def refusing(function):
+        def guarded(*paths, **options):
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            used = {line.split(maxsplit=5)[-1] for line in lines}
+            used.update(os.path.realpath(handle) for handle in os.scandir("/proc/self/fd"))
+            for path in map(os.path.abspath, paths):
+                if path in used:
+                    raise PermissionError(errno.EACCES, "Access is denied", path)
+            return function(*paths, **options)
+
+        return guarded
+
+    fake = SimpleNamespace(LK_NBLCK=2, locking=locking)
+    monkeypatch.setitem(sys.modules, "msvcrt", fake)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.delattr(os, "posix_fallocate")
+    for name in ("replace", "rename", "unlink"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+
+
+@pytest.mark.parametrize("keep", ["scores", "counts"])
+def test_a_log_on_windows(windows, keep, monkeypatch, tmp_path):
+    """It is continued, locked, and removed, though no open file can be."""
+    monkeypatch.setattr(log, "_SECONDS_BETWEEN_COUNTS", 0)
+    out, model = tmp_path / "result.safetensors", build_model(device="cpu")
+    options = OPTIONS | {"keep": keep}
+    want = loki.attribute(model, PROMPTS, **options)
+    leave_two_batches(model, out, monkeypatch, keep=keep)
+    compute = job._attribute_batch
+
+    def nested(*args):
+        with pytest.raises(RuntimeError, match="another process is writing"):
+            loki.attribute(model, PROMPTS, out=out, **options)
+        return compute(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "_attribute_batch", nested)
+        got = loki.attribute(model, PROMPTS, out=out, **options)
+    assert_same(got, want)
+    assert list(tmp_path.iterdir()) == [out]
+    with pytest.raises(PermissionError, match="On Windows close what has it open"):
+        loki.attribute(model, PROMPTS[:4], out=out, **options)
+    del got
+    monkeypatch.setattr(job, "_attribute_batch", None)  # nothing is computed again
+    again = loki.attribute(model, PROMPTS[:4], out=out, **options)
+    assert_same(again, type(want).load(out))
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_rocm(monkeypatch):

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import struct
 import time
 import uuid
@@ -24,7 +23,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..files import atomic_path, check_writable, read_safetensors, write_safetensors
+from ..files import atomic_path, check_writable, lock, read_safetensors, write_safetensors
 from ..team import Team
 from .plan import BatchLimits, PlannedBatch
 from .result import Attribution, AttributionCounts, counts_metadata, scores_metadata
@@ -139,8 +138,9 @@ class Log(contextlib.AbstractContextManager["Log"]):
                 return
             with contextlib.suppress(OSError):  # of a full disk, which was the error itself
                 self._keep_counts()
+            self._close()
             if not self._done and not self._lines and self.team.size == 1:
-                shutil.rmtree(self.folder)
+                self._remove()
 
     def reserve(self, total: int) -> None:
         """Make room on the disk for so many prompts: a full one is an OSError now."""
@@ -190,18 +190,27 @@ class Log(contextlib.AbstractContextManager["Log"]):
 
         Raises:
             ValueError: if there were more prompts before.
+            PermissionError: if an older file cannot be replaced; Windows replaces no open one.
         """
         self._keep_counts()
+        self._close()
         self.team.meet()
         if not self._finished and self.team.rank == 0:
             self._read()
             if len(self._done) > batches:
                 raise self._other("prompts")
-            os.replace(self._assemble(total), self.out)
+            try:
+                os.replace(self._assemble(total), self.out)
+            except PermissionError as error:
+                raise PermissionError(
+                    f"{self.out} cannot be replaced ({error.strerror}). On Windows close what has "
+                    "it open, such as an Attribution that was loaded from it, and make the same "
+                    "call: nothing is computed again."
+                ) from error
         self.team.meet()
         self._complete = True
         if self.team.rank == 0:
-            shutil.rmtree(self.folder)
+            self._remove()
         return (Attribution if self.counter is None else AttributionCounts).load(self.out)
 
     # what is there
@@ -224,15 +233,26 @@ class Log(contextlib.AbstractContextManager["Log"]):
             )
 
     def _lock(self, stack: contextlib.ExitStack) -> None:
+        file = stack.enter_context(io.FileIO(self.folder / "lock", "a"))
         try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        file = stack.enter_context(io.FileIO(self.folder / "lock", "w"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError as error:
             raise RuntimeError(f"another process is writing {self.out} now.") from error
+
+    def _close(self) -> None:
+        """All but the lock: Windows renames and removes no open file."""
+        for file in (*self._files.values(), self._journal):
+            file.close()
+
+    def _remove(self) -> None:
+        """The folder: what the journals are of after them, and the lock, which is open, last."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "run.json"):
+            if path.name != "lock":
+                path.unlink()
+        self._stack.close()
+        with contextlib.suppress(OSError):  # another process may have locked it by now
+            (self.folder / "lock").unlink()
+            self.folder.rmdir()
 
     def _agree(self) -> None:
         """Be the first run in this folder, or go on with the one that was."""
@@ -339,16 +359,16 @@ class Log(contextlib.AbstractContextManager["Log"]):
             _write(file, length + header + b" " * (self._space - 8 - len(header)))
             if self.counter is not None:
                 _write(file, torch.stack(self._counts).sum(0).numpy().tobytes())
-            for name, source in self._files.items():
+            for name in self._files:
                 if name == "scores":
                     file.seek(self._place(name, total))
                     continue
-                source.seek(0)
                 left = self._place(name, total)
-                while left:
-                    data = source.read(min(left, _COPIED))
-                    _write(file, data)
-                    left -= len(data)
+                with io.FileIO(self.folder / name) as source:
+                    while left:
+                        data = source.read(min(left, _COPIED))
+                        _write(file, data)
+                        left -= len(data)
             file.truncate(file.tell())
         return path
 
@@ -414,5 +434,5 @@ def _read_counts(journal: Path) -> tuple[Tensor | None, int]:
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
         tensors, about = read_safetensors(journal.with_suffix(".counts"), _FORMAT)
         if zlib.crc32(tensors["counts"].numpy().tobytes()) == int(about["sum"]):
-            return tensors["counts"], int(about["batches"])
+            return tensors["counts"].clone(), int(about["batches"])  # no mapping: it is removed
     return None, 0

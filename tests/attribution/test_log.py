@@ -291,7 +291,7 @@ def test_killed_before_the_folder_is_removed(model, out, monkeypatch, attributed
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(log.shutil, "rmtree", killed)
+        patched.setattr(log.Log, "_remove", killed)
         with pytest.raises(Killed):
             attribute(model, PROMPTS, out=out, **OPTIONS)
     before = out.read_bytes()
