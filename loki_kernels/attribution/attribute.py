@@ -142,14 +142,13 @@ def attribute(
             points on a CPU, 16,384 of both on a GPU.
         target: each prompt's token to attribute, or answer of several (its tokens or its text); by
             default what the model predicts. With ``contrast``, of F(target) - F(contrast).
-        keep: ``"counts"`` keeps only what `select` needs for one quota and criterion, how often
-            each node is among the lowest of its layer: L * D numbers for any number of prompts.
-        quota, criterion: with ``keep="counts"``, as in `select`.
+        keep: ``"counts"`` keeps only what `select` needs for one ``quota`` and ``criterion``, how
+            often each node is among its layer's lowest: L * D numbers for any number of prompts.
         out: a ``.safetensors`` file that receives the results as they come, so that memory does not
             grow with N. If the process ends early (after a batch on SIGTERM), the same call goes on
             from the folder ``OUT.partial`` beside it.
-        share: under torchrun or the like, the processes share the prompts and each returns all
-            results; all have to make this call. False: this process attributes all by itself.
+        share: under torchrun the processes share the prompts, and each returns all results; all
+            have to make this call. False: this process attributes all by itself.
         progress: True or False for the bar; by default it shows on a terminal.
         **overrides: fields of `Definition` to change; ``baseline`` may be a tensor ``[L, D]``.
 
