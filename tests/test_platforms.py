@@ -105,7 +105,7 @@ def test_a_log_on_windows(windows, keep, monkeypatch, tmp_path):
     options = OPTIONS | {"keep": keep}
     want = loki.attribute(model, PROMPTS, **options)
     leave_two_batches(model, out, monkeypatch, keep=keep)
-    compute = job._attribute_batch
+    compute = job.attribute_batch
 
     def nested(*args):
         with pytest.raises(RuntimeError, match="another process is writing"):
@@ -113,14 +113,14 @@ def test_a_log_on_windows(windows, keep, monkeypatch, tmp_path):
         return compute(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(job, "_attribute_batch", nested)
+        patched.setattr(job, "attribute_batch", nested)
         got = loki.attribute(model, PROMPTS, out=out, **options)
     assert_same(got, want)
     assert list(tmp_path.iterdir()) == [out]
     with pytest.raises(PermissionError, match="On Windows close what has it open"):
         loki.attribute(model, PROMPTS[:4], out=out, **options)
     del got
-    monkeypatch.setattr(job, "_attribute_batch", None)  # nothing is computed again
+    monkeypatch.setattr(job, "attribute_batch", None)  # nothing is computed again
     again = loki.attribute(model, PROMPTS[:4], out=out, **options)
     assert_same(again, type(want).load(out))
     assert list(tmp_path.iterdir()) == [out]
