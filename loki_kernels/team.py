@@ -20,6 +20,7 @@ _jobs = itertools.count()  # the same in all processes, if each takes part in ev
 
 _POLL = 0.02  # seconds
 _PATIENCE = 60.0  # seconds, after which it is said who is waited for
+_SAME_PROMPTS = "all have to attribute the same prompts (share=False attributes in one alone)"
 _PART = 1 << 24  # elements added up at a time
 _BITS = {4: torch.int32, 8: torch.int64}
 
@@ -68,10 +69,10 @@ class Team(contextlib.AbstractContextManager["Team"]):
         if self.size > 1 and self._store.check(["failed"]):
             why, rank, text = self._store.get("failed").decode().split(" ", 2)
             kind = torch.OutOfMemoryError if why == "memory" else RuntimeError
-            raise kind(f"process {rank}, which shares this attribution, failed with {text}")
+            raise kind(f"process {rank}, which shares this job, failed with {text}")
 
-    def meet(self) -> None:
-        """Wait for all; raise like `check` if one fails meanwhile."""
+    def meet(self, why: str = _SAME_PROMPTS) -> None:
+        """Wait for all; raise like `check` if one fails meanwhile. A long wait is logged."""
         if self.size == 1:
             return
         key, start, said = f"met/{next(self._meetings)}", time.monotonic(), False
@@ -82,10 +83,7 @@ class Team(contextlib.AbstractContextManager["Team"]):
             if not said and time.monotonic() - start > _PATIENCE:
                 said = True
                 logger.warning(
-                    "process %d waits for the others: all %d have to attribute the same prompts "
-                    "(share=False attributes in one alone)",
-                    self.rank,
-                    self.size,
+                    "process %d of %d waits for the others: %s", self.rank, self.size, why
                 )
         self.check()
 

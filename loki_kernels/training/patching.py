@@ -95,7 +95,8 @@ def patch(
         protect: keep the update out of the directions in which general text drives each
             down-projection, so that less is forgotten: a `Protection`, the path of its file, or
             True, which estimates one from the model's own samples (kept in the cache as the
-            analysis is). With it more rows forget hardly more, up to ``quota=100``.
+            analysis is; in distributed training the first process's reaches all). With it more rows
+            forget hardly more, up to ``quota=100``.
         modules_to_save: names of modules to train whole beside the rows, in the checkpoint's own
             dtype, such as ``["embed_tokens"]`` for new tokens; as in PEFT, the end of a name is
             enough.
@@ -294,16 +295,11 @@ def _protection_to_keep(
     """What ``protect`` means, of this model's layers.
 
     Raises:
-        ValueError: if it is of another model, or processes would each draw their own samples.
+        ValueError: if it is of another model.
     """
     if protect is None or protect is False:
         return None
     if protect is True:
-        if is_distributed():
-            raise ValueError(
-                "protect=True would estimate another protection in every process; write one first "
-                "(loki-kernels protection MODEL FILE) and pass protect=FILE."
-            )
         return cached_protection(model, structure, tokenizer)
     kept = protect if isinstance(protect, Protection) else Protection.load(protect)
     kept.check(structure)

@@ -61,7 +61,7 @@ def test_the_file_and_fewer_batches_than_processes(found, keep):
 def test_what_ends_one_process_ends_both_and_is_continued(found, keep):
     first, second = (each[keep] for each in found[1])
     assert second["failed"] == "KeyError: 'killed'"
-    assert "process 1, which shares this attribution, failed with KeyError" in first["failed"]
+    assert "process 1, which shares this job, failed with KeyError" in first["failed"]
     assert first["continued"]["same"]
     assert second["continued"]["same"]
     done = first["continued"]["before"] + second["continued"]["before"]

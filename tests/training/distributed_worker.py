@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import loki_kernels as loki
+from loki_kernels.protection import estimate
+from loki_kernels.protection.result import protection_fingerprint
 from loki_kernels.sharding import full_values
 from loki_kernels.training import patching
 from tests.models import GQA, build_model
@@ -291,6 +294,37 @@ def ranks(case):
         dist.barrier()
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [chosen, *said])
+    return everyone, None, None
+
+
+def estimated(case):
+    """Fingerprints of what ``protect=True`` is in each process, and what a failure there says."""
+    rank = dist.get_rank()
+
+    def samples_of_this_process(*_, **__):
+        return torch.randint(3, 97, (9, 30), generator=torch.Generator().manual_seed(rank)).tolist()
+
+    real, estimate.draw_samples = estimate.draw_samples, samples_of_this_process
+    with tempfile.TemporaryDirectory() as folder:  # each process has one of its own
+        os.environ["LOKI_KERNELS_CACHE"] = folder
+        model = build_model()
+        own = loki.estimate_protection(model, tokenizer=object()).fingerprint
+        handle = loki.patch(model, ROWS, protect=True, tokenizer=object())
+        held = {n: layer.directions for n, layer in handle.named_layers()}
+        found = [own, protection_fingerprint(held), len(os.listdir(folder))]
+
+        def fail(*_, **__):
+            raise OSError("no samples")
+
+        estimate.draw_samples = fail
+        try:
+            loki.patch(build_model(seed=1), ROWS, protect=True, tokenizer=object())
+        except (OSError, RuntimeError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+        del os.environ["LOKI_KERNELS_CACHE"]
+    estimate.draw_samples = real
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
     return everyone, None, None
 
 

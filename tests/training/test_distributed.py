@@ -54,9 +54,8 @@ def launch_worker(out: Path, cases: list[str]) -> Path:
 # Two starts for all cases: a process imports for ten seconds before it trains for two.
 @pytest.fixture(scope="module")
 def torch_engines(tmp_path_factory):
-    return launch_worker(
-        tmp_path_factory.mktemp("torch"), PLAIN + TORCH + TRAINER + ["ranks", "efficient"]
-    )
+    others = ["ranks", "estimated", "efficient"]
+    return launch_worker(tmp_path_factory.mktemp("torch"), PLAIN + TORCH + TRAINER + others)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +162,16 @@ def test_all_processes_train_the_same_rows(torch_engines):
         said = [process[2 if given_to_patch else 3] for process in (first, second)]
         assert sorted(map(bool, said)) == [False, True]  # whoever comes second
         assert "trains other rows than another" in "".join(said)
+
+
+def test_all_processes_protect_what_the_first_estimates(torch_engines):
+    """Each would draw other samples; what fails in the first is told in the second."""
+    first, second = json.loads((torch_engines / "estimated.json").read_text())
+    assert first[0] != second[0]
+    assert first[1] == second[1] == first[0]
+    assert (first[2], second[2]) == (1, 0)  # files in the caches
+    assert first[3] == "OSError: no samples"
+    assert second[3].startswith("RuntimeError: process 0, which shares this job, failed with OSE")
 
 
 def test_efficient_loading_is_refused_in_every_process(torch_engines):
