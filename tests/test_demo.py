@@ -5,14 +5,21 @@ import math
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import loki_kernels as loki
 from loki_kernels.demo import main as demo
-from loki_kernels.demo.evaluation import evaluate
-from loki_kernels.demo.function_calls import SYSTEM, generate_examples
+from loki_kernels.demo.evaluation import Examination
+from loki_kernels.demo.frontier import at_equal_loss, plot_frontier
+from loki_kernels.demo.function_calls import SYSTEM, best_constant, generate_examples
+from loki_kernels.demo.methods import FULL, LOKI, LORA, Update, trainable
 from loki_kernels.demo.training import collate
+from loki_kernels.questions import Question
 from tests.models import build_model
-from tests.tiny_training import ROWS, train
+from tests.tiny_training import ROWS, logits, train
 
 
 def test_examples_are_seeded_and_functions_held_out():
@@ -36,51 +43,119 @@ def test_examples_are_seeded_and_functions_held_out():
             assert str(value) in example.request
 
 
-def test_evaluation_of_known_distribution():
+def test_the_best_constant_call():
+    _, test = generate_examples(1, 36)
+    calls = [example.call for example in test]
+    assert best_constant(test) == max(map(calls.count, calls)) / 36
+    assert best_constant(test[:1]) == 1
+
+
+def word_tokenizer():
+    vocabulary = {f"w{i}": i for i in range(97)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w5"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2")
+    tokenizer.chat_template = "{% for m in messages %}w7 {{ m['content'] }} {% endfor %}"
+    return tokenizer
+
+
+def records(lengths=(3, 9, 5)):
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(1, 97, (n,), generator=generator).tolist() for n in lengths]
+    return [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in drawn]
+
+
+def examination(model, task):
+    questions = [Question(f"w8 w{i} w{2 * i}", ("w1", "w2", "w3", "w4"), i) for i in range(3)]
+    return Examination(model, word_tokenizer(), task, records((30, 30)), questions)
+
+
+def test_an_examination_of_known_distributions():
     """A head that knows nothing gives the vocabulary's size as perplexity, and no exact match."""
-    model = build_model()
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-    rows = [
+    model, base = build_model(), build_model()
+    exam = examination(base, [
         {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
         {"input_ids": [5, 6], "labels": [-100, 6]},
         {"input_ids": [5, 0], "labels": [-100, 0]},  # token 0 wins the tie
-    ]
-    result = evaluate(model, rows, rows, rows)
-    assert result.task_loss == pytest.approx(math.log(97), rel=1e-5)
-    assert result.perplexity == pytest.approx(97, rel=1e-5)
-    assert result.answer_log_probability == pytest.approx(-math.log(97), rel=1e-5)
-    assert result.task_exact == pytest.approx(1 / 3)
+    ])  # fmt: skip
+    same = exam.evaluate(model)
+    assert same.kl == same.text_kl == same.questions_kl == 0
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    result = exam.evaluate(model)
+    assert result.loss == pytest.approx(math.log(97), rel=1e-5)
+    assert result.text_perplexity == pytest.approx(97, rel=1e-5)
+    assert result.questions_perplexity == pytest.approx(97, rel=1e-5)
+    assert result.exact == pytest.approx(1 / 3)
+    assert min(result.text_kl, result.questions_kl) <= result.kl
+    assert result.kl <= max(result.text_kl, result.questions_kl)
+    ids = torch.tensor([record["input_ids"] for record in records((30, 30))], device=base.device)
+    log_p = base(input_ids=ids).logits.detach().double().log_softmax(-1)
+    kl = (log_p.exp() * (log_p + math.log(97))).sum(-1).mean()
+    assert result.text_kl == pytest.approx(float(kl), rel=1e-4)
 
 
-def test_evaluation_ignores_padding():
-    model = build_model()
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for n in (3, 9, 5):
-        ids = torch.randint(1, 97, (n,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]]})
-    together = evaluate(model, rows, rows, rows)
+def test_the_task_s_loss_ignores_padding():
+    model, task = build_model(), records()
+    together = examination(model, task).evaluate(model)
     losses = []
-    for row in rows:
-        batch = {name: tensor.to(model.device) for name, tensor in collate([row]).items()}
-        losses.append(float(model(**batch).loss.detach()) * (len(row["input_ids"]) - 1))
-    tokens = sum(len(row["input_ids"]) - 1 for row in rows)
-    assert together.task_loss == pytest.approx(sum(losses) / tokens, rel=1e-5)
+    for record in task:
+        batch = {name: tensor.to(model.device) for name, tensor in collate([record]).items()}
+        losses.append(float(model(**batch).loss.detach()) * (len(record["input_ids"]) - 1))
+    tokens = sum(len(record["input_ids"]) - 1 for record in task)
+    assert together.loss == pytest.approx(sum(losses) / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", [FULL, LORA, LOKI])
+def test_every_method_trains_and_gives_the_base_back(method):
+    base = build_model()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    texts = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    protection = loki.estimate_protection(base, texts, share=0.7)
+    with trainable(method, base, loki.RowSelection(ROWS), protection) as model:
+        untouched = logits(model)
+        update = Update(model)
+        train(model, lr=0.01)
+        trained = logits(model)
+        update.keep(0.0)
+        torch.testing.assert_close(logits(model), untouched)
+        update.keep(0.5)
+        half = logits(model)
+        update.keep(1.0)
+        torch.testing.assert_close(logits(model), trained)
+        assert 0 < (half - untouched).norm() < (trained - untouched).norm()
+    after = base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_methods_are_compared_where_all_of_them_got():
+    """Half the KL at every loss; and one that only got where another one never was."""
+    points = [(0.1, 0.8), (0.2, 0.2), (0.4, 0.05)]
+    methods = {"a": points, "b": [(loss, kl / 2) for loss, kl in points], "c": [(0.2, 0.6)]}
+    loss, kl = at_equal_loss(methods)
+    assert loss == 0.2
+    assert kl == pytest.approx({"a": 0.2, "b": 0.1, "c": 0.6})
+    loss, kl = at_equal_loss({"a": points[1:], "c": [(0.3, 0.6)], "d": [(0.05, 0.5)]})
+    assert loss == 0.3
+    assert kl == pytest.approx({"a": 0.1, "c": 0.6})
+    assert "2.0 times as much after LoRA" in demo._sentence(0.2, {LOKI: 0.1, LORA: 0.2})
+
+
+def test_the_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot_frontier(tmp_path / "frontier.png", {"a": [(0.1, 0.2), (0.2, 0.1)]}, 1.7)
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_checkpoint_is_checked_by_a_process_of_its_own(tmp_path):
-    class Tokenizer:
-        def save_pretrained(self, _folder):
-            pass
-
     model = build_model(device="cpu")
     hashes = demo._row_hashes(model)
     handle = loki.patch(model, ROWS)
     train(model)
-    check = demo._save_and_check(model, Tokenizer(), handle.rows, hashes, [5, 7, 9], tmp_path)
+    check = demo._save_and_check(model, word_tokenizer(), handle.rows, hashes, [5, 7, 9], tmp_path)
     assert check["selected_rows_trained"] == check["selected_rows"] == 6
     assert check["unselected_rows_changed"] == 0
     hashes["model.embed_tokens.weight"][3] = "another"
     with pytest.raises(RuntimeError, match="is not what was trained"):
-        demo._save_and_check(model, Tokenizer(), handle.rows, hashes, [5, 7, 9], tmp_path)
+        demo._save_and_check(model, word_tokenizer(), handle.rows, hashes, [5, 7, 9], tmp_path)

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
+
+from loki_kernels.demo.frontier import Point, at_loss, frontier
 
 from .data import DOMAINS
 
 # Shares of what full fine-tuning gains at its best rate, at whose losses arms are compared.
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
-Point = tuple[float, float]  # task loss, mean over the domains of log KL
-
 
 def log_divergence(point: dict[str, float]) -> float:
     """The mean over the domains of log KL."""
     return sum(math.log(max(point[domain], 1e-9)) for domain in DOMAINS) / len(DOMAINS)
-
-
-def frontier(points: Iterable[Point]) -> list[Point]:
-    """Those that no other beats in both, by rising loss and falling KL."""
-    kept: list[Point] = []
-    for loss, kl in sorted(points):
-        if not kept or kl < kept[-1][1]:
-            kept.append((loss, kl))
-    return kept
-
-
-def at_loss(front: Sequence[Point], loss: float) -> float | None:
-    """log KL on a frontier, linear in the loss between its points; None outside of them."""
-    if not front or not front[0][0] <= loss <= front[-1][0]:
-        return None
-    place = bisect.bisect_left(front, (loss, -math.inf))
-    if front[place][0] == loss:
-        return front[place][1]
-    (loss_a, a), (loss_b, b) = front[place - 1], front[place]
-    return a + (loss - loss_a) / (loss_b - loss_a) * (b - a)
 
 
 class Comparison:

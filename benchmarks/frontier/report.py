@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loki_kernels.demo.frontier import at_loss
 from loki_kernels.files import atomic_path
 from loki_kernels.plots import import_matplotlib
 
 from ..forgetting.compare import estimate
 from .arms import ARMS
-from .compare import Comparison, at_loss
+from .compare import Comparison
 from .data import DOMAINS
 from .runner import read_records
 

@@ -1,1 +1,1 @@
-"""The main job on a real model: analyse, select, patch, fine-tune, compare, save, check."""
+"""The main job on a real model, beside full fine-tuning and LoRA: what is learned and forgotten."""

@@ -1,8 +1,7 @@
-"""Task score and what was forgotten."""
+"""What was learned of the task, and what changed elsewhere."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..forgetting.measure import compare, record
+from ..forgetting.meter import DEFAULT_LENGTH
+from ..forgetting.result import summarize
+from ..forgetting.texts import read_texts, tokenize
 from ..progress import progress_bar
 from ..questions import Question
 from .training import Encoded, collate
+
+_FORWARD = 2048  # tokens of a forward pass
 
 
 @dataclass(frozen=True)
@@ -21,17 +26,64 @@ class Evaluation:
     """One model's figures.
 
     Attributes:
-        task_exact: share of held-out calls whose every token is the most likely one, given the
-            tokens before it (teacher-forced exact match).
-        task_loss: nats a token of those calls.
-        perplexity: on general text.
-        answer_log_probability: mean nats a token of the right answer of general questions.
+        exact: share of held-out calls whose every token is the most likely one, given the tokens
+            before it (teacher-forced exact match).
+        loss: nats a token of those calls.
+        kl: of the base's next-token distribution from this model's, nats a token, over general text
+            and questions together.
+        text_kl, questions_kl: of either.
+        text_perplexity, questions_perplexity: of either.
     """
 
-    task_exact: float
-    task_loss: float
-    perplexity: float
-    answer_log_probability: float
+    exact: float
+    loss: float
+    kl: float
+    text_kl: float
+    questions_kl: float
+    text_perplexity: float
+    questions_perplexity: float
+
+
+class Examination:
+    """The task's held-out calls, and the base's distributions on general text and questions."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        tokenizer: Any,
+        task: Sequence[Encoded],
+        text: Sequence[Encoded],
+        questions: Sequence[Question],
+        *,
+        progress: bool | None = None,
+    ) -> None:
+        general: list[dict[str, Any]] = [
+            {"input_ids": window["input_ids"], "domain": "text"} for window in text
+        ]
+        for question in questions:
+            answer = {"role": "assistant", "content": question.choices[question.answer]}
+            asked = {"role": "user", "content": question.text()}
+            general.append({"messages": [asked, answer], "domain": "questions"})
+        self._corpus = tokenize(read_texts(general), tokenizer, DEFAULT_LENGTH, None)
+        self._tokenizer, self._task, self._progress = tokenizer, task, progress
+        batches = self._corpus.batches(_FORWARD)
+        self._base = record(base, batches, kept=True, progress=progress)
+
+    def evaluate(self, model: nn.Module, label: str = "evaluate") -> Evaluation:
+        """Measure one model."""
+        calls = token_log_probabilities(model, self._task, 8, label, self._progress)
+        moves = compare(self._base, model, progress=self._progress)
+        drift = summarize(self._corpus, moves, ("", ""), self._tokenizer, 1)
+        groups = {group.name: group for group in drift.domains}
+        return Evaluation(
+            exact=sum(bool(best.all()) for _, best in calls) / len(calls),
+            loss=-float(torch.cat([log_p for log_p, _ in calls]).mean()),
+            kl=drift.overall.kl,
+            text_kl=groups["text"].kl,
+            questions_kl=groups["questions"].kl,
+            text_perplexity=groups["text"].perplexity_after,
+            questions_perplexity=groups["questions"].perplexity_after,
+        )
 
 
 def labelled_logits(model: nn.Module, examples: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
@@ -80,40 +132,3 @@ def general_text(tokenizer: Any, windows: int, length: int = 512) -> list[Encode
     stride = (len(ids) - length) // windows
     parts = [ids[i * stride : i * stride + length] for i in range(windows)]
     return [{"input_ids": part, "labels": [-100, *part[1:]]} for part in parts]
-
-
-def question_examples(tokenizer: Any, questions: Sequence[Question]) -> list[Encoded]:
-    """Question and right answer, labelled on the answer."""
-    examples = []
-    for question in questions:
-        prompt = tokenizer(f"Question: {question.question}\nAnswer:")["input_ids"]
-        answer = tokenizer(f" {question.choices[question.answer]}", add_special_tokens=False)
-        ids = answer["input_ids"]
-        examples.append({"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids})
-    return examples
-
-
-def evaluate(
-    model: nn.Module,
-    task: Sequence[Encoded],
-    text: Sequence[Encoded],
-    questions: Sequence[Encoded],
-    *,
-    label: str = "evaluate",
-    progress: bool | None = None,
-) -> Evaluation:
-    """Measure one model on the three sets."""
-
-    def run(examples: Sequence[Encoded], name: str, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        return token_log_probabilities(model, examples, batch_size, f"{label}: {name}", progress)
-
-    calls = run(task, "task", 8)
-    task_tokens = torch.cat([log_p for log_p, _ in calls])
-    text_tokens = torch.cat([log_p for log_p, _ in run(text, "general text", 1)])
-    answers = [log_p.mean() for log_p, _ in run(questions, "general questions", 8)]
-    return Evaluation(
-        task_exact=sum(bool(best.all()) for _, best in calls) / len(calls),
-        task_loss=-float(task_tokens.mean()),
-        perplexity=math.exp(-float(text_tokens.mean())),
-        answer_log_probability=float(torch.stack(answers).mean()),
-    )

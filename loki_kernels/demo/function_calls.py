@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,3 +148,8 @@ def generate_examples(
         return examples
 
     return make(names[held_out:], train), make(names[:held_out], test)
+
+
+def best_constant(examples: Sequence[Example]) -> float:
+    """The exact match of the one call that answers most of these requests."""
+    return Counter(example.call for example in examples).most_common(1)[0][1] / len(examples)

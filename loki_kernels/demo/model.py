@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,13 @@ def load_smollm2() -> tuple[PreTrainedModel, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def load_samples() -> list[list[int]]:
+    """64 samples of the model itself, 128 tokens each, half of them chats.
+
+    The first tokens of every third sample of benchmarks/frontier, drawn as `estimate_protection`
+    draws its own: that takes seconds on a GPU, and minutes on two cores.
+    """
+    text = resources.files("loki_kernels").joinpath("data/smollm2_samples.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from benchmarks.frontier.arms import ARMS
-from benchmarks.frontier.compare import Comparison, at_loss, frontier
+from benchmarks.frontier.compare import Comparison
 from benchmarks.frontier.data import DOMAINS, TASKS, Data
 from benchmarks.frontier.moments import linears, measure_moments, projection, rank_of
 from benchmarks.frontier.runner import _rehearsal, _sources, kill_test, main, plan, read_records
 from benchmarks.frontier.train import Job, Laboratory, Run, UpdatedLinear, train
+from loki_kernels.demo.frontier import at_loss, frontier
 
 
 @pytest.fixture(scope="module")

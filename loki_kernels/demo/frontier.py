@@ -1,0 +1,78 @@
+"""What a method forgets for what it learns: points of task loss and divergence, and curves."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ..files import atomic_path
+from ..plots import import_matplotlib
+
+Point = tuple[float, float]  # task loss, log KL
+
+
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """Those that no other beats in both, by rising loss and falling KL."""
+    kept: list[Point] = []
+    for loss, kl in sorted(points):
+        if not kept or kl < kept[-1][1]:
+            kept.append((loss, kl))
+    return kept
+
+
+def at_loss(front: Sequence[Point], loss: float) -> float | None:
+    """log KL on a frontier, linear in the loss between its points; None outside of them."""
+    if not front or not front[0][0] <= loss <= front[-1][0]:
+        return None
+    place = bisect.bisect_left(front, (loss, -math.inf))
+    if front[place][0] == loss:
+        return front[place][1]
+    (loss_a, a), (loss_b, b) = front[place - 1], front[place]
+    return a + (loss - loss_a) / (loss_b - loss_a) * (b - a)
+
+
+def at_equal_loss(
+    methods: Mapping[str, Iterable[tuple[float, float]]],
+) -> tuple[float, dict[str, float]]:
+    """The lowest task loss that all methods reach, and each one's KL there.
+
+    Of a method the (task loss, KL) of its measurements; one whose measurements do not include that
+    loss between them is left out.
+    """
+    fronts = {
+        name: frontier((loss, math.log(kl)) for loss, kl in points if kl > 0)
+        for name, points in methods.items()
+    }
+    loss = max(front[0][0] for front in fronts.values())
+    found = {name: at_loss(front, loss) for name, front in fronts.items()}
+    return loss, {name: math.exp(kl) for name, kl in found.items() if kl is not None}
+
+
+def plot_frontier(
+    path: Path,
+    methods: Mapping[str, Sequence[tuple[float, float]]],
+    before: float,
+) -> None:
+    """KL from the base against task loss, a curve a method.
+
+    Args:
+        path: a ``.png`` file.
+        methods: (task loss, KL) by name, by falling share of the update.
+        before: the base's loss.
+    """
+    canvas, figure_class = import_matplotlib()
+    figure = figure_class(figsize=(7, 5), layout="constrained")
+    canvas(figure)
+    axes = figure.subplots()
+    for name, points in methods.items():
+        losses, divergences = zip(*points, strict=True)
+        axes.plot(losses, divergences, "o-", markersize=5, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel(f"loss on held-out calls, nats a token ({before:.2f} before training)")
+    axes.set_ylabel("KL from the base on general text and questions, nats a token")
+    axes.set_title("what is forgotten for what is learned: lower left is better", fontsize=10)
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
