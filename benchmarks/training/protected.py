@@ -1,0 +1,57 @@
+"""``python -m benchmarks.training.protected``: what a protected update costs a layer's step.
+
+One layer of SmolLM2-135M's shape, forward and backward, with half of its input directions
+protected, against the same rows unprotected and the layer trained in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from loki_kernels import LokiLinear
+from loki_kernels.ranking import rows_per_layer
+
+from ..measure import DEVICE, DTYPE, DTYPE_NAME, interleave, pair
+from .peers import FullLinear
+
+IN, OUT = 1536, 576
+
+
+def run(tokens: Sequence[int], quotas: Sequence[float], rounds: int) -> Iterator[dict[str, Any]]:
+    for count in tokens:
+        for quota in quotas:
+            torch.manual_seed(0)
+            linear = nn.Linear(IN, OUT, bias=False, device=DEVICE, dtype=DTYPE)
+            rows = torch.arange(rows_per_layer(quota, OUT), device=DEVICE)
+            directions = torch.linalg.qr(torch.randn(IN, IN // 2))[0].to(DEVICE)
+            layers = {
+                "ours": LokiLinear.from_linear(linear, rows, directions=directions),
+                "unprotected": LokiLinear.from_linear(linear, rows),
+                "full": FullLinear(linear, rows),
+            }
+            x = torch.randn(count, IN, device=DEVICE, dtype=DTYPE, requires_grad=True)
+            gradient = torch.randn(count, OUT, device=DEVICE, dtype=DTYPE)
+
+            def step(layer: nn.Module, x: Any = x, gradient: Any = gradient) -> None:
+                layer.zero_grad()
+                x.grad = None
+                layer(x).backward(gradient)
+
+            times = interleave({n: lambda m=m: step(m) for n, m in layers.items()}, rounds)
+            case = {"tokens": count, "quota": quota, "directions": IN // 2, "dtype": DTYPE_NAME}
+            yield from pair("protected_linear", case, times)
+
+
+def main() -> None:
+    for record in run((1024, 8192), (10.0, 100.0), 15):
+        case = " ".join(f"{name}={value}" for name, value in record["case"].items())
+        ours, peer = (1e3 * record[f"{who}_s"]["p50"] for who in ("ours", "peer"))
+        print(f"{case}: protected {ours:.1f} ms, {record['peer']} {peer:.1f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()
