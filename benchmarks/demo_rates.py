@@ -22,6 +22,8 @@ from loki_kernels.demo.methods import FULL, LOKI, LORA, Update, trainable
 from loki_kernels.demo.model import load_samples, load_smollm2
 from loki_kernels.demo.training import encode, fine_tune
 
+# More than the demo has time for.
+WINDOWS, QUESTIONS, SHARES = 8, 19, (1.0, 0.75, 0.5)
 METHODS = {"full": FULL, "lora": LORA, "loki": LOKI}
 
 
@@ -47,8 +49,8 @@ def main() -> None:
     protection = loki.Protection.load(folder / "protection.safetensors")
     scores = loki.Attribution.load(folder / "scores.safetensors")
     rows = loki.select(scores, arguments.quota) if arguments.quota < 100 else [range(576)] * 30
-    held_out = spread(loki.load_questions(1, skip=CALIBRATION_PER_SUBJECT), size.questions)
-    exam = Examination(model, tokenizer, task, general_text(tokenizer, size.windows, 256), held_out)
+    held_out = spread(loki.load_questions(1, skip=CALIBRATION_PER_SUBJECT), QUESTIONS)
+    exam = Examination(model, tokenizer, task, general_text(tokenizer, WINDOWS, 256), held_out)
     if arguments.directions is not None:
         few = {n: d[:, : arguments.directions] for n, d in protection.directions.items()}
         protection = dataclasses.replace(protection, directions=few)
@@ -58,7 +60,7 @@ def main() -> None:
             update, start = Update(learner), time.monotonic()
             fine_tune(learner, examples, steps=size.steps, learning_rate=rate, progress=False)
             seconds = round(time.monotonic() - start)
-            for share in size.shares:
+            for share in SHARES:
                 update.keep(share)
                 start = time.monotonic()
                 figures = exam.evaluate(learner)

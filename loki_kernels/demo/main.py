@@ -47,8 +47,8 @@ class Size:
     shares: tuple[float, ...]  # of the update that is measured, falling
 
 
-FULL_SIZE = Size(57, 64, 24, 96, 36, 8, 19, (1.0, 0.75, 0.5))
-QUICK_SIZE = Size(19, 32, 6, 24, 24, 4, 10, (1.0, 0.5))
+FULL_SIZE = Size(57, 64, 24, 96, 36, 6, 12, (1.0, 0.5, 0.25))
+QUICK_SIZE = Size(19, 32, 6, 24, 24, 3, 6, (1.0, 0.5))
 
 
 class _Stages:
