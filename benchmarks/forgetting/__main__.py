@@ -1,6 +1,7 @@
 """``python -m benchmarks.forgetting``: run what is left of the study; ``report``: draw it.
 
 A piece that was interrupted runs again. Records go to ``benchmarks/results/forgetting/``.
+``constants`` prints what the best answer scores that is the same for every record.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import transformers
 from loki_kernels.attribution.cache import cache_folder
 
 from ..records import RESULTS, describe_machine
+from .constants import constants
 from .pieces import pieces, run
 from .results import Results
 from .study import Study
@@ -21,11 +23,12 @@ from .workshop import Workshop
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[2] / "shared" / "data"
+_WHAT = ("run", "list", "report", "constants")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forgetting", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("run", "list", "report"), default="run")
+    parser.add_argument("what", nargs="?", choices=_WHAT, default="run")
     parser.add_argument("--study", type=Path, default=HERE / "study.toml")
     parser.add_argument("--results", type=Path, help="JSON lines to read and append to")
     parser.add_argument("--data", type=Path, default=DATA, help="the evaluation data")
@@ -53,6 +56,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     start, machine = time.monotonic(), describe_machine()
     shop = Workshop(arguments.work, arguments.data, path.parent, study)
+    if arguments.what == "constants":
+        print("\n".join(constants(study, shop)))
+        return
     for piece in pieces(study, results):
         if results.claim(piece) or not piece.name.startswith(arguments.only):
             continue

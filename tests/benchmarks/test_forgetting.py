@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from benchmarks.forgetting import compare, methods, metrics, tasks
+from benchmarks.forgetting import compare, constants, methods, metrics, tasks
 from benchmarks.forgetting.__main__ import HERE
 from benchmarks.forgetting.pieces import best_rate, pieces, run
 from benchmarks.forgetting.report import write_study_report
@@ -108,6 +108,16 @@ def test_candidates_are_ranked_by_the_mean_of_the_digits():
         )
         assert found["ndcg@10"] == pytest.approx(ndcg)
         assert found["loss"] == pytest.approx(-math.log(0.75 * 0.25 * 0.75) / 3)
+
+
+def test_the_best_constant_answers():
+    records = [{"input_ids": [], "labels": [-100, *answer]} for answer in ([3, 4], [3], [3, 4])]
+    assert constants.of_calls(records) == pytest.approx(2 / 3)
+    rankings = [tasks.Ranking([], [0, 0, 0, 1], []), tasks.Ranking([], [0, 1, 0, 0], [])]
+    loss, ndcg = constants.of_rankings(rankings)
+    assert loss == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
+    # ties are broken against the order: the relevant one is first, and third
+    assert ndcg == pytest.approx((1 + 1 / math.log2(4)) / 2)
 
 
 def test_average_degradation():
