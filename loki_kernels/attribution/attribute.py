@@ -189,7 +189,8 @@ def _check_attributable(structure: Structure, engine: EngineName | None) -> None
     if engine is not None:
         check_choice("engine", engine, get_args(EngineName))
     refuse_tensor_parallelism(structure)
-    structure.head()
+    if not structure.causal_lm.can_generate():  # else its logits will do
+        structure.head()
     structure.present()
 
 

@@ -212,7 +212,8 @@ class Copies:
             raise UnsupportedModelError(
                 f"{type(structure.causal_lm).__name__}: a copy of the prompt "
                 f"{'over its cache ' if self.cached else ''}gives other logits than the prompt "
-                f"alone (relative error {error:.2g}, allowed {tolerance:.0e})."
+                f"alone (relative error {error:.2g}, allowed {tolerance:.0e})"
+                f"{", which engine='reforward' has none of" if self.cached else ''}."
             )
         return integrate(
             integral,

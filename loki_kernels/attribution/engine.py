@@ -173,6 +173,7 @@ def _candidates(wanted: EngineName | None) -> Iterator[_Make]:
 def _refuse_early(engine: Engine, structure: Structure, integral: PathIntegral) -> None:
     """Raise UnsupportedModelError for what is known before anything runs."""
     if engine.name == "staircase":
+        structure.head()
         reason = why_no_staircase(structure.decoder)
         if reason is not None:
             raise UnsupportedModelError(reason)

@@ -60,11 +60,21 @@ def _summary(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> lis
     for what in ("attribution", "training"):
         verdicts = [getattr(outcome, what) for outcome in outcomes if outcome.name in built]
         counts = Counter(verdict.kind for verdict in verdicts)
+        for mapping, names in mappings.items() if len(outcomes) > 50 else ():
+            lines.append(_share(what, mapping, names, outcomes))
         lines.append(f"{what}: " + ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())))
     for outcome in outcomes:
         for what, verdict in outcome.failures:
             lines.append(f"{verdict.kind} {outcome.name} {what}: {verdict.text}")
     return lines
+
+
+def _share(what: str, mapping: str, names: Sequence[str], outcomes: Sequence[Outcome]) -> str:
+    """Of every class that is named, unbuilt ones counted as failures."""
+    found = {outcome.name: getattr(outcome, what) for outcome in outcomes}
+    good = sum(found[n] is not None and found[n].kind in ("exact", "trained") for n in names)
+    word = "exact" if what == "attribution" else "trained"
+    return f"{mapping}: {good} of {len(names)} {word} ({good / len(names):.0%})"
 
 
 def _built_lines(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> list[str]:
@@ -89,7 +99,8 @@ def _document(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> li
         f"- Attribution is *exact* if the `published` scores (m = {POINTS}) of one prompt in a "
         "batch of two lengths equal naive re-forwards of the whole model at the output of each "
         f"layer's FFN to {TOLERANCE:.0e}, relative and in every layer. The number is the worst "
-        "layer's error.",
+        "layer's error. *By staircase*, *decode* or *reforward* is the engine (see analysis.md); "
+        "the last one has to be asked for.",
         "- Training is *trained* if three steps of AdamW with weight decay on a patched model move "
         "the selected rows of every FFN down-projection and no other number, the logits before "
         "are those of the model, and `unpatch` restores every bit.",
@@ -99,6 +110,11 @@ def _document(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> li
         f"torch {torch.__version__}.",
         "",
         *(f"- {line}." for line in _built_lines(outcomes, mappings)),
+        *(
+            f"- {_share(what, mapping, names, outcomes)}, of all that are named."
+            for what in ("attribution", "training")
+            for mapping, names in mappings.items()
+        ),
         "",
         "| class | attribution | training | reason |",
         "|---|---|---|---|",
@@ -119,7 +135,8 @@ def _table_line(outcome: Outcome) -> str:
     assert training is not None
     first = attribution.kind
     if first == "exact":
-        first += f" ({attribution.text.split()[1]})"
+        _, error, *_, engine = attribution.text.split()
+        first += f" by {engine} ({error})"
     reasons = [_reason(v) for v in (attribution, training) if v.kind not in ("exact", "trained")]
     reason = " / ".join(dict.fromkeys(reasons))
     return f"| {outcome.name} | {first} | {training.kind} | {_cell(reason)} |"
