@@ -213,7 +213,7 @@ class Copies:
                 f"{type(structure.causal_lm).__name__}: a copy of the prompt "
                 f"{'over its cache ' if self.cached else ''}gives other logits than the prompt "
                 f"alone (relative error {error:.2g}, allowed {tolerance:.0e})"
-                f"{", which engine='reforward' has none of" if self.cached else ''}."
+                f"{self._hint}."
             )
         return integrate(
             integral,
@@ -268,6 +268,10 @@ class Copies:
         output: Any = self.structure.causal_lm(input_ids=tail, **options)
         logits: Tensor = output.logits
         return logits
+
+    @property
+    def _hint(self) -> str:
+        return "; engine='reforward' needs no cache" if self.cached else ""
 
     @property
     def _arguments(self) -> Any:
