@@ -72,9 +72,9 @@ lint: .venv/.dev
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
-# The site, into site/. A warning is an error, a link that leads nowhere too.
+# The site, into site/. A warning is an error, a link that leads nowhere too (not so with -q).
 docs: .venv/.dev
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
 bench: .venv/.dev
 	$(PY) -m benchmarks $(ARGS)
