@@ -57,6 +57,7 @@ def check_patchable(structure: Structure) -> None:
     refuse_efficient_loading()
     for _, down_proj in structure.trainable():
         _check_projection(down_proj)
+    _refuse_shared_weights(structure)
 
 
 def _check_projection(down_proj: DownProjection) -> None:
@@ -96,6 +97,24 @@ def _check_projection(down_proj: DownProjection) -> None:
             f"{name} is a {type(module).__name__}, which computes something else than a linear "
             "layer; its rows cannot be trained."
         )
+
+
+def _refuse_shared_weights(structure: Structure) -> None:
+    """Raise UnsupportedModelError if another module has a down-projection's weight too.
+
+    Its products would see the rows that are written, and give their update no gradient.
+    """
+    names: dict[int, list[str]] = {}
+    for name, module in structure.causal_lm.named_modules():  # each once, under whatever names
+        for part, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(f"{name}.{part}")
+    for _, down_proj in structure.trainable():
+        own = names.get(id(down_proj.weight), ())
+        if len(own) > 1:
+            raise UnsupportedModelError(
+                f"{own[0]} and {own[1]} are one weight, and its rows would be trained in one of "
+                "the two places alone."
+            )
 
 
 def _is_plain(weight: object) -> TypeGuard[nn.Parameter]:

@@ -368,6 +368,15 @@ def test_conv1d_has_the_gradient_of_its_columns():
     torch.testing.assert_close(layer(x), linear(x))
 
 
+def test_a_weight_of_two_modules_is_refused():
+    """As DiffusionGemma's, whose encoder and decoder are one."""
+    model = build_model("Mixtral")
+    model.other = nn.Module()
+    model.other.down_proj = model.model.layers[1].mlp.experts.down_proj
+    with pytest.raises(loki.UnsupportedModelError, match=r"other\.down_proj are one weight"):
+        loki.patch(model, ROWS)
+
+
 def test_a_subclass_that_is_no_linear_layer_is_refused():
     class Scaled(nn.Linear):
         def forward(self, x):
