@@ -148,14 +148,36 @@ def test_the_plot_is_written(tmp_path):
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_checkpoint_is_checked_by_a_process_of_its_own(tmp_path):
+def test_a_checkpoint_that_is_not_what_was_trained_is_an_error(tmp_path):
     model = build_model(device="cpu")
     hashes = demo._row_hashes(model)
     handle = loki.patch(model, ROWS)
     train(model)
-    check = demo._save_and_check(model, word_tokenizer(), handle.rows, hashes, [5, 7, 9], tmp_path)
-    assert check["selected_rows_trained"] == check["selected_rows"] == 6
-    assert check["unselected_rows_changed"] == 0
     hashes["model.embed_tokens.weight"][3] = "another"
     with pytest.raises(RuntimeError, match="is not what was trained"):
         demo._save_and_check(model, word_tokenizer(), handle.rows, hashes, [5, 7, 9], tmp_path)
+
+
+def test_the_whole_demo_on_a_tiny_model(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo, "load_smollm2", lambda: (build_model(device="cpu"), word_tokenizer()))
+    samples = torch.randint(3, 97, (8, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    monkeypatch.setattr(demo, "load_samples", lambda: samples)
+    monkeypatch.setattr(demo, "QUICK_SIZE", demo.Size(2, 4, 2, 8, 4, 2, 2, (1.0, 0.5)))
+    demo.run_demo(tmp_path, quick=True)
+    report = json.loads((tmp_path / "report.json").read_text())
+    check = report["checkpoint"]
+    assert not check["loki_kernels_imported"]
+    assert check["selected_rows_trained"] == check["selected_rows"] == 3 * len(check_rows(tmp_path))
+    assert check["unselected_rows_changed"] == 0
+    assert all(shares["1.0"]["kl"] > shares["0.5"]["kl"] for shares in report["results"].values())
+    table = (tmp_path / "table.md").read_text()
+    assert all(method in table for method in (FULL, LORA, LOKI))
+    assert (tmp_path / "frontier.png").is_file()
+
+
+def check_rows(folder):
+    """A layer's rows: as many in each."""
+    layers = list(loki.RowSelection.load(folder / "rows.json"))
+    assert len({len(rows) for rows in layers}) == 1
+    return layers[0]
