@@ -170,12 +170,18 @@ class Copies:
         structure, integral, m = self.structure, self.integral, len(self.integral.alphas)
         rows = 1 + len(layers) * m
         after = prompt.tail - 1  # tokens of the answer that follow the node
+        tokens = prompt.tail if self.cached else prompt.length
         leaves: dict[int, Tensor] = {}
         ends: dict[int, Tensor] = {}
 
         def set_points(layer: int, first: int) -> Callable[[Tensor], Tensor]:
             def change(x: Tensor) -> Tensor:
                 copies = x.reshape(rows, -1, x.shape[-1])  # [copies, tokens, D]
+                if copies.shape[1] != tokens:  # ProphetNet's streams, CPM-Ant's prompt
+                    raise UnsupportedModelError(
+                        f"the FFN of layer {layer} of {type(structure.causal_lm).__name__} gives "
+                        f"{copies.shape[1]} vectors for {tokens} tokens."
+                    )
                 end = copies.shape[1] - after
                 begin = 0 if integral.definition.path == "sequence" else end - 1
                 z = copies[0, begin:end].detach()  # [scaled, D]
