@@ -214,7 +214,7 @@ def test_an_adapter_of_another_rank_is_one(tmp_path):
     torch.testing.assert_close(logits(handle.model), want)
 
 
-@pytest.mark.parametrize("by", ["callback", "rows", "nothing"])
+@pytest.mark.parametrize("by", ["callback", "rows"])
 def test_a_resumed_trainer_goes_on_from_the_experts_rows(tmp_path, by):
     """Its checkpoints name experts one by one, so a state dict of one leaves them as they are."""
 
@@ -227,10 +227,6 @@ def test_a_resumed_trainer_goes_on_from_the_experts_rows(tmp_path, by):
 
     straight = run(tmp_path / "a", 6)
     run(tmp_path / "b", 3)
-    if by == "nothing":
-        with pytest.raises(RuntimeError, match="nothing of these rows"):
-            run(tmp_path / "b", 6, resume=True)
-        return
     resumed = run(tmp_path / "b", 6, resume=True)
     for name, tensor in straight.items():
         torch.testing.assert_close(tensor, resumed[name], rtol=1e-6, atol=1e-7, msg=name)
@@ -254,6 +250,10 @@ def test_weights_under_the_names_of_their_files_are_noticed(name, tmp_path):
     logits(again)  # a part of a model is none of its rows
 
 
+def stack_of_last_layer(model):
+    return [m for m in model.modules() if isinstance(m, LokiExperts)][-1]
+
+
 @pytest.mark.parametrize("family", ["GptOss", "Llama4"])
 def test_checkpointing_and_compilation_train_the_same(family):
     def trained(change):
@@ -268,7 +268,7 @@ def test_checkpointing_and_compilation_train_the_same(family):
     options = {"use_reentrant": False}
     for change in (
         lambda model: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options),
-        lambda model: model.model.layers[-1].compile(backend="aot_eager"),
+        lambda model: stack_of_last_layer(model).compile(backend="aot_eager", fullgraph=True),
     ):
         for name, tensor in trained(change).items():
             torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-4, msg=name)
