@@ -114,7 +114,7 @@ def test_merge(folder):
     [
         (["select", "no.safetensors", "rows.json"], "no.safetensors does not exist"),
         (["select", "no.safetensors", "/no/such/rows.json"], "does not exist"),
-        (["attribute", "model", "scores.bin"], "must end in"),
+        (["attribute", "model", "scores.bin"], "save to .safetensors"),
         (["attribute", "model", "s.h5", "--questions", "q.txt"], "read from .csv or .jsonl"),
         (["attribute", "model", "s.h5", "--dtype", "nn"], "not a torch dtype"),
         (["protection", "model", "p.bin"], "must end in .safetensors"),
