@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.frontier import two_tasks
 from benchmarks.frontier.arms import ARMS
 from benchmarks.frontier.compare import Comparison
 from benchmarks.frontier.data import DOMAINS, TASKS, Data
@@ -14,6 +15,7 @@ from benchmarks.frontier.moments import linears, measure_moments, projection, ra
 from benchmarks.frontier.runner import _rehearsal, _sources, kill_test, main, plan, read_records
 from benchmarks.frontier.train import Job, Laboratory, Run, UpdatedLinear, train
 from loki_kernels.demo.frontier import at_loss, frontier
+from tests.test_demo import word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +165,16 @@ def test_processes_train_what_was_not_trained(tmp_path, monkeypatch, capsys):
     text = path.with_suffix(".md").read_text()
     assert "| rows protected | 1 |" in text
     assert (tmp_path / "frontier-2.png").stat().st_size > 1000
+
+
+def test_two_tasks_are_learned_in_a_row(monkeypatch, capsys):
+    model, tensors = _rehearsal()
+    monkeypatch.setattr(two_tasks, "load_smollm2", lambda: (model, word_tokenizer()))
+    monkeypatch.setattr(Data, "load", lambda _: Data(tensors))
+    steps, rates = ["--steps", "2", "2"], ["--rates", *["0.01"] * 4]
+    monkeypatch.setattr(sys, "argv", ["two_tasks", "--samples", "4", *steps, *rates])
+    two_tasks.main()
+    lines = [json.loads(s) for s in capsys.readouterr().out.splitlines() if s.startswith('{"')]
+    measured = [line for line in lines if "wikitext" in line]
+    assert len({line["calls"] for line in measured}) == len(measured) == 2 + 3 * 2
+    assert {line["rows"] for line in lines if "rows" in line} >= {"plain", "protected, earlier"}
