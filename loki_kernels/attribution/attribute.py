@@ -189,8 +189,9 @@ def _check_attributable(structure: Structure, engine: EngineName | None) -> None
     if engine is not None:
         check_choice("engine", engine, get_args(EngineName))
     refuse_tensor_parallelism(structure)
-    if not structure.causal_lm.can_generate():  # else its logits will do
-        structure.head()
+    model = structure.causal_lm
+    if model.get_output_embeddings() is not None or not model.can_generate():
+        structure.head()  # raises; a model that generates has logits, with a linear head or not
     structure.present()
 
 
