@@ -112,7 +112,8 @@ def run_demo(out: Path, *, quick: bool = False, questions: Iterable[Any] | None 
                 for share in size.shares:
                     update.keep(share)
                     label = f"{share:.0%} of the update"
-                    results[method][share] = exam.evaluate(learner, label)
+                    found = results[method][share] = exam.evaluate(learner, label)
+                    print(f"   {label}: calls {found.loss:.3f}, KL {found.kl:.4f}", flush=True)
             if method == LOKI:
                 update.keep(1.0)
                 with stage("save, and check in a new process"):
