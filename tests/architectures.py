@@ -129,3 +129,14 @@ def qwen_vl():
         image_token_id=90, vision_start_token_id=91, vision_end_token_id=92, video_token_id=93,
     )  # fmt: skip
     return built(transformers.Qwen2_5_VLForConditionalGeneration, config)
+
+
+def deepseek():
+    """Latent attention: queries and keys of 24, values of 16, of one latent vector a token."""
+    config = transformers.DeepseekV3Config(
+        **(GQA | {"num_key_value_heads": 4}), moe_intermediate_size=24, n_routed_experts=4,
+        num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, n_group=1,
+        topk_group=1, q_lora_rank=16, kv_lora_rank=20, qk_nope_head_dim=16, qk_rope_head_dim=8,
+        v_head_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    return built(transformers.DeepseekV3ForCausalLM, config)

@@ -70,7 +70,11 @@ class OnStaircase:
         prefill = run_prefill(structure, batch, integral)
         staircase = Staircase(structure, batch, prefill, integral)
         if integral.definition.path == "last_token":
-            return staircase.run(layers, prefill.prefix)
+            prefix = prefill.prefix
+            if any(keys.shape[-1] != values.shape[-1] for keys, values in prefix.values()):
+                # Latent attention caches what it makes keys and values of, at every step anew.
+                prefix = scaled_prefixes(structure, batch, prefill, integral, [])
+            return staircase.run(layers, prefix)
         parts = []
         # One layer at a time: a copy of the whole prompt's keys and values a path point is what the
         # memory holds.

@@ -9,6 +9,7 @@ import loki_kernels as loki
 from loki_kernels.attribution import copies
 from loki_kernels.attribution.reference import attribute_reference
 from tests.architectures import (
+    deepseek,
     falcon,
     falcon_h1,
     glm_moe,
@@ -26,6 +27,7 @@ PROMPTS = [{"input_ids": [5, 6, 7, 8, 9, 10]}, {"input_ids": [11, 12]}, {"input_
 ENGINES = {
     mixtral: "staircase",
     glm_moe: "staircase",
+    deepseek: "staircase",
     gpt2: "decode",
     falcon: "decode",
     lfm2: "decode",
@@ -75,8 +77,9 @@ def test_reforward_takes_the_sequence_path(site):
         loki.attribute(model, PROMPTS, definition="captum", engine="decode")
 
 
-def test_decode_starts_at_a_baseline():
-    model = lfm2()
+@pytest.mark.parametrize("build", [lfm2, deepseek])
+def test_a_baseline_of_another_prompt(build):
+    model = build()
     got = loki.attribute(model, PROMPTS, baseline="token_zero", rule="midpoint", steps=3)
     definition = loki.attribution.definitions.resolve_definition(
         "published", {"baseline": "token_zero", "rule": "midpoint"}
