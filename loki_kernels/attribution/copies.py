@@ -146,10 +146,12 @@ class Copies:
 
     def _baseline(self, prompt: _Prompt) -> dict[int, Tensor] | None:
         """Layer -> ``[T, D]``, where the path starts; None for zero."""
-        definition, given = self.integral.definition, self.integral.baseline
+        definition = self.integral.definition
+        given = self.integral.given_starts(
+            self.structure.present(), (prompt.length,), prompt.ids.device
+        )
         if given is not None:
-            on = prompt.ids.device
-            return {i: given[i].to(on).expand(prompt.length, -1) for i in self.structure.present()}
+            return given
         if definition.baseline != "token_zero":
             return None
         kept: dict[int, Tensor] = {}

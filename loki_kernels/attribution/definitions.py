@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypedDict, get_args
 
@@ -176,6 +177,10 @@ class PathIntegral:
             described["baseline_values"] = hashlib.sha256(values.tobytes()).hexdigest()
         return described
 
-    def start(self, layer: int, like: Tensor) -> Tensor | None:
-        """The given baseline of a layer ``[D]``, on the device of ``like``; None without one."""
-        return None if self.baseline is None else self.baseline[layer].to(like.device)
+    def given_starts(
+        self, layers: Iterable[int], shape: Sequence[int], device: torch.device
+    ) -> dict[int, Tensor] | None:
+        """Layer -> the given baseline at every position, ``[*shape, D]``; None without one."""
+        if self.baseline is None:
+            return None
+        return {i: self.baseline[i].to(device).expand(*shape, -1) for i in layers}

@@ -96,13 +96,8 @@ def run_prefill(structure: Structure, batch: Batch, integral: PathIntegral) -> P
             keep.
         ValueError: if the logits are NaN.
     """
-    start: dict[int, Tensor] | None = None
-    samples, tokens = batch.input_ids.shape
-    if integral.baseline is not None:
-        start = {
-            layer: integral.baseline[layer].to(batch.input_ids.device).expand(samples, tokens, -1)
-            for layer in structure.present()
-        }
+    samples, tokens = shape = batch.input_ids.shape
+    start = integral.given_starts(structure.present(), shape, batch.input_ids.device)
     definition = integral.definition
     if definition.baseline == "token_zero":
         start = {}
