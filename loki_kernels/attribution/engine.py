@@ -119,16 +119,17 @@ def choose_engine(
         UnsupportedModelError: if none does; it names each one's reason.
         ValueError: if the logits are NaN.
     """
-    one = replace(integral, alphas=integral.alphas[-1:], weights=integral.weights[-1:])
-    probe, definition = _probe(structure, prompts), integral.definition
+    prompt, definition = _prompt_to_try(prompts), integral.definition
     config = structure.causal_lm.config
     known = _chosen.setdefault(structure.causal_lm, {})
     key = (
-        wanted, definition.path, definition.site, any(probe.media), probe.longest_answer,
+        wanted, definition.path, definition.site, bool(prompt.media), _several(prompt),
         next(structure.causal_lm.parameters()).dtype, getattr(config, "_attn_implementation", None),
     )  # fmt: skip
     if key in known:
         return known[key](structure, integral)
+    one = replace(integral, alphas=integral.alphas[-1:], weights=integral.weights[-1:])
+    probe = PlannedBatch(0, [0], [prompt]).on(structure.device)
     reasons = []
     for make in _candidates(wanted):
         engine = make(structure, one)
@@ -155,13 +156,14 @@ def _several(tokens: Tokens) -> bool:
     return any(x is not None and len(x) > 1 for x in (tokens.answer, tokens.contrast))
 
 
-def _probe(structure: Structure, prompts: Sequence[Tokens]) -> Batch:
+def _prompt_to_try(prompts: Sequence[Tokens]) -> Tokens:
+    """The first with images, sounds or a long answer; else a few tokens of the first."""
     whole = (tokens for tokens in prompts if tokens.media or _several(tokens))
     prompt = next(whole, None)
-    if prompt is None:
-        ids = prompts[0].ids
-        prompt = replace(prompts[0], ids=np.tile(ids, -(-_TOKENS // len(ids)))[-_TOKENS:])
-    return PlannedBatch(0, [0], [prompt]).on(structure.device)
+    if prompt is not None:
+        return prompt
+    ids = prompts[0].ids
+    return replace(prompts[0], ids=np.tile(ids, -(-_TOKENS // len(ids)))[-_TOKENS:])
 
 
 def _candidates(wanted: EngineName | None) -> Iterator[_Make]:

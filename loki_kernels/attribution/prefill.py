@@ -43,11 +43,6 @@ class Batch:
     contrast: Sequence[Tensor] | None = None
 
     @property
-    def longest_answer(self) -> int:
-        """Tokens of the longest answer, or of what is subtracted."""
-        return max((len(x) for x in [*(self.answers or ()), *(self.contrast or ())]), default=1)
-
-    @property
     def target(self) -> Tensor | None:
         """int64 ``[B]``, the first token of each answer."""
         return None if self.answers is None else torch.stack([x[0] for x in self.answers])
