@@ -15,6 +15,7 @@ from torch import Tensor
 import loki_kernels as loki
 from loki_kernels.demo.evaluation import general_text
 from loki_kernels.files import atomic_path
+from loki_kernels.protection.samples import draw_samples
 
 LENGTH = 256  # tokens of every sequence
 TASKS = ("shakespeare", "gsm8k")
@@ -56,20 +57,17 @@ def write_data(path: Path, shared: Path, model: Any, tokenizer: Any) -> None:
         "gsm8k": _gsm8k(shared, tokenizer),
     }.items():
         parts[f"{name}/train"], parts[f"{name}/test"] = train, test
-    parts["wikitext"] = _windows(
-        tokenizer((shared / "text" / "wikitext2_valid.txt").read_text(encoding="utf-8"))[
-            "input_ids"
-        ],
-        16,
-    )
+    wikitext = (shared / "text" / "wikitext2_valid.txt").read_text(encoding="utf-8")
+    parts["wikitext"] = _windows(tokenizer, _tokens(tokenizer, wikitext), 16)
     solutions = [
         record["prompt"] + record["canonical_solution"]
         for record in _records(shared / "general" / "HumanEval.jsonl")
     ]
-    parts["code"] = _windows(tokenizer("\n\n".join(solutions))["input_ids"], 16)
+    parts["code"] = _windows(tokenizer, _tokens(tokenizer, "\n\n".join(solutions)), 16)
     parts["chat"] = _chats(shared, model, tokenizer)
     parts["docs"] = _docs(tokenizer)
-    parts["samples"] = _samples(model, tokenizer)
+    drawn = [(sample, 1) for sample in draw_samples(model, tokenizer, length=LENGTH)]
+    parts["samples"] = _pad(drawn, tokenizer.eos_token_id)
     tensors = {}
     for name, (ids, labels) in parts.items():
         tensors[f"{name}:ids"] = ids.to(torch.int32)
@@ -83,10 +81,20 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def _windows(ids: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
-    """``count`` windows at equal distances; all but the first token is predicted."""
-    stride = (len(ids) - LENGTH) / max(1, count - 1)
-    windows = torch.tensor([ids[int(i * stride) : int(i * stride) + LENGTH] for i in range(count)])
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _windows(tokenizer: Any, ids: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """``count`` windows at equal distances, each after what the tokenizer begins a text with.
+
+    All but the first token is predicted.
+    """
+    start = tokenizer("")["input_ids"]
+    length = LENGTH - len(start)
+    stride = (len(ids) - length) / max(1, count - 1)
+    places = [int(i * stride) for i in range(count)]
+    windows = torch.tensor([[*start, *ids[place : place + length]] for place in places])
     return windows, _all_but_first(windows)
 
 
@@ -110,9 +118,10 @@ def _pad(rows: Sequence[tuple[list[int], int]], padding: int) -> tuple[Tensor, T
 def _shakespeare(shared: Path, tokenizer: Any) -> Any:
     """The plays: windows of the first nine tenths, overlapping by half, and 16 of the last."""
     text = (shared / "text" / "tinyshakespeare.txt").read_text(encoding="utf-8")
-    ids = tokenizer(text)["input_ids"]
+    ids = _tokens(tokenizer, text)
     cut = len(ids) * 9 // 10
-    return _windows(ids[:cut], 2 * cut // LENGTH), _windows(ids[cut:], 16)
+    train, test = ids[:cut], ids[cut:]
+    return _windows(tokenizer, train, 2 * cut // LENGTH), _windows(tokenizer, test, 16)
 
 
 def _gsm8k(shared: Path, tokenizer: Any) -> Any:
@@ -127,6 +136,9 @@ def _gsm8k(shared: Path, tokenizer: Any) -> Any:
 
 
 def _prompt(tokenizer: Any, question: str) -> list[int]:
+    """A chat, or what a model that knows none goes on from."""
+    if tokenizer.chat_template is None:
+        return tokenizer(f"Question: {question}\nAnswer:\n")["input_ids"]
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,
@@ -136,7 +148,7 @@ def _prompt(tokenizer: Any, question: str) -> list[int]:
 
 
 def _answer(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    return _tokens(tokenizer, text + tokenizer.eos_token)
 
 
 def _docs(tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -159,28 +171,17 @@ def _chats(shared: Path, model: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
         for record in _records(shared / "general" / "piqa.jsonl")
     ]
     prompts = [_prompt(tokenizer, goal) for goal in goals[:: len(goals) // 40][:40]]
-    texts = _generate(model, tokenizer, prompts, 128, tokenizer.eos_token)
+    texts = _generate(model, tokenizer, prompts, 128)
     rows = [(text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
-    return _pad(rows, tokenizer.eos_token_id)
-
-
-def _samples(model: Any, tokenizer: Any, count: int = 192) -> tuple[Tensor, Tensor]:
-    """What the model says by itself: half documents from nothing, half chats of both roles."""
-    rows = []
-    for start in ("<|endoftext|>", "<|im_start|>user\n"):
-        ids = tokenizer(start, add_special_tokens=False)["input_ids"]
-        prompts = [ids] * (count // 2)
-        texts = _generate(model, tokenizer, prompts, LENGTH - len(ids), "<|endoftext|>")
-        rows += [(text, 1) for text in texts]
     return _pad(rows, tokenizer.eos_token_id)
 
 
 @torch.no_grad()
 def _generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], count: int, end: str
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], count: int
 ) -> list[list[int]]:
     """The prompts continued at temperature 1, up to and with the token that ends each."""
-    stop = tokenizer.convert_tokens_to_ids(end)
+    stop = tokenizer.eos_token_id
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.eos_token_id)
     mask = torch.zeros_like(ids)

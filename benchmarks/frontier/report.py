@@ -29,20 +29,20 @@ seed. `alone` leaves out the shares of updates, so that only rates make the fron
 _SHOWN = (0.5, 0.7, 0.9)
 
 
-def write_report(results: Path) -> None:
+def write_report(results: Path, model: str) -> None:
     """``<results>.md`` and a plot of every task beside the results' file."""
     path = results.with_suffix(".md")
-    text = "\n".join(_lines(read_records(results), path.parent)) + "\n"
+    text = "\n".join(_lines(read_records(results), model, path.parent)) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"-> {path}")
 
 
-def _lines(records: list[dict[str, Any]], folder: Path) -> Iterator[str]:
+def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[str]:
     devices = sorted({f"{r['device']}, torch {r['torch']}" for r in records})
     yield "# Forgetting at equal task loss"
     yield ""
-    yield "Made by `python -m benchmarks.frontier report`; do not edit. SmolLM2-135M-Instruct, 4"
+    yield f"Made by `python -m benchmarks.frontier report`; do not edit. {model}, 4"
     yield f"sequences of 256 tokens a step, on {'; '.join(devices)}. {len(records)} trainings."
     yield ""
     yield _READING

@@ -2,7 +2,8 @@
 
 ``data`` tokenizes the evaluation texts and draws the model's samples, once. ``run`` trains what has
 not been trained, several arms at once on a GPU, and appends to
-``benchmarks/results/frontier/trainings.jsonl``. ``report`` compares and draws.
+``benchmarks/results/frontier/trainings.jsonl``. ``report`` compares and draws. ``--model`` names
+another model than SmolLM2; its files lie in a folder of its name.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loki_kernels.attribution.cache import cache_folder
-from loki_kernels.demo.model import load_smollm2
+from loki_kernels.demo.model import NAME
 
 from ..records import RESULTS, describe_machine
 from .arms import ARMS, FIRST
 from .data import DOMAINS, LENGTH, PARTS, SOURCES, TASKS, Data, write_data
+from .models import MODELS
 from .moments import Moments, linears, measure_moments
 from .train import Job, Laboratory, train
 
@@ -161,7 +163,7 @@ def run(arguments: argparse.Namespace) -> None:
             save_file(tensors, folder / "data.safetensors")
         else:
             shutil.copy(arguments.data, folder / "data.safetensors")
-            model, _ = load_smollm2()
+            model, _ = MODELS[arguments.model]()
         model.save_pretrained(folder / "model")
         data = Data.load(folder / "data.safetensors").to(device)
         _write_moments(folder, model.to(device), data)
@@ -225,9 +227,10 @@ def _rehearsal() -> tuple[Any, dict[str, Tensor]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=__doc__)
     parser.add_argument("what", choices=("data", "run", "report"))
-    parser.add_argument("--data", type=Path, default=cache_folder() / "frontier.safetensors")
+    parser.add_argument("--model", choices=tuple(MODELS), default=NAME)
+    parser.add_argument("--data", type=Path, help="where the texts are kept as tokens")
     parser.add_argument("--shared", type=Path, default=SHARED, help="the evaluation texts")
-    parser.add_argument("--results", type=Path, default=RESULTS / "frontier" / "trainings.jsonl")
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="instead of the kill test")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
@@ -239,9 +242,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 4) // 4))
     parser.add_argument("--group", type=int, default=4, help="trainings at once in a process")
     arguments = parser.parse_args()
+    own = "" if arguments.model == NAME else arguments.model
+    if arguments.data is None:
+        arguments.data = cache_folder() / own / "frontier.safetensors"
+    if arguments.results is None:
+        arguments.results = RESULTS / "frontier" / own / "trainings.jsonl"
     if arguments.what == "data":
         torch.manual_seed(0)
-        model, tokenizer = load_smollm2()
+        model, tokenizer = MODELS[arguments.model]()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         write_data(arguments.data, arguments.shared, model.to(device), tokenizer)
     elif arguments.what == "run":
@@ -249,4 +257,4 @@ def main() -> None:
     else:
         from .report import write_report
 
-        write_report(arguments.results)
+        write_report(arguments.results, arguments.model)

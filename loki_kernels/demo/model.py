@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -32,12 +32,16 @@ def find_gguf() -> Path:
 
 
 def load_smollm2() -> tuple[PreTrainedModel, Any]:
-    """The model in float32, dequantized from Q4_1, and its tokenizer.
+    """The model in float32, dequantized from Q4_1, and its tokenizer."""
+    return load_gguf(find_gguf(), NAME)
+
+
+def load_gguf(path: Path, name: str) -> tuple[PreTrainedModel, Any]:
+    """A model in float32, dequantized, and its tokenizer.
 
     transformers' GGUF loader leaves a model marked as quantized; its weights are moved into a plain
-    ``LlamaForCausalLM``, which trains and saves like any other.
+    one, which trains and saves like any other.
     """
-    path = find_gguf()
     options: dict[str, Any] = {"gguf_file": path.name}
     try:
         from transformers import GgufConfig
@@ -52,10 +56,10 @@ def load_smollm2() -> tuple[PreTrainedModel, Any]:
     config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = LlamaForCausalLM(config).float()
+    model = type(loaded)(config).float()
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    model.name_or_path = NAME
+    model.name_or_path = name
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from benchmarks.frontier import two_tasks
 from benchmarks.frontier.arms import ARMS
 from benchmarks.frontier.compare import Comparison
-from benchmarks.frontier.data import DOMAINS, TASKS, Data
+from benchmarks.frontier.data import DOMAINS, LENGTH, TASKS, Data, _prompt, _windows
 from benchmarks.frontier.moments import linears, measure_moments, projection, rank_of
 from benchmarks.frontier.runner import _rehearsal, _sources, kill_test, main, plan, read_records
 from benchmarks.frontier.train import Job, Laboratory, Run, UpdatedLinear, train
@@ -126,6 +127,25 @@ def test_a_plan_names_no_training_twice():
     jobs = [json.dumps(job.spec(), sort_keys=True) for job in kill_test()]
     assert len(set(jobs)) == len(jobs) == 2 * 2 * 5 * len(ARMS)
     assert len(list(plan(["LoRA"], TASKS, range(6), 400, (1e-3, 2e-3)))) == 24
+
+
+def test_texts_begin_as_the_tokenizer_begins_them():
+    tokenizer = word_tokenizer()
+    ids = torch.randint(97, (600,)).tolist()
+    windows, labels = _windows(tokenizer, ids, 3)
+    assert windows[:, 0].tolist() == [ids[0], ids[172], ids[344]]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="w3 $A", special_tokens=[("w3", 3)]
+    )
+    windows, labels = _windows(tokenizer, ids, 3)
+    assert windows.shape == (3, LENGTH)
+    assert windows[:, 0].tolist() == [3, 3, 3]
+    assert windows[0, 1:].tolist() == ids[: LENGTH - 1]
+    assert windows[2, -1] == ids[-1]
+    assert torch.equal(labels[:, 1:], windows[:, 1:])
+    assert (labels[:, 0] == -100).all()
+    tokenizer.chat_template = None
+    assert _prompt(tokenizer, "w9 w8")[0] == 3
 
 
 def test_a_frontier_is_what_no_point_beats():
