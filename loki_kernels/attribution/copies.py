@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,13 +95,15 @@ class Copies:
         structure: the model.
         integral: what is integrated.
         cached: whether all but the last token come from a cache (*decode*).
-        numbered: whether the model is told the last token's position; some count themselves.
+        numbered: of which prompts the model is told the last token's position. Some count
+            themselves: all prompts, or those with images, which Qwen-VL gives fewer positions than
+            tokens (and without images it goes on as after the last one).
     """
 
     structure: Structure
     integral: PathIntegral
     cached: bool
-    numbered: bool = True
+    numbered: Literal["all", "text", "none"] = "text"
     name: EngineName = field(init=False)
 
     def __post_init__(self) -> None:
@@ -269,7 +271,8 @@ class Copies:
             repeated = copy.deepcopy(cache)
             repeated.reorder_cache(torch.zeros(rows, dtype=torch.long, device=prompt.ids.device))
             options[next(name for name in _CACHES if name in self._arguments)] = repeated
-        if self.numbered and "position_ids" in self._arguments:
+        numbered = self.numbered == "all" or (self.numbered == "text" and not prompt.media)
+        if numbered and "position_ids" in self._arguments:
             places = torch.arange(prompt.length, device=prompt.ids.device)[-prompt.tail :]
             options["position_ids"] = places.expand(rows, -1)
         tail = prompt.ids[:, -prompt.tail :].expand(rows, -1)

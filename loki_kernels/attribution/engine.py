@@ -131,7 +131,7 @@ def choose_engine(
     one = replace(integral, alphas=integral.alphas[-1:], weights=integral.weights[-1:])
     probe = PlannedBatch(0, [0], [prompt]).on(structure.device)
     reasons = []
-    for make in _candidates(wanted):
+    for make in _candidates(wanted, media=bool(prompt.media)):
         engine = make(structure, one)
         try:
             _refuse_early(engine, structure, integral)
@@ -166,12 +166,14 @@ def _prompt_to_try(prompts: Sequence[Tokens]) -> Tokens:
     return replace(prompts[0], ids=np.tile(ids, -(-_TOKENS // len(ids)))[-_TOKENS:])
 
 
-def _candidates(wanted: EngineName | None) -> Iterator[_Make]:
+def _candidates(wanted: EngineName | None, *, media: bool) -> Iterator[_Make]:
     if wanted in (None, "staircase"):
         yield OnStaircase
     if wanted in (None, "decode"):
         yield functools.partial(Copies, cached=True)
-        yield functools.partial(Copies, cached=True, numbered=False)
+        if media:  # else it is the same
+            yield functools.partial(Copies, cached=True, numbered="all")
+        yield functools.partial(Copies, cached=True, numbered="none")
     if wanted == "reforward":
         yield functools.partial(Copies, cached=False)
 

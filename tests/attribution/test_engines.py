@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import loki_kernels as loki
 from loki_kernels.attribution import copies
@@ -150,28 +155,83 @@ def test_unknown_engine():
         loki.attribute(build_model(), PROMPTS, engine="fast")
 
 
-def with_image(build):
-    generator = torch.Generator().manual_seed(0)
+class QwenProcessor(transformers.Qwen2_5_VLProcessor):
+    """Without its reader of videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, *_):
+        pass
+
+
+def processor(build):
+    """The model's own, on a tokenizer of words w0 to w79."""
+    special = {"<image>": 90} if build is llava else {
+        "<|image_pad|>": 90, "<|vision_start|>": 91, "<|vision_end|>": 92, "<|video_pad|>": 93,
+    }  # fmt: skip
+    words = {f"w{i}": i for i in range(80)} | {"[UNK]": 80} | special
+    tokens = Tokenizer(WordLevel(words, "[UNK]"))
+    tokens.pre_tokenizer = WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokens, unk_token="[UNK]", extra_special_tokens=list(special)
+    )
+    image = "<image>" if build is llava else "<|vision_start|> <|image_pad|> <|vision_end|>"
+    template = (
+        "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}" + image + " "
+        "{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}w7"
+        "{% endif %}"
+    )
+
+    def images(name, **sizes):
+        kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+        return kind(**sizes)
+
     if build is llava:
-        pixels = torch.randn(1, 3, 28, 28, generator=generator)
-        return {"input_ids": torch.tensor([5, 90, 90, 90, 90, 6, 7]), "pixel_values": pixels}
-    patches = torch.randn(16, 3 * 2 * 14 * 14, generator=generator)
-    return {
-        "input_ids": torch.tensor([5, 91, 90, 90, 90, 90, 92, 6, 7]),
-        "pixel_values": patches,
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-    }
+        reader = images(
+            "CLIPImageProcessor", size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+        )
+        return transformers.LlavaProcessor(
+            reader, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1, chat_template=template,
+        )  # fmt: skip
+    sizes = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}
+    reader = images("Qwen2VLImageProcessor", size=sizes)
+    return QwenProcessor(reader, tokenizer, chat_template=template)
+
+
+def chat_with_image():
+    pixels = torch.randint(256, (40, 60, 3), generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(pixels.to(torch.uint8).numpy())
+    content = [
+        {"type": "text", "text": "w5"}, {"type": "image", "image": image},
+        {"type": "text", "text": "w6"},
+    ]  # fmt: skip
+    return [{"role": "user", "content": content}]
+
+
+def with_image(build):
+    """What the processor makes of that chat."""
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    made = processor(build).apply_chat_template(
+        chat_with_image(), add_generation_prompt=True, **options
+    )
+    return dict(made)
 
 
 @pytest.mark.parametrize("build", [llava, qwen_vl])
 def test_images_are_in_the_prefill(build):
     """Also where positions are counted in three dimensions (Qwen-VL)."""
     model, prompt = build(), with_image(build)
+    if build is qwen_vl and not hasattr(model.model, "compute_3d_position_ids"):
+        pytest.skip(
+            "transformers 5.0 cannot decode copies of an image: it repeats a wrong dimension"
+        )
     result = loki.attribute(model, [prompt, PROMPTS[0]])
     assert result.run["engine"] == "decode"
+    chats = loki.attribute(model, [chat_with_image(), PROMPTS[0]], tokenizer=processor(build))
+    assert torch.equal(chats.scores, result.scores)
     nodes = [layer.mlp.down_proj for layer in model.model.language_model.layers]
     inputs = {name: tensor for name, tensor in prompt.items() if name != "input_ids"}
-    ids = prompt["input_ids"][None]
+    ids = prompt["input_ids"]
+    assert (ids == 90).sum() > 1
 
     def last_logits(layer, z):
         def replace(_module, _args, output):
@@ -211,21 +271,9 @@ def test_images_have_to_come_before_the_staircase_is_chosen():
         loki.attribute(llava(), [batch])
 
 
-def test_a_chat_with_an_image_goes_through_the_processor():
-    class Processor:
-        tokenizer = None
-
-        def apply_chat_template(self, chat, **options):
-            assert options["return_dict"]
-            assert options["add_generation_prompt"]
-            assert chat[0]["content"][0]["type"] == "image"
-            made = with_image(llava)
-            return {**made, "input_ids": made["input_ids"][None]}
-
-    chat = [{"role": "user", "content": [{"type": "image", "url": "x"}]}]
-    model = llava()
-    got = loki.attribute(model, [chat], tokenizer=Processor())
-    want = loki.attribute(model, [with_image(llava)])
-    assert torch.equal(got.scores, want.scores)
+def test_a_chat_with_an_image_needs_a_processor_that_reads_it():
     with pytest.raises(TypeError, match="processor"):
-        loki.attribute(model, [chat], tokenizer=lambda text: {"input_ids": [1]})
+        loki.attribute(llava(), [chat_with_image()], tokenizer=processor(llava).tokenizer)
+    broken = [{"role": "user", "content": [{"type": "image", "image": 3}]}]
+    with pytest.raises(ValueError, match="refused by the processor"):
+        loki.attribute(llava(), [broken], tokenizer=processor(llava))
