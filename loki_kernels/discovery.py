@@ -71,7 +71,13 @@ def find_structure(model: nn.Module) -> Structure:
     decoder, stack, layers = examine(causal_lm)
     for layer in layers:
         if layer.reason is not None:
-            raise UnsupportedModelError(layer.reason)
+            reason = layer.reason
+            if getattr(causal_lm, "is_quantized", False):  # packed into tensors of other shapes
+                reason = (
+                    f"{reason.removesuffix('.')}; the model is quantized, so load it unquantized "
+                    "(Mxfp4Config has dequantize=True for that)."
+                )
+            raise UnsupportedModelError(reason)
     ffns = [layer.ffn for layer in layers if layer.ffn is not None]
     if not ffns:
         raise UnsupportedModelError(
