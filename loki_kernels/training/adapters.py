@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..discovery import find_structure
-from ..errors import UnsupportedModelError
 from ..files import check_folder
 from ..selection import RowSelection
 from ..sharding import full_shape, is_distributed
@@ -140,13 +142,18 @@ def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 def export_lora(
     model: nn.Module, folder: str | os.PathLike[str], *, max_rank: int | None = None
 ) -> Path:
-    """Write the update of a patched model's rows as a LoRA adapter, for servers of those.
+    """Write the update of a patched model's rows as a LoRA adapter, for PEFT and for servers.
 
     An update of k rows is the matrix that puts row i in place S_i times the k differences:
     ``lora_B`` ``[out_features, k]`` of zeros and ones and ``lora_A`` ``[k, in_features]``, of rank
     k and scale 1. With LoKI* it has the rank of LoKI*. All layers have one rank, the largest of
     them, since servers divide one ``lora_alpha`` by it; the others are filled up with zeros. In
     float32; the base must be the one that was trained.
+
+    Of a mixture of experts every expert has its factors, and all down-projections are PEFT's
+    ``target_parameters``, each of its own rank (``rank_pattern``). Such an adapter is several times
+    as large as `save_adapter`'s; its size is logged first. PEFT 0.18, 0.19 and 0.20 differ in how
+    experts' factors lie, so it is written for the PEFT that is installed, which its config names.
 
     Args:
         model: a patched model.
@@ -156,69 +163,73 @@ def export_lora(
 
     Raises:
         ValueError: if the model is not patched, or max_rank is below 1.
-        UnsupportedModelError: if experts are trained.
+        ImportError: for a mixture of experts without PEFT.
         OSError: if the folder cannot be created or written.
     """
     structure, layers = _patched_layers(model)
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank must be positive; it is {max_rank}.")
     path = check_folder(folder)
-    experts = next((name for name, x in layers.items() if x.frozen.ndim > 2), None)
-    if experts is not None:
-        raise UnsupportedModelError(
-            f"{experts} is a stack of experts, for which servers of LoRA adapters have no common "
-            "format; serve the merged model (merge(), save_pretrained)."
-        )
-    exact = max(len(factors[0]) for factors in map(_lora_factors, layers.values()))
-    rank = exact if max_rank is None else min(exact, max_rank)
-    if rank > _LARGEST_SERVED:
-        logger.warning(
-            "the adapter has rank %d, and vLLM serves ranks up to %d; export_lora(..., "
-            "max_rank=%d) writes the best approximation of that rank.",
-            rank, _LARGEST_SERVED, _LARGEST_SERVED,
-        )  # fmt: skip
-    tensors: dict[str, Tensor] = {}
-    lost = total = 0.0
-    for name, layer in layers.items():
-        a, b = _lora_factors(layer)
-        if rank < exact:
-            total += float((b @ a).square().sum())
-        if len(a) > rank:
-            a, b, error = _truncated(a, b, rank)
-            lost += error
-        missing = rank - len(a)
-        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-        b = torch.cat([b, b.new_zeros(len(b), missing)], dim=1)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    if lost:
-        logger.warning(
-            "the adapter of rank %d holds an update of rank %d but for a relative error of %.2g.",
-            rank, exact, (lost / total) ** 0.5,
-        )  # fmt: skip
+    exact = {name: layer.rank or len(layer.index) for name, layer in layers.items()}
+    ranks = {name: min(rank, max_rank or rank) for name, rank in exact.items()}
+    rank = max(ranks.values())
     others = trained_whole(structure.causal_lm)
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": _base_name(structure),
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": sorted(layers),
         "modules_to_save": _modules_of(others),
         "lora_dropout": 0.0,
         "bias": "none",
     }
+    if any(layer.frozen.ndim > 2 for layer in layers.values()):
+        config |= _mixture_config(layers, ranks)
+    else:
+        ranks = dict.fromkeys(layers, rank)
+        config["target_modules"] = sorted(layers)
+        _warn_of_servers(rank)
+    tensors: dict[str, Tensor] = {}
+    lost = total = 0.0
+    for name, layer in layers.items():
+        a, b = _lora_factors(layer)
+        if max_rank is not None:
+            total += float((b.mT @ b @ a * a).sum())
+        if exact[name] > ranks[name]:
+            a, b, error = _truncated(a, b, ranks[name])
+            lost += error
+        missing = ranks[name] - a.shape[-2]
+        a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+        a, b = _as_peft_lays(layer, a, b)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    if lost:
+        logger.warning(
+            "the adapter of rank %d holds an update of rank %d but for a relative error of %.2g.",
+            rank, max(exact.values()), (lost / total) ** 0.5,
+        )  # fmt: skip
     tensors |= adapter_file.other_tensors(others)
     adapter_file.write_adapter(path, tensors, config, _task_type(structure))
     return path
 
 
+def _warn_of_servers(rank: int) -> None:
+    if rank > _LARGEST_SERVED:
+        logger.warning(
+            "the adapter has rank %d, and vLLM serves ranks up to %d; export_lora(..., "
+            "max_rank=%d) writes the best approximation of that rank.",
+            rank, _LARGEST_SERVED, _LARGEST_SERVED,
+        )  # fmt: skip
+
+
 def _lora_factors(layer: LokiRows) -> tuple[Tensor, Tensor]:
-    """(A ``[r, in_features]``, B ``[out_features, r]``) whose product is the update."""
+    """(A ``[..., r, in_features]``, B ``[..., out_features, r]``) whose product is the update."""
     placement = torch.zeros(full_shape(layer.frozen)[layer.axis], len(layer.index))
     placement[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
     parts = {name: tensor.float().cpu() for name, tensor in layer.formed_update().items()}
     if layer.rank is None:
-        return parts["update"], placement
+        update = parts["update"]
+        return update, placement.expand(*update.shape[:-2], -1, -1)
     return parts["delta_b"], placement @ parts["delta_a"]
 
 
@@ -228,10 +239,67 @@ def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     q, r = torch.linalg.qr(b)
     u, s, vh = torch.linalg.svd(r @ a, full_matrices=False)
     return (
-        s[:rank, None] * vh[:rank],
-        q @ u[:, :rank],
-        float(s[rank:].square().sum()),
+        s[..., :rank, None] * vh[..., :rank, :],
+        q @ u[..., :rank],
+        float(s[..., rank:].square().sum()),
     )
+
+
+def _mixture_config(layers: Mapping[str, LokiRows], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What a LoRA adapter's config says of a mixture of experts; logs what the adapter takes.
+
+    Linear layers are named by their weights too, which gives them the same factors: of
+    ``target_modules`` that end in ``down_proj`` PEFT (0.19 to 0.21) makes the experts alone.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "how a LoRA of experts is laid out depends on PEFT: pip install 'loki-kernels[peft]'."
+        ) from error
+    update = written = 0
+    for name, layer in layers.items():
+        *experts, height, width = full_shape(layer.frozen)
+        written += 4 * math.prod(experts) * ranks[name] * (height + width)
+        update += sum(p.numel() * p.element_size() for _, p in layer.trained_parameters())
+    logger.warning(
+        "the LoRA adapter takes %.3g GB, since lora_B names the rows of every expert by a matrix; "
+        "save_adapter's takes %.3g GB.", written / 1e9, update / 1e9,
+    )  # fmt: skip
+    parameters = {f"{name}.{layer.parameter}": ranks[name] for name, layer in layers.items()}
+    other = {name: rank for name, rank in parameters.items() if rank != max(ranks.values())}
+    return {
+        "target_modules": [],
+        "target_parameters": sorted(parameters),
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "peft_version": peft.__version__,
+    }
+
+
+def _as_peft_lays(layer: LokiRows, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``lora_A`` and ``lora_B`` of PEFT as it is installed, of factors of the update."""
+    if a.ndim == 2:
+        return a, b
+    if _axis_of_lora_a(bool(getattr(layer, "is_transposed", False))) == layer.axis:
+        a, b = b.mT, a.mT
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
+@functools.cache
+def _axis_of_lora_a(transposed: bool) -> int:
+    """Which dimension of a stack PEFT's ``lora_A`` is over; in 0.18, 0.19 and 0.20 it is another.
+
+    ``transposed`` is the experts' own mark, ``is_transposed``.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    experts = nn.Module()
+    experts.register_parameter("stack", nn.Parameter(torch.zeros(2, 3, 5)))
+    experts.__dict__["is_transposed"] = transposed
+    config = LoraConfig(r=1, target_modules=[], target_parameters=["experts.stack"])
+    wrapped = inject_adapter_in_model(config, nn.ModuleDict({"experts": experts}))
+    return (2, 3, 5).index(wrapped.get_submodule("experts.lora_A.default").in_features)
 
 
 def _base_name(structure: Structure) -> str | None:
