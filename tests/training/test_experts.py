@@ -79,7 +79,9 @@ def run(module, weight, inputs, upstream):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "MuseSpark", "NemotronH"])
+@pytest.mark.parametrize(
+    "family", [*(name for name in FAMILIES if name != "Llama4"), "MuseSpark", "NemotronH"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_are_those_of_dense_training(family, implementation, dtype):
     if dtype == torch.float64 and implementation == "grouped_mm":
@@ -119,7 +121,8 @@ def test_the_whole_form_has_the_gradients_of_dense_training():
     for sharded in (False, True):  # a merged copy there
         ours.sharded = sharded
         (got,) = torch.autograd.grad(ours(x), ours.update, upstream)
-        torch.testing.assert_close(got, want[..., [1, 5, 17]].transpose(1, 2), rtol=1e-5, atol=1e-6)
+        rows = want[..., [1, 5, 17]].transpose(1, 2)
+        assert float((got - rows).norm()) <= 1e-6 * float(rows.norm())
         torch.testing.assert_close(ours(x), dense(x))
 
 
