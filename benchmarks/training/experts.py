@@ -1,10 +1,10 @@
-"""``python -m benchmarks.training.experts [DTYPE ...]``: a training step of a block of experts.
+"""``python -m benchmarks.training.experts [DTYPE ...] [ROUNDS]``: a step of a block of experts.
 
 Ours at a tenth of the rows against training all of the experts, their down-projections alone, and
 PEFT's LoRA of their two parameters, in float32 and bfloat16 by default: the time of forward,
-backward and AdamW, interleaved in one process, and in a process of each one's own the memory at its
-peak beyond the block. ``count`` says what they train of two models, by their shapes. Prints
-Markdown.
+backward and AdamW, interleaved in one process for so many rounds (5), and in a process of each
+one's own the memory at its peak beyond the block. ``count`` says what they train of two models, by
+their shapes. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -146,8 +146,10 @@ def main(arguments: list[str]) -> None:
         return
     print("| dtype | trained | a step (p20 to p80) | ours = 1 | peak | parameters | gradients |")
     print("|---|---|---|---|---|---|---|")
-    for dtype in arguments or ("float32", "bfloat16"):
-        for line in measured(getattr(torch, dtype), SIZES, rounds=5):
+    rounds = next((int(word) for word in arguments if word.isdigit()), 5)
+    dtypes = [word for word in arguments if not word.isdigit()]
+    for dtype in dtypes or ("float32", "bfloat16"):
+        for line in measured(getattr(torch, dtype), SIZES, rounds):
             print(line, flush=True)
 
 
