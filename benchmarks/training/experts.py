@@ -1,10 +1,10 @@
-"""``python -m benchmarks.training.experts [DTYPE ...] [ROUNDS]``: a step of a block of experts.
+"""``python -m benchmarks.training.experts [DTYPE ...] [NAME=NUMBER ...]``: a step of experts.
 
 Ours at a tenth of the rows against training all of the experts, their down-projections alone, and
 PEFT's LoRA of their two parameters, in float32 and bfloat16 by default: the time of forward,
-backward and AdamW, interleaved in one process for so many rounds (5), and in a process of each
-one's own the memory at its peak beyond the block. ``count`` says what they train of two models, by
-their shapes. Prints Markdown.
+backward and AdamW, interleaved in one process, and in a process of each one's own the memory at its
+peak beyond the block. Names are ``rounds`` (5) and those of `SIZES`. ``count`` says what they train
+of two models, by their shapes. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -146,10 +146,12 @@ def main(arguments: list[str]) -> None:
         return
     print("| dtype | trained | a step (p20 to p80) | ours = 1 | peak | parameters | gradients |")
     print("|---|---|---|---|---|---|---|")
-    rounds = next((int(word) for word in arguments if word.isdigit()), 5)
-    dtypes = [word for word in arguments if not word.isdigit()]
+    given = dict(word.split("=") for word in arguments if "=" in word)
+    rounds = int(given.pop("rounds", 5))
+    sizes = SIZES | {name: int(number) for name, number in given.items()}
+    dtypes = [word for word in arguments if "=" not in word]
     for dtype in dtypes or ("float32", "bfloat16"):
-        for line in measured(getattr(torch, dtype), SIZES, rounds):
+        for line in measured(getattr(torch, dtype), sizes, rounds):
             print(line, flush=True)
 
 
