@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -51,7 +52,10 @@ def config_class(name: str) -> type:
 def tiny_config(kind: type, values: dict[str, Any] | None = None, *, text: bool = True) -> Any:
     """A config of small values; ``values`` come first, dicts go to the parts of that name."""
     values = copy.deepcopy(values or {})  # configs write into what they are given
-    names = {field.name for field in dataclasses.fields(kind)}
+    if dataclasses.is_dataclass(kind):
+        names = {field.name for field in dataclasses.fields(kind)}
+    else:  # transformers 5.0
+        names = set(inspect.signature(kind).parameters)
     parts = dict(getattr(kind, "sub_configs", None) or {})
     table = TEXT if text else OTHER
     chosen = {key: value for key, value in table.items() if key in names}
