@@ -1,9 +1,46 @@
 """Exceptions raised by loki_kernels, and the check of options that are one of a few words."""
 
 from collections.abc import Collection
+from typing import TypeVar
+
+E = TypeVar("E", bound=Exception)
 
 # Of the repository and, from there, of the site; the messages themselves are in tables and logs.
-_PAGE = "docs/troubleshooting.md#unsupportedmodelerror"
+_PAGE = "docs/troubleshooting.md"
+_REFUSED = "UnsupportedModelError"
+# The headings of that page that are a part of an error's message; `tests/docs` compares the two.
+ENTRIES = (
+    "has no FFN down-projection",
+    "over the prompt's keys and values gives other logits",
+    "does not run its attention through transformers' AttentionInterface",
+    "logits are NaN",
+    "is text, so a tokenizer is needed",
+    "the model has no name to find its tokenizer by",
+    "the model is already patched",
+    "hold trained rows merged into them and not the update itself",
+    "this process trains other rows than another one",
+    "is not a row file",
+    "belongs to a model patched otherwise",
+    "the adapter was trained on another base",
+    "cannot be trained with FSDP1",
+    "is split by tensor parallelism",
+    "is an adapter of type",
+    "the adapter was trained with a protection",
+    "cannot run on backend",
+    "pip install 'loki-kernels[",
+    "fields; MMLU's csv has 6",
+    "is not a whole safetensors file",
+    "another process is writing",
+)
+
+
+def explained(error: E) -> E:
+    """The error, with a note of the page's entry for its message, which a traceback shows."""
+    message = str(error)
+    entry = next((entry for entry in ENTRIES if entry in message), _REFUSED)
+    anchor = "".join(c for c in entry.lower() if c.isalnum() or c in " -_").replace(" ", "-")
+    error.add_note(f"What can be done: {_PAGE}#{anchor}")
+    return error
 
 
 class UnsupportedModelError(ValueError):
@@ -14,7 +51,7 @@ class UnsupportedModelError(ValueError):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
-        self.add_note(f"What can be done: {_PAGE}")
+        explained(self)
 
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> None:

@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .errors import explained
+
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
     """Raise before any work is done if ``path`` cannot be created."""
@@ -63,7 +65,8 @@ def read_safetensors(
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        message = f"{path} is not a whole safetensors file: {error}"
+        raise explained(ValueError(message)) from error
     if metadata.get("format") != file_format:
         raise ValueError(f"{path} is a safetensors file, but not a {file_format} file.")
     mapping = _map(path)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import explained
 from .files import atomic_path
 from .ranking import count_extreme, rows_per_layer
 
@@ -54,7 +55,8 @@ def import_matplotlib() -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'loki-kernels[plot]'.") from error
+        message = "pictures need matplotlib: pip install 'loki-kernels[plot]'."
+        raise explained(ImportError(message)) from error
     return FigureCanvasAgg, Figure
 
 

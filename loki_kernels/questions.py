@@ -12,6 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .errors import explained
+
 _LETTERS = "ABCD"
 
 
@@ -186,9 +188,8 @@ def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            "reading a dataset needs: pip install 'loki-kernels[datasets]'."
-        ) from error
+        message = "reading a dataset needs: pip install 'loki-kernels[datasets]'."
+        raise explained(ImportError(message)) from error
     return datasets
 
 
@@ -201,7 +202,7 @@ def _from_json(line: str, where: str) -> Any:
 
 def _from_csv(fields: list[str], where: str) -> dict[str, Any]:
     if len(fields) != 6:
-        raise ValueError(f"{where} has {len(fields)} fields; MMLU's csv has 6.")
+        raise explained(ValueError(f"{where} has {len(fields)} fields; MMLU's csv has 6."))
     return {"question": fields[0], "choices": fields[1:5], "answer": fields[5].strip()}
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, AttributionCounts
-from .errors import check_choice
+from .errors import check_choice, explained
 from .files import atomic_path
 from .options import DEFAULT_CRITERION, DEFAULT_QUOTA, Criterion, Strategy
 from .ranking import count_extreme, most_frequent, rows_per_layer
@@ -110,17 +110,18 @@ class RowSelection(Sequence[Tensor]):
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a row file: {error}.") from error
+            raise explained(ValueError(f"{path} is not a row file: {error}.")) from error
         info: dict[str, Any] = {}
         rows = content
         if isinstance(content, dict):
             rows = content.get("rows")
             info = {key: content[key] for key in content if key not in ("rows", "format")}
         if not isinstance(rows, list) or not all(isinstance(layer, list) for layer in rows):
-            raise ValueError(
+            message = (
                 f"{path} is not a row file: it must be a list of lists of row numbers, "
                 "or an object that has one under 'rows'."
             )
+            raise explained(ValueError(message))
         try:
             return cls(rows, info)
         except ValueError as error:

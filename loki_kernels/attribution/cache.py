@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
+from ..errors import explained
 from ..fingerprint import model_fingerprint
 from ..options import DefinitionName, EngineName
 from ..questions import load_questions
@@ -176,4 +177,5 @@ def find_tokenizer(model: nn.Module) -> Any:
             raise ValueError(
                 f"no tokenizer was found under {name!r} ({error}); pass tokenizer=..."
             ) from error
-    raise ValueError("the model has no name to find its tokenizer by; pass tokenizer=...")
+    message = "the model has no name to find its tokenizer by; pass tokenizer=..."
+    raise explained(ValueError(message))

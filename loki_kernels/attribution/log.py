@@ -23,6 +23,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from ..errors import explained
 from ..files import atomic_path, check_writable, lock, read_safetensors, write_safetensors
 from ..team import Team
 from .plan import BatchLimits, PlannedBatch
@@ -237,7 +238,8 @@ class Log(contextlib.AbstractContextManager["Log"]):
         try:
             lock(file)
         except BlockingIOError as error:
-            raise RuntimeError(f"another process is writing {self.out} now.") from error
+            message = f"another process is writing {self.out} now."
+            raise explained(RuntimeError(message)) from error
 
     def _close(self) -> None:
         """All but the lock: Windows renames and removes no open file."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, explained
 from ..structure import Structure, first_non_finite
 from .definitions import PathIntegral
 from .steering import hook_layer_input, hook_site, hooking, refusing
@@ -172,7 +172,7 @@ def check_logits(structure: Structure, logits: Tensor) -> None:
     if torch.isnan(logits).any():
         parameter = first_non_finite(structure.causal_lm)
         reason = f"; its parameter {parameter} is not finite" if parameter else " for these prompts"
-        raise ValueError(f"the model's logits are NaN{reason}.")
+        raise explained(ValueError(f"the model's logits are NaN{reason}."))
 
 
 def keep_site(

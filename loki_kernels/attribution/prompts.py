@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import explained
 from ..questions import Question, text_of
 
 # What lies beside token ids in a mapping and is not for the model.
@@ -137,7 +138,8 @@ def _from_text(prompt: Any, tokenizer: Any, i: int, options: dict[str, Any]) -> 
             "mappings with input_ids."
         )
     if tokenizer is None:
-        raise TypeError(f"prompt {i} is text, so a tokenizer is needed: pass tokenizer=...")
+        message = f"prompt {i} is text, so a tokenizer is needed: pass tokenizer=..."
+        raise explained(TypeError(message))
     template = getattr(tokenizer, "chat_template", None)  # a processor may have one of its own
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..errors import explained
 from ..files import atomic_path, read_safetensors, write_safetensors
 from ..options import DEFAULT_QUOTA, Criterion
 from ..structure import text_config
@@ -278,5 +279,6 @@ def import_h5py() -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise ImportError("HDF5 files need h5py: pip install 'loki-kernels[hdf5]'.") from error
+        message = "HDF5 files need h5py: pip install 'loki-kernels[hdf5]'."
+        raise explained(ImportError(message)) from error
     return h5py

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import explained
+
 _FORMAT = b"loki-kernels-attribution"
 _LINES = 1 << 20  # of the table, at a time
 _PLACES = {"prompt": "int32", "layer": "int16", "node": "int32"}
@@ -86,5 +88,6 @@ def import_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("parquet needs pyarrow: pip install 'loki-kernels[parquet]'.") from error
+        message = "parquet needs pyarrow: pip install 'loki-kernels[parquet]'."
+        raise explained(ImportError(message)) from error
     return pyarrow, pyarrow.parquet

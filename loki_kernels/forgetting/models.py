@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..errors import explained
 from ..sharding import is_partitioned
 from ..structure import text_config, unwrap
 from ..training import load_adapter
@@ -144,9 +145,8 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path) -> Iterator[nn.Modu
     try:
         import peft
     except ImportError as error:
-        raise ImportError(
-            f"{name} is an adapter of PEFT's: pip install 'loki-kernels[peft]'."
-        ) from error
+        message = f"{name} is an adapter of PEFT's: pip install 'loki-kernels[peft]'."
+        raise explained(ImportError(message)) from error
     # PEFT's own unload() leaves modules that were trained whole, and some methods have none
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(module, dict(module._modules), module.training) for module in model.modules()]

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from .. import _native
-from ..errors import check_choice
+from ..errors import check_choice, explained
 from ._check import check_first_derivative, without_autocast
 from ._example import Draw, Example
 from ._table import Backends
@@ -108,7 +108,8 @@ def choose(op: str, backend: str | None, inputs: list[Any]) -> ModuleType:
     if backend is not None:
         reason = _why_not(op, backend, first.device, inputs)
         if reason is not None:
-            raise RuntimeError(f"{op} cannot run on backend={backend!r}: {reason}")
+            message = f"{op} cannot run on backend={backend!r}: {reason}"
+            raise explained(RuntimeError(message))
         return _module(op, backend)
     preferred = _preferred(first.device)
     for candidate in (preferred,) if preferred else _candidates(first.device):

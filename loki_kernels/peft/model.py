@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..attribution.cache import cached_attribution
 from ..discovery import find_structure
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, explained
 from ..fingerprint import BaseRows
 from ..protection import Protection
 from ..selection import RowSelection, select
@@ -212,7 +212,8 @@ def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
     if config.inference_mode or (config.protect is None and config.protection is None):
         return None
     if config.protect is None:
-        raise ValueError("the adapter was trained with a protection; name its file (protect=).")
+        message = "the adapter was trained with a protection; name its file (protect=)."
+        raise explained(ValueError(message))
     protection = Protection.load(config.protect)
     protection.check(structure)
     if config.protection not in (None, protection.fingerprint):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import explained
 from ..files import atomic_path, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
 from ..protection.result import protection_fingerprint
@@ -74,7 +75,8 @@ class AdapterConfig:
             content = json.loads(path.read_text(encoding="utf-8"))
             method = content["peft_type"]
             if method != "LOKI":
-                raise ValueError(f"{path} is an adapter of type {method}; load it with PEFT.")
+                message = f"{path} is an adapter of type {method}; load it with PEFT."
+                raise explained(ValueError(message))
             return cls(
                 content.get("base_model_name_or_path"),
                 content["rows"],
@@ -277,7 +279,7 @@ def load_side_file(layers: Layers, path: Path, saved: SavedUpdate) -> None:
     reason = why_other_protection(saved.protection, protection_of(layers))
     reason = reason or load_update(layers, saved)
     if reason is not None:
-        raise ValueError(f"{path} belongs to a model patched otherwise: {reason}.")
+        raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
 
 
 def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
@@ -325,8 +327,9 @@ def check_base(
     """Raise ValueError if an update would be added to other rows than it was trained on."""
     reason = wanted.why_other(present) if wanted is not None else None
     if reason is not None:
-        raise ValueError(
+        message = (
             f"the adapter was trained on another base ({trained_on or 'a model without a name'}) "
             f"than this one ({loading or 'without a name'}): {reason}. Load the model it was "
             "trained on, of the same revision; its dtype and quantization may differ."
         )
+        raise explained(ValueError(message))

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import explained
 from ..ops import sync_rows
 from ..protection.result import leave_out
 from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_sharded, shard_like
@@ -113,7 +114,7 @@ class LokiRows(nn.Module):
         if self.merged_alone is not None and (
             self.rank is not None or (self.training and torch.is_grad_enabled())
         ):
-            raise RuntimeError(_MERGED_ALONE)
+            raise explained(RuntimeError(_MERGED_ALONE))
 
     def _update_factors(self) -> tuple[Tensor, Tensor | None]:
         """The update of what the weight holds: a product, or the difference itself and None."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, explained
 from ..selection import RowSelection
 from ..sharding import DTensor, is_distributed, is_partitioned
 from ..structure import DownProjection, Structure, in_float64, refuse_tensor_parallelism
@@ -43,8 +43,10 @@ def as_selection(rows: Rows) -> RowSelection:
 
 def check_patchable(structure: Structure) -> None:
     if any(isinstance(module, LokiRows) for module in structure.causal_lm.modules()):
-        raise ValueError(
-            "the model is already patched; call unpatch() or merge() on its Patch handle first."
+        raise explained(
+            ValueError(
+                "the model is already patched; call unpatch() or merge() on its Patch handle first."
+            )
         )
     adapter = _peft_layer(structure.causal_lm)
     if adapter is not None:
@@ -283,11 +285,12 @@ def check_rows_agree(rows: Iterable[Tensor]) -> None:
     store = torch.distributed.distributed_c10d._get_default_store()
     key = f"loki_kernels/rows/{next(_checks)}"
     if store.compare_set(key, "", digest).decode() != digest:
-        raise ValueError(
+        message = (
             "this process trains other rows than another one, so their gradients are of different "
             "weights. Give every process the same row file (rows=...), or patch after "
             "torch.distributed is initialised, where one selection reaches all."
         )
+        raise explained(ValueError(message))
 
 
 _checks = itertools.count()

@@ -10,6 +10,7 @@ import pytest
 
 import loki_kernels
 import loki_kernels.ops
+from loki_kernels.errors import ENTRIES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -52,15 +53,19 @@ def test_every_public_name_is_described():
     }
 
 
+def _strings(code):
+    """Every string of a piece of code, with what is put into it left out."""
+    for node in ast.walk(code):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            parts = (getattr(value, "value", None) for value in node.values)
+            yield "\0".join(part for part in parts if isinstance(part, str))
+
+
 def _messages():
-    """Every string of the package, with what is put into it left out."""
     for path in Path(loki_kernels.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
-            elif isinstance(node, ast.JoinedStr):
-                parts = (getattr(value, "value", None) for value in node.values)
-                yield "\0".join(part for part in parts if isinstance(part, str))
+        yield from _strings(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def test_messages_are_those_of_the_package():
@@ -72,7 +77,27 @@ def test_messages_are_those_of_the_package():
         assert message in said or message in ("UnsupportedModelError", "CUDA out of memory")
 
 
-def test_a_refusal_names_a_page():
-    (note,) = loki_kernels.UnsupportedModelError("why").__notes__
+@pytest.mark.parametrize("entry", [*ENTRIES, "why"])
+def test_an_error_names_its_entry(entry):
+    (note,) = loki_kernels.UnsupportedModelError(f"a model {entry} 1").__notes__
     page, _, anchor = note.rpartition(" ")[2].partition("#")
+    title = "unsupportedmodelerror" if entry == "why" else entry.lower().replace(" ", "-")
+    assert anchor == re.sub(r"[^\w-]", "", title)
     assert anchor in set(_headings(ROOT / page))
+
+
+def test_every_error_that_has_an_entry_is_raised_with_it():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    titles = set(re.findall(r"^### `(.*)`$", text, re.M))
+    assert titles - set(ENTRIES) == {
+        "UnsupportedModelError", "is the model's prediction for", "CUDA out of memory",
+    }  # fmt: skip
+    for path in Path(loki_kernels.__file__).parent.rglob("*.py"):
+        for code in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(code, ast.FunctionDef):
+                continue
+            said = "\n".join(s for s in _strings(code) if s != ast.get_docstring(code, clean=False))
+            calls = {getattr(n.func, "id", "") for n in ast.walk(code) if isinstance(n, ast.Call)}
+            if any(isinstance(n, ast.Raise) for n in ast.walk(code)):
+                for entry in ENTRIES:
+                    assert entry not in said or calls & {"explained", "UnsupportedModelError"}, said
