@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 def progress_bar(
     total: int | None, description: str, enabled: bool | None = None, **options: Any
 ) -> tqdm:
-    """A tqdm bar on stderr; ``enabled=None`` shows it only on a terminal."""
+    """A tqdm bar on stderr; ``enabled=None`` shows it only on a terminal and in a notebook."""
     if enabled is None:
-        enabled = sys.stderr.isatty()
+        enabled = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(total=total, desc=description, disable=not enabled, **options)
 
 

@@ -149,7 +149,7 @@ def attribute(
             from the folder ``OUT.partial`` beside it.
         share: under torchrun the processes share the prompts, and each returns all results; all
             have to make this call. False: this process attributes all by itself.
-        progress: True or False for the bar; by default it shows on a terminal.
+        progress: True or False for the bar; by default it shows on a terminal and in a notebook.
         **overrides: fields of `Definition` to change; ``baseline`` may be a tensor ``[L, D]``.
 
     Returns:

@@ -81,7 +81,7 @@ def drift(
         dtype: of models that are loaded: ``"auto"``, ``"float32"``, ...
         device: of models that are loaded; by default ``cuda`` where there is one.
         top: how many texts and positions that moved most are kept.
-        progress: show bars; None does on a terminal.
+        progress: show bars; None does on a terminal and in a notebook.
 
     Raises:
         ValueError: for models of two vocabularies, texts that are empty or damaged, logits that are

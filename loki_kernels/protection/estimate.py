@@ -60,7 +60,7 @@ def estimate_protection(
         earlier: a protection whose energy is added, to protect an earlier task too (``texts``).
         batch_size: texts at a time.
         seed: of the samples.
-        progress: whether to show a bar; None: on a terminal.
+        progress: whether to show a bar; None: on a terminal and in a notebook.
 
     Raises:
         ValueError: for no text, a share or count out of range, an ``earlier`` of other layers, or a
