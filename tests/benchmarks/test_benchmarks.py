@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import measure, records, report
+from benchmarks import measure, processes, records, report
 from benchmarks.__main__ import SUITES, _line, main
 from benchmarks.training import memory
 
@@ -209,3 +209,21 @@ def test_an_unknown_suite_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "unknown suite speed" in capsys.readouterr().err
+
+
+def test_processes_wait_for_the_last_one_by_count():
+    one, few, many = (processes.busy(285, n) for n in (1, 4, 64))
+    assert one == 1
+    assert many < few < 1
+    assert processes.busy(20_000, 4) > few
+
+
+def test_processes_share_an_attribution_that_is_timed(monkeypatch, capsys):
+    arguments = ["processes", "--processes", "1", "--prompts", "2", "--layers", "1", "--count", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(processes, "_COUNTS", (50,))
+    processes.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].startswith("| 1 |")
+    assert lines[3].endswith("| 1.00 |")
+    assert lines[-1].startswith("| 2 | ")
