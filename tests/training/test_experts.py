@@ -8,6 +8,7 @@ import functools
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -30,9 +31,11 @@ ROWS = [[5, 1], [0], [7, 3, 30], [2]]
 
 @functools.cache
 def built(family):
-    if family == "MuseSpark":  # which normalises each expert's output
-        return build("MuseSparkForConditionalGeneration")
-    return build(f"{family}ForCausalLM")
+    # Muse Spark normalises each expert's output.
+    name = f"{family}For{'ConditionalGeneration' if family == 'MuseSpark' else 'CausalLM'}"
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
+    return build(name)
 
 
 def build_model(family="Mixtral"):
