@@ -92,6 +92,7 @@ def find_structure(model: nn.Module) -> Structure:
                 "has no layer of its own."
             )
     return Structure(
+        given=model,
         causal_lm=causal_lm,
         decoder=decoder,
         layers=tuple(stack),

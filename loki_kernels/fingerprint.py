@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .sharding import DTensor
+from .sharding import full_values
 
 # The least normal number of float16: bfloat16 values from here on survive a stay in float16.
 _FLOAT16_TINY = 2.0**-14
@@ -21,7 +21,8 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Each tensor enters as two integer sums over its bits, plain and weighted by position, which run
     where the tensor lies, at memory speed: not for security, but no training leaves both alike.
-    One that is offloaded enters as the name of its checkpoint.
+    One that is offloaded enters as the name of its checkpoint; of one that is sharded all processes
+    have to ask.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -29,14 +30,14 @@ def model_fingerprint(model: nn.Module) -> str:
         if tensor.is_meta:
             digest.update(str(getattr(model, "name_or_path", "")).encode())
             continue
-        for part in _plain_parts(tensor.detach()):
+        for part in _plain_parts(full_values(tensor)):
             digest.update(" ".join(map(str, _bit_sums(part))).encode())
     return digest.hexdigest()
 
 
 def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold a tensor's numbers: of a quantized one its integers and scales."""
-    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+    if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain_parts(getattr(tensor, name))
     elif tensor.numel():

@@ -1,9 +1,10 @@
-"""Parameters that FSDP or ZeRO-3 has split between processes, and buffers that DDP has not to."""
+"""Parameters that FSDP, ZeRO-3 or accelerate keep elsewhere, and buffers that DDP has not to."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +60,71 @@ def shards_its_weights(module: nn.Module) -> bool:
 
 def has_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2 looks after some of a model's weights."""
+    return is_distributed() and bool(_fsdp_modules(module))
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings a module's own weights in for its forward pass alone."""
+    return getattr(getattr(module, "_hf_hook", None), "offload", False) is True
+
+
+def home(module: nn.Module, weight: Tensor) -> torch.device:
+    """The device of one of a module's weights when it runs."""
+    if weight.is_meta and is_offloaded(module):
+        return torch.device(module._hf_hook.execution_device)  # type: ignore[arg-type, union-attr]
+    return weight.device
+
+
+def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's; what accelerate has offloaded is there as long as it is held."""
+    there: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if is_offloaded(module):
+        from accelerate.utils import align_module_device
+
+        there = align_module_device(module)
+    with there:
+        return cast(Tensor, module.weight), getattr(module, "bias", None)
+
+
+def gather(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Have FSDP2 gather what it looks after outside of ``layers``, which gather their own.
+
+    A forward or backward pass may put it away; what is there already is not gathered again.
+    """
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    for part in _fsdp_modules(model):
+        if id(part) not in inside:
+            # not by part.unshard(), which asks again which weights are trained
+            state = part._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # one group before torch 2.12
+            for group in filter(None, [state._fsdp_param_group] if groups is None else groups):
+                group.unshard()
+                group.wait_for_unshard()
+
+
+def settle(model: nn.Module, *, failed: bool = False) -> None:
+    """Have FSDP2 put away what it has gathered: the parameters are then those that it keeps.
+
+    Their flags become those of what it gathers next.
+
+    Args:
+        failed: after an exception, which may have left a forward pass at its middle.
+    """
+    if not is_distributed():
+        return
+    for part in _fsdp_modules(model):
+        state = part._get_fsdp_state()
+        state._lazy_init()  # with the caller's flags: it asks which weights are trained, once
+        if failed and state._is_root and hasattr(part, "reset_iter_state"):  # torch 2.13
+            part.reset_iter_state()
+        part.reshard()
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    """The outer before the inner."""
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(part, FSDPModule) for part in module.modules())
+    return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +12,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
-from .sharding import DTensor, full_shape, has_fsdp, is_sharded
+from .sharding import (
+    DTensor,
+    full_shape,
+    gather,
+    has_fsdp,
+    home,
+    is_offloaded,
+    is_sharded,
+    weight_and_bias,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,12 +112,14 @@ class Structure:
     """A causal language model seen as embeddings, decoder layers and head.
 
     Attributes:
+        given: the model with what is around it, of PEFT for one.
         causal_lm: the transformers model.
         decoder: the text model inside, which turns tokens into last hidden states.
         layers: its decoder layers.
         ffns: each layer's; None for a layer without one.
     """
 
+    given: nn.Module
     causal_lm: PreTrainedModel
     decoder: nn.Module
     layers: tuple[nn.Module, ...]
@@ -138,7 +150,38 @@ class Structure:
     @property
     def device(self) -> torch.device:
         """Where the model takes its tokens."""
-        return embedding_weight(self.causal_lm).device
+        return home(self.causal_lm.get_input_embeddings(), embedding_weight(self.causal_lm))
+
+    @functools.cached_property
+    def reruns(self) -> bool:
+        """Whether a layer runs again for its backward pass, so that it keeps its inputs alone.
+
+        So it is where memory is what a model lacks. autograd would also keep the weights of every
+        layer that accelerate has offloaded.
+        """
+        parts = (module for layer in self.layers for module in layer.modules())
+        return self.sharded or any(map(is_offloaded, parts))
+
+    @functools.cached_property
+    def sharded(self) -> bool:
+        """Whether a forward pass is one that all processes make: FSDP2 gathers weights in it."""
+        return has_fsdp(self.given)
+
+    def gather(self) -> None:
+        """Have the weights outside of the layers here, if FSDP2 looks after them."""
+        if self.sharded:
+            gather(self.given, self.layers)
+
+    def run(self, **inputs: Any) -> Any:
+        """The model's output."""
+        self.gather()
+        return self.causal_lm(**inputs)
+
+    def run_decoder(self, **inputs: Any) -> Tensor:
+        """The decoder's last hidden state ``[B, T, hidden_size]``, without a cache."""
+        self.gather()
+        hidden: Tensor = self.decoder(use_cache=False, **inputs).last_hidden_state
+        return hidden
 
     def trainable(self) -> Iterator[tuple[int, DownProjection]]:
         """(layer, one of its down-projections); several of a mixture of experts."""
@@ -153,29 +196,43 @@ class Structure:
     def head(self) -> Head:
         """The output projection, with the logit scale and soft-cap its config names.
 
+        Where FSDP2 looks after it, it is there until a backward pass, or until `gather` again.
+
         Raises:
-            UnsupportedModelError: if there is no linear one, or not all of it is in this process.
+            UnsupportedModelError: as `head_module`.
         """
-        module = self.causal_lm.get_output_embeddings()
+        module = self.head_module()
+        self.gather()
+        weight, bias = weight_and_bias(module)
+        scale, softcap = logit_scale_and_softcap(text_config(self.causal_lm))
+        return Head(weight, bias, scale, softcap)
+
+    def head_module(self) -> nn.Module:
+        """The module of the output projection, without bringing its weight in.
+
+        Raises:
+            UnsupportedModelError: if there is no linear one, or not all of it can be had here.
+        """
+        module: nn.Module = self.causal_lm.get_output_embeddings()
         weight = getattr(module, "weight", None)
         name = type(self.causal_lm).__name__
-        if isinstance(weight, Tensor) and is_sharded(weight):
+        if isinstance(weight, Tensor) and is_sharded(weight) and not self.sharded:
             raise UnsupportedModelError(
-                f"the output head of {name} is split between processes (FSDP, ZeRO-3); attribute "
-                "the whole model, before an engine is put around it."
+                f"the output head of {name} is split between processes (FSDP1, ZeRO-3); attribute "
+                "the whole model, before an engine is put around it, or shard it by FSDP2 "
+                "(fully_shard)."
             )
-        if isinstance(weight, Tensor) and weight.is_meta:
+        if isinstance(weight, Tensor) and weight.is_meta and not is_offloaded(module):
             raise UnsupportedModelError(
-                f"the output head of {name} is not in memory (offloaded, or on the meta device); "
-                "load the model without offloading."
+                f"the output head of {name} is not in memory, and accelerate has not offloaded it; "
+                "load the model's weights."
             )
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise UnsupportedModelError(
                 f"{name} has no linear output head; "
                 "attribution needs a causal language model with one."
             )
-        scale, softcap = logit_scale_and_softcap(text_config(self.causal_lm))
-        return Head(weight, getattr(module, "bias", None), scale, softcap)
+        return module
 
 
 def refuse_tensor_parallelism(structure: Structure) -> None:
@@ -298,8 +355,11 @@ def in_float64(tensor: Tensor) -> Tensor:
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """The name of the first parameter holding NaN or infinity."""
+    """The name of the first parameter holding NaN or infinity, of those in this process."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if values.is_meta or not values.is_floating_point():
+            continue
+        if not torch.isfinite(values).all():
             return name
     return None

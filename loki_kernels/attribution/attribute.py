@@ -191,7 +191,8 @@ def _check_attributable(structure: Structure, engine: EngineName | None) -> None
     refuse_tensor_parallelism(structure)
     model = structure.causal_lm
     if model.get_output_embeddings() is not None or not model.can_generate():
-        structure.head()  # raises; a model that generates has logits, with a linear head or not
+        # raises; a model that generates has logits, with a linear head or not
+        structure.head_module()
     structure.present()
 
 

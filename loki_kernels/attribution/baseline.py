@@ -64,7 +64,7 @@ def mean_activations(
         for batch in batches():
             kept: dict[int, Tensor] = {}
             with hooking(keep_site(structure, site, kept)):
-                structure.decoder(input_ids=batch.input_ids, use_cache=False)
+                structure.run_decoder(input_ids=batch.input_ids)
             samples, longest = batch.input_ids.shape
             ours = torch.arange(longest, device=batch.lengths.device) < batch.lengths[:, None]
             for layer, x in kept.items():

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..discovery import is_mixer
 from ..errors import UnsupportedModelError
@@ -33,7 +32,7 @@ from .integration import GUARD_TOLERANCE, integrate, relative_error
 from .path import path_points
 from .prefill import Batch, check_logits, keep_site
 from .scores import Scores
-from .steering import hook_site, hooking, like, refusing
+from .steering import OUT_OF_PLACE, hook_site, hooking, like, refusing, rerunning
 
 # What the copies of a chunk may keep beside the model: their caches, or their hidden states.
 _BYTES_ON_CPU = 2**30
@@ -190,8 +189,10 @@ class Copies:
                 begin = 0 if integral.definition.path == "sequence" else end - 1
                 z = copies[0, begin:end].detach()  # [scaled, D]
                 start = None if starts is None else starts[layer][-after - len(z) :][: len(z)]
-                points = path_points(z, integral.alphas, start).transpose(0, 1).contiguous()
-                ends[layer], leaves[layer] = z[-1:], points.requires_grad_()
+                if layer not in leaves:  # not in a layer that is run again
+                    points = path_points(z, integral.alphas, start).transpose(0, 1).contiguous()
+                    ends[layer], leaves[layer] = z[-1:], points.requires_grad_()
+                points = leaves[layer]
                 ours = copies[first : first + m]
                 ours = torch.cat([ours[:, :begin], points, ours[:, end:]], dim=1)
                 return like(torch.cat([copies[:first], ours, copies[first + m :]]), x)
@@ -241,7 +242,8 @@ class Copies:
         if "logits_to_keep" in self._arguments:
             options["logits_to_keep"] = prompt.tail
         ids = prompt.ids.expand(rows, -1)
-        output: Any = self.structure.causal_lm(input_ids=ids, **options)
+        with rerunning(self.structure):
+            output: Any = self.structure.run(input_ids=ids, **options)
         logits: Tensor = output.logits[:, -prompt.tail :]
         return logits
 
@@ -252,9 +254,7 @@ class Copies:
             UnsupportedModelError: if it returns none.
         """
         earlier = prompt.earlier()
-        output: Any = self.structure.causal_lm(
-            input_ids=earlier.ids, use_cache=True, **earlier.media
-        )
+        output: Any = self.structure.run(input_ids=earlier.ids, use_cache=True, **earlier.media)
         caches = (getattr(output, name, None) for name in _CACHES)
         cache = next((cache for cache in caches if cache is not None), None)
         if not hasattr(cache, "reorder_cache"):
@@ -276,7 +276,8 @@ class Copies:
             places = torch.arange(prompt.length, device=prompt.ids.device)[-prompt.tail :]
             options["position_ids"] = places.expand(rows, -1)
         tail = prompt.ids[:, -prompt.tail :].expand(rows, -1)
-        output: Any = self.structure.causal_lm(input_ids=tail, **options)
+        with rerunning(self.structure):
+            output: Any = self.structure.run(input_ids=tail, **options)
         logits: Tensor = output.logits
         return logits
 
@@ -292,7 +293,7 @@ class Copies:
         """As many layers at a time as there is room for copies."""
         device = self.structure.device
         room: float = _BYTES_ON_CPU
-        if device.type == "cuda":
+        if device.type == "cuda" and not self.structure.sharded:  # the same in all processes
             room = _SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]
         weight = next(self.structure.causal_lm.parameters())
         states = _STATES * len(self.structure.layers) * self.structure.hidden_size
@@ -304,13 +305,12 @@ class Copies:
 
 # What transformers calls a cache, in arguments and outputs.
 _CACHES = ("cache", "past_key_values", "cache_params")
-_OUT_OF_PLACE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def _mutable(cache: Any) -> AbstractContextManager[Any]:
     """Where a recurrent state may be written in place, also in the step that is differentiated."""
     layers = [] if cache is None else getattr(cache, "layers", [None])
-    if all(type(layer) in _OUT_OF_PLACE for layer in layers):
+    if all(type(layer) in OUT_OF_PLACE for layer in layers):
         return contextlib.nullcontext()
     return torch.autograd.graph.allow_mutation_on_saved_tensors()
 

@@ -181,7 +181,7 @@ def _candidates(wanted: EngineName | None, *, media: bool) -> Iterator[_Make]:
 def _refuse_early(engine: Engine, structure: Structure, integral: PathIntegral) -> None:
     """Raise UnsupportedModelError for what is known before anything runs."""
     if engine.name == "staircase":
-        structure.head()
+        structure.head_module()
         reason = why_no_staircase(structure.decoder)
         if reason is not None:
             raise UnsupportedModelError(reason)

@@ -75,7 +75,8 @@ class Job:
         shown = progress if self.team.rank == 0 else False
         bar = progress_bar(total, "attribute", shown, unit="prompt")
         # before memory is full
-        warm_up(("shared_prefix_attention", "target_probability"), weight.device, weight.dtype)
+        device, ops = self.structure.device, ("shared_prefix_attention", "target_probability")
+        warm_up(ops, device, weight.dtype)
         with store, borrowed(self.structure), bar:
             every = itertools.chain([first], others)
             prompts, batches = self._run_windows(every, store, bar)
@@ -117,7 +118,8 @@ class Job:
         prompts = batches = 0
         engine: Engine | None = None
         start: float | None = None
-        with stopping(enabled=isinstance(store, Log)) as stopped:
+        agree = self.team.all if self.structure.sharded else None
+        with stopping(enabled=isinstance(store, Log), agree=agree) as stopped:
             for window in windows:
                 prompts = window.end
                 store.reserve(prompts)
@@ -130,10 +132,14 @@ class Job:
                 plan = window.batches(batches, store.limits, points)
                 batches += len(plan)
                 left = self._share(plan, store, bar, points)
-                for i, planned in enumerate(left, 1):
+                todo = {planned.number for planned in left}
+                for i, planned in enumerate(self._in_step(plan, left, engine), 1):
                     self.team.check()
-                    self._run_batch(planned, store, engine)
-                    bar.update(self.team.advance(len(planned.members)))
+                    scores = self._compute(planned, engine)
+                    if planned.number in todo:
+                        todo.remove(planned.number)
+                        store.write(planned, scores)
+                        bar.update(self.team.advance(len(planned.members)))
                     stopped()
                     if start is not None:
                         seconds = (time.perf_counter() - start) / planned.tokens
@@ -154,12 +160,28 @@ class Job:
         mine = self.team.share(costs)
         return [p for p, m in zip(plan, mine, strict=True) if m and not store.has(p)]
 
-    def _run_batch(self, planned: PlannedBatch, store: Memory | Log, engine: Engine) -> None:
+    def _in_step(
+        self, plan: list[PlannedBatch], left: list[PlannedBatch], engine: Engine
+    ) -> list[PlannedBatch]:
+        """What this process runs of a window: what is left for it, and more in step with others.
+
+        Where weights are sharded all processes make every forward pass together. On the staircase
+        any batch has as many, so that the smallest fills up; other engines have them by the prompt.
+        """
+        if self.team.size == 1 or not self.structure.sharded:
+            return left
+        numbers = [planned.number for planned in left]
+        everyone = [json.loads(told) for told in self.team.tell(json.dumps(numbers))]
+        if engine.name == "staircase":
+            return left + plan[-1:] * (max(map(len, everyone)) - len(left))
+        return [planned for planned in plan if any(planned.number in told for told in everyone)]
+
+    def _compute(self, planned: PlannedBatch, engine: Engine) -> Scores:
         scores = attribute_batch(engine, planned.on(self.structure.device))
         scores = scores.at(list(self.structure.present()), len(self.structure.layers))
         if self.counter is not None:
             _check_rankable(scores, planned.members)
-        store.write(planned, scores)
+        return scores
 
 
 def _check_rankable(scores: Scores, members: list[int]) -> None:
@@ -193,16 +215,23 @@ def _announce(seconds_a_token: float, left: list[PlannedBatch], device: torch.de
 
 
 @contextlib.contextmanager
-def stopping(*, enabled: bool) -> Iterator[Callable[[], None]]:
+def stopping(
+    *, enabled: bool, agree: Callable[[bool], bool] | None = None
+) -> Iterator[Callable[[], None]]:
     """What to call between batches: it raises SystemExit once the process was sent SIGTERM.
 
     A batch is a good time to end, after which everything is on disk; SIGTERM in another thread than
     the main one is left to whoever handles it there.
+
+    Args:
+        enabled: whether to look for it.
+        agree: whether something is true in every process; with it all end after the same batch.
     """
     received = threading.Event()
 
     def check() -> None:
-        if received.is_set():
+        going = not received.is_set()
+        if not (agree(going) if agree else going):
             logger.warning("SIGTERM: the same call goes on from here")
             raise SystemExit(128 + signal.SIGTERM)
 

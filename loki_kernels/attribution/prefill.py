@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +141,7 @@ def native_forward(
     arguments = inspect.signature(type(model).forward).parameters
     named = {"cache" if "cache" in arguments else "past_key_values": cache}
     with hooking(hooks()), refusing(structure, "its forward pass over the prompt"):
-        output: Any = model(
+        output = structure.run(
             input_ids=input_ids, position_ids=batch.positions, use_cache=True, **named
         )
         logits: Tensor = output.logits[:, 0]

@@ -66,6 +66,7 @@ def check_model(structure: Structure, batch: Batch) -> None:
                 f"{name}: earlier tokens see later ones (the keys and values of layer {layer} "
                 "change with the last token), so scaling it would change them too."
             )
+    structure.gather()  # the forward pass has put the head away
     if _difference(logits[:1], head.logits(hidden[0])) > tolerance:
         raise UnsupportedModelError(
             f"{name} makes its logits in another way than by its output head, scaled and capped "

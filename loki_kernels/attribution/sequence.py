@@ -59,7 +59,7 @@ def scaled_prefixes(
     inputs = (hook_layer_input(structure.layers[i], append_copies) for i in layers)
     sites = (hook for i in layers for hook in hook_site(nodes[i], site, scale_copies(i)))
     with steered(structure, _capturing_attention(prefix), itertools.chain(inputs, sites)):
-        structure.decoder(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
+        structure.run_decoder(input_ids=batch.input_ids, position_ids=batch.positions)
     return prefix
 
 

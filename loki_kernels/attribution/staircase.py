@@ -30,7 +30,7 @@ from .integration import GUARD_TOLERANCE, integrate, relative_error
 from .path import path_points
 from .prefill import Batch, Prefill, Prefix
 from .scores import Scores
-from .steering import Attend, hook_layer_input, hook_site, like, refusing, steered
+from .steering import Attend, hook_layer_input, hook_site, like, refusing, rerunning, steered
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,11 @@ class Staircase:
         with (
             refusing(self.structure, "the last token alone over the prompt's keys and values"),
             torch.enable_grad(),
+            rerunning(self.structure),
             steered(self.structure, attend(prefix), self._hook(layers, trace)),
         ):
             hidden, values, gradients = self._differentiate(layers, trace)
+        self.structure.gather()  # the backward pass has put the head away
         self._guard(hidden, trace.layer_inputs)
         ends = [trace.ends[layer] for layer in layers]
         starts = None
@@ -122,10 +124,11 @@ class Staircase:
         def set_points(layer: int) -> Callable[[Tensor], Tensor]:
             def change(x: Tensor) -> Tensor:
                 points = x.view(samples, -1, x.shape[-1])
-                trace.ends[layer] = z = points[:, 0].detach()
-                path = path_points(z, self.integral.alphas, self._start(layer))
-                trace.leaves[layer] = path.requires_grad_()
-                return like(torch.cat([points[:, :-m], path], dim=1), x)
+                if layer not in trace.leaves:  # not in a layer that is run again
+                    trace.ends[layer] = z = points[:, 0].detach()
+                    path = path_points(z, self.integral.alphas, self._start(layer))
+                    trace.leaves[layer] = path.requires_grad_()
+                return like(torch.cat([points[:, :-m], trace.leaves[layer]], dim=1), x)
 
             return change
 
@@ -197,11 +200,10 @@ class Staircase:
             ``[B, m, D]``.
         """
         batch, head = self.batch, self.head
-        hidden = self.structure.decoder(
+        hidden = self.structure.run_decoder(
             input_ids=batch.at_last(batch.input_ids)[:, None],
             position_ids=batch.last[:, None],
-            use_cache=False,
-        ).last_hidden_state  # [B, 1 + len(layers) * m, hidden_size]
+        )  # [B, 1 + len(layers) * m, hidden_size]
         samples, points, width = hidden.shape
         outputs = target_probability(
             hidden.reshape(samples * points, width).to(head.weight.device),
@@ -216,8 +218,9 @@ class Staircase:
         objective = self.integral.definition.objective
         differentiated = objectives["logit" if objective == "logit" else "log_probability"]
         gradients = torch.autograd.grad(
-            differentiated[:, 1:].sum(), [trace.leaves.pop(layer) for layer in layers]
+            differentiated[:, 1:].sum(), [trace.leaves[layer] for layer in layers]
         )
+        trace.leaves.clear()
         return hidden[:, 0].detach(), objectives[objective].detach(), gradients
 
     def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:

@@ -9,15 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
+from ..sharding import settle
 from ..structure import FFN, Structure
 
 ATTENTION_NAME = "loki_kernels"
+
+# What caches whose keys and values are new tensors at every step are made of.
+OUT_OF_PLACE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 Attend = Callable[..., Tensor]
 Change = Callable[[Tensor], Tensor]
@@ -62,7 +67,7 @@ def why_no_staircase(decoder: Any) -> str | None:
         return f"{name} does not run its attention through transformers' AttentionInterface."
     # Without a config a cache makes a plain layer for each that asks; with it, what they need.
     for i, layer in enumerate(DynamicCache(config=decoder.config).layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in OUT_OF_PLACE:
             return (
                 f"layer {i} of {name} keeps another state than keys and values "
                 f"({type(layer).__name__})."
@@ -88,6 +93,7 @@ def borrowed(structure: Structure) -> Iterator[None]:
         RuntimeError: if another attribution runs through a config of this model.
     """
     model = structure.causal_lm
+    settle(structure.given)
     configs = [config for config, _ in _attention_configs(structure)]
     with _claiming:
         if any(hasattr(config, _ATTEND) for config in configs):
@@ -98,21 +104,24 @@ def borrowed(structure: Structure) -> Iterator[None]:
         for config in configs:
             setattr(config, _ATTEND, None)
     training = [(module, module.training) for module in model.modules()]
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    device = next(model.parameters()).device.type
+    required = {name: parameter.requires_grad for name, parameter in _named(model)}
     try:
         model.eval()
-        for parameter, _ in required:
+        for _, parameter in _named(model):
             parameter.requires_grad_(False)
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.autocast(device, enabled=False),
+            torch.autocast(structure.device.type, enabled=False),
         ):
             yield
+    except BaseException:
+        settle(structure.given, failed=True)
+        raise
     finally:
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
+        settle(structure.given)
+        for name, parameter in _named(model):
+            parameter.requires_grad_(required[name])
         for module, flag in training:
             module.training = flag
         for config in configs:
@@ -120,6 +129,55 @@ def borrowed(structure: Structure) -> Iterator[None]:
 
 
 _claiming = threading.Lock()
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """By name: where weights are offloaded a forward pass leaves other parameters behind."""
+    return model.named_parameters(remove_duplicate=False)
+
+
+@contextlib.contextmanager
+def rerunning(structure: Structure) -> Iterator[None]:
+    """Where `Structure.reruns`, layers that keep their inputs alone for a backward pass.
+
+    Of a layer's forward pass only what it is called with is kept, and it runs again in the backward
+    pass. Hooks on the layer itself are called once, those on modules within it twice. So are caches
+    written twice: what a layer finds there is put back before.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in structure.layers if structure.reruns else ():
+            before = layer.__dict__.get("forward")  # accelerate's
+            layer.forward = _rerun(layer.forward)
+            stack.callback(_set_forward, layer, before)
+        yield
+
+
+def _set_forward(layer: nn.Module, before: Any) -> None:
+    del layer.forward
+    if before is not None:
+        layer.forward = before
+
+
+def _rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        caches = [x for x in (*args, *kwargs.values()) if hasattr(x, "reorder_cache")]
+        if any(type(x) not in OUT_OF_PLACE for c in caches for x in getattr(c, "layers", [None])):
+            return forward(*args, **kwargs)  # what is written in place cannot be put back
+        found = [[(layer, dict(vars(layer))) for layer in cache.layers] for cache in caches]
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            for cache, layers in zip(caches, found, strict=True):
+                cache.layers[:] = [layer for layer, _ in layers]
+                for layer, state in layers:
+                    vars(layer).clear()
+                    vars(layer).update(state)
+            return forward(*args, **kwargs)
+
+        # All of it, or accelerate's hooks and ours would not see the end.
+        options = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": False}
+        return checkpoint(again, *args, **options, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager
@@ -155,6 +213,7 @@ def refusing(structure: Structure, what: str) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
+        settle(structure.given, failed=True)
         summary = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UnsupportedModelError(
             f"{type(structure.causal_lm).__name__} cannot be attributed: {what} fails "

@@ -1,0 +1,181 @@
+"""Run under torchrun by test_sharded: attributions of sharded models against those of whole ones.
+
+    torchrun --nproc-per-node 2 -m tests.attribution.fsdp_worker FOLDER
+
+Each process writes FOLDER/RANK.json: what it found for each case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import peft
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from loki_kernels import attribute, mean_activations
+from loki_kernels.attribution import job
+from loki_kernels.fingerprint import model_fingerprint
+from tests.models import build_model
+
+RANK = int(os.environ["RANK"])
+PROMPTS = [{"input_ids": [1 + i, 5, *range(2, 2 + i % 4)]} for i in range(5)]
+OPTIONS = {"batch_size": 2, "steps": 2}
+
+attributed: list[list[int]] = []
+compute = job.attribute_batch
+
+
+def recording(engine, batch):
+    attributed.append(batch.members)
+    return compute(engine, batch)
+
+
+def sharded(model, how="layers and root", **kind):
+    kind["mesh"] = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers if how != "root" else ():
+        if how == "parts of layers":
+            fully_shard(layer.mlp.down_proj, **kind)
+        fully_shard(layer, **kind)
+    if how == "groups":
+        fully_shard(model.model.embed_tokens, **kind)
+        fully_shard([model.model.norm, model.lm_head], **kind)
+    if how != "layers":
+        fully_shard(model, **kind)
+    return model
+
+
+def distance(got, want) -> float:
+    """The largest relative difference of what two results hold; infinite where targets differ."""
+    if hasattr(want, "counts"):
+        return float((got.counts - want.counts).abs().sum())
+    if not torch.equal(got.targets, want.targets):
+        return float("inf")
+    pairs = [(getattr(got, n), getattr(want, n)) for n in ("scores", "value", "change")]
+    return max(
+        float((g - w).norm() / w.norm()) for g, w in pairs if g is not None and w is not None
+    )
+
+
+def all_is_as_before(model) -> bool:
+    """Every weight is put away, trained and without a gradient, in training mode."""
+    trained = all(p.requires_grad and p.grad is None for p in model.parameters())
+    layer = all(isinstance(p, DTensor) for p in model.model.layers[0].parameters())
+    return trained and layer and model.training
+
+
+def train_step(model) -> torch.Tensor:
+    """The gradients' norm of one step, each process on its own tokens."""
+    model.zero_grad()
+    ids = torch.arange(6)[None] + 7 * RANK
+    model(input_ids=ids, labels=ids).loss.backward()
+    norms = [p.grad.full_tensor().norm() for p in model.parameters()]
+    model.zero_grad()
+    return torch.stack(norms)
+
+
+def compare(name="llama", how="layers and root", kind=None, share=True, **options):
+    """One attribution of a sharded model, and a training step afterwards."""
+    kind = kind or {}
+    whole = build_model(name, device="cpu")
+    if "mp_policy" in kind:
+        whole.to(torch.bfloat16)
+    want = attribute(whole, PROMPTS, share=False, **OPTIONS | options)
+    model = sharded(build_model(name, device="cpu"), how, **kind).train()
+    attributed.clear()
+    got = attribute(model, PROMPTS, share=share, **OPTIONS | options)
+    found = {
+        "distance": distance(got, want),
+        "batches": attributed[:],
+        "engine": got.run["engine"],
+        "as before": all_is_as_before(model),
+    }
+    if how != "layers":
+        untouched = sharded(build_model(name, device="cpu"), how, **kind).train()
+        found["trains"] = torch.equal(train_step(model), train_step(untouched))
+    return found
+
+
+def stopped(folder: Path) -> dict[str, object]:
+    """SIGTERM to one process of two, as a log is written; the same call goes on."""
+    model, out = build_model(device="cpu"), folder / "scores.safetensors"
+    want = attribute(model, PROMPTS, share=False, **OPTIONS)
+    found: dict[str, object] = {"fingerprint": model_fingerprint(model)}
+    sharded(model)
+    found["sharded"] = model_fingerprint(model)
+
+    def ending(*arguments):
+        if RANK:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return recording(*arguments)
+
+    attributed.clear()
+    job.attribute_batch = ending
+    try:
+        attribute(model, PROMPTS, out=out, **OPTIONS)
+    except SystemExit as end:
+        found["ended"] = end.code
+    finally:
+        job.attribute_batch = recording
+    found["before"] = len(attributed)
+    dist.barrier()
+    attributed.clear()
+    got = attribute(model, PROMPTS, out=out, **OPTIONS)
+    return found | {"distance": distance(got, want), "after": len(attributed)}
+
+
+def averaged() -> float:
+    model = build_model(device="cpu")
+    want = mean_activations(model, PROMPTS)
+    return float((mean_activations(sharded(model), PROMPTS) - want).norm() / want.norm())
+
+
+def of_peft() -> float:
+    """The root is around the model that is attributed."""
+    model = build_model(device="cpu")
+    want = attribute(model, PROMPTS, share=False, **OPTIONS)
+    around = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return distance(attribute(fully_shard(around), PROMPTS, **OPTIONS), want)
+
+
+def main(folder: Path) -> None:
+    os.environ["LOKI_KERNELS_CACHE"] = str(folder / "cache")
+    dist.init_process_group("gloo")
+    job.attribute_batch = recording
+    low = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+    found: dict[str, object] = {
+        "compared": {
+            "layers and root": compare(),
+            "root": compare(how="root"),
+            "layers": compare(how="layers"),
+            "groups": compare(how="groups"),
+            "parts of layers": compare(how="parts of layers"),
+            "put away at once": compare(kind={"reshard_after_forward": True}),
+            "kept": compare(kind={"reshard_after_forward": False}),
+            "mixed precision": compare(kind=low),
+            "norms after": compare("gemma2"),
+            "counts": compare(keep="counts"),
+            "sequence": compare(definition="captum"),
+            "decode": compare(engine="decode"),
+            "reforward": compare(engine="reforward"),
+            "alone": compare(share=False),
+        },
+        "stopped": stopped(folder),
+        "averaged": averaged(),
+        "peft": of_peft(),
+    }
+    (folder / f"{RANK}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

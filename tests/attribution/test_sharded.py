@@ -1,0 +1,65 @@
+"""Two gloo processes attribute models that FSDP2 has sharded. On the CPU, always."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OWN = [[3, 2], [4]], [[1, 0], [4]]  # the second process fills up with the last batch
+ALL = [[3, 2], [1, 0], [4]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of the two processes says."""
+    out = tmp_path_factory.mktemp("sharded")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*launch, "--nproc-per-node", "2", "-m", "tests.attribution.fsdp_worker", str(out)],
+        cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    errors = [line for line in result.stderr.splitlines() if line.startswith("[rank")]
+    assert result.returncode == 0, "\n".join(errors[-30:])
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+CASES = (
+    "layers and root", "root", "layers", "groups", "parts of layers", "put away at once", "kept",
+    "mixed precision", "norms after", "counts", "sequence", "decode", "reforward", "alone",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_are_those_of_one_process(found, case):
+    engine = case if case in ("decode", "reforward") else "staircase"
+    for rank, said in enumerate(each["compared"][case] for each in found):
+        # rotary embeddings are float32 under mixed precision, and bfloat16 in the other model
+        assert said["distance"] <= (1e-2 if case == "mixed precision" else 1e-6)
+        assert said["batches"] == (OWN[rank] if engine == "staircase" and case != "alone" else ALL)
+        assert said["engine"] == engine
+        assert said["as before"]
+        assert said.get("trains", case == "layers")
+
+
+def test_a_log_is_of_the_whole_model_and_all_end_after_one_batch(found):
+    for said in (each["stopped"] for each in found):
+        assert said["sharded"] == said["fingerprint"]
+        assert said["ended"] == 128 + 15
+        assert said["distance"] <= 1e-6
+        assert (said["before"], said["after"]) == (1, 1)
+
+
+def test_averages_and_a_model_within_another(found):
+    assert all(each["averaged"] <= 1e-6 for each in found)
+    assert all(each["peft"] <= 1e-6 for each in found)
+
+
+def test_all_cases_are_there(found):
+    assert set(found[0]["compared"]) == set(CASES)
