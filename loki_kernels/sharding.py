@@ -76,14 +76,18 @@ def home(module: nn.Module, weight: Tensor) -> torch.device:
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """A linear layer's; what accelerate has offloaded is there as long as it is held."""
+    """A linear layer's; what accelerate has offloaded is there as long as it is held.
+
+    Of one that is split by tensor parallelism every process has to ask, and gets all of it.
+    """
     there: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if is_offloaded(module):
         from accelerate.utils import align_module_device
 
         there = align_module_device(module)
     with there:
-        return cast(Tensor, module.weight), getattr(module, "bias", None)
+        weight, bias = cast(Tensor, module.weight), getattr(module, "bias", None)
+    return full_values(weight), None if bias is None else full_values(bias)
 
 
 def gather(model: nn.Module, layers: Iterable[nn.Module]) -> None:

@@ -164,8 +164,20 @@ class Structure:
 
     @functools.cached_property
     def sharded(self) -> bool:
-        """Whether a forward pass is one that all processes make: FSDP2 gathers weights in it."""
-        return has_fsdp(self.given)
+        """Whether processes make every forward pass together: by FSDP2 or tensor parallelism."""
+        return self.split or has_fsdp(self.given)
+
+    @functools.cached_property
+    def split(self) -> bool:
+        """Whether transformers' tensor parallelism gives a process a part of every row.
+
+        A node's value and gradient are then whole in every process, those that enter the
+        down-projection are not.
+        """
+        if (getattr(self.causal_lm, "_tp_size", None) or 1) == 1 or has_fsdp(self.given):
+            return False
+        weights = [down.weight for _, down in self.trainable()]
+        return all(isinstance(w, DTensor) and not w.placements[0].is_shard(0) for w in weights)
 
     def gather(self) -> None:
         """Have the weights outside of the layers here, if FSDP2 looks after them."""
@@ -254,10 +266,12 @@ def refuse_tensor_parallelism(structure: Structure) -> None:
             split |= across and not has_fsdp(model)
     if split:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is split by tensor parallelism (tp_plan, parallelize_module), "
-            "which patch and attribute do not support: each process holds a part of every row. "
-            "Load it without tp_plan; to train it on several GPUs patch it and then shard it with "
-            'FSDP2 (fully_shard), to attribute it across GPUs load it with device_map="auto".'
+            f"{type(model).__name__} is split by tensor parallelism (tp_plan, parallelize_module): "
+            "each process holds a part of every row. patch does not support that; attribute does "
+            "where transformers' tp_plan splits it as DTensors, within rows. Load it without "
+            "tp_plan; to train it on several GPUs patch it and then shard it with FSDP2 "
+            "(fully_shard), to attribute it across GPUs shard it so or load it with "
+            'device_map="auto".'
         )
 
 

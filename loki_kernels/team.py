@@ -73,6 +73,10 @@ class Team(contextlib.AbstractContextManager["Team"]):
 
     def meet(self, why: str = _SAME_PROMPTS) -> None:
         """Wait for all; raise like `check` if one fails meanwhile. A long wait is logged."""
+        self._wait(why)
+        self.check()
+
+    def _wait(self, why: str = _SAME_PROMPTS) -> None:
         if self.size == 1:
             return
         key, start, said = f"met/{next(self._meetings)}", time.monotonic(), False
@@ -85,7 +89,6 @@ class Team(contextlib.AbstractContextManager["Team"]):
                 logger.warning(
                     "process %d of %d waits for the others: %s", self.rank, self.size, why
                 )
-        self.check()
 
     def agree(self, key: str, value: str, what: str) -> None:
         """
@@ -104,7 +107,7 @@ class Team(contextlib.AbstractContextManager["Team"]):
             return flag
         key = f"all/{next(self._meetings)}"
         self._store.add(key, int(flag))
-        self.meet()
+        self._wait()  # and no more: another may end by what it is told here
         return bool(self._store.add(key, 0) == self.size)
 
     def same(self, value: str) -> bool:

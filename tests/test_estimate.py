@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from loki_kernels import attribute
+from loki_kernels.attribution import steering
 from loki_kernels.attribution.definitions import PathIntegral
 from loki_kernels.cli import main
 from loki_kernels.discovery import find_structure
 from loki_kernels.errors import UnsupportedModelError
-from loki_kernels.estimate import Shape, _peak, _whole_peak, estimate
+from loki_kernels.estimate import Shape, _peak, _whole_peak, device_memory, estimate
+from loki_kernels.structure import Structure
 from tests.architectures import falcon_h1, glm_moe
 from tests.models import build_model
 
@@ -118,3 +121,71 @@ def test_a_token_passes_some_experts():
     assert counter.get_total_flops() < 2 * 7 * shape.weights * shape.layers
     dense = sum(p.numel() for x in structure.layers for p in x.parameters() if p.ndim > 1)
     assert shape.weights * shape.layers < dense
+
+
+def test_memory_by_count_is_what_is_kept(monkeypatch):
+    """Of a batch whose prompts are of one length, run again a layer at a time or not."""
+    config = build_model(device="cpu").config
+    size = {"prompts": PROMPTS, "tokens": TOKENS, "steps": STEPS, "dtype": torch.float32}
+    model = type(build_model())(config).eval()
+    ids = torch.randint(0, 97, (PROMPTS, TOKENS))
+
+    def run():
+        attribute(model, [{"input_ids": ids}], steps=STEPS, batch_size=PROMPTS)
+
+    run()
+    want = device_memory(config, "device_map", **size)
+    assert want.points + want.prefix == pytest.approx(
+        _peak(run, model, torch.device("cpu")), rel=0.1
+    )
+    inputs = []
+    checkpoint = steering.checkpoint
+
+    def counting(function, *args, **options):
+        inputs.append(args[0].nbytes)
+        return checkpoint(function, *args, **options)
+
+    monkeypatch.setattr(steering, "checkpoint", counting)
+    monkeypatch.setattr(Structure, "reruns", True)
+    run()
+    rerun = device_memory(config, "offloaded", **size)
+    assert len(inputs) == len(model.model.layers)
+    assert sum(inputs) < rerun.points < want.points
+
+
+def gpu_table():
+    """The lines of docs/analysis.md, from configs of the published models' sizes."""
+
+    def llama(width, neurons, layers, heads):
+        return transformers.LlamaConfig(
+            hidden_size=width, intermediate_size=neurons, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=8, vocab_size=128256,
+        )  # fmt: skip
+
+    configs = {
+        "Llama 8B": llama(4096, 14336, 32, 32),
+        "Llama 70B": llama(8192, 28672, 80, 64),
+        "Llama 405B": llama(16384, 53248, 126, 128),
+        "Qwen3-235B-A22B": transformers.Qwen3MoeConfig(
+            hidden_size=4096, moe_intermediate_size=1536, num_hidden_layers=94,
+            num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128,
+            num_experts_per_tok=8, vocab_size=151936,
+        ),
+    }  # fmt: skip
+    ways = {
+        "1 GPU": ("device_map", 1),
+        "1 GPU, offloaded": ("offloaded", 1),
+        "`device_map`, 8": ("device_map", 8),
+        "FSDP2, 8": ("fsdp2", 8),
+        "FSDP2, 64": ("fsdp2", 64),
+    }
+    for name, config in configs.items():
+        for where, (way, devices) in ways.items():
+            found = device_memory(config, way, devices)
+            parts = found.weights, found.gathered, found.prefix, found.points, found.total
+            yield f"| {name} | {where} | " + " | ".join(f"{x / 1e9:.1f}" for x in parts) + " |"
+
+
+def test_the_table_in_the_documentation_is_this_count():
+    text = (Path(__file__).parents[1] / "docs" / "analysis.md").read_text()
+    assert "\n".join(gpu_table()) in text

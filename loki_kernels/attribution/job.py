@@ -166,13 +166,14 @@ class Job:
         """What this process runs of a window: what is left for it, and more in step with others.
 
         Where weights are sharded all processes make every forward pass together. On the staircase
-        any batch has as many, so that the smallest fills up; other engines have them by the prompt.
+        any batch has as many, so that the smallest fills up; other engines have them by the prompt,
+        and tensor parallelism computes one batch in all.
         """
         if self.team.size == 1 or not self.structure.sharded:
             return left
         numbers = [planned.number for planned in left]
         everyone = [json.loads(told) for told in self.team.tell(json.dumps(numbers))]
-        if engine.name == "staircase":
+        if engine.name == "staircase" and not self.structure.split:
             return left + plan[-1:] * (max(map(len, everyone)) - len(left))
         return [planned for planned in plan if any(planned.number in told for told in everyone)]
 

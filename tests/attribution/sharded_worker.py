@@ -1,6 +1,6 @@
 """Run under torchrun by test_sharded: attributions of sharded models against those of whole ones.
 
-    torchrun --nproc-per-node 2 -m tests.attribution.fsdp_worker FOLDER
+    torchrun --nproc-per-node 2 -m tests.attribution.sharded_worker FOLDER
 
 Each process writes FOLDER/RANK.json: what it found for each case.
 """
@@ -16,10 +16,12 @@ from pathlib import Path
 import peft
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+import loki_kernels as loki
 from loki_kernels import attribute, mean_activations
 from loki_kernels.attribution import job
 from loki_kernels.fingerprint import model_fingerprint
@@ -41,8 +43,6 @@ def recording(engine, batch):
 def sharded(model, how="layers and root", **kind):
     kind["mesh"] = init_device_mesh("cpu", (2,))
     for layer in model.model.layers if how != "root" else ():
-        if how == "parts of layers":
-            fully_shard(layer.mlp.down_proj, **kind)
         fully_shard(layer, **kind)
     if how == "groups":
         fully_shard(model.model.embed_tokens, **kind)
@@ -54,8 +54,6 @@ def sharded(model, how="layers and root", **kind):
 
 def distance(got, want) -> float:
     """The largest relative difference of what two results hold; infinite where targets differ."""
-    if hasattr(want, "counts"):
-        return float((got.counts - want.counts).abs().sum())
     if not torch.equal(got.targets, want.targets):
         return float("inf")
     pairs = [(getattr(got, n), getattr(want, n)) for n in ("scores", "value", "change")]
@@ -131,6 +129,30 @@ def stopped(folder: Path) -> dict[str, object]:
     return found | {"distance": distance(got, want), "after": len(attributed)}
 
 
+def parallel(build, folder: Path, **options) -> dict[str, object]:
+    """An attribution under transformers' tensor parallelism."""
+    if RANK == 0:
+        build().save_pretrained(folder)
+    dist.barrier()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    whole, split = (load(folder, tp_plan=plan).eval() for plan in (None, "auto"))
+    want = attribute(whole, PROMPTS, share=False, **OPTIONS | options)
+    attributed.clear()
+    got = attribute(split, PROMPTS, **OPTIONS | options)
+    found = {"distance": distance(got, want), "batches": attributed[:]}
+    found["split"] = split.model.layers[1].mlp.gate_proj.weight.to_local().shape[0]
+    refused = []
+    for call in (
+        lambda: loki.patch(split, [[1], [2], [3]]),
+        lambda: attribute(split, PROMPTS, site="ffn_neurons"),
+    ):
+        try:
+            call()
+        except loki.UnsupportedModelError as error:
+            refused.append(str(error))
+    return found | {"refused": refused}
+
+
 def averaged() -> float:
     model = build_model(device="cpu")
     want = mean_activations(model, PROMPTS)
@@ -158,16 +180,16 @@ def main(folder: Path) -> None:
             "root": compare(how="root"),
             "layers": compare(how="layers"),
             "groups": compare(how="groups"),
-            "parts of layers": compare(how="parts of layers"),
             "put away at once": compare(kind={"reshard_after_forward": True}),
-            "kept": compare(kind={"reshard_after_forward": False}),
             "mixed precision": compare(kind=low),
             "norms after": compare("gemma2"),
-            "counts": compare(keep="counts"),
             "sequence": compare(definition="captum"),
             "decode": compare(engine="decode"),
-            "reforward": compare(engine="reforward"),
             "alone": compare(share=False),
+        },
+        "parallel": {
+            "llama": parallel(lambda: build_model(device="cpu"), folder / "a"),
+            "decode": parallel(lambda: build_model(device="cpu"), folder / "a", engine="decode"),
         },
         "stopped": stopped(folder),
         "averaged": averaged(),
