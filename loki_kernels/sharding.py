@@ -63,6 +63,13 @@ def has_fsdp(module: nn.Module) -> bool:
     return is_distributed() and bool(_fsdp_modules(module))
 
 
+def fsdp_device(model: nn.Module) -> torch.device | None:
+    """Where FSDP2 gathers a model's weights, which may wait on the CPU; None without it."""
+    for part in _fsdp_modules(model):
+        return cast(torch.device, part._get_fsdp_state()._device)
+    return None
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate brings a module's own weights in for its forward pass alone."""
     return getattr(getattr(module, "_hf_hook", None), "offload", False) is True

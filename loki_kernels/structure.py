@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import UnsupportedModelError
 from .sharding import (
     DTensor,
+    fsdp_device,
     full_shape,
     gather,
     has_fsdp,
@@ -150,7 +151,10 @@ class Structure:
     @property
     def device(self) -> torch.device:
         """Where the model takes its tokens."""
-        return home(self.causal_lm.get_input_embeddings(), embedding_weight(self.causal_lm))
+        gathered = fsdp_device(self.given) if self.sharded else None
+        return gathered or home(
+            self.causal_lm.get_input_embeddings(), embedding_weight(self.causal_lm)
+        )
 
     @functools.cached_property
     def reruns(self) -> bool:

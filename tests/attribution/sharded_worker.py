@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import loki_kernels as loki
@@ -180,7 +180,12 @@ def main(folder: Path) -> None:
             "root": compare(how="root"),
             "layers": compare(how="layers"),
             "groups": compare(how="groups"),
-            "put away at once": compare(kind={"reshard_after_forward": True}),
+            "put away at once": compare(
+                kind={
+                    "reshard_after_forward": True,
+                    "offload_policy": CPUOffloadPolicy(pin_memory=False),
+                }
+            ),
             "mixed precision": compare(kind=low),
             "norms after": compare("gemma2"),
             "sequence": compare(definition="captum"),
