@@ -79,8 +79,8 @@ def train_step(model) -> torch.Tensor:
     return torch.stack(norms)
 
 
-def compare(name="llama", how="layers and root", kind=None, share=True, **options):
-    """One attribution of a sharded model, and a training step afterwards."""
+def compare(name="llama", how="layers and root", kind=None, share=True, trains=False, **options):
+    """One attribution of a sharded model, and perhaps a training step afterwards."""
     kind = kind or {}
     whole = build_model(name, device="cpu")
     if "mp_policy" in kind:
@@ -95,7 +95,7 @@ def compare(name="llama", how="layers and root", kind=None, share=True, **option
         "engine": got.run["engine"],
         "as before": all_is_as_before(model),
     }
-    if how != "layers":
+    if trains:
         untouched = sharded(build_model(name, device="cpu"), how, **kind).train()
         found["trains"] = torch.equal(train_step(model), train_step(untouched))
     return found
@@ -129,18 +129,20 @@ def stopped(folder: Path) -> dict[str, object]:
     return found | {"distance": distance(got, want), "after": len(attributed)}
 
 
-def parallel(build, folder: Path, **options) -> dict[str, object]:
-    """An attribution under transformers' tensor parallelism."""
+def parallel(folder: Path) -> dict[str, object]:
+    """Attributions under transformers' tensor parallelism."""
+    whole = build_model(device="cpu")
     if RANK == 0:
-        build().save_pretrained(folder)
+        whole.save_pretrained(folder)
     dist.barrier()
     load = transformers.AutoModelForCausalLM.from_pretrained
-    whole, split = (load(folder, tp_plan=plan).eval() for plan in (None, "auto"))
-    want = attribute(whole, PROMPTS, share=False, **OPTIONS | options)
-    attributed.clear()
-    got = attribute(split, PROMPTS, **OPTIONS | options)
-    found = {"distance": distance(got, want), "batches": attributed[:]}
-    found["split"] = split.model.layers[1].mlp.gate_proj.weight.to_local().shape[0]
+    split = load(folder, tp_plan="auto").eval()
+    found = {"split": split.model.layers[1].mlp.gate_proj.weight.to_local().shape[0]}
+    for engine in ("staircase", "decode"):
+        want = attribute(whole, PROMPTS, share=False, engine=engine, **OPTIONS)
+        attributed.clear()
+        got = attribute(split, PROMPTS, engine=engine, **OPTIONS)
+        found[engine] = {"distance": distance(got, want), "batches": attributed[:]}
     refused = []
     for call in (
         lambda: loki.patch(split, [[1], [2], [3]]),
@@ -176,26 +178,23 @@ def main(folder: Path) -> None:
     low = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
     found: dict[str, object] = {
         "compared": {
-            "layers and root": compare(),
+            "layers and root": compare(trains=True),
             "root": compare(how="root"),
             "layers": compare(how="layers"),
-            "groups": compare(how="groups"),
+            "groups": compare(how="groups", trains=True),
             "put away at once": compare(
                 kind={
                     "reshard_after_forward": True,
                     "offload_policy": CPUOffloadPolicy(pin_memory=False),
                 }
             ),
-            "mixed precision": compare(kind=low),
+            "mixed precision": compare(kind=low, trains=True),
             "norms after": compare("gemma2"),
             "sequence": compare(definition="captum"),
             "decode": compare(engine="decode"),
             "alone": compare(share=False),
         },
-        "parallel": {
-            "llama": parallel(lambda: build_model(device="cpu"), folder / "a"),
-            "decode": parallel(lambda: build_model(device="cpu"), folder / "a", engine="decode"),
-        },
+        "parallel": parallel(folder / "whole"),
         "stopped": stopped(folder),
         "averaged": averaged(),
         "peft": of_peft(),
