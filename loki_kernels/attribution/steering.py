@@ -173,9 +173,14 @@ def _rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
                     vars(layer).update(state)
             return forward(*args, **kwargs)
 
-        # All of it, or accelerate's hooks and ours would not see the end.
-        options = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": False}
-        return checkpoint(again, *args, **options, **kwargs)
+        return checkpoint(
+            again,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            early_stop=False,  # accelerate's hooks and ours would not see the end
+            **kwargs,
+        )
 
     return run
 

@@ -58,15 +58,14 @@ def test_a_log_is_of_the_whole_model_and_all_end_after_one_batch(found):
 
 def test_averages_and_a_model_within_another(found):
     assert all(each["averaged"] <= 1e-6 for each in found)
-    assert all(each["peft"] <= 1e-6 for each in found)
+    assert all(each["within"] <= 1e-6 for each in found)
 
 
 def test_tensor_parallelism(found):
     for said in (each["parallel"] for each in found):
         assert said["split"] == 112 // 2
-        for engine in ("staircase", "decode"):
-            assert said[engine]["distance"] <= 1e-5
-            assert said[engine]["batches"] == ALL
+        assert said["distance"] <= 1e-5
+        assert said["batches"] == ALL
         of_patch, of_neurons = said["refused"]
         assert "patch does not support" in of_patch
         assert "site='down_proj'" in of_neurons
