@@ -132,11 +132,17 @@ class Structure:
         """How many nodes a layer has at the attributed site.
 
         Raises:
-            UnsupportedModelError: for ``ffn_neurons`` of mixtures of experts, or of layers of
-                several widths.
+            UnsupportedModelError: for ``ffn_neurons`` of mixtures of experts, of layers of several
+                widths, or where each process has some of them.
         """
         if site == "down_proj":
             return self.hidden_size
+        if self.split:
+            raise UnsupportedModelError(
+                f"{type(self.causal_lm).__name__} is split by tensor parallelism, which gives each "
+                "process some of a layer's neurons; attribute site='down_proj', or load it without "
+                "tp_plan."
+            )
         lone = [None if ffn is None else ffn.lone for ffn in self.ffns]
         widths = {None if down is None else down.in_features for down in lone}
         (width, *others) = widths

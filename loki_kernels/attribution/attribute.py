@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..discovery import find_structure
-from ..errors import UnsupportedModelError, check_choice
+from ..errors import check_choice
 from ..options import (
     DEFAULT_CRITERION,
     DEFAULT_QUOTA,
@@ -165,7 +165,7 @@ def attribute(
     """
     integral = PathIntegral.resolve(definition, overrides, steps)
     structure = find_structure(model)
-    _check_attributable(structure, engine, integral.definition.site)
+    _check_attributable(structure, engine)
     counter = _make_counter(keep, quota, criterion, _width(integral, structure))
     vocabulary = structure.vocab_size
     sequences = tokenize_prompts(prompts, tokenizer, vocabulary, chat_template_kwargs)
@@ -184,18 +184,13 @@ def attribute(
     return result
 
 
-def _check_attributable(structure: Structure, engine: EngineName | None, site: str) -> None:
+def _check_attributable(structure: Structure, engine: EngineName | None) -> None:
     """Raise UnsupportedModelError for what no engine can do, ValueError for an unknown one."""
     if engine is not None:
         check_choice("engine", engine, get_args(EngineName))
-    model = structure.causal_lm
     if not structure.split:
         refuse_tensor_parallelism(structure)
-    elif site == "ffn_neurons":
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is split by tensor parallelism, which gives each process some "
-            "of a layer's neurons; attribute site='down_proj', or load it without tp_plan."
-        )
+    model = structure.causal_lm
     if model.get_output_embeddings() is not None or not model.can_generate():
         # raises; a model that generates has logits, with a linear head or not
         structure.head_module()
