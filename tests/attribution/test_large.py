@@ -59,7 +59,10 @@ def test_scores_have_the_bits_of_a_model_in_memory(name, engine, definition, tmp
     own = {"glm_moe": glm_moe, "falcon_h1": falcon_h1}
     build = own.get(name, lambda: build_model(name, device="cpu"))
     options = {"definition": definition, "engine": engine, "steps": 3}
-    want = loki.attribute(build(), PROMPTS, **options)
+    try:
+        want = loki.attribute(build(), PROMPTS, **options)
+    except loki.UnsupportedModelError:
+        pytest.skip("refused in memory too, by transformers 5.0")
     model = offloaded(build(), tmp_path, stay=("model.layers.1",))
     model.model.layers[2].requires_grad_(False)
     before = flags_and_hooks(model)
