@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 
@@ -140,3 +141,15 @@ def deepseek():
         v_head_dim=16, pad_token_id=0,
     )  # fmt: skip
     return built(transformers.DeepseekV3ForCausalLM, config)
+
+
+def gemma4():
+    """The last two of four layers attend to the keys and values of the two before."""
+    if not hasattr(transformers, "Gemma4ForCausalLM"):
+        pytest.skip("this transformers has no Gemma4")
+    config = transformers.Gemma4TextConfig(
+        **(GQA | {"num_hidden_layers": 4}), head_dim=12, global_head_dim=16, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=97,
+    )  # fmt: skip
+    return built(transformers.Gemma4ForCausalLM, config)

@@ -240,7 +240,9 @@ class Copies:
         media = {name: torch.cat([x] * rows) for name, x in prompt.media.items()}
         options: dict[str, Any] = {"use_cache": False, **media}
         if "logits_to_keep" in self._arguments:
-            options["logits_to_keep"] = prompt.tail
+            # As places: with a number Gemma-4 computes its later layers at the tail alone.
+            places = torch.arange(prompt.length, device=prompt.ids.device)
+            options["logits_to_keep"] = places[-prompt.tail :]
         ids = prompt.ids.expand(rows, -1)
         with rerunning(self.structure):
             output: Any = self.structure.run(input_ids=ids, **options)

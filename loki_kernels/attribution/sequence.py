@@ -22,7 +22,7 @@ from ..structure import Structure
 from .definitions import PathIntegral
 from .path import path_points
 from .prefill import Batch, Prefill, Prefix
-from .steering import Attend, hook_layer_input, hook_site, like, steered
+from .steering import Attend, for_all, hook_layer_input, hook_site, like, steered
 
 
 def scaled_prefixes(
@@ -58,13 +58,16 @@ def scaled_prefixes(
     site, nodes = integral.definition.site, structure.present()
     inputs = (hook_layer_input(structure.layers[i], append_copies) for i in layers)
     sites = (hook for i in layers for hook in hook_site(nodes[i], site, scale_copies(i)))
-    with steered(structure, _capturing_attention(prefix), itertools.chain(inputs, sites)):
+    with steered(structure, _capturing_attention(prefix, samples), itertools.chain(inputs, sites)):
         structure.run_decoder(input_ids=batch.input_ids, position_ids=batch.positions)
     return prefix
 
 
-def _capturing_attention(prefix: Prefix) -> Attend:
+def _capturing_attention(prefix: Prefix, samples: int) -> Attend:
     """Ordinary attention that leaves each layer's keys and values in ``prefix``."""
+
+    def of_all(x: Tensor, copies: int) -> Tensor:
+        return for_all(x.view(samples, -1, *x.shape[1:]), copies, 1).flatten(0, 1)
 
     def attend(
         module: nn.Module,
@@ -76,6 +79,8 @@ def _capturing_attention(prefix: Prefix) -> Attend:
         window: int | None,  # the mask has it
         **options: Any,
     ) -> Tensor:
+        copies = len(query) // samples
+        key, value = of_all(key, copies), of_all(value, copies)
         prefix[module.layer_idx] = (key, value)  # type: ignore[index]
         return _causal_attention(query, key, value, mask, **options)
 

@@ -13,6 +13,7 @@ implementation registered with transformers attends to the prefix.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,16 @@ from .integration import GUARD_TOLERANCE, integrate, relative_error
 from .path import path_points
 from .prefill import Batch, Prefill, Prefix
 from .scores import Scores
-from .steering import Attend, hook_layer_input, hook_site, like, refusing, rerunning, steered
+from .steering import (
+    Attend,
+    for_all,
+    hook_layer_input,
+    hook_site,
+    like,
+    refusing,
+    rerunning,
+    steered,
+)
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ class Staircase:
 
     def _attend_shared(self, prefix: Prefix) -> Attend:
         """All points of a sample over one prefix."""
+        given: dict[int, weakref.ref[Tensor]] = {}  # each layer's own keys
 
         def attend(
             module: nn.Module,
@@ -149,11 +160,16 @@ class Staircase:
             mask: Tensor | None,
             **options: Any,
         ) -> Tensor:
-            prefix_k, prefix_v = prefix[module.layer_idx]  # type: ignore[index]
+            layer: int = module.layer_idx  # type: ignore[assignment]
+            if layer in prefix:
+                given[layer] = weakref.ref(key)
+            else:  # it attends to what an earlier layer has made
+                layer = next((donor for donor, keys in given.items() if keys() is key), layer)
+            prefix_k, prefix_v = prefix[layer]
             lengths = self.batch.last.to(query.device)
-            width = value.shape[-1]
+            width, points = value.shape[-1], query.shape[2]
             query, key, value, prefix_k, prefix_v = _of_one_width(
-                query, key, value, prefix_k, prefix_v
+                query, for_all(key, points, 2), for_all(value, points, 2), prefix_k, prefix_v
             )
             output = shared_prefix_attention(
                 query, key, value, prefix_k, prefix_v, lengths, **options
@@ -174,9 +190,9 @@ class Staircase:
             **options: Any,
         ) -> Tensor:
             prefix_k, prefix_v = prefix[module.layer_idx]  # type: ignore[index]
-            width = value.shape[-1]
+            width, points = value.shape[-1], query.shape[2]
             query, key, value, prefix_k, prefix_v = _of_one_width(
-                query, key, value, prefix_k, prefix_v
+                query, for_all(key, points, 2), for_all(value, points, 2), prefix_k, prefix_v
             )
             samples, heads, points, dim = query.shape
             q, k, v = (

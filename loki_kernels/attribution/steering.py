@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
@@ -22,7 +22,13 @@ from ..structure import FFN, Structure
 ATTENTION_NAME = "loki_kernels"
 
 # What caches whose keys and values are new tensors at every step are made of.
-OUT_OF_PLACE = (DynamicLayer, DynamicSlidingWindowLayer)
+OUT_OF_PLACE = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    # Of a layer that keeps nothing, such as one that attends to an earlier one's; in later versions
+    # of transformers.
+    *filter(None, [getattr(cache_utils, "DummyLayer", None)]),
+)
 
 Attend = Callable[..., Tensor]
 Change = Callable[[Tensor], Tensor]
@@ -285,6 +291,20 @@ def hook_site(ffn: FFN, site: str, change: Change) -> Iterator[RemovableHandle]:
             yield node.register_forward_hook(replace)
         else:
             yield node.register_forward_pre_hook(lambda _m, args: (change(args[0]), *args[1:]))
+
+
+def for_all(x: Tensor, count: int, dim: int) -> Tensor:
+    """Keys or values of points along ``dim``, for ``count`` of them.
+
+    Where a layer attends to an earlier one's, points have joined since: below the layer that each
+    differs in it is the unperturbed one, which is the first.
+    """
+    missing = count - x.shape[dim]
+    if not missing:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.narrow(dim, 0, 1).expand(shape)], dim)
 
 
 def like(new: Tensor, given: Tensor) -> Tensor:

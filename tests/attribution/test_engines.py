@@ -17,6 +17,7 @@ from tests.architectures import (
     deepseek,
     falcon,
     falcon_h1,
+    gemma4,
     glm_moe,
     gpt2,
     granite_moe_hybrid,
@@ -33,6 +34,7 @@ ENGINES = {
     mixtral: "staircase",
     glm_moe: "staircase",
     deepseek: "staircase",
+    gemma4: "staircase",
     gpt2: "decode",
     falcon: "decode",
     lfm2: "decode",
@@ -72,12 +74,20 @@ def test_engines_by_name_equal_the_staircase(engine, definition):
             assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6, equal_nan=True), name
 
 
-@pytest.mark.parametrize("site", ["down_proj", "ffn_neurons"])
-def test_reforward_takes_the_sequence_path(site):
-    model = build_model("llama")
-    want = loki.attribute(model, PROMPTS, definition="captum", site=site)
-    got = loki.attribute(model, PROMPTS, definition="captum", site=site, engine="reforward")
-    assert torch.allclose(got.scores, want.scores, rtol=1e-4, atol=1e-7)
+@pytest.mark.parametrize(
+    ("build", "site"),
+    [(build_model, "down_proj"), (build_model, "ffn_neurons"), (gemma4, "down_proj")],
+)
+def test_reforward_takes_the_sequence_path(build, site):
+    model = build()
+    options = {
+        "definition": "captum",
+        "site": site,
+        "batch_size": 1,
+    }  # Gemma-4's own inputs a layer
+    want = loki.attribute(model, PROMPTS, **options)
+    got = loki.attribute(model, PROMPTS, **options, engine="reforward")
+    assert torch.allclose(got.scores, want.scores, rtol=1e-4, atol=1e-6)
     with pytest.raises(loki.UnsupportedModelError, match="in the cache"):
         loki.attribute(model, PROMPTS, definition="captum", engine="decode")
 
