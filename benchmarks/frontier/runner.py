@@ -248,6 +248,7 @@ def main() -> None:
     if arguments.results is None:
         arguments.results = RESULTS / "frontier" / own / "trainings.jsonl"
     if arguments.what == "data":
+        arguments.data.parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         model, tokenizer = MODELS[arguments.model]()
         device = "cuda" if torch.cuda.is_available() else "cpu"
