@@ -105,7 +105,7 @@ class LokiLinear(LokiRows):
     @property
     def can_write(self) -> bool:
         """Whether the rows can be written into the weight before a product."""
-        return self.axis == 0 and super().can_write
+        return self.axis == 0 and self.rank is None
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_loaded()
