@@ -244,17 +244,21 @@ def trainer(case, out):
         }
     records = [{"input_ids": ids, "labels": ids} for batch in batches() for ids in batch]
 
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(records)
+
     def run(folder, steps, resume=False):
         arguments = TrainingArguments(
             output_dir=str(folder), max_steps=steps, save_steps=STEPS // 2, logging_steps=1,
             learning_rate=0.02, weight_decay=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
             per_device_train_batch_size=BATCH // dist.get_world_size(), report_to="none",
-            disable_tqdm=True, use_cpu=True, train_sampling_strategy="sequential", **engine,
+            disable_tqdm=True, use_cpu=True, **engine,
         )  # fmt: skip
         # after the arguments, as users do: under ZeRO-3 the base is sharded as it is loaded
         model, handle = patched_or_wrapped(case, out / "base")
         callbacks = [] if handle is None else [handle.trainer_callback()]
-        run = Trainer(model=model, args=arguments, train_dataset=records, callbacks=callbacks)
+        run = InOrder(model=model, args=arguments, train_dataset=records, callbacks=callbacks)
         run.train(resume_from_checkpoint=resume)
         run.save_model(str(folder / "last"))
         return [entry["loss"] for entry in run.state.log_history if "loss" in entry]

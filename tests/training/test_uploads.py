@@ -10,6 +10,7 @@ import huggingface_hub
 import peft
 import pytest
 import torch
+import transformers.trainer
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
@@ -46,6 +47,8 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     made = Hub()
+    if not hasattr(transformers.trainer, "hf_api"):
+        pytest.skip("this transformers takes another way to the Hub")
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: made)
     card = SimpleNamespace(save=lambda path: None)  # it would look for one on the Hub
     for module in ("transformers.modeling_utils", "transformers.utils.hub"):
