@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import loki_kernels as loki
 from tests.models import build_model
@@ -199,6 +199,10 @@ def test_fsdp1_is_refused_before_training():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.skipif(
+    "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__,
+    reason="transformers 5.0 logs another loss in several processes",
+)
 @pytest.mark.parametrize("case", TRAINER)
 def test_trainers(alone, trainers, case):
     assert_trainer(alone, trainers, case)
