@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..discovery import find_structure
+from ..errors import explained
 from ..files import check_folder
 from ..selection import RowSelection
 from ..sharding import full_shape, is_distributed
@@ -254,9 +255,10 @@ def _mixture_config(layers: Mapping[str, LokiRows], ranks: Mapping[str, int]) ->
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise ImportError(
+        message = (
             "how a LoRA of experts is laid out depends on PEFT: pip install 'loki-kernels[peft]'."
-        ) from error
+        )
+        raise explained(ImportError(message)) from error
     update = written = 0
     for name, layer in layers.items():
         *experts, height, width = full_shape(layer.frozen)
