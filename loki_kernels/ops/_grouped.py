@@ -48,7 +48,9 @@ class _GroupedLinear(torch.autograd.Function):
         if update is not None:
             assert index is not None
             delta = _products(x, _padded(update, x.dtype).transpose(1, 2), offsets)
-            y.index_add_(1, index, delta[:, : len(index)])
+            # compiled by torch 2.11, a result that was written in place has no gradient
+            add = y.index_add if torch.compiler.is_compiling() else y.index_add_
+            y = add(1, index, delta[:, : len(index)])
         return y
 
     @staticmethod
