@@ -150,6 +150,7 @@ class Staircase:
 
     def _attend_shared(self, prefix: Prefix) -> Attend:
         """All points of a sample over one prefix."""
+        shared = len(prefix) < len(self.structure.layers)  # layers attend to an earlier one's
         given: dict[int, weakref.ref[Tensor]] = {}  # each layer's own keys
 
         def attend(
@@ -161,10 +162,10 @@ class Staircase:
             **options: Any,
         ) -> Tensor:
             layer: int = module.layer_idx  # type: ignore[assignment]
-            if layer in prefix:
-                given[layer] = weakref.ref(key)
-            else:  # it attends to what an earlier layer has made
+            if layer not in prefix:
                 layer = next((donor for donor, keys in given.items() if keys() is key), layer)
+            elif shared:
+                given[layer] = weakref.ref(key)
             prefix_k, prefix_v = prefix[layer]
             lengths = self.batch.last.to(query.device)
             width, points = value.shape[-1], query.shape[2]
