@@ -140,6 +140,7 @@ def test_methods_are_compared_where_all_of_them_got():
     assert loss == 0.3
     assert kl == pytest.approx({"a": 0.1, "c": 0.6})
     assert "2.0 times as much after LoRA" in demo._sentence(0.2, {LOKI: 0.1, LORA: 0.2})
+    assert "no loss on the calls" in demo._sentence(0.2, {LORA: 0.2})
 
 
 def test_the_plot_is_written(tmp_path):

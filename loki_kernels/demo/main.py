@@ -47,8 +47,8 @@ class Size:
     shares: tuple[float, ...]  # of the update that is measured, falling
 
 
-FULL_SIZE = Size(57, 64, 24, 96, 36, 6, 12, (1.0, 0.5, 0.25))
-QUICK_SIZE = Size(19, 32, 6, 24, 24, 3, 6, (1.0, 0.5))
+FULL_SIZE = Size(28, 48, 20, 80, 36, 4, 8, (1.0, 0.5, 0.25))
+QUICK_SIZE = Size(10, 16, 6, 24, 16, 2, 4, (1.0, 0.5))
 
 
 class _Stages:
@@ -265,9 +265,13 @@ def _sentence(loss: float, kl: Mapping[str, float]) -> str:
         for name in (FULL, LORA)
         if name in kl and LOKI in kl
     ]
+    if not others:
+        return (
+            "There is no loss on the calls at which the methods can be compared; the plot shows "
+            "what each has forgotten for what it learned."
+        )
     return (
         f"Having learned equally well to call functions that it was never shown ({loss:.2f} nats "
-        "a token), the model's predictions on everything else moved "
-        + (" and ".join(others) or "by what the plot shows")
-        + " as with protected rows."
+        f"a token), the model's predictions on everything else moved {' and '.join(others)} as "
+        "with protected rows."
     )
