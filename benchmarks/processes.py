@@ -18,12 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import loki_kernels as loki
 from loki_kernels.attribution.plan import WINDOW, BatchLimits, windows
 from loki_kernels.attribution.prompts import Tokens
 from loki_kernels.team import share_out
+
+from .shapes import build
 
 _POINTS = 32 * 7  # of a prompt: layers by steps
 # The bundled questions, MMLU's test set, and a stream.
@@ -54,18 +55,11 @@ def _attribute(rank: int, size: int, prompts: int, folder: str, layers: int) -> 
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10)
     )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval()
-    ids = [{"input_ids": torch.randint(49152, (length,))} for length in _lengths(prompts)]
+    model = build("SmolLM2-135M", layers).to(torch.device("cpu"), torch.float32)
+    ids = [
+        {"input_ids": torch.randint(model.config.vocab_size, (length,))}
+        for length in _lengths(prompts)
+    ]
     # what runs once: checks of kernels and of the model
     loki.attribute(model, ids[:1], share=False, progress=False)
     dist.barrier()

@@ -76,6 +76,11 @@ class _Prompt:
         return 1 if self.answer is None else len(self.answer)
 
     @property
+    def tail_positions(self) -> Tensor:
+        """int64 ``[tail]``."""
+        return torch.arange(self.length, device=self.ids.device)[-self.tail :]
+
+    @property
     def length(self) -> int:
         return self.ids.shape[1]
 
@@ -241,8 +246,7 @@ class Copies:
         options: dict[str, Any] = {"use_cache": False, **media}
         if "logits_to_keep" in self._arguments:
             # As places: with a number Gemma-4 computes its later layers at the tail alone.
-            places = torch.arange(prompt.length, device=prompt.ids.device)
-            options["logits_to_keep"] = places[-prompt.tail :]
+            options["logits_to_keep"] = prompt.tail_positions
         ids = prompt.ids.expand(rows, -1)
         with rerunning(self.structure):
             output: Any = self.structure.run(input_ids=ids, **options)
@@ -275,8 +279,7 @@ class Copies:
             options[next(name for name in _CACHES if name in self._arguments)] = repeated
         numbered = self.numbered == "all" or (self.numbered == "text" and not prompt.media)
         if numbered and "position_ids" in self._arguments:
-            places = torch.arange(prompt.length, device=prompt.ids.device)[-prompt.tail :]
-            options["position_ids"] = places.expand(rows, -1)
+            options["position_ids"] = prompt.tail_positions.expand(rows, -1)
         tail = prompt.ids[:, -prompt.tail :].expand(rows, -1)
         with rerunning(self.structure):
             output: Any = self.structure.run(input_ids=tail, **options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 from torch.nn import functional
 
 from ._check import check_first_derivative
@@ -125,7 +126,7 @@ def _why_loop(a: Tensor, b: Tensor) -> str | None:
     return None if a.device.type == "cpu" else f"it was not tried on {a.device.type}"
 
 
-@torch.library.custom_op("loki_kernels::grouped_products", mutates_args=())
+@torch_library.custom_op("loki_kernels::grouped_products", mutates_args=())
 def _loop_products(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     y = x.new_zeros(len(x), matrices.shape[2])
     start = 0
@@ -141,7 +142,7 @@ def _(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(len(x), matrices.shape[2])
 
 
-@torch.library.custom_op("loki_kernels::grouped_outer_products", mutates_args=())
+@torch_library.custom_op("loki_kernels::grouped_outer_products", mutates_args=())
 def _loop_outer_products(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     outer = a.new_zeros(len(offsets), a.shape[1], b.shape[1])
     start = 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library as torch_library
 
 from loki_kernels.ops import count_lowest
 from loki_kernels.ops.count_lowest.reference import count_lowest_reference
@@ -179,7 +180,7 @@ def test_every_bit_pattern_is_ranked(criterion):
 def test_registration():
     inputs = example("count_lowest")
     counts = torch.zeros(3, 129, dtype=torch.int64)
-    torch.library.opcheck(
+    torch_library.opcheck(
         torch.ops.loki_kernels.count_lowest.default, (*inputs.values(), counts, True, None)
     )
 

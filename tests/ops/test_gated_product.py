@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library as torch_library
 
 from loki_kernels.ops import gated_product
 from loki_kernels.ops.gated_product.reference import gated_product_reference
@@ -92,7 +93,7 @@ def test_nothing_is_written_over(activation):
 def test_registration():
     inputs = example("gated_product")
     gate, up = (x.requires_grad_() for x in inputs.values())
-    torch.library.opcheck(torch.ops.loki_kernels.gated_product.default, (gate, up, "silu", None))
+    torch_library.opcheck(torch.ops.loki_kernels.gated_product.default, (gate, up, "silu", None))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

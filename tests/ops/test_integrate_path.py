@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import library as torch_library
 
 from loki_kernels.ops import integrate_path
 from loki_kernels.ops.integrate_path.reference import integrate_path_reference
@@ -156,7 +157,7 @@ def test_weights_that_do_not_fit_raise(gradients, weights):
 
 def test_registration():
     inputs = example("integrate_path")
-    torch.library.opcheck(torch.ops.loki_kernels.integrate_path.default, (*inputs.values(), None))
+    torch_library.opcheck(torch.ops.loki_kernels.integrate_path.default, (*inputs.values(), None))
 
 
 def test_compiles_whole():

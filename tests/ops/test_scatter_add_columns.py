@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library as torch_library
 
 from loki_kernels.ops import scatter_add_columns
 from loki_kernels.ops.scatter_add_columns.reference import scatter_add_columns_reference
@@ -66,7 +67,7 @@ def test_operands_are_left_alone():
 
 def test_registration():
     inputs = example("scatter_add_columns")
-    torch.library.opcheck(
+    torch_library.opcheck(
         torch.ops.loki_kernels.scatter_add_columns.default, (*inputs.values(), None)
     )
 

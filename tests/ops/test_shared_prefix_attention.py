@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library as torch_library
 
 from loki_kernels.ops import shared_prefix_attention
 from loki_kernels.ops.shared_prefix_attention.reference import (
@@ -290,7 +291,7 @@ def test_reference_equals_naive(name):
 def test_registration(name):
     inputs, options = make(dtype=torch.float32), resolve(OPTIONS[name], 4, torch.float32)
     own = [inputs[n].requires_grad_() for n in ("q", "k", "v")]
-    torch.library.opcheck(
+    torch_library.opcheck(
         torch.ops.loki_kernels.shared_prefix_attention.default,
         (
             *own,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library as torch_library
 
 from loki_kernels.ops import sync_rows
 from loki_kernels.ops.sync_rows.reference import sync_rows_reference
@@ -88,7 +89,7 @@ def test_no_layers():
 
 def test_registration():
     inputs = [*example("sync_rows").values(), None]
-    torch.library.opcheck(
+    torch_library.opcheck(
         torch.ops.loki_kernels.sync_rows.default,
         tuple(inputs),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch import library as torch_library
 
 from loki_kernels.ops import TargetProbability, target_probability
 from loki_kernels.ops.target_probability.reference import target_probability_reference
@@ -190,7 +191,7 @@ def test_large_logits_stay_finite():
 def test_registration(gradient):
     inputs = example("target_probability")
     inputs["hidden"].requires_grad_(gradient)
-    torch.library.opcheck(
+    torch_library.opcheck(
         torch.ops.loki_kernels.target_probability.default, (*inputs.values(), gradient, None)
     )
 
