@@ -93,34 +93,39 @@ class Laboratory:
         self.base = base.eval().requires_grad_(False)
         self.device = next(base.parameters()).device
         self.data, self.moments = data, moments
-        self._states = {name: self._hidden(self.base, name) for name in DOMAINS}
+        self._states = {name: self._hidden(self.base, name)[0] for name in DOMAINS}
         self.before = {task: self.measure(self.base, task)["loss"] for task in TASKS}
 
     @torch.no_grad()
-    def _hidden(self, model: Any, name: str) -> Tensor:
-        """Last hidden states of the places that predict a label, ``[tokens, hidden]``."""
+    def _hidden(self, model: Any, name: str) -> tuple[Tensor, Tensor]:
+        """Last hidden states of the places that predict a label, ``[tokens, hidden]``, and it.
+
+        Sequences of like length go together, and nothing runs behind their last label.
+        """
         ids, labels = self.data.ids[name], self.data.labels[name]
-        parts = []
-        for batch, wanted in zip(ids.split(32), labels.split(32), strict=True):
-            states = model.model(input_ids=batch, use_cache=False).last_hidden_state
-            parts.append(states[:, :-1][wanted[:, 1:] != -100])
-        return torch.cat(parts)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        ends = ((labels != -100) * places).amax(1)
+        states, wanted = [], []
+        for chosen in ends.argsort().split(16):
+            end = int(ends[chosen[-1]])
+            hidden = model.model(input_ids=ids[chosen, :end], use_cache=False).last_hidden_state
+            following = labels[chosen, 1 : end + 1]
+            states.append(hidden[following != -100])
+            wanted.append(following[following != -100])
+        return torch.cat(states), torch.cat(wanted)
 
     @torch.no_grad()
     def measure(self, model: Any, task: str) -> dict[str, float]:
         """Nats a token: the task's held-out loss, and each domain's KL from the base."""
-        name = f"{task}/test"
-        labels = self.data.labels[name][:, 1:]
         head = model.get_output_embeddings().weight
-        states = self._hidden(model, name)
+        states, wanted = self._hidden(model, f"{task}/test")
         loss = torch.zeros((), device=self.device)
-        wanted = labels[labels != -100]
         for part, target in zip(states.split(2048), wanted.split(2048), strict=True):
             loss += functional.cross_entropy(part @ head.T, target, reduction="sum")
         figures = {"loss": loss / len(wanted)}
         base_head = self.base.get_output_embeddings().weight
         for domain in DOMAINS:
-            states, total = self._hidden(model, domain), torch.zeros((), device=self.device)
+            states, total = self._hidden(model, domain)[0], torch.zeros((), device=self.device)
             for part, before in zip(
                 states.split(2048), self._states[domain].split(2048), strict=True
             ):
@@ -235,22 +240,28 @@ class Run:
         if arm.general:
             ids = torch.cat([ids, data.ids[arm.source][order[half:]]])
             labels = torch.cat([labels, data.labels[arm.source][order[half:]]])
-        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
-        wanted = labels[:, 1:]
-        loss = _mean(logits[:half], wanted[:half])
+        if self.lab.device.type == "cpu":  # a captured step's shapes are fixed, these are not
+            end = int((labels != -100).any(0).nonzero().max()) + 1
+            ids, labels = ids[:, :end], labels[:, :end]
+        states = self.model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        head, wanted = self.model.get_output_embeddings(), labels[:, 1:]
+        kept, own = _predicting(states[:half], wanted[:half])
+        loss = _mean(head(kept), own)
         if arm.general == "replay":
-            loss = loss + arm.general_weight * _mean(logits[half:], wanted[half:])
+            kept, general = _predicting(states[half:], wanted[half:])
+            loss = loss + arm.general_weight * _mean(head(kept), general)
         elif arm.general == "kl":
+            kept, general = _predicting(states[half:], wanted[half:])
             with torch.no_grad():
-                before = self.lab.base(input_ids=ids[half:], use_cache=False).logits[:, :-1]
+                base = self.lab.base
+                states = base.model(input_ids=ids[half:], use_cache=False).last_hidden_state
+                before, _ = _predicting(states[:, :-1], wanted[half:])
+                before = base.get_output_embeddings()(before).log_softmax(-1)
             divergence = functional.kl_div(
-                logits[half:].log_softmax(-1),
-                before.log_softmax(-1),
-                reduction="none",
-                log_target=True,
+                head(kept).log_softmax(-1), before, reduction="none", log_target=True
             ).sum(-1)
-            kept = wanted[half:] != -100
-            loss = loss + arm.general_weight * (divergence * kept).sum() / kept.sum()
+            labelled = general != -100
+            loss = loss + arm.general_weight * (divergence * labelled).sum() / labelled.sum()
         return loss
 
     def _step(self) -> None:
@@ -315,11 +326,15 @@ class Run:
         }
 
 
+def _predicting(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """``[places, hidden]`` and ``[places]``: all of them, on a CPU those that predict a label."""
+    if states.device.type == "cpu":
+        return states[wanted != -100], wanted[wanted != -100]
+    return states.flatten(0, 1), wanted.flatten()
+
+
 def _mean(logits: Tensor, wanted: Tensor) -> Tensor:
-    total = functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1), reduction="sum"
-    )
-    return total / (wanted != -100).sum()
+    return functional.cross_entropy(logits, wanted, reduction="sum") / (wanted != -100).sum()
 
 
 def train(jobs: Sequence[Job], lab: Laboratory) -> Iterator[tuple[Job, dict[str, Any]]]:
