@@ -26,7 +26,8 @@ class Moments:
     Attributes:
         values: eigenvalues of E[x x^T], falling, ``[in]``.
         vectors: the eigenvectors, ``[in, in]``, in columns.
-        sensitivity: s = E[(dNLL/dz)^2] of every output, ``[out]``, labels drawn from the model.
+        sensitivity: s = E[(dNLL/dz)^2] of every output, ``[out]``, labels drawn from the model;
+            empty where nothing asks for it.
     """
 
     values: dict[str, Tensor]
@@ -40,14 +41,16 @@ def measure_moments(
     labels: Tensor,
     layers: Collection[str],
     *,
-    weighted: bool,
+    weighted: bool = False,
+    sensitivity: bool = False,
     batch_size: int = 8,
 ) -> Moments:
     """Of general text ``ids [n, 256]``; tokens without a label are padding, or a first token.
 
     With ``weighted`` E[||g||^2 x x^T], g the gradient at the layer's output; weights above their
-    99.9 % quantile are clipped to it.
+    99.9 % quantile are clipped to it. Without it and ``sensitivity`` nothing runs backwards.
     """
+    backwards = weighted or sensitivity
     sums: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
     keep: Tensor | None = None
@@ -56,6 +59,10 @@ def measure_moments(
     def watch(name: str, linear: nn.Linear) -> Any:
         def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
+            if not backwards:
+                u = x[keep].double()
+                sums[name] = sums.get(name, 0) + u.T @ u
+                return
 
             def backward(gradient: Tensor) -> None:
                 assert keep is not None
@@ -73,19 +80,21 @@ def measure_moments(
     embeddings = model.get_input_embeddings().weight
     trained = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
-    embeddings.requires_grad_(True)  # so that gradients reach every layer
+    embeddings.requires_grad_(backwards)  # so that gradients reach every layer
     watched = linears(model)
     hooks = [watch(name, watched[name]) for name in layers]
     count = 0
     for start in range(0, len(ids), batch_size):
         batch = ids[start : start + batch_size]
         keep = labels[start : start + batch_size] != -100
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        predicted = keep[:, 1:]
-        drawn = torch.multinomial(logits[predicted].softmax(-1), 1, generator=generator)
-        nn.functional.cross_entropy(logits[predicted], drawn[:, 0], reduction="sum").backward()
+        count += int(keep[:, 1:].sum())
+        if not backwards:
+            model.model(input_ids=batch, use_cache=False)
+            continue
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1][keep[:, 1:]]
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
         embeddings.grad = None
-        count += int(predicted.sum())
     for hook in hooks:
         hook.remove()
     for parameter, flag in trained.items():

@@ -39,6 +39,7 @@ from .train import Job, Laboratory, train
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "data"
 STEPS = 80
+_MOMENTS = ".moments.safetensors"
 
 
 def plan(
@@ -71,39 +72,56 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _sources() -> dict[str, tuple[str, bool, bool]]:
-    """Name -> (source, weighted, of every linear layer) of all moments that arms ask for."""
-    wanted: dict[str, tuple[str, bool, bool]] = {}
-    for arm in ARMS.values():
-        every = wanted.get(arm.moments, ("", False, False))[2] or arm.targets != "down_proj"
-        wanted[arm.moments] = (arm.source, arm.weighted, every)
+def _sources(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    """Name -> source, and what of it, of all moments that these ask for."""
+    wanted: dict[str, dict[str, Any]] = {}
+    for arm in (job.arm for job in jobs):
+        by_sensitivity = arm.rows != "random" or arm.row_steps
+        if arm.protect is None and not by_sensitivity:
+            continue
+        asked = wanted.setdefault(
+            arm.moments,
+            {
+                "source": arm.source,
+                "weighted": arm.weighted,
+                "every": False,
+                "sensitivity": False,
+            },
+        )
+        asked["every"] |= arm.targets != "down_proj"
+        asked["sensitivity"] |= by_sensitivity
     return wanted
 
 
-def _write_moments(folder: Path, model: Any, data: Data) -> None:
-    for name, (source, weighted, every) in _sources().items():
+def _write_moments(folder: Path, model: Any, data: Data, jobs: Sequence[Job]) -> None:
+    for name, asked in _sources(jobs).items():
         start = time.monotonic()
-        layers = [n for n in linears(model) if every or n.endswith("down_proj")]
+        layers = [n for n in linears(model) if asked["every"] or n.endswith("down_proj")]
         moments = measure_moments(
-            model, data.ids[source], data.labels[source], layers, weighted=weighted
+            model,
+            data.ids[asked["source"]],
+            data.labels[asked["source"]],
+            layers,
+            weighted=asked["weighted"],
+            sensitivity=asked["sensitivity"],
         )
         tensors = {
             f"{part}:{layer}": tensor.cpu().clone()
             for part in ("values", "vectors", "sensitivity")
             for layer, tensor in getattr(moments, part).items()
         }
-        save_file(tensors, folder / f"{name}.safetensors")
+        save_file(tensors, folder / f"{name}{_MOMENTS}")
         print(f"moments of {name}: {time.monotonic() - start:.1f} s", flush=True)
 
 
 def _read_moments(folder: Path, device: str) -> dict[str, Moments]:
     read = {}
-    for name in _sources():
+    for path in folder.glob(f"*{_MOMENTS}"):
         moments = Moments({}, {}, {})
-        for key, tensor in load_file(folder / f"{name}.safetensors", device=device).items():
+        for key, tensor in load_file(path, device=device).items():
             part, _, layer = key.partition(":")
             getattr(moments, part)[layer] = tensor
-        read[name] = moments
+        read[path.name.removesuffix(_MOMENTS)] = moments
     return read
 
 
@@ -166,7 +184,7 @@ def run(arguments: argparse.Namespace) -> None:
             model, _ = MODELS[arguments.model]()
         model.save_pretrained(folder / "model")
         data = Data.load(folder / "data.safetensors").to(device)
-        _write_moments(folder, model.to(device), data)
+        _write_moments(folder, model.to(device), data, jobs)
         del model, data
         group = arguments.group if device == "cuda" else 1
         waiting, results = context.Queue(), context.Queue()

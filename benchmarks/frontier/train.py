@@ -195,17 +195,18 @@ class Run:
                 rank = rank_of(values, arm.share, arm.directions)
                 number = 10_000 * self.job.seed + names.index(name)
                 mask = projection(cast(str, arm.protect), values, vectors, rank, number)
-            sensitivity = lab.moments[arm.moments].sensitivity[name]
             rows = None
             if arm.quota < 100:
                 count = round(arm.quota / 100 * linear.out_features)
                 if arm.rows == "random":
                     order = torch.randperm(linear.out_features, generator=rows_generator)
                 else:
+                    sensitivity = lab.moments[arm.moments].sensitivity[name]
                     order = sensitivity.argsort(descending=arm.rows == "most")
                 rows = order[:count].sort().values.to(lab.device)
             scale = None
             if arm.row_steps:
+                sensitivity = lab.moments[arm.moments].sensitivity[name]
                 chosen = sensitivity if rows is None else sensitivity[rows]
                 scale = (chosen / chosen.median()).rsqrt().clamp(0.25, 4.0)
                 scale = scale / scale.mean()

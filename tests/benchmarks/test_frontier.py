@@ -25,9 +25,14 @@ def lab():
     data = Data(tensors)
     moments = {
         name: measure_moments(
-            model, data.ids[source], data.labels[source], list(linears(model)), weighted=weighted
+            model,
+            data.ids[asked["source"]],
+            data.labels[asked["source"]],
+            list(linears(model)),
+            weighted=asked["weighted"],
+            sensitivity=asked["sensitivity"],
         )
-        for name, (source, weighted, _) in _sources().items()
+        for name, asked in _sources(list(kill_test())).items()
     }
     return Laboratory(model, data, moments)
 
