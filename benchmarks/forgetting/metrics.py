@@ -50,11 +50,11 @@ def ndcg(scores: Sequence[float], relevance: Sequence[float], k: int) -> float:
     return gain([relevance[i] for i in order]) / best if best else 1.0
 
 
-def average_degradation(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+def average_change(before: Mapping[str, float], after: Mapping[str, float]) -> float:
     """Mean relative change over the benchmarks in per cent, negative where a model got worse.
 
-    ``100 / n * sum((after - before) / before)``, the paper's summary of what was forgotten; over
-    the benchmarks of which the model could do anything before.
+    ``100 / n * sum((after - before) / before)``, the paper's summary of what was forgotten with the
+    other sign; over the benchmarks of which the model could do anything before.
     """
     changes = [(after[name] - value) / value for name, value in before.items() if value > 0]
     return 100 * sum(changes) / len(changes) if changes else 0.0

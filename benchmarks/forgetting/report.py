@@ -181,7 +181,7 @@ def _figures(stage: Stage, run: dict[str, Any], before: dict[str, float]) -> dic
     last, after = run["curve"][-1], run["retention"]
     learned = {key: last[key] for key in (_SCORES[stage.task], "loss")}
     kept = {key: after[key] for key in ("perplexity", *ACCURACIES)}
-    degradation = metrics.average_degradation(
+    degradation = metrics.average_change(
         *({name: of[name] for name in ACCURACIES} for of in (before, after))
     )
     return learned | kept | {"mean change, %": degradation}

@@ -16,7 +16,7 @@ from ..training.rows import check_rank
 from ..training.targets import as_selection
 
 MERGES = ("dequantize", "requantize")
-_OLDEST = "0.18"  # which LLaMA-Factory 0.9 pins
+_OLDEST = "0.18"  # which LLaMA-Factory 0.9.5 pins
 if Version(peft.__version__) < Version(_OLDEST):
     raise ImportError(
         f"loki_kernels.peft needs peft {_OLDEST} or newer; {peft.__version__} is installed."

@@ -24,7 +24,7 @@ def quantization_of(layer: nn.Module, model: nn.Module) -> Any:
     except ImportError as error:
         raise UnsupportedModelError(
             f"a {type(layer).__name__} with a {type(weight).__name__} is no plain linear layer; "
-            "quantized bases need peft 0.21 or newer."
+            "quantized bases need peft 0.20 or newer."
         ) from error
     return resolve_quantization_backend(layer, **get_quantization_kwargs(model))
 

@@ -16,7 +16,7 @@ from loki_kernels.peft import LokiConfig
 from tests.models import DEVICE, GQA, _config
 from tests.tiny_training import ROWS, WordTokenizer, logits, train
 
-pytest.importorskip("peft.utils.quantization_utils", reason="needs peft 0.21")
+pytest.importorskip("peft.utils.quantization_utils", reason="needs peft 0.20")
 torchao = pytest.importorskip("torchao.quantization")
 pytest.importorskip("bitsandbytes")
 
