@@ -130,7 +130,7 @@ class Attribution:
         )
 
     def heatmap(self, path: str | os.PathLike[str], quota: float = DEFAULT_QUOTA) -> None:
-        """Write a PNG of how often each node (layers x nodes) is among its layer's highest and lowest.
+        """Write a PNG of how often each node is among its layer's highest and lowest.
 
         The ``quota`` % are of a layer; the paper's Figure 2, which this is after, ranks over all
         layers. It needs the ``plot`` extra.

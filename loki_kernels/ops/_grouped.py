@@ -10,6 +10,7 @@ from torch import library as torch_library
 from torch.nn import functional
 
 from ._check import check_first_derivative
+from ._products import padded_rows, selected_columns
 
 
 def grouped_linear(
@@ -43,22 +44,23 @@ def grouped_linear(
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, offsets: Tensor, update: Tensor | None, index: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        update: Tensor | None,
+        index: Tensor | None,
     ) -> Tensor:
+        # only the gradient of an update needs x
+        ctx.save_for_backward(None if update is None else x, weight, offsets, update, index)
         y = _products(x, weight.transpose(1, 2), offsets)
         if update is not None:
             assert index is not None
-            delta = _products(x, _padded(update, x.dtype).transpose(1, 2), offsets)
+            delta = _products(x, padded_rows(update, x.dtype).transpose(1, 2), offsets)
             # compiled by torch 2.11, a result that was written in place has no gradient
             add = y.index_add if torch.compiler.is_compiling() else y.index_add_
             y = add(1, index, delta[:, : len(index)])
         return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, offsets, update, index = inputs
-        # only the gradient of an update needs x
-        ctx.save_for_backward(None if update is None else x, weight, offsets, update, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,26 +71,13 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = _products(grad, weight, offsets) if needs_x else None
         grad_update = None
         if update is not None and (needs_x or needs_update):
-            # column 0 again where the update is padded with zeros
-            step = _step(grad.dtype)
-            selected = grad.index_select(1, functional.pad(index, (0, -len(index) % step)))
+            selected = selected_columns(grad, index)
             if grad_x is not None:
-                grad_x += _products(selected, _padded(update, grad.dtype), offsets)
+                grad_x += _products(selected, padded_rows(update, grad.dtype), offsets)
             if needs_update:
                 outer = _outer_products(selected, x, offsets)
                 grad_update = outer[:, : len(index)].to(update.dtype)
         return grad_x, None, None, grad_update, None
-
-
-def _step(dtype: torch.dtype) -> int:
-    """How many elements 16 bytes are."""
-    return 16 // dtype.itemsize
-
-
-def _padded(update: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[E, k, in_features]`` in another dtype, k being a multiple of 16 bytes."""
-    missing = -update.shape[1] % _step(dtype)
-    return functional.pad(update.to(dtype), (0, 0, 0, missing)) if missing else update.to(dtype)
 
 
 def _products(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
@@ -115,7 +104,7 @@ def _why_loop(a: Tensor, b: Tensor) -> str | None:
         return "Inductor lowers it for bfloat16 alone"
     if not len(a):
         return "it does not take no tokens"
-    compiling, step = torch.compiler.is_compiling(), _step(a.dtype)
+    compiling, step = torch.compiler.is_compiling(), 16 // a.dtype.itemsize
     for matrix in (a, b):
         line, element = sorted(matrix.stride()[-2:], reverse=True)
         if element != 1 or line % step or not (compiling or matrix.data_ptr() % 16 == 0):

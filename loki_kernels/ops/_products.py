@@ -23,17 +23,27 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return unviewed
 
 
-def selected_columns(grad: Tensor, index: Tensor) -> Tensor:
-    """``dY[:, S]``, ``[tokens, k]``, each token's line starting at a multiple of 16 bytes.
+# Products of k rows or columns are made with the next multiple of this: k is seldom one, and a
+# tensor-core product whose lines or counts do not fit whole 16-byte copies falls back to slower
+# ones. dW_S of 409 columns at 4,096 tokens, 14336 -> 4096 takes an H200 459 us as it is, 151 with
+# padded lines alone, 81 as a product of 416 columns (`results/h200-ops.txt`).
+_STEP = 16
 
-    A tensor-core product cannot load unaligned lines by TMA or 16-byte copies, and k is seldom a
-    multiple of 8: dW_S at 409 columns takes 459 us of an H200 without the padding, 151 with it.
-    Gathering inside the product instead would read dY once for every tile of X's columns: at
-    4,096 tokens, 14336 -> 4096 and tiles of 128, 112 times 33 MB against once (`NOTES.md`).
+
+def selected_columns(grad: Tensor, index: Tensor) -> Tensor:
+    """``dY[:, S]`` and column 0 of dY again for padding, ``[tokens, next multiple of 16 from k]``.
+
+    Gathering inside a product instead would read dY once for every tile of X's columns: at 4,096
+    tokens, 14336 -> 4096 and tiles of 128, 112 times 33 MB against once (`NOTES.md`).
     """
-    k, step = index.shape[0], 16 // grad.dtype.itemsize
-    padded = functional.pad(index, (0, -k % step))  # column 0 again
-    return as_matrix(grad).index_select(1, padded)[:, :k]
+    padded = functional.pad(index, (0, -len(index) % _STEP))
+    return as_matrix(grad).index_select(1, padded)
+
+
+def padded_rows(update: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[..., k, n]`` in another dtype, with rows of zeros up to the next multiple of 16."""
+    missing = -update.shape[-2] % _STEP
+    return functional.pad(update.to(dtype), (0, 0, 0, missing)) if missing else update.to(dtype)
 
 
 def weight_gradient(selected: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -152,12 +152,9 @@ class LeaveOutOfGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(update: Tensor, directions: Tensor) -> Tensor:
+    def forward(ctx: Any, update: Tensor, directions: Tensor) -> Tensor:
+        ctx.save_for_backward(directions)
         return update.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -180,13 +180,10 @@ class _WrittenRows(torch.autograd.Function):
     """A weight that holds an update, as a function of the update."""
 
     @staticmethod
-    def forward(update: Tensor, weight: Tensor, index: Tensor, axis: int) -> Tensor:
-        return weight.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        update, _, index, ctx.axis = inputs
+    def forward(ctx: Any, update: Tensor, weight: Tensor, index: Tensor, axis: int) -> Tensor:
         ctx.save_for_backward(update, index)  # it raises if the update has changed by then
+        ctx.axis = axis
+        return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

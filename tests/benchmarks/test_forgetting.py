@@ -123,9 +123,7 @@ def test_the_best_constant_answers():
 def test_average_change():
     before, after = {"a": 0.5, "b": 0.4}, {"a": 0.45, "b": 0.42}
     assert metrics.average_change(before, after) == pytest.approx(-2.5)
-    assert metrics.average_change({"a": 0.5, "c": 0.0}, {"a": 0.4, "c": 0.1}) == pytest.approx(
-        -20
-    )
+    assert metrics.average_change({"a": 0.5, "c": 0.0}, {"a": 0.4, "c": 0.1}) == pytest.approx(-20)
 
 
 def test_standard_error():

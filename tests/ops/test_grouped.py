@@ -113,17 +113,17 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("loop", [False, True])
 def test_never_forms_a_gradient_of_all_rows(loop, monkeypatch):
-    """64 experts of [40, 16], 4 rows of each, few tokens: the update is the largest thing."""
+    """64 experts of [40, 16], 16 rows of each, few tokens: the update is the largest thing."""
     if loop:
         monkeypatch.setattr(_grouped, "_why_loop", lambda *_: "asked for")
-    inputs = make(16, 40, 4, [1] * 64)
+    inputs = make(16, 40, 16, [1] * 64)
     wanted = [inputs[name].requires_grad_() for name in ("x", "update")]
     with Largest() as forward:
         y = grouped_linear(**inputs)
     with Largest() as backward:
         y.backward(torch.randn_like(y))
     assert all(w.grad is not None for w in wanted)
-    assert max(forward.elements, backward.elements) == 64 * 4 * 16 < inputs["weight"].numel()
+    assert max(forward.elements, backward.elements) == 64 * 16 * 16 < inputs["weight"].numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loki_kernels import ops
-from loki_kernels.ops._products import selected_columns
+from loki_kernels.ops._products import padded_rows, selected_columns
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -14,40 +14,53 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize(
     ("tokens", "width", "k"), [(1, 1, 1), (63, 129, 20), (5, 16, 8), (129, 500, 499)]
 )
-def test_selected_columns_are_those_and_aligned(tokens, width, k, dtype):
+def test_selected_columns_are_those_and_a_multiple_of_16(tokens, width, k, dtype):
     torch.manual_seed(tokens)
     x, index = torch.randn(tokens, width).to(dtype), torch.randperm(width)[:k]
     for order in (index, index.sort().values):
         got = selected_columns(x, order)
-        assert torch.equal(got, x[:, order])
-        assert got.stride(0) * got.element_size() % 16 == 0
+        assert torch.equal(got[:, :k], x[:, order])
+        assert got.is_contiguous()
+        assert got.shape[1] == k + -k % 16
         assert got.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 3), (20, 5), (16, 2), (2, 17, 4), (0, 3)])
+def test_padded_rows_are_zeros(shape, dtype):
+    update = torch.randn(*shape)
+    got, k = padded_rows(update, dtype), shape[-2]
+    assert got.dtype == dtype
+    assert got.shape == (*shape[:-2], k + -k % 16, shape[-1])
+    assert torch.equal(got[..., :k, :], update.to(dtype))
+    assert not got[..., k:, :].any()
 
 
 @pytest.mark.parametrize(("tokens", "k"), [(0, 3), (4, 0)])
 def test_nothing_to_select(tokens, k):
-    assert selected_columns(torch.zeros(tokens, 9), torch.arange(k)).shape == (tokens, k)
+    assert selected_columns(torch.zeros(tokens, 9), torch.arange(k))[:, :k].shape == (tokens, k)
 
 
 def test_selected_columns_of_what_is_not_contiguous():
     x, index = torch.randn(3, 129, 63).mT[:, ::2], torch.randperm(129).repeat_interleave(2)[::2]
-    assert torch.equal(selected_columns(x, index), x.reshape(-1, 129)[:, index])
+    k = len(index)
+    assert torch.equal(selected_columns(x, index)[:, :k], x.reshape(-1, 129)[:, index])
     expanded = torch.randn(1, 1).expand(7, 129)
-    assert torch.equal(selected_columns(expanded, index), expanded)
+    assert torch.equal(selected_columns(expanded, index)[:, :k], expanded[:, :1].expand(7, k))
 
 
 def test_selected_columns_of_tensors_without_numbers():
     x, index = torch.zeros(2, 3, 9), torch.arange(5)
-    assert selected_columns(x.to("meta"), index.to("meta")).shape == (6, 5)
+    assert selected_columns(x.to("meta"), index.to("meta")).shape == (6, 16)
     with FakeTensorMode() as mode:
-        assert selected_columns(mode.from_tensor(x), mode.from_tensor(index)).shape == (6, 5)
+        assert selected_columns(mode.from_tensor(x), mode.from_tensor(index)).shape == (6, 16)
 
 
 def test_selected_columns_compile_whole():
     torch._dynamo.reset()
     x, index = torch.randn(7, 129), torch.randperm(129)[:37]
     compiled = torch.compile(selected_columns, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, index), x[:, index])
+    assert torch.equal(compiled(x, index)[:, :37], x[:, index])
 
 
 @pytest.mark.parametrize("bias", [torch.zeros(8), None])

@@ -16,7 +16,7 @@ from .._check import (
     without_autocast,
 )
 from .._dispatch import Backend, check_backend
-from .._products import as_matrix, dense_linear, selected_columns, weight_gradient
+from .._products import as_matrix, dense_linear, padded_rows, selected_columns, weight_gradient
 from ..scatter_add_columns import scatter_add_columns
 
 
@@ -68,6 +68,7 @@ def row_delta_linear(
 class _RowDeltaLinear(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         delta_a: Tensor,
@@ -76,6 +77,8 @@ class _RowDeltaLinear(torch.autograd.Function):
         bias: Tensor | None,
         backend: str | None,
     ) -> Tensor:
+        ctx.save_for_backward(x, weight, delta_a, delta_b, index)
+        ctx.backend = backend
         with without_autocast(x):
             y = dense_linear(x, weight, bias)
             u = as_matrix(x)
@@ -85,11 +88,6 @@ class _RowDeltaLinear(torch.autograd.Function):
             return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *saved, _, ctx.backend = inputs
-        ctx.save_for_backward(*saved)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
         x, weight, delta_a, delta_b, index = ctx.saved_tensors
@@ -97,10 +95,11 @@ class _RowDeltaLinear(torch.autograd.Function):
         grad_x = grad_a = grad_b = grad_bias = None
         if needs_x or needs_a or needs_b:
             selected, flat = selected_columns(grad, index), as_matrix(x)
-            through = selected @ delta_a.to(x.dtype)  # the gradient of what delta_a multiplies
+            # the gradient of what delta_a multiplies
+            through = selected @ padded_rows(delta_a, x.dtype)
             if needs_a:
                 u = flat if delta_b is None else flat @ delta_b.to(x.dtype).t()
-                grad_a = weight_gradient(selected, u, delta_a.dtype)
+                grad_a = weight_gradient(selected, u, delta_a.dtype)[: len(index)]
             if needs_b:
                 grad_b = weight_gradient(through, flat, delta_b.dtype)
             if needs_x:

@@ -55,23 +55,20 @@ def row_masked_linear(
 class _RowMaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         rows: Tensor,
         index: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        with without_autocast(x):
-            return dense_linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, rows, index, _ = inputs
         needs_x, _, needs_rows, *_ = ctx.needs_input_grad
         # `rows` is saved, though unused, so that autograd notices an optimizer step between the
         # forward and the backward pass.
         ctx.save_for_backward(x if needs_rows else None, weight if needs_x else None, rows, index)
         ctx.rows_dtype = rows.dtype
+        with without_autocast(x):
+            return dense_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,7 +79,7 @@ class _RowMaskedLinear(torch.autograd.Function):
             grad_x = grad @ weight
         if ctx.needs_input_grad[2]:
             selected = selected_columns(grad, index)
-            grad_rows = weight_gradient(selected, as_matrix(x), ctx.rows_dtype)
+            grad_rows = weight_gradient(selected, as_matrix(x), ctx.rows_dtype)[: len(index)]
         if ctx.needs_input_grad[4]:
             grad_bias = as_matrix(grad).sum(0)
         return grad_x, None, grad_rows, None, grad_bias

@@ -68,6 +68,7 @@ def swiglu_row_masked_linear(
 class _SwigluRowMaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         gate: Tensor,
         up: Tensor,
         weight: Tensor,
@@ -77,16 +78,13 @@ class _SwigluRowMaskedLinear(torch.autograd.Function):
         activation: str,
         backend: str | None,
     ) -> Tensor:
-        with without_autocast(gate):
-            product = torch.ops.loki_kernels.gated_product(gate, up, activation, backend)
-            return dense_linear(product, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gate, up, weight, rows, index, _, ctx.activation, ctx.backend = inputs
         # `rows` is saved, though unused, so that autograd notices an optimizer step between the
         # forward and the backward pass.
         ctx.save_for_backward(gate, up, weight, rows, index)
+        ctx.activation, ctx.backend = activation, backend
+        with without_autocast(gate):
+            product = torch.ops.loki_kernels.gated_product(gate, up, activation, backend)
+            return dense_linear(product, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,7 +101,7 @@ class _SwigluRowMaskedLinear(torch.autograd.Function):
             product = torch.ops.loki_kernels.gated_product(gate, up, ctx.activation, ctx.backend)
         if needs_rows:
             selected = selected_columns(grad, index)
-            grad_rows = weight_gradient(selected, as_matrix(product), rows.dtype)
+            grad_rows = weight_gradient(selected, as_matrix(product), rows.dtype)[: len(index)]
         if needs_bias:
             grad_bias = as_matrix(grad).sum(0)
         return grad_gate, grad_up, None, grad_rows, None, grad_bias, None, None
