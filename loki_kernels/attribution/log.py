@@ -172,10 +172,10 @@ class Log(contextlib.AbstractContextManager["Log"]):
     def write(self, planned: PlannedBatch, scores: Scores) -> None:
         checksum = 0
         for name, values in self.layout.values(scores).items():
-            for member, row in zip(planned.members, values, strict=True):
-                data = row.tobytes()
-                checksum = zlib.crc32(data, checksum)
-                _write(self._files[name], data, self._place(name, member))
+            lines = values.reshape(len(values), -1).view(np.uint8)
+            for member, line in zip(planned.members, lines, strict=True):
+                checksum = zlib.crc32(line.data, checksum)
+                _write(self._files[name], line.data, self._place(name, member))
         number = planned.number
         self._append({"batch": number, "prompts": planned.digest(), "rows": checksum})
         self._counted = False
@@ -414,7 +414,7 @@ def check_out(out: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _write(file: io.FileIO, data: bytes, place: int | None = None) -> None:
+def _write(file: io.FileIO, data: bytes | memoryview, place: int | None = None) -> None:
     """All of ``data``, at a place in the file or where it stands."""
     if place is not None:
         file.seek(place)

@@ -51,7 +51,7 @@ class Layout:
             change = scores.change.cpu()
             values |= {"change": change, "completeness": scores.sums() - change}
         return {
-            name: values[name].cpu().numpy().astype(array.dtype, order="C")
+            name: values[name].cpu().numpy().astype(array.dtype, order="C", copy=False)
             for name, array in self.empty.items()
         }
 
