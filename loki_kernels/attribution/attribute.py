@@ -139,7 +139,7 @@ def attribute(
         definition: ``"published"``, ``"paper"`` or ``"captum"``; by ``steps`` path points m.
         engine: ``"staircase"``, ``"decode"`` or ``"reforward"``; the first exact one of the former.
         batch_size: prompts at a time; by default as many as fit 1,024 prompt tokens and 512 path
-            points on a CPU, 16,384 of both on a GPU.
+            points on a CPU, 16,384 of both on a GPU. What does not fit into memory is halved.
         target: each prompt's token to attribute, or answer of several (its tokens or its text); by
             default what the model predicts. With ``contrast``, of F(target) - F(contrast).
         keep: ``"counts"`` keeps only what `select` needs for one ``quota`` and ``criterion``, how

@@ -148,21 +148,20 @@ def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> 
 def _analyse(
     model: nn.Module, prompts: list[Any], tokenizer: Any, options: Mapping[str, Any]
 ) -> Attribution:
-    """`attribute`, on the accelerator if the model fits there with a small batch at least."""
-    chosen = options.get("batch_size")
+    """`attribute`, on the accelerator if the model fits there and a prompt beside it."""
 
-    def run(size: int | None) -> Attribution:
-        sized = {**options, "batch_size": size}
-        result: Attribution = attribute(model, prompts, tokenizer=tokenizer, **sized)
+    def run() -> Attribution:
+        result: Attribution = attribute(model, prompts, tokenizer=tokenizer, **options)
         return result
 
-    for size in [None, 8, 1] if chosen is None else [chosen]:
-        try:
-            with on_accelerator(model):
-                return run(size)
-        except torch.OutOfMemoryError as error:  # the default is for a GPU that is empty
-            logger.warning("the analysis ran out of memory (batch_size=%s): %s", size, error)
-    return run(chosen)
+    try:
+        with on_accelerator(model):
+            return run()
+    except torch.OutOfMemoryError as error:
+        if next(model.parameters()).device.type != "cpu":
+            raise
+        logger.warning("the accelerator has no room for the analysis; the CPU does it: %s", error)
+    return run()
 
 
 def find_tokenizer(model: nn.Module) -> Any:

@@ -25,6 +25,7 @@ from ..structure import Structure, embedding_weight
 from ..team import Team
 from .definitions import PathIntegral
 from .engine import Engine, attribute_batch, choose_engine
+from .fitting import Fitting
 from .log import Log, check_out
 from .placement import accelerator
 from .plan import BatchLimits, PlannedBatch, Window
@@ -118,6 +119,7 @@ class Job:
         prompts = batches = 0
         engine: Engine | None = None
         start: float | None = None
+        fitting = Fitting(points)
         agree = self.team.all if self.structure.sharded else None
         with stopping(enabled=isinstance(store, Log), agree=agree) as stopped:
             for window in windows:
@@ -135,7 +137,7 @@ class Job:
                 todo = {planned.number for planned in left}
                 for i, planned in enumerate(self._in_step(plan, left, engine), 1):
                     self.team.check()
-                    scores = self._compute(planned, engine)
+                    scores = self._compute(planned, engine, fitting)
                     if planned.number in todo:
                         todo.remove(planned.number)
                         store.write(planned, scores)
@@ -177,8 +179,13 @@ class Job:
             return left + plan[-1:] * (max(map(len, everyone)) - len(left))
         return [planned for planned in plan if any(planned.number in told for told in everyone)]
 
-    def _compute(self, planned: PlannedBatch, engine: Engine) -> Scores:
-        scores = attribute_batch(engine, planned.on(self.structure.device))
+    def _compute(self, planned: PlannedBatch, engine: Engine, fitting: Fitting) -> Scores:
+        def compute(part: PlannedBatch) -> Scores:
+            return attribute_batch(engine, part.on(self.structure.device))
+
+        # processes that share a model's weights stay in step
+        apart = not self.structure.sharded
+        scores = fitting.run(planned, compute) if apart else compute(planned)
         scores = scores.at(list(self.structure.present()), len(self.structure.layers))
         if self.counter is not None:
             _check_rankable(scores, planned.members)

@@ -97,6 +97,14 @@ class PlannedBatch:
             digest.update(tokens.content())
         return digest.hexdigest()[:32]
 
+    def halves(self) -> list[PlannedBatch]:
+        """The same prompts in two batches; there are two at least."""
+        middle = len(self.members) // 2
+        return [
+            replace(self, members=self.members[part], sequences=self.sequences[part])
+            for part in (slice(middle), slice(middle, None))
+        ]
+
     def on(self, device: torch.device) -> Batch:
         """The batch itself, padded on the right, where the model takes its tokens."""
         lengths = torch.tensor([len(tokens) for tokens in self.sequences])

@@ -1,0 +1,91 @@
+"""Batches that a device has no room for."""
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+import loki_kernels as loki
+from loki_kernels.attribution import job
+from loki_kernels.attribution.fitting import Fitting
+from loki_kernels.attribution.plan import PlannedBatch
+from loki_kernels.attribution.prompts import Tokens
+from tests.models import build_model
+
+PROMPTS = [{"input_ids": [*range(1, 2 + n)]} for n in (3, 7, 5, 4, 6, 2, 8)]
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """How many tokens a batch may have, padded; and the sizes of the batches that were tried."""
+    found = {"tokens": 10**9, "tried": []}
+    attribute_batch = job.attribute_batch
+
+    def crowded(engine, batch):
+        found["tried"].append(tuple(batch.input_ids.shape))
+        if batch.input_ids.numel() > found["tokens"]:
+            raise torch.OutOfMemoryError("full")
+        return attribute_batch(engine, batch)
+
+    monkeypatch.setattr(job, "attribute_batch", crowded)
+    return found
+
+
+@pytest.mark.parametrize("keep", ["scores", "counts"])
+def test_what_does_not_fit_is_halved_with_the_same_result(keep, room, caplog):
+    model = build_model(device="cpu")
+    options = {"batch_size": 5, "keep": keep}
+    want = loki.attribute(model, PROMPTS, **options)
+    assert room["tried"] == [(5, 9), (2, 4)]
+    room["tried"].clear()
+    room["tokens"] = 20
+    got = loki.attribute(model, PROMPTS, **options)
+    assert room["tried"] == [(5, 9), (2, 9), (3, 7), (1, 7), (2, 6), (2, 4)]
+    assert caplog.text.count("do not fit") == 2
+    if keep == "counts":
+        assert torch.equal(got.counts, want.counts)
+    else:
+        torch.testing.assert_close(got.scores, want.scores)
+    for name in ("targets", "value", "completeness", "change"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name))
+
+
+def test_what_did_not_fit_is_not_tried_again(room):
+    room["tokens"] = 13
+    loki.attribute(build_model(device="cpu"), PROMPTS[:4] * 3, batch_size=4)
+    sizes = [tokens * prompts for prompts, tokens in room["tried"]]
+    assert sum(size > 13 for size in sizes) == 2  # 4 prompts, then 2
+
+
+def test_one_prompt_that_does_not_fit_is_an_error(room):
+    room["tokens"] = 8
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        loki.attribute(build_model(device="cpu"), PROMPTS, batch_size=4)
+    assert room["tried"][-1] == (1, 9)
+
+
+def test_processes_that_share_weights_do_not_halve(room, monkeypatch):
+    room["tokens"] = 20
+    monkeypatch.setattr("loki_kernels.structure.Structure.sharded", True)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        loki.attribute(build_model(device="cpu"), PROMPTS, batch_size=5)
+    assert len(room["tried"]) == 1
+
+
+def test_memory_is_free_again_when_the_halves_run():
+    """What the failed batch had made is gone, although its error was logged."""
+    made = []
+    sequences = [Tokens(np.array(ids)) for ids in ([1, 2], [3, 4])]
+
+    def compute(part):
+        assert all(reference() is None for reference in made)
+        tensor = torch.zeros(3)
+        made.append(weakref.ref(tensor))
+        if len(part.members) > 1:
+            raise torch.OutOfMemoryError("full")
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        Fitting(points=1).run(PlannedBatch(0, [0, 1], sequences), compute)
+    assert len(made) == 2
