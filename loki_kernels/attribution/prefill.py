@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,14 +51,18 @@ class Batch:
     def positions(self) -> Tensor:
         return torch.arange(self.input_ids.shape[1], device=self.input_ids.device)[None]
 
-    @property
+    @functools.cached_property  # asked for at every layer
     def last(self) -> Tensor:
         """``[B]``, the position of each sample's last token."""
         return self.lengths - 1
 
+    @functools.cached_property
+    def _samples(self) -> Tensor:
+        return torch.arange(len(self.lengths), device=self.lengths.device)
+
     def at_last(self, x: Tensor) -> Tensor:
         """``[B, T, ...]`` at each sample's last token."""
-        return x[torch.arange(x.shape[0], device=x.device), self.last.to(x.device)]
+        return x[self._samples.to(x.device), self.last.to(x.device)]
 
 
 @dataclass(frozen=True)
