@@ -69,8 +69,8 @@ def cases(scope: str) -> Iterator[dict[str, Any]]:
     yield one | {"model": "Llama-3.1-8B", "layers": 3, "tokens": 128}
 
 
-def _flops(model: str, layers: int | None, tokens: int, steps: int) -> float:
-    """Of one prompt: prefill, the points' forward and backward pass, head and its gradient."""
+def least_work(model: str, layers: int | None, tokens: int, steps: int) -> float:
+    """FLOPs of a prompt: prefill, the points' forward and backward pass, head and its gradient."""
     depth = layers or MODELS[model]["num_hidden_layers"]
     weights = parameters(model, layers)
     head = MODELS[model]["hidden_size"] * MODELS[model]["vocab_size"]
@@ -116,7 +116,7 @@ def _compare(model: LlamaForCausalLM, case: dict[str, Any]) -> Iterator[dict[str
         "dtype": DTYPE_NAME,
     }
     least = floor(
-        _flops(case["model"], case.get("layers"), tokens, steps),
+        least_work(case["model"], case.get("layers"), tokens, steps),
         DTYPE.itemsize * parameters(case["model"], case.get("layers")) * 3 / samples,
     )
     pairs = {

@@ -3,6 +3,7 @@
 #
 #   benchmarks/gpu.sh [--dry-run] check              is it right? build, self-checks, sanitizer, tests
 #   benchmarks/gpu.sh [--dry-run] bench [SUITE ...]  is it fast? every suite, or those named
+#   benchmarks/gpu.sh [--dry-run] goals              is it fast enough? the figures that are asked for
 #   benchmarks/gpu.sh [--dry-run] study SECONDS      does it forget? trainings of benchmarks.frontier
 #
 # A section that fails or runs out of its time does not stop the rest; time that one leaves is the
@@ -25,9 +26,9 @@ fi
 run=${1:-}
 shift
 case $run in
-  check | bench | study) ;;
+  check | bench | goals | study) ;;
   *)
-    echo "usage: benchmarks/gpu.sh [--dry-run] check | bench [SUITE ...] | study SECONDS" >&2
+    echo "usage: benchmarks/gpu.sh [--dry-run] check | bench [SUITE ...] | goals | study SECONDS" >&2
     exit 2
     ;;
 esac
@@ -120,6 +121,15 @@ bench() {
   for suite in "${suites[@]}"; do
     section "$suite" "${limits[$suite]:-25}" "$PYTHON" -m benchmarks "$suite" "$scope"
   done
+}
+
+goals() {
+  if "$PYTHON" -c "$live" "$backend" 2>> "$log"; then
+    spare=70
+  else
+    build
+  fi
+  section goals 200 "$PYTHON" -m benchmarks.goals $dry
 }
 
 # What has not been trained of the kill test, most informative first. The texts' tokens travel in

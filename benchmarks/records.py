@@ -66,9 +66,9 @@ def file_of(device: str) -> Path:
     return _FOLDER / f"{name}.jsonl"
 
 
-def append_record(record: dict[str, Any]) -> None:
-    """Append one record, which `describe_machine` is part of, to its machine's file."""
-    path = file_of(record["device"])
+def append_record(record: dict[str, Any], name: str | None = None) -> None:
+    """Append one record, which `describe_machine` is part of, to a file: its machine's."""
+    path = file_of(record["device"]) if name is None else _FOLDER / name
     path.parent.mkdir(exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

@@ -80,12 +80,14 @@ def trainable_tokens(linear: nn.Linear, rows: Tensor) -> nn.Module:
         return get_peft_model(Holder(), config).to(linear.weight.device)
 
 
-def lora(model: nn.Module, *, dora: bool = False) -> nn.Module:
-    """PEFT's LoRA of rank 16 on every linear layer of the decoder; DoRA if so asked."""
+def lora(
+    model: nn.Module, targets: str | list[str] = "all-linear", *, dora: bool = False
+) -> nn.Module:
+    """PEFT's LoRA of rank 16 on every linear layer of the decoder, or some; DoRA if so asked."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=16, lora_alpha=32, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM"
+        r=16, lora_alpha=32, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -22,14 +22,16 @@ METHODS = ("ours", "full", "lora", "dora")
 
 
 def prepare(method: str, model: nn.Module, quota: float = 10.0) -> nn.Module:
-    """``model``, ready to be trained by ``method``."""
-    if method == "ours":
+    """``model``, ready to be trained by ``method``: of `METHODS`, or a variant of one of them."""
+    if method in ("ours", "ours_fused"):
         width, depth = model.config.hidden_size, model.config.num_hidden_layers
-        patch(model, random_rows(depth, width, rows_per_layer(quota, width), seed=0))
+        rows = random_rows(depth, width, rows_per_layer(quota, width), seed=0)
+        patch(model, rows, fuse_mlp=method == "ours_fused")
         return model
     if method == "full":
         return model.requires_grad_(True)
-    return peers.lora(model, dora=method == "dora")
+    targets = ["down_proj"] if method == "lora_down_proj" else "all-linear"
+    return peers.lora(model, targets, dora=method == "dora")
 
 
 def make_step(model: nn.Module, tokens: int) -> Callable[[], float]:

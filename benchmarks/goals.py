@@ -1,0 +1,191 @@
+"""``python -m benchmarks.goals``: how far a GPU is from where its figures are to be.
+
+Each goal is measured on the card under test, beside its peers, and appended to ``goals.jsonl``
+among the results; a table is printed. On a CPU, or with ``--dry-run``, the same runs on a tiny
+model, to find typing errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from loki_kernels import attribute
+
+from .attribution import least_work
+from .measure import DEVICE, floor, host_and_device, interleave, seconds
+from .records import append_record, describe_machine
+from .shapes import build
+from .training.step import make_step, prepare
+
+_ROUNDS = 3
+STEPS = 7  # path points
+
+
+class Measured(NamedTuple):
+    """One figure.
+
+    Attributes:
+        what: in words.
+        value: measured.
+        goal: where it is to be; None for a peer's, which has none.
+        unit: of both.
+        more: whether more is better.
+    """
+
+    what: str
+    value: float
+    goal: float | None
+    unit: str
+    more: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.goal is None:
+            return ""
+        reached = self.value >= self.goal if self.more else self.value <= self.goal
+        return "reached" if reached else "missed"
+
+
+def _attribute(model: Any, tokens: int, prompts: int, size: int | None) -> Callable[[], Any]:
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(0, model.config.vocab_size, (prompts, tokens), generator=generator)
+    return lambda: attribute(model, [{"input_ids": ids}], steps=STEPS, batch_size=size)
+
+
+def _median(function: Callable[[], Any]) -> float:
+    function()
+    return statistics.median(seconds(function) for _ in range(_ROUNDS))
+
+
+def analyses(name: str, dry: bool) -> Iterator[Measured]:
+    """Of a large model: shares of the floor, of the wall that the device idles, and one prompt."""
+    model = build(name).requires_grad_(False)
+    cases = ((128, 16, 16, 0.75), (128, 128, None, 0.8), (512, 32, None, 0.8), (2048, 8, None, 0.8))
+    for tokens, prompts, size, goal in cases:
+        tokens = 16 if dry else tokens
+        call = _attribute(model, tokens, prompts, size)
+        wall = _median(call)
+        # what a batch reads is little beside what it computes
+        least = floor(least_work(name, None, tokens, STEPS) * prompts, 0)
+        what = f"analysis, {name}, {tokens} tokens x {prompts}"
+        yield Measured(what, 100 * least / wall, 100 * goal, "% of the floor", more=True)
+        yield Measured(f"{what}: a prompt", wall / prompts * 1e3, None, "ms")
+        if size == 16:
+            _, busy = host_and_device(call, 1)
+            yield Measured(f"{what}: wall beyond busy", 100 * (wall / busy - 1), 15, "%")
+    alone = _median(_attribute(model, 16 if dry else 128, 1, None))
+    yield Measured(f"analysis, {name}, one prompt alone", alone * 1e3, 40, "ms")
+
+
+def small_models(names: dict[str, float], dry: bool) -> Iterator[Measured]:
+    for name, goal in names.items():
+        prompts = 4 if dry else 256
+        wall = _median(_attribute(build(name).requires_grad_(False), 128, prompts, None))
+        yield Measured(
+            f"analysis, {name}, {prompts} prompts", wall / prompts * 1e3, goal, "ms each"
+        )
+        gc.collect()
+
+
+_FIRST_CALL = """
+import time, torch
+from benchmarks.goals import _attribute
+from benchmarks.shapes import build
+call = _attribute(build({name!r}).requires_grad_(False), 64, 4, None)
+for _ in range(2):
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    print(time.perf_counter() - start)
+"""
+
+
+def first_calls(name: str) -> Iterator[Measured]:
+    """Of a process: with Triton's cache empty, and then with what that one left."""
+    with tempfile.TemporaryDirectory() as cache:
+        for which, goal in (("cold", 10.0), ("from the cache", 1.0)):
+            run = subprocess.run(
+                [sys.executable, "-c", _FIRST_CALL.format(name=name)],
+                env=os.environ | {"TRITON_CACHE_DIR": cache},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            first, second = map(float, run.stdout.split()[-2:])
+            value = first if which == "cold" else first - second
+            beyond = "" if which == "cold" else ", beyond the second"
+            yield Measured(f"first call, {name}, {which}{beyond}", value, goal, "s")
+
+
+def training(
+    name: str, layers: int | None, tokens: int, goals: tuple[float, float | None], methods: Any
+) -> Iterator[Measured]:
+    """Steps in turns, and each method's peak beside what all of them keep."""
+    models = {method: prepare(method, build(name, layers)) for method in methods}
+    steps = {method: make_step(model, tokens) for method, model in models.items()}
+    times = interleave(steps, _ROUNDS)
+    what = f"training step, {name}, {layers or 'all'} layers, {tokens} tokens"
+    for method in methods:
+        ours = method.startswith("ours")
+        took = statistics.median(times[method])
+        yield Measured(f"{what}: {method}", took * 1e3, goals[0] if ours else None, "ms")
+    if DEVICE.type == "cuda":
+        for method in methods:
+            del models[method], steps[method]
+            gc.collect()
+        for method in methods:
+            peak = _peak(method, name, layers, tokens)
+            goal = goals[1] if method.startswith("ours") else None
+            yield Measured(f"{what}: {method}, peak", peak, goal, "GiB")
+
+
+def _peak(method: str, name: str, layers: int | None, tokens: int) -> float:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = make_step(prepare(method, build(name, layers)), tokens)
+    for _ in range(2):
+        step()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def goals(dry: bool) -> Iterator[Measured]:
+    large, small = ("tiny", "tiny") if dry else ("Llama-3.1-8B", "SmolLM2-135M")
+    yield from analyses(large, dry)
+    gc.collect()
+    yield from small_models({small: 0.8} | ({} if dry else {"Qwen2.5-0.5B": 0.7}), dry)
+    yield from first_calls(small)
+    methods = ("ours", "ours_fused", "lora_down_proj", "lora", "full")
+    tokens = (32, 32) if dry else (8192, 2048)
+    yield from training(large, None if dry else 8, tokens[0], (130, 23), methods)
+    gc.collect()
+    yield from training(small, None, tokens[1], (65, None), ("ours", "lora", "full"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.goals", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, nothing is kept")
+    dry = parser.parse_args(argv).dry_run or DEVICE.type == "cpu"
+    machine = describe_machine()
+    print("| | measured | goal | |\n|---|--:|--:|---|")
+    for figure in goals(dry):
+        goal = "" if figure.goal is None else f"{figure.goal:g}"
+        value = f"{figure.value:.3g} {figure.unit}"
+        print(f"| {figure.what} | {value} | {goal} | {figure.verdict} |", flush=True)
+        if not dry:
+            append_record(machine | figure._asdict(), "goals.jsonl")
+
+
+if __name__ == "__main__":
+    main()
