@@ -28,6 +28,9 @@ class Arm:
         source: of the second moments and sensitivities.
         weighted: whether tokens count by the squared gradient of their layer's output.
         row_steps: whether c is the sensitivity's inverse square root, else 1.
+        start: what the update is trained from: ``null`` and ``corda`` are LoRA's factors
+            (`start_of`), ``svd`` the weight's own lower singular triplets (OSF); None zero.
+        fixed_factor: whether LoRA's second factor stays as it starts.
         general: what half of every batch is: None (the task), ``replay`` (general text as it is) or
             ``kl`` (general text, with the divergence from the base as its loss).
         general_weight: of that half's loss.
@@ -45,6 +48,8 @@ class Arm:
     source: str = "samples"
     weighted: bool = False
     row_steps: bool = False
+    start: str | None = None
+    fixed_factor: bool = False
     general: str | None = None
     general_weight: float = 1.0
 
@@ -84,6 +89,11 @@ ARMS: dict[str, Arm] = {
     "full + KL": Arm(_FULL, "linears", whole=True, general="kl"),
     "LoRA + replay": Arm(_LORA, "linears", rank=16, general="replay"),
     "LoRA + KL": Arm(_LORA, "linears", rank=16, general="kl"),
+    # Published methods that keep what was known.
+    "OSF": Arm(_FULL, "linears", start="svd"),
+    "CorDA": Arm(_LORA, "linears", rank=16, start="corda"),
+    "LoRA-Null": Arm(_LORA, "linears", rank=16, start="null"),
+    "LoRA-Null, A fixed": Arm(_LORA, "linears", rank=16, start="null", fixed_factor=True),
     # Variants of what the first ones say.
     "full + 5 KL": Arm(_FULL, "linears", whole=True, general="kl", general_weight=5.0),
     "LoRA + 5 KL": Arm(_LORA, "linears", rank=16, general="kl", general_weight=5.0),
@@ -102,4 +112,4 @@ ARMS: dict[str, Arm] = {
     "rows protected, 30 %": Arm((5e-4, 1e-3, 2e-3, 4e-3, 8e-3), quota=30, protect="cut"),
 }
 # The question; the others refine what it answers.
-FIRST = tuple(ARMS)[:24]
+FIRST = tuple(ARMS)[:28]

@@ -77,7 +77,7 @@ def _sources(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
     wanted: dict[str, dict[str, Any]] = {}
     for arm in (job.arm for job in jobs):
         by_sensitivity = arm.rows != "random" or arm.row_steps
-        if arm.protect is None and not by_sensitivity:
+        if arm.protect is None and arm.start in (None, "svd") and not by_sensitivity:
             continue
         asked = wanted.setdefault(
             arm.moments,

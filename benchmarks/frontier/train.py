@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from .arms import Arm
 from .data import DOMAINS, TASKS, Data
+from .layers import FactoredLinear, OrthogonalSubspaceLinear, UpdatedLinear, start_of
 from .moments import Moments, linears, projection, rank_of
 
 SCALES = (0.25, 0.5, 0.75, 1.0)  # of the update that is merged
@@ -46,44 +47,6 @@ class Job:
             "seed": self.seed,
             "steps": self.steps,
         }
-
-
-class UpdatedLinear(nn.Module):
-    """``x @ (W + update)^T + b`` with the arm's update, formed anew in every forward pass."""
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        rows: Tensor | None,
-        scale: Tensor | None,
-        rank: int | None,
-        mask: Tensor | None,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__()
-        self.linear, self.rows, self.mask = linear, rows, mask
-        self.scale = None if scale is None else scale[:, None]
-        out, inputs = linear.weight.shape
-        device = linear.weight.device
-        if rank is None:
-            count = out if rows is None else len(rows)
-            self.delta = nn.Parameter(torch.zeros(count, inputs, device=device))
-            self.factor = None
-        else:
-            bound = 1 / math.sqrt(inputs)  # as PEFT draws A
-            factor = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
-            self.delta = nn.Parameter(torch.zeros(out, rank, device=device))
-            self.factor = nn.Parameter(factor.to(device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        delta = self.delta if self.factor is None else self.delta @ self.factor
-        if self.scale is not None:
-            delta = delta * self.scale
-        if self.mask is not None:
-            delta = delta @ self.mask
-        weight = self.linear.weight
-        weight = weight + delta if self.rows is None else weight.index_add(0, self.rows, delta)
-        return functional.linear(x, weight, self.linear.bias)
 
 
 class Laboratory:
@@ -144,9 +107,7 @@ class Run:
         self.model = copy.deepcopy(lab.base)
         self.generator = torch.Generator().manual_seed(1000 + job.seed)
         self.parameters = self._prepare()
-        # what a merge scales: of a product one factor is enough
-        self.scaled = [p for name, p in self._named() if not name.endswith(".factor")]
-        self.initial = [p.detach().clone() for p in self.scaled] if job.arm.whole else None
+        self.initial = [p.detach().clone() for p in self.parameters] if job.arm.whole else None
         device = lab.device
         self.rate = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
@@ -164,9 +125,6 @@ class Run:
         self.order = self._order().to(device)
         self.step_number = torch.zeros(1, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
-
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
     def _prepare(self) -> list[nn.Parameter]:
         arm, lab = self.job.arm, self.lab
@@ -212,9 +170,20 @@ class Run:
                 scale = scale / scale.mean()
             linear.weight.requires_grad_(False)
             parent, _, attribute = name.rpartition(".")
-            layer = UpdatedLinear(linear, rows, scale, arm.rank, mask, self.generator)
+            layer: UpdatedLinear
+            if arm.start == "svd":
+                layer = OrthogonalSubspaceLinear(linear)
+            else:
+                start = None
+                if arm.start is not None:
+                    moments = lab.moments[arm.moments]
+                    values, vectors = moments.values[name], moments.vectors[name]
+                    start = start_of(arm.start, linear.weight, values, vectors, cast(int, arm.rank))
+                layer = FactoredLinear(linear, rows, scale, arm.rank, mask, self.generator, start)
+                if arm.fixed_factor:
+                    cast(nn.Parameter, layer.factor).requires_grad_(False)
             setattr(self.model.get_submodule(parent), attribute, layer)
-        return [p for _, p in self._named()]
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def _order(self) -> Tensor:
         """The sequences of each step, ``[steps, batch]``: of the task, then of general text."""
@@ -309,16 +278,24 @@ class Run:
             with torch.cuda.stream(self.stream):
                 self.graph.replay()
 
+    @torch.no_grad()
+    def _merge(self, scale: float, final: list[Tensor]) -> None:
+        """So much of the update: of all parameters where all are trained."""
+        if self.initial is not None:
+            for parameter, start, value in zip(self.parameters, self.initial, final, strict=True):
+                parameter.copy_(start + scale * (value - start))
+            return
+        for module in self.model.modules():
+            if isinstance(module, UpdatedLinear):
+                module.share = scale
+
     def finish(self) -> dict[str, Any]:
         """The figures of every scale of the update."""
         self.graph = None
-        final = [p.detach().clone() for p in self.scaled]
+        final = [p.detach().clone() for p in self.parameters]
         points = []
         for scale in SCALES:
-            with torch.no_grad():
-                for i, (parameter, value) in enumerate(zip(self.scaled, final, strict=True)):
-                    start = 0.0 if self.initial is None else self.initial[i]
-                    parameter.copy_(start + scale * (value - start))
+            self._merge(scale, final)
             points.append({"scale": scale} | self.lab.measure(self.model, self.job.task))
         return {
             "trained": sum(p.numel() for p in self.parameters),

@@ -12,9 +12,15 @@ from benchmarks.frontier import two_tasks
 from benchmarks.frontier.arms import ARMS
 from benchmarks.frontier.compare import Comparison
 from benchmarks.frontier.data import DOMAINS, LENGTH, TASKS, Data, _prompt, _windows
+from benchmarks.frontier.layers import (
+    OrthogonalSubspaceLinear,
+    UpdatedLinear,
+    singular,
+    start_of,
+)
 from benchmarks.frontier.moments import linears, measure_moments, projection, rank_of
 from benchmarks.frontier.runner import _rehearsal, _sources, kill_test, main, plan, read_records
-from benchmarks.frontier.train import Job, Laboratory, Run, UpdatedLinear, train
+from benchmarks.frontier.train import Job, Laboratory, Run, train
 from loki_kernels.demo.frontier import at_loss, frontier
 from tests.test_demo import word_tokenizer
 
@@ -69,6 +75,12 @@ def test_every_arm_trains_what_it_says(lab, name):
             assert inside.abs().max() < 1e-4 * update.abs().max()
     whole = [n for n, p in run.model.named_parameters() if p.requires_grad and "delta" not in n]
     assert any("embed_tokens" in n for n in whole) == arm.whole
+    run._merge(0.5, [p.detach().clone() for p in run.parameters])
+    for layer, update in updates(run.model).items():
+        torch.testing.assert_close(update, 0.5 * changed[layer], rtol=1e-3, atol=1e-6)
+    run = Run(job, lab)
+    for _ in range(3):
+        run.advance()
     figures = run.finish()
     assert [p["scale"] for p in figures["points"]] == [0.25, 0.5, 0.75, 1.0]
     assert figures["points"][0]["wikitext"] < figures["points"][-1]["wikitext"]
@@ -119,6 +131,53 @@ def test_a_random_subspace_has_the_rank_of_the_cut(lab):
     assert float(cut.trace()) == pytest.approx(len(values) - rank, abs=1e-3)
     assert float(cut.trace()) == pytest.approx(float(drawn.trace()), abs=1e-3)
     assert (cut - drawn).abs().max() > 0.05
+
+
+def of(lab, name):
+    moments = lab.moments["samples"]
+    weight = lab.base.get_submodule(name).weight.detach()
+    return weight, moments.values[name], moments.vectors[name]
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_singular_values_are_those(shape):
+    matrix = torch.randn(*shape, dtype=torch.float64)
+    left, values, right = singular(matrix)
+    torch.testing.assert_close(left * values @ right, matrix)
+    torch.testing.assert_close(values, torch.linalg.svdvals(matrix))
+    torch.testing.assert_close(left.T @ left, torch.eye(min(shape), dtype=torch.float64))
+
+
+def test_lora_null_starts_where_the_inputs_hold_least(lab):
+    weight, values, vectors = of(lab, "model.layers.1.mlp.down_proj")
+    left, right = start_of("null", weight, values, vectors, 3)
+    assert (left.shape, right.shape) == ((24, 3), (3, 40))
+    least = vectors[:, -3:]
+    torch.testing.assert_close(left @ right, weight @ least @ least.T, rtol=1e-3, atol=1e-5)
+
+
+def test_corda_starts_as_peft_does(lab):
+    """PEFT's own formulas (tuners/lora/corda.py, 0.21), without its search for a damping."""
+    weight, values, vectors = of(lab, "model.layers.1.mlp.down_proj")
+    moment = (vectors.double() * values.double()) @ vectors.double().T
+    damped = moment + 0.01 * moment.diag().mean() * torch.eye(len(moment))
+    u, sizes, v = torch.linalg.svd(weight.double() @ damped, full_matrices=False)
+    want = u[:, -4:] * sizes[-4:] @ (v @ torch.linalg.inv(damped))[-4:]
+    left, right = start_of("corda", weight.double(), values.double(), vectors.double(), 4)
+    torch.testing.assert_close(left @ right, want)
+    assert (left.norm(dim=0) > 0).all()
+
+
+def test_osf_moves_its_vectors_across_the_upper_half(lab):
+    linear = lab.base.get_submodule("model.layers.0.mlp.down_proj")
+    layer = OrthogonalSubspaceLinear(linear)
+    assert layer.update().abs().max() == 0
+    left, _, right = singular(linear.weight.detach())
+    kept = min(linear.weight.shape) // 2
+    layer(torch.randn(7, 40)).square().sum().backward()
+    assert layer.left.grad.abs().max() > 0
+    assert (left[:, :kept].T @ layer.left.grad).abs().max() < 1e-4 * layer.left.grad.abs().max()
+    assert (layer.right.grad @ right[:kept].T).abs().max() < 1e-4 * layer.right.grad.abs().max()
 
 
 def test_trainings_side_by_side_are_those_of_one(lab):
