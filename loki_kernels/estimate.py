@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from .attribution.attribute import attribute
 from .attribution.definitions import PathIntegral
+from .attribution.fitting import points_that_fit
 from .attribution.plan import WINDOW, BatchLimits, windows
 from .attribution.prompts import tokenize_prompts
 from .discovery import find_structure
@@ -204,7 +205,9 @@ def estimate(
     model = build_model(config, torch.device("meta"), chosen)
     structure = find_structure(model)
     integral = PathIntegral.resolve(definition, {}, steps)
-    limits = BatchLimits.of(device, batch_size, gpus)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    room = points_that_fit(structure, device, beside=weights)
+    limits = BatchLimits.of(device, batch_size, gpus, room)
     engine = _engine(config, device, chosen)
     shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
     prompts = load_questions() if prompts is None else prompts

@@ -25,6 +25,7 @@ from ..structure import Structure, refuse_tensor_parallelism
 from ..team import Team
 from .answers import Target, check_answers, with_answers
 from .definitions import Overrides, PathIntegral
+from .fitting import points_that_fit
 from .job import Job
 from .plan import WINDOW, BatchLimits, windows
 from .prompts import tokenize_prompts
@@ -139,7 +140,8 @@ def attribute(
         definition: ``"published"``, ``"paper"`` or ``"captum"``; by ``steps`` path points m.
         engine: ``"staircase"``, ``"decode"`` or ``"reforward"``; the first exact one of the former.
         batch_size: prompts at a time; by default as many as fit 1,024 prompt tokens and 512 path
-            points on a CPU, 16,384 of both on a GPU. What does not fit into memory is halved.
+            points on a CPU, and on a GPU as many of both as have room by count (16,384 where that
+            cannot be counted). What does not fit is halved.
         target: each prompt's token to attribute, or answer of several (its tokens or its text); by
             default what the model predicts. With ``contrast``, of F(target) - F(contrast).
         keep: ``"counts"`` keeps only what `select` needs for one ``quota`` and ``criterion``, how
@@ -174,7 +176,9 @@ def attribute(
     parts = windows(check_answers(sequences, integral.definition), None if held else WINDOW)
     run = describe_run(model, definition, integral, steps)
     with Team(share=share) as team:
-        limits = BatchLimits.of(structure.device, batch_size, team.size)
+        room = points_that_fit(structure, structure.device)
+        told = [int(each) for each in team.tell(str(room or 0))]  # all plan the same batches
+        limits = BatchLimits.of(structure.device, batch_size, team.size, min(told) or None)
         first = next(parts)
         total = len(prompts) if isinstance(prompts, Sized) and not held else first.end
         job = Job(structure, integral, limits, counter, team, engine)

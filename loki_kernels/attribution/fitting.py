@@ -1,4 +1,4 @@
-"""A batch in parts, where the device has no room for all of it."""
+"""How large a batch a device has room for: by count beforehand, by halving what does not fit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,41 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..structure import Structure
+from .placement import free_bytes
 from .plan import PlannedBatch
 from .scores import Scores
 
 logger = logging.getLogger(__name__)
+
+_SHARE = 0.6  # of what is free
+# Some 500 prompts of a small model; their launches are shared by enough of them then.
+_MOST = 131_072
+
+
+def points_that_fit(structure: Structure, device: torch.device, beside: int = 0) -> int | None:
+    """Path points of which three fifths of a device's free memory hold the activations.
+
+    A point passes half of the layers on average, and autograd keeps about twice what their linear
+    layers put out: 2.75 MB a point of Llama-3.1-8B in bfloat16, where an H200 took 2.78.
+
+    Args:
+        structure: of the model.
+        device: where it is, or will be.
+        beside: bytes that will be taken by then.
+
+    Returns:
+        None where nothing says what is free, and for layers whose activations this does not count:
+        experts and convolutions, and layers that run again or whose weights come and go.
+    """
+    free = free_bytes(device)
+    if free is None or structure.reruns or structure.sharded:
+        return None
+    weights = [p for layer in structure.layers for p in layer.parameters() if p.ndim > 1]
+    if not weights or any(weight.ndim > 2 for weight in weights):
+        return None
+    each = sum(max(weight.shape[0], 1) * weight.element_size() for weight in weights)
+    return max(1, min(_MOST, int(_SHARE * max(0, free - beside)) // each))
 
 
 @dataclass

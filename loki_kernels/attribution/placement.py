@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,18 @@ def accelerator() -> tuple[torch.device, int] | None:
     if index == 0:  # perhaps not chosen yet: a launcher's processes have one each
         index = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
     return torch.device(kind.type, index), int(ask(index)[0])
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What a device has free, or this process holds without using it; None if it does not tell."""
+    if device.type == "cpu":
+        return None
+    module: Any = torch.get_device_module(device)
+    ask = getattr(module, "mem_get_info", None)
+    if ask is None:
+        return None
+    idle = module.memory_reserved(device) - module.memory_allocated(device)
+    return int(ask(device)[0]) + int(idle)
 
 
 @contextlib.contextmanager

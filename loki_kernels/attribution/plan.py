@@ -35,8 +35,20 @@ class BatchLimits:
     processes: int = 1
 
     @classmethod
-    def of(cls, device: torch.device, prompts: int | None, processes: int = 1) -> BatchLimits:
+    def of(
+        cls,
+        device: torch.device,
+        prompts: int | None,
+        processes: int = 1,
+        points: int | None = None,
+    ) -> BatchLimits:
         """Those of a device, or so many ``prompts``.
+
+        Args:
+            device: where the model is.
+            prompts: in each batch.
+            processes: that share the batches.
+            points: that its memory holds, and as many tokens; None if that is not known.
 
         Raises:
             ValueError: if ``prompts`` is no positive integer.
@@ -46,7 +58,7 @@ class BatchLimits:
         # Measured on 2 cores (benchmarks/NOTES.md): more points leave the cache, fewer idle the
         # cores.
         sizes = (1024, 512) if device.type == "cpu" else (16384, 16384)
-        return cls(prompts, *sizes, processes)
+        return cls(prompts, *(sizes if points is None else (points, points)), processes)
 
     def size(self, longest: int, points: int, among: int) -> int:
         """How many make a batch.

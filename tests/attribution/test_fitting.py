@@ -1,16 +1,20 @@
 """Batches that a device has no room for."""
 
+import sys
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import loki_kernels as loki
-from loki_kernels.attribution import job
+from loki_kernels.attribution import fitting, job, placement
 from loki_kernels.attribution.fitting import Fitting
 from loki_kernels.attribution.plan import PlannedBatch
 from loki_kernels.attribution.prompts import Tokens
+from loki_kernels.discovery import find_structure
+from tests.architectures import mixtral
 from tests.models import build_model
 
 PROMPTS = [{"input_ids": [*range(1, 2 + n)]} for n in (3, 7, 5, 4, 6, 2, 8)]
@@ -89,3 +93,52 @@ def test_memory_is_free_again_when_the_halves_run():
     with pytest.raises(StopIteration):
         Fitting(points=1).run(PlannedBatch(0, [0, 1], sequences), compute)
     assert len(made) == 2
+
+
+def test_points_fit_by_count(monkeypatch):
+    """Of 7 matrices a layer: q, k, v and o, gate and up, down."""
+    model = build_model(device="cpu")
+    structure, config = find_structure(model), model.config
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    outputs = heads * config.head_dim + 2 * config.hidden_size + 2 * config.intermediate_size
+    each = 4 * config.num_hidden_layers * outputs
+    device = torch.device("cuda")
+    free = {"bytes": 1000 * each}
+    monkeypatch.setattr(fitting, "free_bytes", lambda _: free["bytes"])
+    assert fitting.points_that_fit(structure, device) == 600
+    assert fitting.points_that_fit(structure, device, beside=500 * each) == 300
+    assert fitting.points_that_fit(structure, device, beside=2000 * each) == 1
+    free["bytes"] = 10**15
+    assert fitting.points_that_fit(structure, device) == 131_072
+    free["bytes"] = None
+    assert fitting.points_that_fit(structure, device) is None
+    free["bytes"] = 10**9
+    experts = find_structure(mixtral())
+    assert fitting.points_that_fit(experts, device) is None
+    monkeypatch.setattr("loki_kernels.structure.Structure.sharded", True)
+    assert fitting.points_that_fit(find_structure(model), device) is None
+
+
+def test_an_attribution_takes_as_large_batches_as_fit(room, monkeypatch):
+    model = build_model(device="cpu")
+    want = loki.attribute(model, PROMPTS)
+    points = 7 * model.config.num_hidden_layers
+    room["tried"].clear()
+    module = sys.modules[loki.attribute.__module__]
+    monkeypatch.setattr(module, "points_that_fit", lambda *_: 3 * points)
+    got = loki.attribute(model, PROMPTS)
+    assert [prompts for prompts, _ in room["tried"]] == [3, 3, 1]
+    torch.testing.assert_close(got.scores, want.scores)
+
+
+def test_memory_that_is_held_and_unused_is_free(monkeypatch):
+    module = SimpleNamespace(
+        mem_get_info=lambda _: (100, 1000),
+        memory_reserved=lambda _: 70,
+        memory_allocated=lambda _: 30,
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    assert placement.free_bytes(torch.device("cuda")) == 140
+    assert placement.free_bytes(torch.device("cpu")) is None
+    del module.mem_get_info  # MPS
+    assert placement.free_bytes(torch.device("mps")) is None
