@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs an NVIDIA GPU, in two runs of under six minutes each and without a network.
+# What needs an NVIDIA GPU, in runs of under six minutes each and without a network.
 #
 #   benchmarks/gpu.sh [--dry-run] check              is it right? build, self-checks, sanitizer, tests
 #   benchmarks/gpu.sh [--dry-run] bench [SUITE ...]  is it fast? every suite, or those named

@@ -40,7 +40,7 @@ def _lengths(count: int) -> np.ndarray:
 def busy(count: int, processes: int) -> float:
     """The share of the time that processes work until the last is done, by count."""
     prompts = (Tokens(np.empty(length, dtype=np.int64)) for length in _lengths(count))
-    limits = BatchLimits.of(torch.device("cuda"), None, processes)
+    limits = BatchLimits.of(torch.device("cuda"), None, processes, points=16_384)
     loads, batches = [0.0] * processes, 0
     for window in windows(prompts, WINDOW if count > 100_000 else None):
         plan = window.batches(batches, limits, _POINTS)

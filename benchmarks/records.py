@@ -67,7 +67,7 @@ def file_of(device: str) -> Path:
 
 
 def append_record(record: dict[str, Any], name: str | None = None) -> None:
-    """Append one record, which `describe_machine` is part of, to a file: its machine's."""
+    """Append a record, which `describe_machine` is part of, to ``name`` or its machine's file."""
     path = file_of(record["device"]) if name is None else _FOLDER / name
     path.parent.mkdir(exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:

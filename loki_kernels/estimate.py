@@ -232,7 +232,7 @@ def estimate(
         tokens=tokens,
         batches=batches,
         cost=sum(costs, Cost(0.0, 0.0)),
-        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weights=weights,
         activations=speed.memory,
         seconds=max(map(speed.seconds, costs)),
         gpus=gpus,

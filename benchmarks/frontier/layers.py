@@ -144,6 +144,7 @@ def singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return right.T, values, left.T
     wide = matrix.double()
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
-    values, left = squares.flip(0).clamp_min(1e-30).sqrt(), vectors.flip(1)
+    squares, left = squares.flip(0), vectors.flip(1)
+    values = squares.clamp_min(1e-20 * float(squares[0])).sqrt()
     right = (left.T @ wide) / values[:, None]
     return left.to(matrix.dtype), values.to(matrix.dtype), right.to(matrix.dtype)

@@ -200,10 +200,15 @@ def run(arguments: argparse.Namespace) -> None:
         while running:
             left = arguments.seconds - (time.monotonic() - start)
             try:
-                record = results.get(timeout=min(max(0.1, left), 86_400))
+                record = results.get(timeout=min(max(0.1, left), 5.0))
             except queue.Empty:
-                print("out of time", flush=True)
-                break
+                killed = [worker.exitcode for worker in workers if worker.exitcode]
+                if killed:
+                    print(f"a process was killed ({killed[0]}); perhaps by full memory", flush=True)
+                if killed or left <= 0:
+                    print("out of time" if left <= 0 else "the rest is not trained", flush=True)
+                    break
+                continue
             if record is None:
                 running -= 1
             elif "error" in record:

@@ -18,6 +18,7 @@ from .layers import FactoredLinear, OrthogonalSubspaceLinear, UpdatedLinear, sta
 from .moments import Moments, linears, projection, rank_of
 
 SCALES = (0.25, 0.5, 0.75, 1.0)  # of the update that is merged
+_LOGITS = 2**27  # that are in memory at a time, in float32 and some five copies
 BATCH = 4  # sequences of a step; with general text half of them are it
 
 
@@ -69,7 +70,7 @@ class Laboratory:
         places = torch.arange(ids.shape[1], device=ids.device)
         ends = ((labels != -100) * places).amax(1)
         states, wanted = [], []
-        for chosen in ends.argsort().split(16):
+        for chosen in ends.argsort(stable=True).split(16):
             end = int(ends[chosen[-1]])
             hidden = model.model(input_ids=ids[chosen, :end], use_cache=False).last_hidden_state
             following = labels[chosen, 1 : end + 1]
@@ -83,14 +84,15 @@ class Laboratory:
         head = model.get_output_embeddings().weight
         states, wanted = self._hidden(model, f"{task}/test")
         loss = torch.zeros((), device=self.device)
-        for part, target in zip(states.split(2048), wanted.split(2048), strict=True):
+        size = min(2048, _LOGITS // len(head))
+        for part, target in zip(states.split(size), wanted.split(size), strict=True):
             loss += functional.cross_entropy(part @ head.T, target, reduction="sum")
         figures = {"loss": loss / len(wanted)}
         base_head = self.base.get_output_embeddings().weight
         for domain in DOMAINS:
             states, total = self._hidden(model, domain)[0], torch.zeros((), device=self.device)
             for part, before in zip(
-                states.split(2048), self._states[domain].split(2048), strict=True
+                states.split(size), self._states[domain].split(size), strict=True
             ):
                 q = (part @ head.T).log_softmax(-1)
                 p = (before @ base_head.T).log_softmax(-1)

@@ -141,7 +141,7 @@ def attribute(
         engine: ``"staircase"``, ``"decode"`` or ``"reforward"``; the first exact one of the former.
         batch_size: prompts at a time; by default as many as fit 1,024 prompt tokens and 512 path
             points on a CPU, and on a GPU as many of both as have room by count (16,384 where that
-            cannot be counted). What does not fit is halved.
+            cannot be counted). What does not fit is halved, unless processes share the weights.
         target: each prompt's token to attribute, or answer of several (its tokens or its text); by
             default what the model predicts. With ``contrast``, of F(target) - F(contrast).
         keep: ``"counts"`` keeps only what `select` needs for one ``quota`` and ``criterion``, how

@@ -38,7 +38,8 @@ def mean_activations(
         tokenizer: as in `attribute`.
         chat_template_kwargs: as in `attribute`.
         site: as in `attribute`.
-        batch_size: as in `attribute`.
+        batch_size: prompts at a time; by default as many as fit 1,024 tokens on a CPU and 16,384 on
+            a GPU.
         progress: as in `attribute`.
 
     Returns:

@@ -102,7 +102,7 @@ def cached_attribution(
         logger.info("using the analysis cached in %s", path)
         return found
     held = [{"input_ids": prompt.ids, **prompt.media} for prompt in tokens]
-    result = _analyse(model, held, tokenizer, options)
+    result = _analyse(model, held, tokenizer, options, sharded=structure.sharded)
     if team.size > 1 and int(os.environ.get("LOCAL_RANK", team.rank)):
         return result  # another process of this machine writes it
     write_cached(path, result.save)
@@ -146,22 +146,30 @@ def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> 
 
 
 def _analyse(
-    model: nn.Module, prompts: list[Any], tokenizer: Any, options: Mapping[str, Any]
+    model: nn.Module,
+    prompts: list[Any],
+    tokenizer: Any,
+    options: Mapping[str, Any],
+    *,
+    sharded: bool,
 ) -> Attribution:
-    """`attribute`, on the accelerator if the model fits there and a prompt beside it."""
+    """`attribute`, on the accelerator if the model fits there and a prompt beside it.
 
-    def run() -> Attribution:
-        result: Attribution = attribute(model, prompts, tokenizer=tokenizer, **options)
-        return result
-
-    try:
-        with on_accelerator(model):
-            return run()
-    except torch.OutOfMemoryError as error:
-        if next(model.parameters()).device.type != "cpu":
-            raise
-        logger.warning("the accelerator has no room for the analysis; the CPU does it: %s", error)
-    return run()
+    Where processes share the weights none can halve a batch by itself; all try a smaller one.
+    """
+    chosen = options.get("batch_size")
+    sizes = [None, 8, 1] if sharded and chosen is None else [chosen]
+    for size in sizes:
+        sized = {**options, "batch_size": size}
+        try:
+            with on_accelerator(model):
+                return attribute(model, prompts, tokenizer=tokenizer, **sized)
+        except torch.OutOfMemoryError as error:
+            logger.warning("the analysis ran out of memory (batch_size=%s): %s", size, error)
+            if size == sizes[-1] and any(p.device.type != "cpu" for p in model.parameters()):
+                raise
+    logger.warning("the accelerator has no room for the analysis; the CPU does it")
+    return attribute(model, prompts, tokenizer=tokenizer, **options)
 
 
 def find_tokenizer(model: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..structure import Structure
+from ..structure import Structure, embedding_weight
 from .placement import free_bytes
 from .plan import PlannedBatch
 from .scores import Scores
@@ -17,15 +18,15 @@ from .scores import Scores
 logger = logging.getLogger(__name__)
 
 _SHARE = 0.6  # of what is free
-# Some 500 prompts of a small model; their launches are shared by enough of them then.
-_MOST = 131_072
+_MOST = 131_072  # 600 prompts of a small model, which is enough to share the launches
 
 
 def points_that_fit(structure: Structure, device: torch.device, beside: int = 0) -> int | None:
     """Path points of which three fifths of a device's free memory hold the activations.
 
     A point passes half of the layers on average, and autograd keeps about twice what their linear
-    layers put out: 2.75 MB a point of Llama-3.1-8B in bfloat16, where an H200 took 2.78.
+    layers put out: 2.75 MB a point of Llama-3.1-8B in bfloat16 (`benchmarks/NOTES.md`). A power of
+    two, so that a little more or less of free memory cuts the same batches.
 
     Args:
         structure: of the model.
@@ -34,16 +35,25 @@ def points_that_fit(structure: Structure, device: torch.device, beside: int = 0)
 
     Returns:
         None where nothing says what is free, and for layers whose activations this does not count:
-        experts and convolutions, and layers that run again or whose weights come and go.
+        experts and convolutions, those on several devices, and those that run again or whose
+        weights come and go.
     """
+    if structure.reruns or structure.sharded:
+        return None
+    outputs = 0
+    for module in itertools.chain.from_iterable(layer.modules() for layer in structure.layers):
+        if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
+            width = getattr(module, "out_features", getattr(module, "nf", None))
+            if not isinstance(width, int):
+                return None
+            outputs += width
+    places = {p.device for layer in structure.layers for p in layer.parameters()}
     free = free_bytes(device)
-    if free is None or structure.reruns or structure.sharded:
+    if free is None or not outputs or len(places) > 1:
         return None
-    weights = [p for layer in structure.layers for p in layer.parameters() if p.ndim > 1]
-    if not weights or any(weight.ndim > 2 for weight in weights):
-        return None
-    each = sum(max(weight.shape[0], 1) * weight.element_size() for weight in weights)
-    return max(1, min(_MOST, int(_SHARE * max(0, free - beside)) // each))
+    each = outputs * embedding_weight(structure.causal_lm).element_size()
+    points = int(_SHARE * max(0, free - beside)) // each
+    return min(_MOST, 1 << max(0, points.bit_length() - 1))
 
 
 @dataclass

@@ -131,7 +131,9 @@ class Job:
                     )
                     store.run["engine"] = engine.name
                     start = time.perf_counter()
-                plan = window.batches(batches, store.limits, points)
+                alone = engine.name != "staircase"  # a prompt after the other
+                limits = store.limits.capped() if alone else store.limits
+                plan = window.batches(batches, limits, points)
                 batches += len(plan)
                 left = self._share(plan, store, bar, points)
                 todo = {planned.number for planned in left}
@@ -183,9 +185,9 @@ class Job:
         def compute(part: PlannedBatch) -> Scores:
             return attribute_batch(engine, part.on(self.structure.device))
 
-        # processes that share a model's weights stay in step
-        apart = not self.structure.sharded
-        scores = fitting.run(planned, compute) if apart else compute(planned)
+        # processes that share a model's weights stay in step; other engines take a prompt at a time
+        halved = engine.name == "staircase" and not self.structure.sharded
+        scores = fitting.run(planned, compute) if halved else compute(planned)
         scores = scores.at(list(self.structure.present()), len(self.structure.layers))
         if self.counter is not None:
             _check_rankable(scores, planned.members)

@@ -42,8 +42,11 @@ def free_bytes(device: torch.device) -> int | None:
     ask = getattr(module, "mem_get_info", None)
     if ask is None:
         return None
-    idle = module.memory_reserved(device) - module.memory_allocated(device)
-    return int(ask(device)[0]) + int(idle)
+    try:
+        free = ask(device)[0]
+    except RuntimeError:  # some of Intel's do not tell
+        return None
+    return int(free + module.memory_reserved(device) - module.memory_allocated(device))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from .prompts import Tokens
 
 # Prompts of a stream that are held at a time: of 1,000 tokens each 32 MiB.
 WINDOW = 4096
+_POINTS = 16_384  # on a GPU, where nothing says how many fit
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,12 @@ class BatchLimits:
             raise ValueError(f"batch_size must be a positive integer; it is {prompts!r}.")
         # Measured on 2 cores (benchmarks/NOTES.md): more points leave the cache, fewer idle the
         # cores.
-        sizes = (1024, 512) if device.type == "cpu" else (16384, 16384)
+        sizes = (1024, 512) if device.type == "cpu" else (_POINTS, _POINTS)
         return cls(prompts, *(sizes if points is None else (points, points)), processes)
+
+    def capped(self) -> BatchLimits:
+        """Those of an engine that gains nothing by large batches, which are what a log keeps."""
+        return replace(self, tokens=min(self.tokens, _POINTS), points=min(self.points, _POINTS))
 
     def size(self, longest: int, points: int, among: int) -> int:
         """How many make a batch.

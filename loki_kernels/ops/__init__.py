@@ -37,7 +37,9 @@ __getattr__ = moved(
     __name__,
     {
         "expand_path": "loki_kernels.attribution.path:path_points",
-        "gather_columns": "loki_kernels.ops._products:selected_columns",
     },
-    gone={"count_lowest_integrated": "integrate_path of every layer, then one count_lowest."},
+    gone={
+        "count_lowest_integrated": "integrate_path of every layer, then one count_lowest.",
+        "gather_columns": "x.index_select(-1, index).",
+    },
 )

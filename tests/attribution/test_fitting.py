@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loki_kernels as loki
-from loki_kernels.attribution import fitting, job, placement
+from loki_kernels.attribution import fitting, job, placement, plan
 from loki_kernels.attribution.fitting import Fitting
 from loki_kernels.attribution.plan import PlannedBatch
 from loki_kernels.attribution.prompts import Tokens
@@ -105,8 +105,8 @@ def test_points_fit_by_count(monkeypatch):
     device = torch.device("cuda")
     free = {"bytes": 1000 * each}
     monkeypatch.setattr(fitting, "free_bytes", lambda _: free["bytes"])
-    assert fitting.points_that_fit(structure, device) == 600
-    assert fitting.points_that_fit(structure, device, beside=500 * each) == 300
+    assert fitting.points_that_fit(structure, device) == 512  # of 600
+    assert fitting.points_that_fit(structure, device, beside=500 * each) == 256
     assert fitting.points_that_fit(structure, device, beside=2000 * each) == 1
     free["bytes"] = 10**15
     assert fitting.points_that_fit(structure, device) == 131_072
@@ -115,6 +115,15 @@ def test_points_fit_by_count(monkeypatch):
     free["bytes"] = 10**9
     experts = find_structure(mixtral())
     assert fitting.points_that_fit(experts, device) is None
+    free["bytes"] = 1000 * each
+    for layer in model.model.layers:  # as 4 bits are packed
+        packed = torch.empty(layer.mlp.up_proj.weight.numel() // 2, 1, dtype=torch.uint8)
+        layer.mlp.up_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
+    assert fitting.points_that_fit(structure, device) == 512
+    model.model.layers[0].to("meta")
+    assert fitting.points_that_fit(structure, device) is None  # on two devices
+    model.model.layers[1:].to("meta")
+    assert fitting.points_that_fit(structure, device) == 512
     monkeypatch.setattr("loki_kernels.structure.Structure.sharded", True)
     assert fitting.points_that_fit(find_structure(model), device) is None
 
@@ -131,6 +140,15 @@ def test_an_attribution_takes_as_large_batches_as_fit(room, monkeypatch):
     torch.testing.assert_close(got.scores, want.scores)
 
 
+def test_other_engines_keep_small_batches(room, monkeypatch):
+    """They take a prompt at a time, and a batch is what a log keeps."""
+    module = sys.modules[loki.attribute.__module__]
+    monkeypatch.setattr(module, "points_that_fit", lambda *_: 10**6)
+    monkeypatch.setattr(plan, "_POINTS", 7 * 3 * 2)
+    loki.attribute(build_model(device="cpu"), PROMPTS, engine="reforward", steps=7)
+    assert [prompts for prompts, _ in room["tried"]][-4:] == [2, 2, 2, 1]
+
+
 def test_memory_that_is_held_and_unused_is_free(monkeypatch):
     module = SimpleNamespace(
         mem_get_info=lambda _: (100, 1000),
@@ -140,5 +158,7 @@ def test_memory_that_is_held_and_unused_is_free(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda _: module)
     assert placement.free_bytes(torch.device("cuda")) == 140
     assert placement.free_bytes(torch.device("cpu")) is None
+    module.mem_get_info = lambda _: (_ for _ in ()).throw(RuntimeError("it does not tell"))
+    assert placement.free_bytes(torch.device("xpu")) is None
     del module.mem_get_info  # MPS
     assert placement.free_bytes(torch.device("mps")) is None

@@ -152,7 +152,8 @@ def test_an_analysis_without_memory_takes_the_cpu(beside, analysed, caplog):
     cache.cached_attribution(model, find_structure(model), None, {"prompts": PROMPTS})
     assert_unchanged(model, before)
     assert [call["lies_at"] == home for call in analysed.calls] == [False, True]
-    assert "the CPU does it: full" in caplog.text
+    assert "(batch_size=None): full" in caplog.text
+    assert "the CPU does it" in caplog.text
 
 
 def test_the_analysis_takes_options_which_its_cache_knows(model, analysed):

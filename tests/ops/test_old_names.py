@@ -15,12 +15,10 @@ def test_expand_path():
     assert torch.equal(points, torch.stack([0 * z, z], dim=1))
 
 
-def test_gather_columns():
-    x, index = torch.randn(3, 9), torch.tensor([7, 0, 4])
-    with pytest.warns(DeprecationWarning, match="selected_columns now"):
-        assert torch.equal(ops.gather_columns(x, index), x[:, index])
-
-
-def test_count_lowest_integrated():
-    with pytest.raises(AttributeError, match="is gone; use integrate_path"):
-        ops.count_lowest_integrated  # noqa: B018
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("count_lowest_integrated", "integrate_path"), ("gather_columns", r"x\.index_select")],
+)
+def test_what_is_gone(name, instead):
+    with pytest.raises(AttributeError, match=f"is gone; use {instead}"):
+        getattr(ops, name)

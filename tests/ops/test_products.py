@@ -38,7 +38,8 @@ def test_padded_rows_are_zeros(shape, dtype):
 
 @pytest.mark.parametrize(("tokens", "k"), [(0, 3), (4, 0)])
 def test_nothing_to_select(tokens, k):
-    assert selected_columns(torch.zeros(tokens, 9), torch.arange(k))[:, :k].shape == (tokens, k)
+    got = selected_columns(torch.zeros(tokens, 9), torch.arange(k))
+    assert got.shape == (tokens, k + -k % 16)
 
 
 def test_selected_columns_of_what_is_not_contiguous():
