@@ -58,7 +58,7 @@ class Laboratory:
         self.device = next(base.parameters()).device
         self.data, self.moments = data, moments
         self._states = {name: self._hidden(self.base, name)[0] for name in DOMAINS}
-        self.before = {task: self.measure(self.base, task)["loss"] for task in TASKS}
+        self.before = {task: self.loss(self.base, task) for task in TASKS}
 
     @torch.no_grad()
     def _hidden(self, model: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -79,16 +79,21 @@ class Laboratory:
         return torch.cat(states), torch.cat(wanted)
 
     @torch.no_grad()
-    def measure(self, model: Any, task: str) -> dict[str, float]:
-        """Nats a token: the task's held-out loss, and each domain's KL from the base."""
+    def loss(self, model: Any, task: str) -> float:
+        """Nats a token of a task's held-out texts."""
         head = model.get_output_embeddings().weight
         states, wanted = self._hidden(model, f"{task}/test")
-        loss = torch.zeros((), device=self.device)
-        size = min(2048, _LOGITS // len(head))
+        loss, size = torch.zeros((), device=self.device), min(2048, _LOGITS // len(head))
         for part, target in zip(states.split(size), wanted.split(size), strict=True):
             loss += functional.cross_entropy(part @ head.T, target, reduction="sum")
-        figures = {"loss": loss / len(wanted)}
-        base_head = self.base.get_output_embeddings().weight
+        return _digits(loss / len(wanted))
+
+    @torch.no_grad()
+    def measure(self, model: Any, task: str) -> dict[str, float]:
+        """Nats a token: the task's held-out loss, and each domain's KL from the base."""
+        figures = {"loss": self.loss(model, task)}
+        head, base_head = (m.get_output_embeddings().weight for m in (model, self.base))
+        size = min(2048, _LOGITS // len(head))
         for domain in DOMAINS:
             states, total = self._hidden(model, domain)[0], torch.zeros((), device=self.device)
             for part, before in zip(
@@ -97,8 +102,12 @@ class Laboratory:
                 q = (part @ head.T).log_softmax(-1)
                 p = (before @ base_head.T).log_softmax(-1)
                 total += functional.kl_div(q, p, reduction="sum", log_target=True)
-            figures[domain] = total / len(states)
-        return {name: float(f"{float(value):.6g}") for name, value in figures.items()}
+            figures[domain] = _digits(total / len(states))
+        return figures
+
+
+def _digits(value: Tensor) -> float:
+    return float(f"{float(value):.6g}")
 
 
 class Run:
