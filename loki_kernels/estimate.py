@@ -213,11 +213,10 @@ def estimate(
     prompts = load_questions() if prompts is None else prompts
     tokenizer = AutoTokenizer.from_pretrained(name)
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size)
-    size = None if isinstance(prompts, (list, tuple)) else WINDOW
     costs, loads = [Cost(0.0, 0.0)] * gpus, [0.0] * gpus
     tokens = count = batches = 0
     largest = (0, 0)
-    for window in windows(sequences, size):
+    for window in windows(sequences, None if isinstance(prompts, (list, tuple)) else WINDOW):
         plan = window.batches(batches, limits, points)
         batches, count = batches + len(plan), window.end
         tokens += sum(planned.tokens for planned in plan)

@@ -176,9 +176,7 @@ def attribute(
     parts = windows(check_answers(sequences, integral.definition), None if held else WINDOW)
     run = describe_run(model, definition, integral, steps)
     with Team(share=share) as team:
-        room = points_that_fit(structure, structure.device)
-        told = [int(each) for each in team.tell(str(room or 0))]  # all plan the same batches
-        limits = BatchLimits.of(structure.device, batch_size, team.size, min(told) or None)
+        limits = _limits(structure, batch_size, team)
         first = next(parts)
         total = len(prompts) if isinstance(prompts, Sized) and not held else first.end
         job = Job(structure, integral, limits, counter, team, engine)
@@ -186,6 +184,13 @@ def attribute(
     if team.rank == 0:
         _warn(result, tokenizer, given=target is not None)
     return result
+
+
+def _limits(structure: Structure, batch_size: int | None, team: Team) -> BatchLimits:
+    """The batches' limits: those of the process that has least room, so that all plan the same."""
+    room = points_that_fit(structure, structure.device)
+    least = min(int(told) for told in team.tell(str(room or 0)))
+    return BatchLimits.of(structure.device, batch_size, team.size, least or None)
 
 
 def _check_attributable(structure: Structure, engine: EngineName | None) -> None:

@@ -160,7 +160,7 @@ def test_several_adapters():
         model.base_model.set_adapter(["default", "other"])
     model.add_adapter("apart", LokiConfig(rows=[[2], [9], [8]]))
     model.base_model.set_adapter(["default", "apart"])
-    assert torch.equal(logits(model), first)
+    torch.testing.assert_close(logits(model), first)  # a product of other columns rounds otherwise
     model.delete_adapter("other")
     assert not any("other" in name for name, _ in model.named_buffers())
     merged = model.merge_and_unload()
