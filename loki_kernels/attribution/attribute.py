@@ -139,9 +139,8 @@ def attribute(
         chat_template_kwargs: for the chat template, such as ``{"enable_thinking": False}``.
         definition: ``"published"``, ``"paper"`` or ``"captum"``; by ``steps`` path points m.
         engine: ``"staircase"``, ``"decode"`` or ``"reforward"``; the first exact one of the former.
-        batch_size: prompts at a time; by default as many as fit 1,024 prompt tokens and 512 path
-            points on a CPU, and on a GPU as many of both as have room by count (16,384 where that
-            cannot be counted). What does not fit is halved, unless processes share the weights.
+        batch_size: prompts at a time; by default what a GPU has room for by count, on a CPU 1,024
+            tokens and 512 path points. What does not fit is halved, if each process has the model.
         target: each prompt's token to attribute, or answer of several (its tokens or its text); by
             default what the model predicts. With ``contrast``, of F(target) - F(contrast).
         keep: ``"counts"`` keeps only what `select` needs for one ``quota`` and ``criterion``, how

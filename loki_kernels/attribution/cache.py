@@ -159,17 +159,22 @@ def _analyse(
     """
     chosen = options.get("batch_size")
     sizes = [None, 8, 1] if sharded and chosen is None else [chosen]
-    for size in sizes:
+
+    def run(size: int | None) -> Attribution:
         sized = {**options, "batch_size": size}
+        result: Attribution = attribute(model, prompts, tokenizer=tokenizer, **sized)
+        return result
+
+    for size in sizes:
         try:
             with on_accelerator(model):
-                return attribute(model, prompts, tokenizer=tokenizer, **sized)
+                return run(size)
         except torch.OutOfMemoryError as error:
             logger.warning("the analysis ran out of memory (batch_size=%s): %s", size, error)
             if size == sizes[-1] and any(p.device.type != "cpu" for p in model.parameters()):
                 raise
     logger.warning("the accelerator has no room for the analysis; the CPU does it")
-    return attribute(model, prompts, tokenizer=tokenizer, **options)
+    return run(chosen)
 
 
 def find_tokenizer(model: nn.Module) -> Any:
