@@ -22,9 +22,10 @@ import torch
 from loki_kernels import attribute
 
 from .attribution import least_work
-from .measure import DEVICE, floor, host_and_device, interleave, seconds
+from .measure import DEVICE, floor, host_and_device, interleave
 from .records import append_record, describe_machine
 from .shapes import build
+from .training.memory import measure_peak
 from .training.step import make_step, prepare
 
 _ROUNDS = 3
@@ -63,8 +64,7 @@ def _attribute(model: Any, tokens: int, prompts: int, size: int | None) -> Calla
 
 
 def _median(function: Callable[[], Any]) -> float:
-    function()
-    return statistics.median(seconds(function) for _ in range(_ROUNDS))
+    return statistics.median(interleave({"it": function}, _ROUNDS)["it"])
 
 
 def analyses(name: str, dry: bool) -> Iterator[Measured]:
@@ -145,19 +145,11 @@ def training(
             del models[method], steps[method]
             gc.collect()
         for method in methods:
-            peak = _peak(method, name, layers, tokens)
+            gc.collect()
+            torch.cuda.empty_cache()
+            peak = measure_peak(method, name, layers, tokens)["peak"] / 2**30
             goal = goals[1] if method.startswith("ours") else None
             yield Measured(f"{what}: {method}, peak", peak, goal, "GiB")
-
-
-def _peak(method: str, name: str, layers: int | None, tokens: int) -> float:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    step = make_step(prepare(method, build(name, layers)), tokens)
-    for _ in range(2):
-        step()
-    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def goals(dry: bool) -> Iterator[Measured]:

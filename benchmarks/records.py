@@ -16,6 +16,8 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+# Evaluation texts and data, where they are: beside the repository.
+SHARED = RESULTS.parents[2] / "shared" / "data"
 # benchmarks/gpu.sh names another folder for what it measures.
 _FOLDER = Path(os.environ.get("LOKI_KERNELS_RESULTS", RESULTS))
 

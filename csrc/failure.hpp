@@ -2,9 +2,11 @@
 //
 // It throws nothing, because a failed STD_TORCH_CHECK ended the process with a segmentation fault
 // (torch 2.11.0+cu130, Python 3.12, H200). That is not torch 2.11 alone: without a GPU the same
-// build hands the exception to Python, and so it does there before CUDA is initialised. The suspect,
-// not proven, is the std::ostringstream of that macro: torch 2.11's libc10 and libtorch export its
-// constructor and str(), this library binds to those, and the rest is libstdc++'s. So none is used here, and no frame of torch or pybind11 is unwound. What torch's headers throw is caught.
+// build hands the exception to Python, and so it does there before CUDA is initialised. The
+// suspect, not proven, is the std::ostringstream of that macro: torch 2.11's libc10 and libtorch
+// export its constructor and str(), this library binds to those, and the rest is libstdc++'s. So
+// none is used here, and no frame of torch or pybind11 is unwound. What torch's headers throw is
+// caught.
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,7 @@ import transformers
 
 from loki_kernels.attribution.cache import cache_folder
 
-from ..records import RESULTS, describe_machine
+from ..records import RESULTS, SHARED, describe_machine
 from .constants import constants
 from .pieces import pieces, run
 from .results import Results
@@ -22,7 +22,6 @@ from .study import Study
 from .workshop import Workshop
 
 HERE = Path(__file__).parent
-DATA = HERE.parents[2] / "shared" / "data"
 _WHAT = ("run", "list", "report", "constants")
 
 
@@ -31,7 +30,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=_WHAT, default="run")
     parser.add_argument("--study", type=Path, default=HERE / "study.toml")
     parser.add_argument("--results", type=Path, help="JSON lines to read and append to")
-    parser.add_argument("--data", type=Path, default=DATA, help="the evaluation data")
+    parser.add_argument("--data", type=Path, default=SHARED, help="the evaluation data")
     parser.add_argument("--work", type=Path, default=cache_folder() / "forgetting")
     parser.add_argument("--only", default="", help="pieces whose names start so")
     parser.add_argument("--minutes", type=float, help="start no piece after so long")

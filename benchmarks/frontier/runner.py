@@ -29,15 +29,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loki_kernels.attribution.cache import cache_folder
 from loki_kernels.demo.model import NAME
 
-from ..records import RESULTS, describe_machine
+from ..records import RESULTS, SHARED, describe_machine
 from .arms import ARMS, FIRST
 from .data import DOMAINS, LENGTH, PARTS, SOURCES, TASKS, Data, write_data
 from .models import MODELS
 from .moments import Moments, linears, measure_moments
 from .train import Job, Laboratory, train
 
-HERE = Path(__file__).parent
-SHARED = HERE.parents[2] / "shared" / "data"
 STEPS = 80
 _MOMENTS = ".moments.safetensors"
 

@@ -228,11 +228,11 @@ class Run:
         head, wanted = self.model.get_output_embeddings(), labels[:, 1:]
         kept, own = _predicting(states[:half], wanted[:half])
         loss = _mean(head(kept), own)
-        if arm.general == "replay":
+        if arm.general:
             kept, general = _predicting(states[half:], wanted[half:])
+        if arm.general == "replay":
             loss = loss + arm.general_weight * _mean(head(kept), general)
         elif arm.general == "kl":
-            kept, general = _predicting(states[half:], wanted[half:])
             with torch.no_grad():
                 base = self.lab.base
                 states = base.model(input_ids=ids[half:], use_cache=False).last_hidden_state

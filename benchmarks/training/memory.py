@@ -53,14 +53,15 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _measure(method: str, name: str, layers: int, tokens: int) -> dict[str, int]:
+def measure_peak(method: str, name: str, layers: int | None, tokens: int) -> dict[str, int]:
     """Peak bytes over three steps, beyond what python, torch and transformers take."""
-    before = resident("peak")
+    before, on_gpu = resident("peak"), DEVICE.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     model = prepare(method, build(name, layers))
     step = make_step(model, tokens)
     for _ in range(3):
         step()
-    on_gpu = DEVICE.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resident("peak") - before
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return {"peak": peak, "optimizer": 2 * trained}  # AdamW's two moments
@@ -80,4 +81,4 @@ def resident(when: str) -> int:
 
 if __name__ == "__main__":
     method, name, layers, tokens = sys.argv[1:]
-    print(json.dumps(_measure(method, name, int(layers), int(tokens))))
+    print(json.dumps(measure_peak(method, name, int(layers), int(tokens))))

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM
 import loki_kernels as loki
 from loki_kernels.demo.model import load_samples, load_smollm2
 
+from ..records import SHARED
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 # PEFT's folders of settings, in its checkout, and those proposed to it, beside this file.
 PEERS = ("full-finetuning/llama-3.2-3B-lr_0.00001", "lora/llama-3.2-3B-rank32")
 OURS = tuple(f"loki/llama-3.2-3B-{name}" for name in ("40-rows", "10-percent", "protected"))

@@ -38,7 +38,7 @@ def points_that_fit(structure: Structure, device: torch.device, beside: int = 0)
         experts and convolutions, those on several devices, and those that run again or whose
         weights come and go.
     """
-    if structure.reruns or structure.sharded:
+    if structure.reruns:  # sharded ones among them
         return None
     outputs = 0
     for module in itertools.chain.from_iterable(layer.modules() for layer in structure.layers):

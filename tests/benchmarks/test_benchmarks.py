@@ -193,7 +193,7 @@ def test_a_suite_runs(suite, monkeypatch, capsys):
         if "benchmarks.training.memory" not in command or "ours" in command:
             return started(command, **options)
         method, name, *sizes = command[3:]
-        peak = memory._measure(method, name, *map(int, sizes))
+        peak = memory.measure_peak(method, name, *map(int, sizes))
         return SimpleNamespace(returncode=0, stdout=json.dumps(peak))
 
     monkeypatch.setattr(subprocess, "run", run)
