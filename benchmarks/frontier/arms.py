@@ -17,6 +17,8 @@ class Arm:
         targets: the linear layers that are trained: ``down_proj``, ``mlp`` or ``linears``.
         quota: percentage of each layer's rows.
         rows: which: ``random``, or the ``least`` or ``most`` sensitive.
+        entries: where single entries of the weights are trained and ``quota`` is of them:
+            ``random`` (SHiRA) or the ``smallest`` (Super-Tuning's bottom).
         rank: of LoRA; None trains a dense update.
         whole: whether everything else is trained too, embeddings and norms.
         protect: M of the down-projections, and with ``linears`` of every layer. ``cut`` removes the
@@ -40,6 +42,7 @@ class Arm:
     targets: str = "down_proj"
     quota: float = 100.0
     rows: str = "random"
+    entries: str | None = None
     rank: int | None = None
     whole: bool = False
     protect: str | None = None
@@ -94,6 +97,8 @@ ARMS: dict[str, Arm] = {
     "CorDA": Arm(_LORA, "linears", rank=16, start="corda"),
     "LoRA-Null": Arm(_LORA, "linears", rank=16, start="null"),
     "LoRA-Null, A fixed": Arm(_LORA, "linears", rank=16, start="null", fixed_factor=True),
+    "SHiRA": Arm(_ROWS, quota=9.8, entries="random"),
+    "Super-Tuning, bottom": Arm(_ROWS, quota=9.8, entries="smallest"),
     # Variants of what the first ones say.
     "full + 5 KL": Arm(_FULL, "linears", whole=True, general="kl", general_weight=5.0),
     "LoRA + 5 KL": Arm(_LORA, "linears", rank=16, general="kl", general_weight=5.0),
@@ -109,7 +114,6 @@ ARMS: dict[str, Arm] = {
         (5e-5, 1e-4, 2e-4, 4e-4, 8e-4), "linears", protect="cut", general="kl"
     ),
     "linears soft": Arm((5e-5, 1e-4, 2e-4, 4e-4, 8e-4), "linears", protect="soft"),
+    "rows protected, 5 %": Arm((2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), quota=5, protect="cut"),
     "rows protected, 30 %": Arm((5e-4, 1e-3, 2e-3, 4e-3, 8e-3), quota=30, protect="cut"),
 }
-# The question; the others refine what it answers.
-FIRST = tuple(ARMS)[:28]

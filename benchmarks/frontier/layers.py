@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,12 @@ class UpdatedLinear(nn.Module):
         share: of the update that is merged.
     """
 
+    rows: Tensor | None
+
     def __init__(self, linear: nn.Linear, rows: Tensor | None = None) -> None:
         super().__init__()
-        self.linear, self.rows, self.share = linear, rows, 1.0
+        self.linear, self.share = linear, 1.0
+        self.register_buffer("rows", rows)
 
     def update(self) -> Tensor:
         """Of all rows, or of ``rows``."""
@@ -28,9 +32,15 @@ class UpdatedLinear(nn.Module):
         update = self.update()
         if self.share != 1:
             update = self.share * update
-        weight = self.linear.weight
-        weight = weight + update if self.rows is None else weight.index_add(0, self.rows, update)
+        weight: Tensor = self.linear.weight
+        if self.rows is None:
+            weight = weight + update
+        else:
+            weight = weight.index_put((self.rows,), weight[self.rows] + update)
         return functional.linear(x, weight, self.linear.bias)
+
+    def constrain(self, named: Mapping[str, Tensor]) -> None:
+        """Make the gradients of these parameters, or of stacks of them, what they have to be."""
 
 
 class FactoredLinear(UpdatedLinear):
@@ -44,7 +54,13 @@ class FactoredLinear(UpdatedLinear):
         mask: M.
         generator: of the second factor, which is drawn as PEFT draws LoRA's A.
         start: both factors, whose product the update is without.
+        entries: ``[out, in]``, which are trained; None for all.
     """
+
+    entries: Tensor | None
+    mask: Tensor | None
+    scale: Tensor | None
+    origin: Tensor | None
 
     def __init__(
         self,
@@ -55,16 +71,18 @@ class FactoredLinear(UpdatedLinear):
         mask: Tensor | None,
         generator: torch.Generator,
         start: tuple[Tensor, Tensor] | None = None,
+        entries: Tensor | None = None,
     ) -> None:
         super().__init__(linear, rows)
-        self.mask = mask
-        self.scale = None if scale is None else scale[:, None]
-        self.origin = None if start is None else start[0] @ start[1]
+        self.register_buffer("entries", entries)
+        self.register_buffer("mask", mask)
+        self.register_buffer("scale", None if scale is None else scale[:, None])
+        self.register_buffer("origin", None if start is None else start[0] @ start[1])
         out, inputs = linear.weight.shape
         device = linear.weight.device
         self.factor: nn.Parameter | None = None
         if start is not None:
-            self.delta, self.factor = map(nn.Parameter, start)
+            self.delta, self.factor = (nn.Parameter(t.clone()) for t in start)
         elif rank is None:
             count = out if rows is None else len(rows)
             self.delta = nn.Parameter(torch.zeros(count, inputs, device=device))
@@ -78,6 +96,8 @@ class FactoredLinear(UpdatedLinear):
         delta: Tensor = self.delta if self.factor is None else self.delta @ self.factor
         if self.origin is not None:
             delta = delta - self.origin
+        if self.entries is not None:
+            delta = delta * self.entries
         if self.scale is not None:
             delta = delta * self.scale
         return delta if self.mask is None else delta @ self.mask
@@ -88,19 +108,29 @@ class OrthogonalSubspaceLinear(UpdatedLinear):
 
     As in PEFT 0.21, gradients of the singular vectors are kept orthogonal to the upper half's, and
     the update is the product as it is now without what it was.
+
+    Args:
+        linear: the layer.
+        triplets: `singular` of its weight.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    origin: Tensor
+
+    def __init__(self, linear: nn.Linear, triplets: tuple[Tensor, Tensor, Tensor]) -> None:
         super().__init__(linear)
-        left, values, right = singular(linear.weight.detach())
+        left, values, right = triplets
         kept = min(linear.weight.shape) // 2
         self.left = nn.Parameter(left[:, kept:].contiguous())
         self.values = nn.Parameter(values[kept:].contiguous())
         self.right = nn.Parameter(right[kept:].contiguous())
-        self.origin = (self.left * self.values @ self.right).detach()
-        upper_left, upper_right = left[:, :kept].contiguous(), right[:kept].contiguous()
-        self.left.register_hook(lambda g: g - upper_left @ (upper_left.T @ g))
-        self.right.register_hook(lambda g: g - (g @ upper_right.T) @ upper_right)
+        self.register_buffer("origin", (self.left * self.values @ self.right).detach())
+        self._upper = left[:, :kept].contiguous(), right[:kept].contiguous()
+        self.constrain(dict(self.named_parameters()))
+
+    def constrain(self, named: Mapping[str, Tensor]) -> None:
+        left, right = self._upper
+        named["left"].register_hook(lambda g: g - left @ (left.T @ g))
+        named["right"].register_hook(lambda g: g - (g @ right.T) @ right)
 
     def update(self) -> Tensor:
         return self.left * self.values @ self.right - self.origin

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import shutil
 import tempfile
@@ -30,7 +29,7 @@ from loki_kernels.attribution.cache import cache_folder
 from loki_kernels.demo.model import NAME
 
 from ..records import RESULTS, SHARED, describe_machine
-from .arms import ARMS, FIRST
+from .arms import ARMS
 from .data import DOMAINS, LENGTH, PARTS, SOURCES, TASKS, Data, write_data
 from .models import MODELS
 from .moments import Moments, linears, measure_moments
@@ -40,24 +39,72 @@ STEPS = 80
 _MOMENTS = ".moments.safetensors"
 
 
+# What the promise is about, and what a user would do instead.
+DECISIVE = (
+    "full",
+    "LoRA",
+    "down_proj protected",
+    "rows protected",
+    "full + replay",
+    "full + KL",
+    "LoRA + replay",
+    "LoRA + KL",
+)
+PUBLISHED = (
+    "OSF",
+    "CorDA",
+    "LoRA-Null",
+    "LoRA-Null, A fixed",
+    "LoRA on the MLP",
+    "SHiRA",
+    "Super-Tuning, bottom",
+)
+_MIDDLE = (2, 1)  # of an arm's rates
+
+
 def plan(
-    arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], steps: int, rates: Any = None
+    arms: Sequence[str],
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    rates: Sequence[float] | None = None,
+    places: Sequence[int] = (2, 1, 3, 0, 4),
 ) -> Iterator[Job]:
-    """Every training of these, what says most first: all arms of one seed, middle rates first."""
-    for seed in seeds:
-        for place in (2, 1, 3, 0, 4) if rates is None else range(len(rates)):
+    """Every training of these, at ``rates`` or at an arm's own, middle ones first."""
+    for place in places if rates is None else range(len(rates)):
+        for seed in seeds:
             for name in arms:
                 for task in tasks:
                     wanted = ARMS[name].rates if rates is None else rates
                     yield Job(name, ARMS[name], task, wanted[place], seed, steps)
 
 
-def kill_test() -> Iterator[Job]:
-    """What decides whether a lead lives: two seeds of every arm, then of their variants."""
-    variants = [name for name in ARMS if name not in FIRST]
-    for seed in (0, 1):
-        yield from plan(FIRST, TASKS, [seed], STEPS)
-        yield from plan(variants, TASKS, [seed], STEPS)
+def study() -> Iterator[Job]:
+    """Everything, what decides most first; no training twice."""
+    seeds = (0, 1)
+    rest = [name for name in ARMS if name not in (*DECISIVE, *PUBLISHED)]
+    yield from plan(DECISIVE, TASKS, seeds, STEPS)
+    yield from plan(DECISIVE, TASKS, range(2, 6), STEPS, places=_MIDDLE)
+    yield from plan(PUBLISHED, TASKS, seeds, STEPS)
+    yield from plan(DECISIVE[:6], TASKS, [0], 5 * STEPS, places=_MIDDLE)
+    yield from plan(rest, TASKS, seeds, STEPS)
+    yield from plan(DECISIVE[:6], TASKS, [1, 2], 5 * STEPS, places=_MIDDLE)
+
+
+def groups(jobs: Sequence[Job], most: int) -> list[list[Job]]:
+    """Jobs that can be trained as one model, where the first of them stands.
+
+    No more than ``most``, and half as many where everything is trained, which takes twice as much
+    memory.
+    """
+    alike: dict[tuple[Any, ...], list[Job]] = {}
+    for job in jobs:
+        alike.setdefault((job.arm_name, job.task, job.steps), []).append(job)
+    found = []
+    for members in alike.values():
+        size = max(1, most // 2) if members[0].arm.whole else most
+        found += [members[i : i + size] for i in range(0, len(members), size)]
+    return found
 
 
 def _key(spec: dict[str, Any]) -> str:
@@ -70,9 +117,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _sources(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
-    """Name -> source, and what of it, of all moments that these ask for."""
+def _sources(jobs: Sequence[Job], predicting: bool = True) -> dict[str, dict[str, Any]]:
+    """Name -> source, and what of it, of all moments that these ask for.
+
+    With ``predicting`` also what predicts their damage, which takes minutes on a CPU.
+    """
     wanted: dict[str, dict[str, Any]] = {}
+    if predicting:
+        wanted["samples"] = {
+            "source": "samples",
+            "weighted": False,
+            "every": True,
+            "sensitivity": True,
+        }
     for arm in (job.arm for job in jobs):
         by_sensitivity = arm.rows != "random" or arm.row_steps
         if arm.protect is None and arm.start in (None, "svd") and not by_sensitivity:
@@ -92,7 +149,8 @@ def _sources(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
 
 
 def _write_moments(folder: Path, model: Any, data: Data, jobs: Sequence[Job]) -> None:
-    for name, asked in _sources(jobs).items():
+    on_gpu = next(model.parameters()).is_cuda
+    for name, asked in _sources(jobs, predicting=on_gpu).items():
         start = time.monotonic()
         layers = [n for n in linears(model) if asked["every"] or n.endswith("down_proj")]
         moments = measure_moments(
@@ -143,11 +201,23 @@ def _work(folder: Path, device: str, jobs: Any, results: Any) -> None:
             return
         start = time.monotonic()
         try:
-            for job, figures in train(group, lab):
-                seconds = round((time.monotonic() - start) / len(group), 2)
-                results.put(job.spec() | figures | {"seconds": seconds})
+            found = train(group, lab)
+        except torch.OutOfMemoryError:
+            error = traceback.format_exc()
+            middle = len(group) // 2
+            for part in (group[:middle], group[middle:]):
+                if middle:
+                    jobs.put(part)
+            if not middle:
+                results.put({"error": error, "jobs": [job.spec() for job in group]})
         except Exception:
-            results.put({"error": traceback.format_exc(), "jobs": [j.spec() for j in group]})
+            results.put({"error": traceback.format_exc(), "jobs": [job.spec() for job in group]})
+        else:
+            seconds = round((time.monotonic() - start) / len(group), 2)
+            for job, figures in zip(group, found, strict=True):
+                results.put(job.spec() | figures | {"seconds": seconds})
+        if device == "cuda":
+            torch.cuda.empty_cache()  # the other processes' as much as this one's
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -164,7 +234,7 @@ def run(arguments: argparse.Namespace) -> None:
             plan(arguments.arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates)
         )
     else:
-        jobs = list(kill_test())
+        jobs = list(study())
     jobs = [job for job in jobs if _key(job.spec()) not in done][: arguments.most]
     print(f"{len(jobs)} trainings to do", flush=True)
     start = time.monotonic()
@@ -184,10 +254,9 @@ def run(arguments: argparse.Namespace) -> None:
         data = Data.load(folder / "data.safetensors").to(device)
         _write_moments(folder, model.to(device), data, jobs)
         del model, data
-        group = arguments.group if device == "cuda" else 1
         waiting, results = context.Queue(), context.Queue()
-        for i in range(0, len(jobs), group):
-            waiting.put(jobs[i : i + group])
+        for group in groups(jobs, arguments.group if device == "cuda" else 1):
+            waiting.put(group)
         workers = [
             context.Process(target=_work, args=(folder, device, waiting, results), daemon=True)
             for _ in range(arguments.processes if device == "cuda" else 1)
@@ -253,15 +322,15 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=SHARED, help="the evaluation texts")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="instead of the kill test")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="instead of the whole study")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rates", nargs="+", type=float)
     parser.add_argument("--most", type=int, help="train no more than so many")
     parser.add_argument("--rehearse", action="store_true", help="with a tiny random model")
-    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 4) // 4))
-    parser.add_argument("--group", type=int, default=4, help="trainings at once in a process")
+    parser.add_argument("--processes", type=int, default=2, help="on a GPU")
+    parser.add_argument("--group", type=int, default=10, help="trainings as one model, on a GPU")
     arguments = parser.parse_args()
     own = "" if arguments.model == NAME else arguments.model
     if arguments.data is None:

@@ -19,7 +19,16 @@ from benchmarks.frontier.layers import (
     start_of,
 )
 from benchmarks.frontier.moments import linears, measure_moments, projection, rank_of
-from benchmarks.frontier.runner import _rehearsal, _sources, kill_test, main, plan, read_records
+from benchmarks.frontier.runner import (
+    DECISIVE,
+    _rehearsal,
+    _sources,
+    groups,
+    main,
+    plan,
+    read_records,
+    study,
+)
 from benchmarks.frontier.train import Job, Laboratory, Run, train
 from loki_kernels.demo.frontier import at_loss, frontier
 from tests.test_demo import word_tokenizer
@@ -38,7 +47,7 @@ def lab():
             weighted=asked["weighted"],
             sensitivity=asked["sensitivity"],
         )
-        for name, asked in _sources(list(kill_test())).items()
+        for name, asked in _sources(list(study())).items()
     }
     return Laboratory(model, data, moments)
 
@@ -57,7 +66,7 @@ def updates(model):
 def test_every_arm_trains_what_it_says(lab, name):
     arm = ARMS[name]
     job = Job(name, arm, "shakespeare", 1e-2, seed=0, steps=3)
-    run = Run(job, lab)
+    run = Run([job], lab)
     before = {n: p.detach().clone() for n, p in lab.base.named_parameters()}
     for _ in range(3):
         run.advance()
@@ -65,7 +74,10 @@ def test_every_arm_trains_what_it_says(lab, name):
     changed = updates(run.model)
     for layer, update in changed.items():
         assert update.abs().max() > 0
-        if arm.quota < 100:
+        if arm.entries is not None:
+            trained = (update != 0).double().mean()
+            assert float(trained) == pytest.approx(arm.quota / 100, rel=0.1)
+        elif arm.quota < 100:
             rows = update.abs().amax(1) > 1e-9
             assert rows.sum() == round(arm.quota / 100 * len(update))
         if arm.protect == "cut":
@@ -78,25 +90,27 @@ def test_every_arm_trains_what_it_says(lab, name):
     run._merge(0.5, [p.detach().clone() for p in run.parameters])
     for layer, update in updates(run.model).items():
         torch.testing.assert_close(update, 0.5 * changed[layer], rtol=1e-3, atol=1e-6)
-    run = Run(job, lab)
+    run = Run([job], lab)
     for _ in range(3):
         run.advance()
-    figures = run.finish()
+    (figures,) = run.finish()
     assert [p["scale"] for p in figures["points"]] == [0.25, 0.5, 0.75, 1.0]
     assert figures["points"][0]["wikitext"] < figures["points"][-1]["wikitext"]
 
 
 def test_the_measures_are_what_they_say(lab):
-    figures = lab.measure(lab.base, "gsm8k")
+    figures = lab.measure(lab.base, "gsm8k", 1)[0]
     ids, labels = lab.data.ids["gsm8k/test"], lab.data.labels["gsm8k/test"]
     assert figures["loss"] == pytest.approx(float(lab.base(input_ids=ids, labels=labels).loss))
     assert figures["wikitext"] == pytest.approx(0, abs=1e-6)
-    run = Run(Job("full", ARMS["full"], "gsm8k", 1e-2, 0, 2), lab)
+    run = Run([Job("full", ARMS["full"], "gsm8k", 1e-2, 0, 2)], lab)
     run.advance()
     q = run.model(input_ids=lab.data.ids["code"]).logits[:, :-1].log_softmax(-1)
     p = lab.base(input_ids=lab.data.ids["code"]).logits[:, :-1].log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1)[lab.data.labels["code"][:, 1:] != -100].mean()
-    assert lab.measure(run.model, "gsm8k")["code"] == pytest.approx(float(divergence), rel=1e-3)
+    assert lab.measure(run.model, "gsm8k", 1)[0]["code"] == pytest.approx(
+        float(divergence), rel=1e-3
+    )
 
 
 def test_moments_are_those_of_the_inputs_and_gradients(lab):
@@ -170,7 +184,7 @@ def test_corda_starts_as_peft_does(lab):
 
 def test_osf_moves_its_vectors_across_the_upper_half(lab):
     linear = lab.base.get_submodule("model.layers.0.mlp.down_proj")
-    layer = OrthogonalSubspaceLinear(linear)
+    layer = OrthogonalSubspaceLinear(linear, singular(linear.weight.detach()))
     assert layer.update().abs().max() == 0
     left, _, right = singular(linear.weight.detach())
     kept = min(linear.weight.shape) // 2
@@ -180,16 +194,57 @@ def test_osf_moves_its_vectors_across_the_upper_half(lab):
     assert (layer.right.grad @ right[:kept].T).abs().max() < 1e-4 * layer.right.grad.abs().max()
 
 
-def test_trainings_side_by_side_are_those_of_one(lab):
-    jobs = [Job("LoRA", ARMS["LoRA"], "gsm8k", rate, 1, 2) for rate in (1e-3, 1e-2)]
-    together = {job.rate: figures for job, figures in train(jobs, lab)}
-    ((_, alone),) = train(jobs[1:], lab)
-    assert together[1e-2] == alone
+@pytest.mark.parametrize(
+    "name",
+    [
+        "full, down_proj protected",
+        "LoRA + KL",
+        "rows, random subspace",
+        "down_proj soft, two-sided",
+        "OSF",
+        "CorDA",
+        "LoRA-Null, A fixed",
+        "SHiRA",
+    ],
+)
+def test_trainings_as_one_model_are_those_of_one(lab, name):
+    """Other seeds, so other rows, factors and orders, at other rates."""
+    jobs = [Job(name, ARMS[name], "gsm8k", rate, seed, 2) for seed, rate in enumerate((1e-3, 1e-2))]
+    together = train(jobs, lab)
+    for job, figures in zip(jobs, together, strict=True):
+        (alone,) = train([job], lab)
+        assert figures["trained"] == alone["trained"]
+        for ours, theirs in zip(figures["points"], alone["points"], strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-6)
+        assert figures["predicted"] == pytest.approx(alone["predicted"], rel=1e-2)
+
+
+def test_damage_is_predicted_by_the_moments(lab, monkeypatch):
+    run = Run([Job("rows", ARMS["rows"], "gsm8k", 1e-2, 0, 1)], lab)
+    run.advance()
+    moments, want = lab.moments["samples"], 0.0
+    for name, update in updates(run.model).items():
+        c = (moments.vectors[name] * moments.values[name]) @ moments.vectors[name].T
+        want += 0.5 * float(moments.sensitivity[name] @ (update @ c * update).sum(1))
+    (figures,) = run.finish()
+    assert figures["predicted"] == pytest.approx(want, rel=1e-3)
+    monkeypatch.delitem(moments.sensitivity, "model.layers.0.mlp.down_proj")
+    (figures,) = run.finish()
+    assert "predicted" not in figures
+
+
+def test_jobs_of_one_arm_and_task_are_one_model():
+    jobs = list(plan(["full", "rows"], TASKS, [0, 1], 80))
+    found = groups(jobs, 6)
+    assert sorted(map(len, found)) == [1, 1, 3, 3, 3, 3, 3, 3, 4, 4, 6, 6]
+    assert all(len({(j.arm_name, j.task) for j in group}) == 1 for group in found)
+    assert sorted(map(id, jobs)) == sorted(id(job) for group in found for job in group)
 
 
 def test_a_plan_names_no_training_twice():
-    jobs = [json.dumps(job.spec(), sort_keys=True) for job in kill_test()]
-    assert len(set(jobs)) == len(jobs) == 2 * 2 * 5 * len(ARMS)
+    jobs = [json.dumps(job.spec(), sort_keys=True) for job in study()]
+    more = 2 * 2 * 4 * len(DECISIVE) + 2 * 2 * 3 * 6
+    assert len(set(jobs)) == len(jobs) == 2 * 2 * 5 * len(ARMS) + more
     assert len(list(plan(["LoRA"], TASKS, range(6), 400, (1e-3, 2e-3)))) == 24
 
 
