@@ -14,6 +14,7 @@ from loki_kernels.plots import import_matplotlib
 from ..forgetting.compare import estimate
 from .arms import ARMS
 from .compare import Comparison
+from .damage import damage_table, plot_damages, read_damages
 from .data import DOMAINS
 from .runner import read_records
 
@@ -56,10 +57,17 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
         yield f"The base's loss is {comparison.before:.3f}."
         yield ""
         yield from _table(comparison)
+        yield from ("", "Times that the other's KL is ours, and in how many seeds they meet:", "")
+        yield from _against(comparison)
     for steps in sorted({steps for steps, _ in groups}):
         name = f"frontier-{steps}.png"
         _plot({t: c for (s, t), c in comparisons.items() if s == steps}, folder / name)
         yield from ("", f"![{steps} steps: log KL against task loss]({name})")
+    damages = read_damages(records)
+    if damages:
+        plot_damages(damages, folder / "damage.png")
+        yield from ("", "## Predicted damage", "", *damage_table(damages), "")
+        yield "![KL against predicted damage](damage.png)"
 
 
 def _table(comparison: Comparison) -> Iterator[str]:
@@ -81,6 +89,21 @@ def _table(comparison: Comparison) -> Iterator[str]:
             cells.append(f"{math.exp(sum(reached) / len(reached)):.4f}" if reached else "-")
         for scaled in (True, False):
             cells.append(format_ratio(comparison.log_ratios("full", arm, scaled)))
+        yield f"| {' | '.join(cells)} |"
+
+
+_OURS = ("down_proj protected", "rows protected")
+_OTHERS = ("full", "LoRA", "full + replay", "full + KL", "LoRA + replay", "LoRA + KL")
+
+
+def _against(comparison: Comparison) -> Iterator[str]:
+    yield f"| ours | {' | '.join(_OTHERS)} |"
+    yield f"|---|{'--:|' * len(_OTHERS)}"
+    for ours in _OURS:
+        cells = [ours]
+        for other in _OTHERS:
+            logs = comparison.log_ratios(ours, other)
+            cells.append(f"{format_ratio(logs)}, {len(logs)}" if logs else "-")
         yield f"| {' | '.join(cells)} |"
 
 

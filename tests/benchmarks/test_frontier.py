@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from benchmarks.frontier import two_tasks
 from benchmarks.frontier.arms import ARMS
 from benchmarks.frontier.compare import Comparison
+from benchmarks.frontier.damage import damage_table, fit, plot_damages, read_damages
 from benchmarks.frontier.data import DOMAINS, LENGTH, TASKS, Data, _prompt, _windows
 from benchmarks.frontier.layers import (
     OrthogonalSubspaceLinear,
@@ -317,3 +318,19 @@ def test_two_tasks_are_learned_in_a_row(monkeypatch, capsys):
     measured = [line for line in lines if "wikitext" in line]
     assert len({line["calls"] for line in measured}) == len(measured) == 2 + 3 * 2
     assert {line["rows"] for line in lines if "rows" in line} >= {"plain", "protected, earlier"}
+
+
+def test_damages_of_a_power_law_have_its_slope(tmp_path):
+    def record(arm, size):
+        points = [dict.fromkeys(DOMAINS, 3 * size**1.5)]
+        return {"arm": arm, "predicted": size, "points": points}
+
+    records = [record("a", 10.0**-i) for i in range(5)] + [record("b", 0.5), {"arm": "c"}]
+    damages = read_damages(records)
+    assert len(damages) == 6
+    assert fit(damages) == pytest.approx((1.5, 1.0))
+    rows = list(damage_table(damages))
+    assert any(row.startswith("| a | 5 | 1.50 | 1.00 |") for row in rows)
+    assert not any(row.startswith("| b") for row in rows)
+    plot_damages(damages, tmp_path / "damage.png")
+    assert (tmp_path / "damage.png").stat().st_size > 1000
