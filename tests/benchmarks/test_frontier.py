@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from benchmarks.frontier import two_tasks
+from benchmarks.frontier import accuracies, two_tasks
 from benchmarks.frontier.arms import ARMS
 from benchmarks.frontier.compare import Comparison
 from benchmarks.frontier.damage import damage_table, fit, plot_damages, read_damages
@@ -334,3 +334,31 @@ def test_damages_of_a_power_law_have_its_slope(tmp_path):
     assert not any(row.startswith("| b") for row in rows)
     plot_damages(damages, tmp_path / "damage.png")
     assert (tmp_path / "damage.png").stat().st_size > 1000
+
+
+def test_finals_are_asked_questions(tmp_path, monkeypatch, capsys):
+    model, tensors = _rehearsal()
+    folders = tmp_path / "general", tmp_path / "text"
+    for folder in folders:
+        folder.mkdir()
+    words = "w1 w2 w3 w4 w5 w6 w7 w8 "
+    (folders[1] / "wikitext2_valid.txt").write_text(words * 600)
+    question = {"query": "w3 w4", "choices": ["w5", "w6 w7"], "gold": 1}
+    for name in ("arc_easy", "piqa", "hellaswag_first2000"):
+        (folders[0] / f"{name}.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
+    record = {"context": "w3 w4", "continuation": " w5"}
+    (folders[0] / "lambada_first1500.jsonl").write_text(f"{json.dumps(record)}\n" * 3)
+    loaded = {accuracies.NAME: lambda: (model, word_tokenizer())}
+    monkeypatch.setattr(accuracies, "MODELS", loaded)
+    monkeypatch.setattr(Data, "load", lambda _: Data(tensors))
+    command = f"accuracies --steps 2 --shared {tmp_path} --records 3 --arms full"
+    monkeypatch.setattr(sys, "argv", command.split())
+    accuracies.main()
+    lines = [json.loads(s) for s in capsys.readouterr().out.splitlines() if s.startswith('{"')]
+    assert [(line["arm"], line["task"]) for line in lines] == [
+        ("base", ""),
+        ("full", "shakespeare"),
+        ("full", "gsm8k"),
+    ]
+    assert all(0 <= line["piqa"] <= 1 for line in lines)
+    assert len({line["perplexity"] for line in lines}) == 3

@@ -1,0 +1,72 @@
+"""``python -m benchmarks.frontier.accuracies``: what trainings do to answers, not to likelihoods.
+
+Each of some arms is trained once on each task, at the middle of its rates, and asked ARC-easy's,
+PIQA's and HellaSwag's questions and LAMBADA's last words, as the base is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from loki_kernels.attribution.cache import cache_folder
+from loki_kernels.demo.model import NAME
+
+from ..forgetting.retention import Retention
+from ..records import SHARED
+from .arms import ARMS
+from .data import TASKS, Data
+from .models import MODELS
+from .moments import linears, measure_moments
+from .runner import STEPS
+from .train import Job, Laboratory, Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier.accuracies")
+    parser.add_argument("--data", type=Path, default=cache_folder() / "frontier.safetensors")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="the questions")
+    parser.add_argument("--records", type=int, default=1000, help="questions of a set")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=tuple(ARMS),
+        default=("full", "LoRA", "rows protected", "down_proj protected"),
+    )
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = MODELS[NAME]()
+    model.to(device)
+    retention = Retention(arguments.shared, tokenizer, arguments.records, windows=32)
+    data = Data.load(arguments.data).to(device)
+    downs = [name for name in linears(model) if name.endswith("down_proj")]
+    moments = measure_moments(model, data.ids["samples"], data.labels["samples"], downs)
+    lab = Laboratory(model, data, {"samples": moments})
+
+    def say(trained: str, task: str, asked: torch.nn.Module) -> None:
+        figures = {name: round(value, 4) for name, value in retention.evaluate(asked).items()}
+        seconds = round(time.monotonic() - start)
+        print(
+            json.dumps({"arm": trained, "task": task} | figures | {"seconds": seconds}), flush=True
+        )
+
+    say("base", "", lab.base)
+    for task in TASKS:
+        for name in arguments.arms:
+            run = Run([Job(name, ARMS[name], task, ARMS[name].rates[2], 0, arguments.steps)], lab)
+            if device == "cuda":
+                run.capture()
+            for _ in range(arguments.steps):
+                run.advance()
+            run.graph = None
+            say(name, task, run.model)
+
+
+if __name__ == "__main__":
+    main()
