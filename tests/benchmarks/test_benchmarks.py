@@ -48,10 +48,12 @@ def test_host_and_device_seconds(monkeypatch):
             pass
 
         def events(self):
-            kernel = {"device_type": measure.DeviceType.CUDA}
-            launch = {"device_type": measure.DeviceType.CPU}
+            kernel = {"device_type": measure.DeviceType.CUDA, "is_user_annotation": False}
+            launch = kernel | {"device_type": measure.DeviceType.CPU}
+            annotation = kernel | {"is_user_annotation": True}
             span = SimpleNamespace(elapsed_us=lambda: 6.0)
-            return [SimpleNamespace(time_range=span, **kind) for kind in (kernel, launch, kernel)]
+            kinds = (kernel, launch, annotation, kernel)
+            return [SimpleNamespace(time_range=span, **kind) for kind in kinds]
 
     monkeypatch.setattr(measure, "DEVICE", torch.device("cuda"))
     monkeypatch.setattr(measure, "profile", Profile)
