@@ -21,11 +21,15 @@ SUITES = {
     "selection": "selection",
     "memory": "training.memory",
 }
+PEERS = "ops.peers"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; report")
+    parser.add_argument(
+        "--peers", action="store_true", help="of the ops: other libraries' and ours, few shapes"
+    )
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument("--quick", action="store_true", help="without the growth curves")
     scope.add_argument("--dry-run", action="store_true", help="tiny shapes, nothing is kept")
@@ -39,9 +43,12 @@ def main() -> None:
         parser.error(
             f"unknown suite {', '.join(unknown)}; choose of {', '.join(SUITES)}, or report"
         )
+    if arguments.peers and suites != ["ops"]:
+        parser.error("--peers goes with the suite ops alone")
     machine = describe_machine()
     for suite in suites:
-        module = importlib.import_module(f".{SUITES[suite]}", __package__)
+        name = PEERS if arguments.peers else SUITES[suite]
+        module = importlib.import_module(f".{name}", __package__)
         chosen = "dry" if arguments.dry_run else "quick" if arguments.quick else "full"
         for record in module.run(chosen):
             if not arguments.dry_run:

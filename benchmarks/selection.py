@@ -45,10 +45,14 @@ def _numpy(scores: Tensor, k: int) -> Tensor:
 
 def count_by_topk(scores: Tensor, k: int) -> Tensor:
     """`count_lowest` of scores that differ, by `torch.topk`."""
-    lowest = scores.topk(k, dim=-1, largest=False).indices
-    counts = torch.zeros(scores.shape[1:], dtype=torch.int64, device=scores.device)
-    ones = torch.ones((), dtype=torch.int64, device=scores.device)
-    for sample in lowest:
+    return count_indices(scores.topk(k, dim=-1, largest=False).indices, scores.shape[-1])
+
+
+def count_indices(indices: Tensor, width: int) -> Tensor:
+    """How many of the samples' lists ``[N, L, k]`` each of ``width`` nodes is in."""
+    counts = torch.zeros(indices.shape[1], width, dtype=torch.int64, device=indices.device)
+    ones = torch.ones((), dtype=torch.int64, device=indices.device)
+    for sample in indices:
         counts.scatter_add_(1, sample, ones.expand_as(sample))
     return counts
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..measure import DEVICE
-from ..selection import count_by_topk
+from ..selection import count_by_topk, count_indices
 from .suite import Case, Work
 
 SHAPES = {
@@ -25,3 +29,17 @@ def make_case(samples: int, layers: int, width: int) -> Case:
     moved = 4 * scores.numel() + 8 * layers * width
     inputs = {"scores": scores, "k": width // 10}
     return Case(inputs, Work(0, moved), peers={"topk": count_by_topk})
+
+
+def _flashinfer(inputs: dict[str, Any]) -> Callable[..., Tensor]:
+    """Its kernels are compiled by nvcc when they are first called."""
+    from flashinfer import top_k
+
+    def count(scores: Tensor, k: int) -> Tensor:
+        rows = scores.neg().flatten(0, 1)  # it takes the largest, of two dimensions
+        return count_indices(top_k(rows, k)[1].unflatten(0, scores.shape[:2]), scores.shape[-1])
+
+    return count
+
+
+PEERS = {"flashinfer": _flashinfer}

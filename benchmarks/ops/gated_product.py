@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
 from ..measure import DTYPE
 from .suite import Case, Work, normal
 
@@ -18,3 +23,12 @@ def make_case(tokens: int, width: int) -> Case:
     # backward: the gradient, gate and up read; two gradients and the product written
     forward, backward = Work(0, 3 * one), Work(0, 6 * one)
     return Case({"gate": gate, "up": up}, forward, backward, ("gate", "up"))
+
+
+def _liger(inputs: dict[str, Any]) -> Callable[..., Tensor]:
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    return lambda gate, up: LigerSiLUMulFunction.apply(gate, up)
+
+
+PEERS = {"liger": _liger}

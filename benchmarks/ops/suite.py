@@ -99,19 +99,27 @@ def measure_case(
     check_results(op, contenders, case)
     leaves = [case.inputs[name].requires_grad_() for name in case.differentiable]
     calls = {name: partial(function, **case.inputs) for name, function in contenders.items()}
-    yield from _records(calls, described | {"step": "forward"}, case.forward, rounds)
+    yield from timed(calls, described | {"step": "forward"}, case.forward, rounds)
     if case.backward is not None:
         for name, call in calls.items():
             result = call()
             result = result if isinstance(result, Tensor) else result[0]
             gradient = torch.randn_like(result)
             calls[name] = partial(torch.autograd.grad, result, leaves, gradient, retain_graph=True)
-        yield from _records(calls, described | {"step": "backward"}, case.backward, rounds)
+        yield from timed(calls, described | {"step": "backward"}, case.backward, rounds)
 
 
 def check_results(op: str, contenders: Mapping[str, Callable[..., Any]], case: Case) -> None:
     """Leave if one of them is wrong: it is not timed."""
-    reference = getattr(_dispatch._reference(op), f"{op}_reference")
+    exact, allowed = expected(getattr(_dispatch._reference(op), f"{op}_reference"), case)
+    for name, function in contenders.items():
+        found = _dispatch._evaluate(function, case.inputs, case.differentiable)
+        for i, (got, want, most) in enumerate(zip(found, exact, allowed, strict=True)):
+            check(f"result {i} of {op} on {name}", got, want, most)
+
+
+def expected(reference: Callable[..., Any], case: Case) -> tuple[list[Tensor], list[float]]:
+    """The results and gradients in a wider dtype, and how far from each one may be."""
     wide = torch.float64 if torch.float32 == DTYPE else torch.float32
 
     def widened(x: Tensor) -> Tensor:
@@ -121,17 +129,13 @@ def check_results(op: str, contenders: Mapping[str, Callable[..., Any]], case: C
     exact = _dispatch._evaluate(reference, wider, case.differentiable)
     del wider
     plain = _dispatch._evaluate(reference, case.inputs, case.differentiable)
-    allowed = list(map(twice_the_error, plain, exact))
-    del plain
-    for name, function in contenders.items():
-        found = _dispatch._evaluate(function, case.inputs, case.differentiable)
-        for i, (got, want, most) in enumerate(zip(found, exact, allowed, strict=True)):
-            check(f"result {i} of {op} on {name}", got, want, most)
+    return exact, list(map(twice_the_error, plain, exact))
 
 
-def _records(
+def timed(
     calls: Mapping[str, Callable[[], Any]], described: dict[str, Any], least: Work, rounds: int
 ) -> Iterator[dict[str, Any]]:
+    """A record of each call."""
     host, device = interleave_host_and_device(calls, rounds)
     for name in calls:
         times = {"host_s": quantiles(host[name]), "device_s": quantiles(device[name])}
