@@ -4,6 +4,7 @@
 #   benchmarks/gpu.sh [--dry-run] check              is it right? build, self-checks, sanitizer, tests
 #   benchmarks/gpu.sh [--dry-run] bench [SUITE ...]  is it fast? every suite, or those named
 #   benchmarks/gpu.sh [--dry-run] goals              is it fast enough? the figures that are asked for
+#   benchmarks/gpu.sh [--dry-run] peers              is it faster? the ops against other libraries'
 #   benchmarks/gpu.sh [--dry-run] study SECONDS      does it forget? trainings of benchmarks.frontier
 #
 # A section that fails or runs out of its time does not stop the rest; time that one leaves is the
@@ -26,9 +27,9 @@ fi
 run=${1:-}
 shift
 case $run in
-  check | bench | goals | study) ;;
+  check | bench | goals | peers | study) ;;
   *)
-    echo "usage: benchmarks/gpu.sh [--dry-run] check | bench [SUITE ...] | goals | study SECONDS" >&2
+    echo "usage: benchmarks/gpu.sh [--dry-run] check | bench [SUITE ...] | goals | peers | study SECONDS" >&2
     exit 2
     ;;
 esac
@@ -83,6 +84,15 @@ build() {
   section build 80 env "${cuda[@]}" "$PYTHON" -m pip "${pip[@]}" -v --no-build-isolation --no-deps
 }
 
+# Where it is built already, the time goes to what follows.
+build_once() {
+  if "$PYTHON" -c "$live" "$backend" 2>> "$log"; then
+    spare=70
+  else
+    build
+  fi
+}
+
 live='
 import sys
 from loki_kernels.ops import _dispatch
@@ -112,11 +122,7 @@ bench() {
   declare -A limits=(
     [attribution]=80 [ops]=80 [row_masked_linear]=25 [training_step]=35 [selection]=15 [memory]=25
   )
-  if "$PYTHON" -c "$live" "$backend" 2>> "$log"; then
-    spare=70
-  else
-    build
-  fi
+  build_once
   [ $# = 0 ] && suites=(attribution ops row_masked_linear training_step selection memory)
   for suite in "${suites[@]}"; do
     section "$suite" "${limits[$suite]:-25}" "$PYTHON" -m benchmarks "$suite" "$scope"
@@ -124,12 +130,14 @@ bench() {
 }
 
 goals() {
-  if "$PYTHON" -c "$live" "$backend" 2>> "$log"; then
-    spare=70
-  else
-    build
-  fi
+  build_once
   section goals 200 "$PYTHON" -m benchmarks.goals $dry
+}
+
+# Liger and FlashInfer take part if they are installed; FlexAttention's compilations take the most.
+peers() {
+  build_once
+  section peers 60 "$PYTHON" -m benchmarks ops --peers "$scope"
 }
 
 # What has not been trained of the kill test, most informative first. The texts' tokens travel in

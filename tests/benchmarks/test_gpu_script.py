@@ -83,6 +83,16 @@ def test_goals_are_a_run_of_their_own(tmp_path):
     assert "-m benchmarks.goals --dry-run" in (tmp_path / "gpu-goals.log").read_text()
 
 
+def test_peers_are_a_run_of_their_own(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    run, output = rehearse(tmp_path, "peers", PYTHON=str(python))
+    assert run.returncode == 0, output
+    assert sections(tmp_path, "peers") == {"peers": "passed"}
+    assert "-m benchmarks ops --peers --dry-run" in (tmp_path / "gpu-peers.log").read_text()
+
+
 def test_a_failing_section_does_not_stop_the_rest(tmp_path):
     run, output = rehearse(tmp_path, "bench", "no_such_suite", "selection")
     assert run.returncode == 1
@@ -100,7 +110,8 @@ def test_a_run_takes_less_than_350_seconds():
     limits = {name: int(seconds) for name, seconds in re.findall(r"\[(\w+)\]=(\d+)", text)}
     assert limits.keys() == SUITES.keys()
     assert build + sum(limits.values()) <= 350
-    assert build + int(re.search(r"section goals (\d+)", text)[1]) <= 350
+    for run in ("goals", "peers"):
+        assert build + int(re.search(rf"section {run} (\d+)", text)[1]) <= 350
 
 
 @pytest.mark.parametrize("arguments", [(), ("tests",)])
