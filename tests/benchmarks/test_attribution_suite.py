@@ -38,6 +38,21 @@ def test_wrong_scores_are_not_timed(checked, monkeypatch):
         checked()
 
 
+def test_a_wrong_captum_alone_is_not_timed(checked, monkeypatch, capsys):
+    pytest.importorskip("captum")
+    assert checked()
+    right = attribution._captum
+    monkeypatch.setattr(attribution, "_captum", lambda *given: right(*given) * 1.5)
+    assert not checked()
+    assert "not timed: the captum package on layer" in capsys.readouterr().out
+
+
+def test_a_missing_captum_is_said(checked, monkeypatch, capsys):
+    monkeypatch.setattr(attribution, "find_spec", lambda name: None)
+    assert not checked()
+    assert "captum is not installed" in capsys.readouterr().out
+
+
 def test_both_attribute_one_token(checked, monkeypatch):
     seen = []
 
