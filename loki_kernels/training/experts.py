@@ -11,8 +11,8 @@ from torch.func import functional_call
 from ..errors import UnsupportedModelError
 from ..ops._grouped import grouped_linear
 from ..sharding import full_shape, is_partitioned
-from ..structure import in_float64
-from .rows import TOLERANCE, LokiRows, take_rows
+from ..structure import TOLERANCE, in_float64
+from .rows import LokiRows, take_rows
 
 
 class LokiExperts(LokiRows):

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from ..attribution.cache import AnalysisOptions, cached_attribution
 from ..discovery import find_structure
+from ..gating import Gating, find_gating
 from ..ops._dispatch import warm_up
 from ..options import DEFAULT_QUOTA
 from ..protection import Protection
@@ -32,7 +33,7 @@ from .checkpoint import SavePretrained
 from .experts import LokiExperts
 from .handle import Patch, Report
 from .linear import LokiLinear
-from .mlp import FusedMLP, Gating, find_gating
+from .mlp import FusedMLP
 from .rows import LokiRows
 from .targets import (
     Rows,

@@ -17,15 +17,6 @@ from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_shar
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")
 
-# Largest relative difference allowed between a module and what we take it for, on random input: the
-# same numbers, but that operations may round once more or sum in another order.
-TOLERANCE = {
-    torch.float64: 1e-5,  # transformers' activations may work in float32
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 3e-2,
-}
-
 
 class LokiRows(nn.Module):
     """What `LokiLinear` and `LokiExperts` share: an update of rows of one weight, and its state.

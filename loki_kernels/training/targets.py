@@ -16,8 +16,14 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedModelError, explained
 from ..selection import RowSelection
 from ..sharding import DTensor, is_distributed, is_partitioned
-from ..structure import DownProjection, Structure, in_float64, refuse_tensor_parallelism
-from .rows import TOLERANCE, TRAINED, LokiRows
+from ..structure import (
+    TOLERANCE,
+    DownProjection,
+    Structure,
+    in_float64,
+    refuse_tensor_parallelism,
+)
+from .rows import TRAINED, LokiRows
 
 # What names rows: a selection, one list a layer, or the path of a row file.
 Rows = RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str]
