@@ -26,6 +26,7 @@ from ..team import Team
 from .definitions import PathIntegral
 from .engine import Engine, attribute_batch, choose_engine
 from .fitting import Fitting
+from .fusing import fused
 from .log import Log, check_out
 from .placement import accelerator
 from .plan import BatchLimits, PlannedBatch, Window
@@ -121,7 +122,8 @@ class Job:
         start: float | None = None
         fitting = Fitting(points)
         agree = self.team.all if self.structure.sharded else None
-        with stopping(enabled=isinstance(store, Log), agree=agree) as stopped:
+        stop = stopping(enabled=isinstance(store, Log), agree=agree)
+        with stop as stopped, contextlib.ExitStack() as stack:
             for window in windows:
                 prompts = window.end
                 store.reserve(prompts)
@@ -134,6 +136,9 @@ class Job:
                 alone = engine.name != "staircase"  # a prompt after the other
                 limits = store.limits.capped() if alone else store.limits
                 plan = window.batches(batches, limits, points)
+                if not batches:  # the engines were tried on the model as it is
+                    tokens = plan[0].tokens_at_once(points, alone=alone)
+                    stack.enter_context(fused(self.structure, tokens))
                 batches += len(plan)
                 left = self._share(plan, store, bar, points)
                 todo = {planned.number for planned in left}

@@ -100,6 +100,15 @@ class PlannedBatch:
         """Tokens of the longest prompt, to which all are padded."""
         return max(map(len, self.sequences))
 
+    def tokens_at_once(self, points: int, *, alone: bool) -> int:
+        """Of the larger of its two forward passes, in the average layer.
+
+        Args:
+            points: path points of a prompt, of which half are there in the average layer.
+            alone: whether one prompt runs after the other.
+        """
+        return (1 if alone else len(self.members)) * max(self.longest, points // 2)
+
     def cost(self, points: int) -> int:
         """In tokens, with so many path points a prompt.
 

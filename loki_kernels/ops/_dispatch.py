@@ -120,6 +120,11 @@ def choose(op: str, backend: str | None, inputs: list[Any]) -> ModuleType:
     return _module(op, "torch")
 
 
+def has_kernel(op: str, inputs: list[Any]) -> bool:
+    """Whether a kernel runs ``op`` on ``inputs``, and not torch."""
+    return choose(op, None, inputs) is not _module(op, "torch")
+
+
 def _preferred(device: torch.device) -> str | None:
     """What ``$LOKI_KERNELS_BACKEND`` names for tensors on ``device``; None: ``auto``."""
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")

@@ -1,0 +1,315 @@
+"""What an analysis runs in place of a model's RMS norms and gated products."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import loki_kernels as loki
+from loki_kernels.attribution import fusing, job
+from loki_kernels.attribution.definitions import PathIntegral
+from loki_kernels.attribution.fusing import fused
+from loki_kernels.attribution.plan import BatchLimits, windows
+from loki_kernels.attribution.prefill import Batch, run_prefill
+from loki_kernels.attribution.prompts import Tokens
+from loki_kernels.attribution.staircase import Staircase
+from loki_kernels.attribution.steering import borrowed
+from loki_kernels.discovery import find_structure
+from tests.architectures import deepseek, gpt2, granite_moe_hybrid, lfm2
+from tests.models import ARCHITECTURES, assert_unchanged, build_model, snapshot, to_device
+
+# Norms and gated MLPs of each; LayerNorms and MLPs without a gate stay as they are.
+REPLACED = {
+    "llama": (7, 3),
+    "llama_mlp_bias": (7, 3),
+    "qwen2": (7, 3),
+    "qwen3": (13, 3),  # queries and keys have norms
+    "mistral": (7, 3),
+    "gemma2": (13, 3),  # 1 + weight, tanh-approximated GELU
+    "phi3": (7, 3),  # gate and up in one linear
+    "olmo2": (13, 3),
+    "gpt_neox": (0, 0),
+    "granite": (7, 3),
+    "cohere": (0, 3),
+}
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Gated products too, which a CPU has no kernel for and small models no use."""
+    monkeypatch.setattr(fusing, "_pays", lambda *_: True)
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """What turns it off, when it is called."""
+    return lambda: monkeypatch.setattr(job, "fused", lambda *_: contextlib.nullcontext())
+
+
+def own_attributes(model):
+    return {name: dict(vars(module)) for name, module in model.named_modules()}
+
+
+def replaced(model, tokens=1):
+    """(norms, MLPs) whose forward is not their class's inside of `fused`."""
+    structure = find_structure(model)
+    with borrowed(structure), fused(structure, tokens):
+        found = [m for m in model.modules() if "forward" in vars(m)]
+    norms = sum(not list(m.children()) for m in found)
+    return norms, len(found) - norms
+
+
+def errors(got, want):
+    got, want = got.scores.cpu().double(), want.scores.cpu().double()
+    return (got - want).norm(dim=-1) / want.norm(dim=-1)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_replaced(name, dtype, everywhere):
+    model = build_model(name, dtype)
+    before = own_attributes(model)
+    assert replaced(model) == REPLACED[name]
+    assert own_attributes(model) == before
+
+
+@pytest.mark.parametrize(("build", "count"), [
+    (deepseek, (13, 3)),  # of the experts, the shared ones
+    (lfm2, (11, 0)),  # its activation is no module
+    (granite_moe_hybrid, (7, 3)),  # its mixer's norm is gated
+    (gpt2, (0, 0)),
+])  # fmt: skip
+def test_what_is_replaced_in_other_kinds(build, count, everywhere):
+    assert replaced(build()) == count
+
+
+@pytest.mark.parametrize("definition", ["published", "captum"])
+@pytest.mark.parametrize("site", ["down_proj", "ffn_neurons"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "olmo2", "gpt_neox"])
+def test_scores_are_the_same(name, site, definition, prompts, everywhere, nowhere):
+    model = build_model(name)
+    before, own = snapshot(model), own_attributes(model)
+    options = {"definition": definition, "site": site}
+    got = loki.attribute(model, prompts, **options)
+    assert_unchanged(model, before)
+    assert own_attributes(model) == own
+    nowhere()
+    want = loki.attribute(model, prompts, **options)
+    assert torch.equal(got.targets, want.targets)
+    assert errors(got, want).max() <= 1e-5
+
+
+@pytest.mark.parametrize("engine", ["decode", "reforward"])
+def test_other_engines_too(engine, model, prompts, everywhere, nowhere):
+    got = loki.attribute(model, prompts, engine=engine)
+    nowhere()
+    assert errors(got, loki.attribute(model, prompts, engine=engine)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_half_precision_is_as_near_to_float32(name, dtype, prompts, everywhere, nowhere):
+    """Within twice the error of the model's own modules, in the same dtype and on its tokens."""
+    exact_model = build_model(name)
+    half = copy.deepcopy(exact_model).to(dtype)
+    got = loki.attribute(half, prompts)
+    nowhere()
+    plain = loki.attribute(half, prompts, target=got.targets)
+    exact = loki.attribute(exact_model, prompts, target=got.targets)
+    assert not torch.equal(got.scores, plain.scores)
+    ours, theirs = ((x.scores - exact.scores).norm() for x in (got, plain))
+    assert ours <= 2 * theirs + 1e-6
+
+
+def test_float64_stays_what_it_is(prompts, everywhere):
+    assert replaced(build_model(dtype=torch.float64)) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_gradient_flows(name, everywhere):
+    model = build_model(name)
+    structure = find_structure(model)
+    x = to_device(torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0)))
+    layer = structure.layers[1]
+    for module in (layer.input_layernorm, layer.mlp):
+        results = []
+        with borrowed(structure), torch.enable_grad():
+            for tokens in (None, 1):
+                given = x.clone().requires_grad_()
+                with fused(structure, tokens) if tokens else contextlib.nullcontext():
+                    assert ("forward" in vars(module)) == bool(tokens)
+                    y = module(given)
+                results.append((y, *torch.autograd.grad(y.square().sum(), given)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_undone_after_an_exception(model, prompts, everywhere):
+    before, own = snapshot(model), own_attributes(model)
+    structure = find_structure(model)
+    with borrowed(structure), pytest.raises(KeyboardInterrupt), fused(structure, 1):
+        raise KeyboardInterrupt
+    assert_unchanged(model, before)
+    assert own_attributes(model) == own
+
+
+def test_modules_with_hooks_stay(model, prompts, everywhere):
+    want = loki.attribute(model, prompts)
+    layers, seen = model.model.layers, []
+
+    def see(module, *_):
+        seen.append(module)
+
+    layers[0].mlp.act_fn.register_forward_hook(see)
+    layers[1].input_layernorm.register_forward_hook(see)
+    layers[2].mlp.gate_proj.register_forward_pre_hook(see)
+    own = layers[2].input_layernorm
+    own.forward = type(own).forward.__get__(own)
+    assert replaced(model) == (6, 1)  # of the norms, that forward counts but is not replaced
+    assert "forward" in vars(own)
+    assert not seen  # nor are they tried
+    got = loki.attribute(model, prompts)
+    assert errors(got, want).max() <= 1e-5
+    assert len(set(seen)) == 3
+
+
+def test_a_patched_model(model, prompts, everywhere):
+    """`FusedMLP` has the op in place, and its rows are trained."""
+    want = loki.attribute(model, prompts)
+    for fuse_mlp, mlps in ((True, 0), (False, 3)):
+        with loki.patch(model, [[1, 5], [0], [3]], fuse_mlp=fuse_mlp):
+            assert replaced(model) == (7, mlps)
+            assert errors(loki.attribute(model, prompts), want).max() <= 1e-5
+
+
+def test_a_peft_model(model, prompts, everywhere, nowhere):
+    import peft
+
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, r=2)
+    wrapped = peft.get_peft_model(model, config)
+    assert replaced(wrapped) == (7, 3)
+    got = loki.attribute(wrapped, prompts)
+    nowhere()
+    assert errors(got, loki.attribute(wrapped, prompts)).max() <= 1e-5
+
+
+class Norm(nn.Module):
+    """An RMS norm with one thing about it another."""
+
+    def __init__(self, variant=""):
+        super().__init__()
+        self.variant = variant
+        self.weight = nn.Parameter(torch.rand(48) + 0.5)
+        self.eps, self.other = 1e-5, 0.1
+        if variant == "bias":
+            self.bias = nn.Parameter(torch.ones(48))
+
+    def forward(self, hidden):
+        x = hidden.float()
+        if self.variant == "mean":
+            x = x - x.mean(-1, keepdim=True)
+        eps = {"no eps": 0, "another eps": 3e-5, "the other eps": self.other}.get(
+            self.variant, self.eps
+        )
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * self.weight
+        return x if self.variant == "wide" else x.to(hidden.dtype)
+
+
+class Gated(Norm):
+    def forward(self, hidden, gate=None):
+        y = super().forward(hidden)
+        return y if gate is None else y * gate
+
+
+@pytest.mark.parametrize(("norm", "count"), [
+    (Norm(), 7),
+    (Norm("the other eps"), 7),
+    (Norm("no eps"), 6),
+    (Norm("another eps"), 6),
+    (Norm("mean"), 6),
+    (Norm("bias"), 6),
+    (Norm("wide").bfloat16(), 6),
+    (Gated(), 6),
+    (nn.RMSNorm(48), 6),
+    (nn.LayerNorm(48), 6),
+], ids=lambda x: getattr(x, "variant", "") or type(x).__name__)  # fmt: skip
+def test_norms_are_known_by_what_they_compute(norm, count, model):
+    model.model.norm = norm.to(model.device)
+    assert replaced(model)[0] == count
+
+
+def test_another_dtype_than_the_weights_takes_the_modules_own(model):
+    structure = find_structure(model)
+    x = to_device(torch.randn(3, 48)).bfloat16()
+    want = model.model.norm(x)
+    with borrowed(structure), fused(structure, 1):
+        got = model.model.norm(hidden_states=x)
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
+
+
+def test_one_of_a_kind_is_tried(model, monkeypatch):
+    tried = []
+    find = fusing._find_norm
+    monkeypatch.setattr(fusing, "_find_norm", lambda m: (tried.append(m), find(m))[1])
+    model.model.layers[1].input_layernorm.variance_epsilon = 1e-3
+    assert replaced(model)[0] == 7
+    assert len(tried) == 2
+
+
+def test_weights_that_come_and_go_are_left(model, monkeypatch):
+    monkeypatch.setattr(fusing.Structure, "reruns", True)
+    assert replaced(model) == (0, 0)
+
+
+def test_products_are_fused_in_large_batches_on_a_kernel(model, monkeypatch):
+    enough = fusing._HIDES_THE_HOST // (48 * 112) + 1
+    assert replaced(model, enough) == (7, 0)  # a CPU has no kernel
+    monkeypatch.setattr(fusing, "has_kernel", lambda *_: True)
+    assert replaced(model, enough) == (7, 3)
+    assert replaced(model, enough - 1) == (7, 0)
+
+
+def test_tokens_at_once():
+    (window,) = windows([Tokens(np.ones(20, dtype=np.int64))] * 4, None)
+    (planned,) = window.batches(0, BatchLimits(4, 1000, 1000), 21)
+    assert planned.tokens_at_once(21, alone=False) == 4 * 20
+    assert planned.tokens_at_once(100, alone=False) == 4 * 50
+    assert planned.tokens_at_once(100, alone=True) == 50
+
+
+def test_the_points_run_what_the_prompt_ran(model, prompts, monkeypatch, everywhere):
+    """One decision for the whole analysis; it begins after the engines have been tried."""
+    entered, was = [], job.fused
+
+    def enter(structure, tokens):
+        entered.append(tokens)
+        return was(structure, tokens)
+
+    monkeypatch.setattr(job, "fused", enter)
+    loki.attribute(model, prompts, batch_size=1)
+    assert entered == [13]
+
+
+def test_compiles_whole(everywhere):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip("torch 2.11 cannot trace requires_grad_; 2.12 was not tried")
+    torch._dynamo.reset()
+    structure = find_structure(build_model("gemma2"))
+    integral = PathIntegral.resolve("published", {}, 3)
+    batch = Batch([0, 1], *to_device([torch.arange(18).view(2, 9), torch.tensor([9, 5])]))
+    with borrowed(structure), fused(structure, 1):
+        prefill = run_prefill(structure, batch, integral)
+        staircase = Staircase(structure, batch, prefill, integral)
+        want = staircase.run(range(3), prefill.prefix)
+        staircase._differentiate = torch.compile(
+            staircase._differentiate, fullgraph=True, backend="aot_eager"
+        )
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            got = staircase.run(range(3), prefill.prefix)
+    torch.testing.assert_close(got.scores, want.scores)
