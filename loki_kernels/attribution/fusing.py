@@ -75,10 +75,12 @@ class _Norm:
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """``[..., D]`` for x ``[..., D]`` and weight ``[D]`` of one dtype."""
-        if not self.one_added:
-            return functional.rms_norm(x, weight.shape, weight, self.eps)
-        y = functional.rms_norm(x, weight.shape, None, self.eps)
-        return torch.addcmul(y, y, weight)  # in bfloat16 the sum of 1 and a weight would be rounded
+        if self.one_added and weight.dtype != torch.float32:
+            # 1 + weight would be rounded to 8 bits in bfloat16; here the kernel adds in float32.
+            y = functional.rms_norm(x, weight.shape, None, self.eps)
+            return torch.addcmul(y, y, weight)
+        scale = weight + 1 if self.one_added else weight
+        return functional.rms_norm(x, weight.shape, scale, self.eps)
 
     def exactly(self, x: Tensor, weight: Tensor) -> Tensor:
         """The same, in float64."""
@@ -189,9 +191,12 @@ def _pays(structure: Structure, down: DownProjection, tokens: int) -> bool:
     """Whether an MLP's product is worth a kernel, and there is one."""
     if tokens * structure.hidden_size * down.in_features < _HIDES_THE_HOST:
         return False
-    x = down.weight.new_empty(1)
-    # On torch the op is three times as slow as autograd's own on a CPU, for less memory.
-    return x.dtype in _DTYPES and has_kernel("gated_product", [x, x, "silu"])
+    weight = down.weight
+    if weight.dtype not in _DTYPES:
+        return False
+    x = torch.empty(1, dtype=weight.dtype, device=weight.device)
+    # Without a kernel the op takes a CPU three times as long as the two of torch, and back.
+    return has_kernel("gated_product", [x, x, "silu"])
 
 
 def _is_free(mlp: nn.Module) -> bool:
