@@ -22,4 +22,4 @@ def test_a_rehearsal_measures_every_goal_and_keeps_nothing(capsys, monkeypatch):
     assert all(re.search(r"\| [\d.e+-]+ (%|ms|s|GiB)", line) for line in lines)
     judged = [line for line in lines if line.endswith(("reached |", "missed |"))]
     # the analysis of a large model and of a small one, first calls, steps
-    assert len(judged) == 6 + 1 + 2 + 3
+    assert len(judged) == 6 + 1 + 2 + 5
