@@ -6,9 +6,11 @@ One place decides what a model is: `examine` looks at every decoder layer and sa
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -126,8 +128,13 @@ def examine(causal_lm: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList, list[
 
 def is_mixer(module: nn.Module) -> bool:
     """Whether a module mixes tokens, by what its ``forward`` takes."""
+    return _mixes(type(module).forward)
+
+
+@functools.lru_cache(maxsize=1024)  # 40 us, of every module, where there are a few functions
+def _mixes(forward: Callable[..., Any]) -> bool:
     try:
-        arguments = inspect.signature(type(module).forward).parameters
+        arguments = inspect.signature(forward).parameters
     except (TypeError, ValueError):
         return False
     return not _MIXER_ARGUMENTS.isdisjoint(arguments)

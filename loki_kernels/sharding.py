@@ -72,7 +72,8 @@ def fsdp_device(model: nn.Module) -> torch.device | None:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate brings a module's own weights in for its forward pass alone."""
-    return getattr(getattr(module, "_hf_hook", None), "offload", False) is True
+    # asked of every module: a miss of getattr passes through nn.Module's own lookup
+    return getattr(vars(module).get("_hf_hook"), "offload", False) is True
 
 
 def home(module: nn.Module, weight: Tensor) -> torch.device:

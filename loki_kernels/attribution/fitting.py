@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -40,16 +39,19 @@ def points_that_fit(structure: Structure, device: torch.device, beside: int = 0)
     """
     if structure.reruns:  # sharded ones among them
         return None
-    outputs = 0
-    for module in itertools.chain.from_iterable(layer.modules() for layer in structure.layers):
-        if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
+    free = free_bytes(device)
+    if free is None:
+        return None
+    outputs, places = 0, set()
+    for module in structure.parts:
+        own = [x for x in module._parameters.values() if x is not None]
+        places.update(parameter.device for parameter in own)
+        if any(parameter.ndim > 1 for parameter in own):
             width = getattr(module, "out_features", getattr(module, "nf", None))
             if not isinstance(width, int):
                 return None
             outputs += width
-    places = {p.device for layer in structure.layers for p in layer.parameters()}
-    free = free_bytes(device)
-    if free is None or not outputs or len(places) > 1:
+    if not outputs or len(places) > 1:
         return None
     each = outputs * embedding_weight(structure.causal_lm).element_size()
     points = int(_SHARE * max(0, free - beside)) // each

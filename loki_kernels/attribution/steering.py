@@ -81,16 +81,6 @@ def why_no_staircase(decoder: Any) -> str | None:
     return None
 
 
-def _attention_configs(structure: Structure) -> list[tuple[Any, str]]:
-    """(config, its attention now) of every module of the decoder."""
-    configs: dict[int, Any] = {
-        id(module.config): module.config
-        for module in structure.decoder.modules()
-        if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
-    }
-    return [(config, config._attn_implementation_internal) for config in configs.values()]
-
-
 @contextlib.contextmanager
 def borrowed(structure: Structure) -> Iterator[None]:
     """The model in evaluation mode, frozen and claimed; restored whatever happens.
@@ -100,7 +90,7 @@ def borrowed(structure: Structure) -> Iterator[None]:
     """
     model = structure.causal_lm
     settle(structure.given)
-    configs = [config for config, _ in _attention_configs(structure)]
+    configs = structure.attention_configs
     with _claiming:
         if any(hasattr(config, _ATTEND) for config in configs):
             raise RuntimeError(
@@ -109,12 +99,19 @@ def borrowed(structure: Structure) -> Iterator[None]:
             )
         for config in configs:
             setattr(config, _ATTEND, None)
-    training = [(module, module.training) for module in model.modules()]
-    required = {name: parameter.requires_grad for name, parameter in _named(model)}
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    required = [
+        (module, name)
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
     try:
-        model.eval()
-        for _, parameter in _named(model):
-            parameter.requires_grad_(False)
+        if training:  # of 450 modules that need no change, eval() sets the flags in 2 ms
+            model.eval()
+        for module, name in required:
+            module._parameters[name].requires_grad_(False)
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -126,20 +123,15 @@ def borrowed(structure: Structure) -> Iterator[None]:
         raise
     finally:
         settle(structure.given)
-        for name, parameter in _named(model):
-            parameter.requires_grad_(required[name])
-        for module, flag in training:
-            module.training = flag
+        for module, name in required:  # by name: where weights are offloaded a pass leaves others
+            module._parameters[name].requires_grad_(True)
+        for module in training:
+            module.training = True
         for config in configs:
             delattr(config, _ATTEND)
 
 
 _claiming = threading.Lock()
-
-
-def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """By name: where weights are offloaded a forward pass leaves other parameters behind."""
-    return model.named_parameters(remove_duplicate=False)
 
 
 @contextlib.contextmanager
@@ -237,7 +229,7 @@ def steered(
     structure: Structure, attend: Attend, handles: Iterable[RemovableHandle]
 ) -> Iterator[None]:
     """``attend`` as a borrowed decoder's attention; it and the hooks are gone afterwards."""
-    configs = _attention_configs(structure)
+    configs = [(c, c._attn_implementation_internal) for c in structure.attention_configs]
     try:
         for config, _ in configs:
             setattr(config, _ATTEND, attend)
