@@ -26,6 +26,7 @@ from torch import library as torch_library
 
 from .. import _native
 from ..errors import check_choice, explained
+from ._call import add_gradient, add_step
 from ._check import check_first_derivative, without_autocast
 from ._example import Draw, Example
 from ._table import Backends
@@ -65,6 +66,7 @@ def register(
             return getattr(chosen, step)(*inputs)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
+    add_step(name, run)
     torch_library.register_fake(
         f"loki_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_library
     )
@@ -84,6 +86,7 @@ def register_autograd(
     torch_library.register_autograd(
         f"loki_kernels::{op}", first, setup_context=setup_context, lib=_library
     )
+    add_gradient(op, setup_context, first)
 
 
 def check_backend(backend: str | None) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from ...errors import check_choice
+from .._call import call
 from .._check import check_shape
 from .._dispatch import Backend, check_backend, register, register_autograd
 
@@ -38,7 +38,7 @@ def gated_product(
     """
     check_backend(backend)
     check_gated(gate, up, activation)
-    return torch.ops.loki_kernels.gated_product(gate, up, activation, backend)
+    return call("gated_product", gate, up, activation, backend)
 
 
 def check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
@@ -55,8 +55,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_gate, grad_up, _ = torch.ops.loki_kernels.gated_product_backward(
-        grad, *ctx.saved_tensors, ctx.activation, ctx.backend
+    grad_gate, grad_up, _ = call(
+        "gated_product_backward", grad, *ctx.saved_tensors, ctx.activation, ctx.backend
     )
     return grad_gate, grad_up, None, None
 

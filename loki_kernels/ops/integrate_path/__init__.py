@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._call import call
 from .._check import check_shape
 from .._dispatch import Backend, check_backend, register
 
@@ -48,7 +49,7 @@ def integrate_path(
             f"baseline must be [{width}] or [{samples}, {width}]; it is {list(baseline.shape)}."
         )
     with torch.no_grad():
-        return torch.ops.loki_kernels.integrate_path(gradients, weights, z, baseline, backend)
+        return call("integrate_path", gradients, weights, z, baseline, backend)
 
 
 def _fake(gradients: Tensor, *_: Tensor | None) -> Tensor:

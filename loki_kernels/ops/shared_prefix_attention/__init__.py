@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call import call
 from .._check import check_shape
 from .._dispatch import Backend, check_backend, register, register_autograd
 
@@ -70,7 +71,8 @@ def shared_prefix_attention(
     check_shape("sinks", sinks, heads)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1; it is {window}.")
-    out, _ = torch.ops.loki_kernels.shared_prefix_attention(
+    out, _ = call(
+        "shared_prefix_attention",
         q,
         k,
         v,
@@ -78,8 +80,8 @@ def shared_prefix_attention(
         prefix_v,
         prefix_lengths,
         sinks,
-        dim**-0.5 if scale is None else scale,
-        softcap,
+        dim**-0.5 if scale is None else float(scale),
+        None if softcap is None else float(softcap),
         window,
         backend,
     )
@@ -105,9 +107,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     options = (ctx.scale, ctx.softcap, ctx.window, ctx.backend)
-    grads = torch.ops.loki_kernels.shared_prefix_attention_backward(
-        grad, *ctx.saved_tensors, *options
-    )
+    grads = call("shared_prefix_attention_backward", grad, *ctx.saved_tensors, *options)
     return *grads, *[None] * 8
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._call import call
 from .._check import check_linear, check_shape
 from .._dispatch import Backend, check_backend, register, register_autograd
 
@@ -55,13 +56,14 @@ def target_probability(
         raise ValueError(f"hidden must be [tokens, D]; it is {list(hidden.shape)}.")
     check_shape("target", target, hidden.shape[0])
     gradient = torch.is_grad_enabled() and hidden.requires_grad
-    outputs = torch.ops.loki_kernels.target_probability(
+    outputs = call(
+        "target_probability",
         hidden,
         weight.detach(),
         target,
         None if bias is None else bias.detach(),
-        softcap,
-        logit_scale,
+        None if softcap is None else float(softcap),
+        float(logit_scale),
         gradient,
         backend,
     )
