@@ -42,7 +42,8 @@ def points_that_fit(structure: Structure, device: torch.device, beside: int = 0)
     free = free_bytes(device)
     if free is None:
         return None
-    outputs, places = 0, set()
+    outputs = 0
+    places: set[torch.device] = set()
     for module in structure.parts:
         own = [x for x in module._parameters.values() if x is not None]
         places.update(parameter.device for parameter in own)

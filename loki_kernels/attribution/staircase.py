@@ -28,8 +28,8 @@ from ..ops import shared_prefix_attention, target_probability
 from ..structure import Head, Structure
 from .definitions import PathIntegral
 from .integration import GUARD_TOLERANCE, integrate, relative_error
-from .path import path_points
-from .prefill import Batch, Prefill, Prefix
+from .path import path_points, steps_for
+from .prefill import Batch, Prefill, Prefix, check_logits
 from .scores import Scores
 from .steering import (
     Attend,
@@ -92,9 +92,12 @@ class Staircase:
         Raises:
             UnsupportedModelError: if the unperturbed point does not reproduce the prefill, or the
                 model's code does not take the points.
+            ValueError: if the prefill's logits are NaN.
         """
         longest = self.batch.input_ids.shape[1] - 1
-        prefix = {i: (k[:, :, :longest], v[:, :, :longest]) for i, (k, v) in prefix.items()}
+        prefix = {
+            i: (k.narrow(2, 0, longest), v.narrow(2, 0, longest)) for i, (k, v) in prefix.items()
+        }
         trace = _Trace()
         attend = self._attend_each if prefix_per_point else self._attend_shared
         with (
@@ -105,12 +108,14 @@ class Staircase:
         ):
             hidden, values, gradients = self._differentiate(layers, trace)
         self.structure.gather()  # the backward pass has put the head away
-        self._guard(hidden, trace.layer_inputs)
         ends = [trace.ends[layer] for layer in layers]
         starts = None
         if self.prefill.start is not None:
             starts = [self.batch.at_last(self.prefill.start[layer]) for layer in layers]
-        return integrate(self.integral, values, gradients, ends, starts, self.prefill.target)
+        target = self.prefill.target
+        scores = integrate(self.integral, values, gradients, ends, starts, target)
+        self._guard(hidden, trace.layer_inputs)  # waits for the device, which now has all its work
+        return scores
 
     def _start(self, layer: int) -> Tensor | None:
         """``[B, D]``, where the layer's path starts at the last token; None for zero."""
@@ -121,6 +126,8 @@ class Staircase:
         """Register the hooks that make the decoder run the points of ``layers``."""
         structure, m = self.structure, len(self.integral.alphas)
         samples = self.batch.input_ids.shape[0]
+        # One copy to a device: one a layer was 32, each a call of the driver that moves 56 bytes.
+        steps: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
         def append_points(layer: int) -> Callable[[Tensor], Tensor]:
             def change(hidden: Tensor) -> Tensor:
@@ -136,7 +143,10 @@ class Staircase:
                 points = x.view(samples, -1, x.shape[-1])
                 if layer not in trace.leaves:  # not in a layer that is run again
                     trace.ends[layer] = z = points[:, 0].detach()
-                    path = path_points(z, self.integral.alphas, self._start(layer))
+                    kind = z.device, z.dtype
+                    if kind not in steps:
+                        steps[kind] = steps_for(z, self.integral.alphas)
+                    path = path_points(z, steps[kind], self._start(layer))
                     trace.leaves[layer] = path.requires_grad_()
                 return like(torch.cat([points[:, :-m], trace.leaves[layer]], dim=1), x)
 
@@ -241,11 +251,17 @@ class Staircase:
         return hidden[:, 0].detach(), objectives[objective].detach(), gradients
 
     def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:
-        """The unperturbed point must reproduce the prefill, or the model is refused."""
+        """The unperturbed point must reproduce the prefill, or the model is refused.
+
+        Raises:
+            UnsupportedModelError: if it does not.
+            ValueError: if the prefill's logits are NaN.
+        """
         tolerance = GUARD_TOLERANCE[hidden.dtype]
         error = relative_error(self.head.logits(hidden), self.prefill.logits)
         if error <= tolerance:
             return
+        check_logits(self.structure, self.prefill.logits)
         name = type(self.structure.causal_lm).__name__
         pairs = itertools.pairwise(
             relative_error(got, want)

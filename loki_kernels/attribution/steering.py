@@ -110,8 +110,7 @@ def borrowed(structure: Structure) -> Iterator[None]:
     try:
         if training:  # of 450 modules that need no change, eval() sets the flags in 2 ms
             model.eval()
-        for module, name in required:
-            module._parameters[name].requires_grad_(False)
+        _require_grad(required, False)
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -123,8 +122,7 @@ def borrowed(structure: Structure) -> Iterator[None]:
         raise
     finally:
         settle(structure.given)
-        for module, name in required:  # by name: where weights are offloaded a pass leaves others
-            module._parameters[name].requires_grad_(True)
+        _require_grad(required, True)
         for module in training:
             module.training = True
         for config in configs:
@@ -132,6 +130,14 @@ def borrowed(structure: Structure) -> Iterator[None]:
 
 
 _claiming = threading.Lock()
+
+
+def _require_grad(parameters: Iterable[tuple[nn.Module, str]], flag: bool) -> None:
+    """By name: where weights are offloaded a forward pass leaves other parameters behind."""
+    for module, name in parameters:
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager
