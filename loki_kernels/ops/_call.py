@@ -20,14 +20,14 @@ def call(name: str, *args: Any) -> Any:
     Through the dispatcher and what torch makes of a registered gradient a call takes the host
     125 us, the kernel left out, through an autograd function 50, and the way back 20 us less; every
     layer of an attribution makes one. Whatever traces, transforms or intercepts ops, and tensors of
-    other classes, get the op itself. That makes a float of an integer where its schema has one,
-    which the caller does here.
+    other classes or without values, get the op itself. That makes a float of an integer where its
+    schema has one, which the caller does here.
     """
     if (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and all(type(x) in _PLAIN for x in args if isinstance(x, Tensor))
+        and all(type(x) in _PLAIN and not x.is_meta for x in args if isinstance(x, Tensor))
     ):
         if name in _functions:
             return _functions[name].apply(*args)
