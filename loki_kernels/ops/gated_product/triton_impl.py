@@ -80,7 +80,7 @@ def _launch(
     else:
         inputs = tuple(as_matrix(unit_stride(x)) for x in inputs)  # no copy of a tensor's halves
     tokens, width = inputs[0].shape
-    grid = (tokens * triton.cdiv(width, _CONFIG.kwargs["BLOCK"]),)
+    grid = (tokens * -(-width // _CONFIG.kwargs["BLOCK"]),)  # triton.cdiv takes the host 9 us
     strides = (x.stride(0) for x in inputs)
     with torch.cuda.device_of(outputs[0]):
         kernel[grid](
