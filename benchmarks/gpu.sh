@@ -140,7 +140,7 @@ peers() {
   section peers 60 "$PYTHON" -m benchmarks ops --peers "$scope"
 }
 
-# What has not been trained of the kill test, most informative first. The texts' tokens travel in
+# What has not been trained of the study, what decides most first. The texts' tokens travel in
 # $FRONTIER_DATA, which `python -m benchmarks.frontier data` wrote where the texts are; the results
 # so far are those of the repository. MPS lets the processes' small kernels run at once.
 study() {
