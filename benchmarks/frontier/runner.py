@@ -189,33 +189,33 @@ def _laboratory(folder: Path, device: str) -> Laboratory:
 
 
 def _work(folder: Path, device: str, jobs: Any, results: Any) -> None:
-    """A process: takes groups of jobs until there are none."""
+    """A process: takes groups of jobs until there are none, and halves what does not fit."""
     if device == "cuda":
         torch.set_num_threads(2)
     lab = _laboratory(folder, device)
+    halves: list[list[Job]] = []
     while True:
         try:
-            group = jobs.get_nowait()
+            group = halves.pop() if halves else jobs.get_nowait()
         except queue.Empty:
             results.put(None)
             return
         start = time.monotonic()
+        found, error = [], None
         try:
             found = train(group, lab)
         except torch.OutOfMemoryError:
-            error = traceback.format_exc()
-            middle = len(group) // 2
-            for part in (group[:middle], group[middle:]):
-                if middle:
-                    jobs.put(part)
-            if not middle:
-                results.put({"error": error, "jobs": [job.spec() for job in group]})
+            error, middle = traceback.format_exc(), len(group) // 2
+            if middle:
+                halves += [group[:middle], group[middle:]]
+                error = None
         except Exception:
-            results.put({"error": traceback.format_exc(), "jobs": [job.spec() for job in group]})
-        else:
-            seconds = round((time.monotonic() - start) / len(group), 2)
-            for job, figures in zip(group, found, strict=True):
-                results.put(job.spec() | figures | {"seconds": seconds})
+            error = traceback.format_exc()
+        if error is not None:
+            results.put({"error": error, "jobs": [job.spec() for job in group]})
+        seconds = round((time.monotonic() - start) / len(group), 2)
+        for job, figures in zip(group, found, strict=False):
+            results.put(job.spec() | figures | {"seconds": seconds})
         if device == "cuda":
             torch.cuda.empty_cache()  # the other processes' as much as this one's
 

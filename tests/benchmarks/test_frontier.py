@@ -2,13 +2,14 @@
 
 import json
 import math
+import queue
 import sys
 
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from benchmarks.frontier import accuracies, two_tasks
+from benchmarks.frontier import accuracies, runner, two_tasks
 from benchmarks.frontier.arms import ARMS
 from benchmarks.frontier.compare import Comparison
 from benchmarks.frontier.damage import damage_table, fit, plot_damages, read_damages
@@ -362,3 +363,26 @@ def test_finals_are_asked_questions(tmp_path, monkeypatch, capsys):
     ]
     assert all(0 <= line["piqa"] <= 1 for line in lines)
     assert len({line["perplexity"] for line in lines}) == 3
+
+
+def test_a_group_that_does_not_fit_is_halved(monkeypatch):
+    def train(group, _):
+        if len(group) > 2:
+            raise torch.OutOfMemoryError("full")
+        if group[-1].rate == 5e-4:
+            raise RuntimeError("another reason")
+        return [{"before": job.rate} for job in group]
+
+    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(runner, "_laboratory", lambda *_: None)
+    waiting, results = queue.Queue(), queue.Queue()
+    waiting.put(
+        [Job("LoRA", ARMS["LoRA"], "gsm8k", rate, 0, 2) for rate in (1e-4, 2e-4, 3e-4, 4e-4, 5e-4)]
+    )
+    runner._work(None, "cpu", waiting, results)
+    found = [results.get_nowait() for _ in range(results.qsize())]
+    assert found.pop() is None
+    assert sorted(r["before"] for r in found if "before" in r) == [1e-4, 2e-4, 3e-4]
+    (error,) = [r for r in found if "error" in r]
+    assert "another reason" in error["error"]
+    assert [job["rate"] for job in error["jobs"]] == pytest.approx([4e-4, 5e-4])
