@@ -43,6 +43,13 @@ class Data:
     def load(cls, path: Path) -> Data:
         return cls(load_file(path))
 
+    def measured_on(self, count: int) -> Data:
+        """The first ``count`` sequences of what is measured, all of what is trained on."""
+        for part in (self.ids, self.labels):
+            for name in (*DOMAINS, *(f"{task}/test" for task in TASKS)):
+                part[name] = part[name][:count]
+        return self
+
     def to(self, device: str) -> Data:
         for part in (self.ids, self.labels):
             part.update({name: tensor.to(device) for name, tensor in part.items()})

@@ -181,18 +181,20 @@ def _read_moments(folder: Path, device: str) -> dict[str, Moments]:
     return read
 
 
-def _laboratory(folder: Path, device: str) -> Laboratory:
+def _laboratory(folder: Path, device: str, texts: int | None) -> Laboratory:
     torch.set_float32_matmul_precision("high")  # TF32 products on a GPU; storage stays float32
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).to(device)
     data = Data.load(folder / "data.safetensors").to(device)
+    if texts is not None:
+        data.measured_on(texts)
     return Laboratory(base, data, _read_moments(folder, device))
 
 
-def _work(folder: Path, device: str, jobs: Any, results: Any) -> None:
+def _work(folder: Path, device: str, texts: int | None, jobs: Any, results: Any) -> None:
     """A process: takes groups of jobs until there are none, and halves what does not fit."""
     if device == "cuda":
         torch.set_num_threads(2)
-    lab = _laboratory(folder, device)
+    lab = _laboratory(folder, device, texts)
     halves: list[list[Job]] = []
     while True:
         try:
@@ -240,6 +242,8 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     machine = describe_machine()
     kept = {k: machine[k] for k in ("device", "torch", "revision", "date")}
+    if arguments.texts is not None:
+        kept["texts"] = arguments.texts
     path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, open(path, "a", encoding="utf-8") as file:
@@ -258,7 +262,9 @@ def run(arguments: argparse.Namespace) -> None:
         for group in groups(jobs, arguments.group if device == "cuda" else 1):
             waiting.put(group)
         workers = [
-            context.Process(target=_work, args=(folder, device, waiting, results), daemon=True)
+            context.Process(
+                target=_work, args=(folder, device, arguments.texts, waiting, results), daemon=True
+            )
             for _ in range(arguments.processes if device == "cuda" else 1)
         ]
         for worker in workers:
@@ -328,6 +334,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rates", nargs="+", type=float)
     parser.add_argument("--most", type=int, help="train no more than so many")
+    parser.add_argument(
+        "--texts", type=int, help="measure on so many sequences of each text, into another file"
+    )
     parser.add_argument("--rehearse", action="store_true", help="with a tiny random model")
     parser.add_argument("--processes", type=int, default=2, help="on a GPU")
     parser.add_argument("--group", type=int, default=10, help="trainings as one model, on a GPU")
@@ -335,6 +344,8 @@ def main() -> None:
     own = "" if arguments.model == NAME else arguments.model
     if arguments.data is None:
         arguments.data = cache_folder() / own / "frontier.safetensors"
+    if arguments.texts is not None and arguments.results is None:
+        raise SystemExit("--texts: name the --results, since other texts give other figures.")
     if arguments.results is None:
         arguments.results = RESULTS / "frontier" / own / "trainings.jsonl"
     if arguments.what == "data":

@@ -296,8 +296,11 @@ def test_processes_train_what_was_not_trained(tmp_path, monkeypatch, capsys):
     path = tmp_path / "trainings.jsonl"
     arms = ["full", "rows protected"]
     command = f"frontier run --rehearse --steps 2 --seeds 3 --tasks gsm8k --results {path} --arms"
+    monkeypatch.setattr(sys, "argv", "frontier run --rehearse --texts 2".split())
+    with pytest.raises(SystemExit, match="--results"):
+        main()
     for most, want in (("3", 3), ("9", 10)):
-        monkeypatch.setattr(sys, "argv", [*command.split(), *arms, "--most", most])
+        monkeypatch.setattr(sys, "argv", [*command.split(), *arms, "--most", most, "--texts", "2"])
         main()
         assert len(read_records(path)) == want
     assert "7 trainings to do" in capsys.readouterr().out
@@ -379,7 +382,7 @@ def test_a_group_that_does_not_fit_is_halved(monkeypatch):
     waiting.put(
         [Job("LoRA", ARMS["LoRA"], "gsm8k", rate, 0, 2) for rate in (1e-4, 2e-4, 3e-4, 4e-4, 5e-4)]
     )
-    runner._work(None, "cpu", waiting, results)
+    runner._work(None, "cpu", None, waiting, results)
     found = [results.get_nowait() for _ in range(results.qsize())]
     assert found.pop() is None
     assert sorted(r["before"] for r in found if "before" in r) == [1e-4, 2e-4, 3e-4]
