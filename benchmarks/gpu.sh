@@ -99,19 +99,23 @@ from loki_kernels.ops import _dispatch
 sys.exit(_dispatch._backend_why_not(sys.argv[1], _dispatch._device_of(sys.argv[1])))
 '
 
-# The seconds of each run add up to less than 350, what is asked between its sections aside.
+# The seconds of each run add up to less than 360, what is asked between its sections aside.
 check() {
-  local tool workers=$((MAX_JOBS > 4 ? MAX_JOBS - 3 : 1)) options=()
+  local tool workers=$((MAX_JOBS > 4 ? MAX_JOBS - 3 : 1)) options=() jobs=400
+  [ -n "$dry" ] && jobs=1
   build
   section environment 10 "$PYTHON" -m loki_kernels.cli env
   section self_check 45 "$PYTHON" -m benchmarks.ops.self_check
   # a sanitizer of nothing passes too
   if section library 10 "$PYTHON" -c "$live" "$backend"; then
     for tool in memcheck racecheck; do
-      section "$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      section "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 \
         "$PYTHON" -m benchmarks.ops.self_check "$backend"
     done
   fi
+  # every arm's step as a CUDA graph, of a tiny model: what fails there costs the study its time
+  section arms 30 "$PYTHON" -m benchmarks.frontier run --rehearse --arms all --steps 4 \
+    --most "$jobs" --results "$OUT/rehearsal.jsonl"
   "$PYTHON" -c "import xdist" 2> /dev/null && options+=(-n "$workers" --dist worksteal)
   section tests 100 env OMP_NUM_THREADS=1 \
     "$PYTHON" -m pytest -q -rf -p no:cacheprovider --device "$device" "${options[@]}" "$tests"

@@ -232,9 +232,8 @@ def run(arguments: argparse.Namespace) -> None:
         for r in read_records(path)
     }
     if arguments.arms:
-        jobs = list(
-            plan(arguments.arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates)
-        )
+        arms = tuple(ARMS) if arguments.arms == ["all"] else arguments.arms
+        jobs = list(plan(arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates))
     else:
         jobs = list(study())
     jobs = [job for job in jobs if _key(job.spec()) not in done][: arguments.most]
@@ -328,7 +327,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=SHARED, help="the evaluation texts")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="instead of the whole study")
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, "all"), help="instead of the study")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -296,7 +296,7 @@ def test_processes_train_what_was_not_trained(tmp_path, monkeypatch, capsys):
     path = tmp_path / "trainings.jsonl"
     arms = ["full", "rows protected"]
     command = f"frontier run --rehearse --steps 2 --seeds 3 --tasks gsm8k --results {path} --arms"
-    monkeypatch.setattr(sys, "argv", "frontier run --rehearse --texts 2".split())
+    monkeypatch.setattr(sys, "argv", ["frontier", "run", "--rehearse", "--texts", "2"])
     with pytest.raises(SystemExit, match="--results"):
         main()
     for most, want in (("3", 3), ("9", 10)):

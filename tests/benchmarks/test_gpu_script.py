@@ -39,7 +39,16 @@ def test_check_passes(tmp_path):
     libraries = {path: path.stat().st_mtime_ns for path in ROOT.glob("loki_kernels/_*.*")}
     run, output = rehearse(tmp_path, "check")
     assert run.returncode == 0, output + (tmp_path / "gpu-check.log").read_text()
-    names = ["build", "environment", "self_check", "library", "memcheck", "racecheck", "tests"]
+    names = [
+        "build",
+        "environment",
+        "self_check",
+        "library",
+        "memcheck",
+        "racecheck",
+        "arms",
+        "tests",
+    ]
     assert sections(tmp_path, "check") == dict.fromkeys(names, "passed")
     assert list(sections(tmp_path, "check")) == names
     log = (tmp_path / "gpu-check.log").read_text()
