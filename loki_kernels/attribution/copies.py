@@ -139,9 +139,9 @@ class Copies:
                         f"the FFN of layer {layer} of {type(structure.causal_lm).__name__} runs "
                         f"{count} times in one forward pass, so a node has no single value."
                     )
-            check_logits(structure, logits)
             cached = self.cached and prompt.length > prompt.tail
             cache = self._prefill(prompt) if cached else None
+        check_logits(structure, logits)
         answer = logits.argmax(-1) if prompt.answer is None else prompt.answer.to(logits.device)
         parts = []
         for layers in self._chunks(list(nodes), prompt.length, cache):

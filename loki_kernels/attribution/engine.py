@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..options import EngineName
@@ -162,8 +163,13 @@ def _prompt_to_try(prompts: Sequence[Tokens]) -> Tokens:
     prompt = next(whole, None)
     if prompt is not None:
         return prompt
-    ids = prompts[0].ids
-    return replace(prompts[0], ids=np.tile(ids, -(-_TOKENS // len(ids)))[-_TOKENS:])
+    return replace(prompts[0], ids=short_prompt(prompts[0]).numpy()[0])
+
+
+def short_prompt(tokens: Tokens) -> Tensor:
+    """int64 ``[1, 16]``, the last tokens of a prompt, over and over if it is shorter."""
+    ids = np.tile(tokens.ids, -(-_TOKENS // len(tokens.ids)))[-_TOKENS:]
+    return torch.from_numpy(ids.astype(np.int64))[None]
 
 
 def _candidates(wanted: EngineName | None, *, media: bool) -> Iterator[_Make]:

@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
+import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from ..gating import Gating, find_gating
 from ..ops import gated_product
 from ..ops._dispatch import has_kernel
 from ..structure import TOLERANCE, DownProjection, Structure, has_hooks, in_float64
+from .integration import GUARD_TOLERANCE, relative_error
+
+logger = logging.getLogger(__name__)
 
 # In float64 a model stays what it is: transformers' norms work in float32 there too, and whoever
 # takes it wants to compare.
@@ -33,32 +40,80 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # at 800 TFLOP/s, which hides that: 1,170 tokens of an 8B model, 78,000 of SmolLM2-135M.
 _HIDES_THE_HOST = 2**36
 
+_FEW = 4  # MLPs of a layer
+
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, str, type(None))
 
 _Forward = Callable[..., Tensor]
 
+# Whether a model's logits stay, by its dtype and how many modules are replaced.
+_agreed: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = (
+    weakref.WeakKeyDictionary()
+)
 
-@contextlib.contextmanager
-def fused(structure: Structure, tokens: int) -> Iterator[None]:
-    """A borrowed model whose norms and gated products are one kernel each; its own afterwards.
+
+@dataclass(frozen=True)
+class Fusion:
+    """What a model's modules run while it is analysed.
+
+    Attributes:
+        forwards: of the modules that are replaced.
+    """
+
+    forwards: dict[nn.Module, _Forward]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Each module with its ``forward`` here, and with its own afterwards."""
+        try:
+            for module, forward in self.forwards.items():
+                module.forward = forward
+            yield
+        finally:
+            for module, forward in self.forwards.items():
+                if vars(module).get("forward") is forward:  # nobody has put another there
+                    del module.forward
+
+
+def find_fusion(structure: Structure, tokens: int, prompt: Tensor) -> Fusion:
+    """A borrowed model's norms and gated products as one kernel each.
 
     A model whose weights come and go, sharded by FSDP2 or offloaded, stays as it is. So does a
-    module with hooks, or with a ``forward`` of its own.
+    module with hooks, or with a ``forward`` of its own. Prompts and path points alike run what is
+    replaced, so a wrong replacement would show in no guard: the model's logits are compared with
+    its own first, once for a model.
 
     Args:
         structure: a borrowed model.
         tokens: of a typical forward pass, path points included. Which modules are replaced is
             decided by it once, since the points must round as the prompt before them did.
+        prompt: int64 ``[1, T]``, on which the model is tried.
     """
-    forwards = {} if structure.reruns else {**_norms(structure), **_products(structure, tokens)}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module in forwards:
-            vars(module).pop("forward", None)
+    if structure.reruns:
+        return Fusion({})
+    fusion = Fusion({**_norms(structure), **_products(structure, tokens)})
+    if not fusion.forwards or _agrees(structure, fusion, prompt):
+        return fusion
+    logger.warning(
+        "%s is attributed with its own norms and activations: one kernel each gives other logits",
+        type(structure.causal_lm).__name__,
+    )
+    return Fusion({})
+
+
+def _agrees(structure: Structure, fusion: Fusion, prompt: Tensor) -> bool:
+    model = structure.causal_lm
+    known = _agreed.setdefault(model, {})
+    key = next(model.parameters()).dtype, len(fusion.forwards)
+    if key not in known:
+        known[key] = False
+        with contextlib.suppress(Exception), torch.no_grad():  # some refuse tokens alone
+            own = structure.run(input_ids=prompt, use_cache=False).logits[:, -1]
+            with fusion.active():
+                got = structure.run(input_ids=prompt, use_cache=False).logits[:, -1]
+            known[key] = relative_error(got, own) <= GUARD_TOLERANCE[own.dtype]
+    return known[key]
 
 
 @dataclass(frozen=True)
@@ -95,7 +150,7 @@ class _Norm:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             (x,) = (*args, *kwargs.values())
             weight: Tensor = module.weight  # type: ignore[assignment]
-            if x.dtype == weight.dtype:
+            if x.dtype == weight.dtype and x.shape[-1:] == weight.shape:
                 return self(x, weight)
             y: Tensor = own(x)  # torch has no kernel for two dtypes
             return y
@@ -154,13 +209,15 @@ def _computes(module: nn.Module, norm: _Norm) -> bool:
     # A mean of .5, since a LayerNorm would subtract it. The float32 rows are also as small as
     # sqrt(eps), where without eps the result would be 1.4 times as large.
     x = torch.randn(4, len(weight), generator=generator, device="cpu") + 0.5
+    # Of any weight, since a new norm's zeros or ones could be multiplied in another way too.
+    weight = torch.randn(len(weight), generator=generator, device="cpu").to(weight)
     for dtype, sizes in (
         (torch.float32, [1, 30, norm.eps**0.5, 3 * norm.eps**0.5]),
         (weight.dtype, [1, 30, 1, 3]),
     ):
         given = (x * torch.tensor(sizes)[:, None]).to(weight.device, dtype)
         with torch.no_grad():
-            got = module(given)
+            got = functional_call(module, {"weight": weight}, (given,))
         if not isinstance(got, Tensor) or got.dtype != dtype or got.shape != given.shape:
             return False
         want = norm.exactly(given, weight)
@@ -174,9 +231,16 @@ def _products(structure: Structure, tokens: int) -> dict[nn.Module, _Forward]:
     """The gated MLPs whose product is fused; of those that are alike one is tried."""
     known: dict[Hashable, Gating | None] = {}
     forwards: dict[nn.Module, _Forward] = {}
-    for _, down in structure.trainable():
+    projections = Counter(layer for layer, _ in structure.trainable())
+    for layer, down in structure.trainable():
         mlp = down.parent
-        if down.of_experts or not _pays(structure, down, tokens) or not _is_free(mlp):
+        # Where each token goes to some of many MLPs, each has too few to hide a launch.
+        if (
+            down.of_experts
+            or projections[layer] > _FEW
+            or not _pays(structure, down, tokens)
+            or not _is_free(mlp)
+        ):
             continue
         kind = down.attribute, _kind(mlp)
         if kind not in known:
@@ -191,8 +255,8 @@ def _pays(structure: Structure, down: DownProjection, tokens: int) -> bool:
     """Whether an MLP's product is worth a kernel, and there is one."""
     if tokens * structure.hidden_size * down.in_features < _HIDES_THE_HOST:
         return False
-    weight = down.weight
-    if weight.dtype not in _DTYPES:
+    weight = getattr(down.module, down.parameter, None)  # a quantized linear may have none
+    if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES:
         return False
     x = torch.empty(1, dtype=weight.dtype, device=weight.device)
     # Without a kernel the op takes a CPU three times as long as the two of torch, and back.

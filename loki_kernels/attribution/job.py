@@ -24,9 +24,9 @@ from ..progress import progress_bar, skip
 from ..structure import Structure, embedding_weight
 from ..team import Team
 from .definitions import PathIntegral
-from .engine import Engine, attribute_batch, choose_engine
+from .engine import Engine, attribute_batch, choose_engine, short_prompt
 from .fitting import Fitting
-from .fusing import fused
+from .fusing import Fusion, find_fusion
 from .log import Log, check_out
 from .placement import accelerator
 from .plan import BatchLimits, PlannedBatch, Window
@@ -119,11 +119,12 @@ class Job:
         points = len(self.structure.layers) * len(self.integral.alphas)
         prompts = batches = 0
         engine: Engine | None = None
+        fusion = Fusion({})
         start: float | None = None
         fitting = Fitting(points)
         agree = self.team.all if self.structure.sharded else None
         stop = stopping(enabled=isinstance(store, Log), agree=agree)
-        with stop as stopped, contextlib.ExitStack() as stack:
+        with stop as stopped:
             for window in windows:
                 prompts = window.end
                 store.reserve(prompts)
@@ -138,13 +139,15 @@ class Job:
                 plan = window.batches(batches, limits, points)
                 if not batches:  # the engines were tried on the model as it is
                     tokens = plan[0].tokens_at_once(points, alone=alone)
-                    stack.enter_context(fused(self.structure, tokens))
+                    prompt = short_prompt(window.sequences[0]).to(self.structure.device)
+                    fusion = find_fusion(self.structure, tokens, prompt)
                 batches += len(plan)
                 left = self._share(plan, store, bar, points)
                 todo = {planned.number for planned in left}
                 for i, planned in enumerate(self._in_step(plan, left, engine), 1):
                     self.team.check()
-                    scores = self._compute(planned, engine, fitting)
+                    with fusion.active():
+                        scores = self._compute(planned, engine, fitting)
                     if planned.number in todo:
                         todo.remove(planned.number)
                         store.write(planned, scores)

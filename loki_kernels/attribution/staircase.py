@@ -100,13 +100,17 @@ class Staircase:
         }
         trace = _Trace()
         attend = self._attend_each if prefix_per_point else self._attend_shared
-        with (
-            refusing(self.structure, "the last token alone over the prompt's keys and values"),
-            torch.enable_grad(),
-            rerunning(self.structure),
-            steered(self.structure, attend(prefix), self._hook(layers, trace)),
-        ):
-            hidden, values, gradients = self._differentiate(layers, trace)
+        try:
+            with (
+                refusing(self.structure, "the last token alone over the prompt's keys and values"),
+                torch.enable_grad(),
+                rerunning(self.structure),
+                steered(self.structure, attend(prefix), self._hook(layers, trace)),
+            ):
+                hidden, values, gradients = self._differentiate(layers, trace)
+        except UnsupportedModelError:
+            check_logits(self.structure, self.prefill.logits)  # NaN can be why
+            raise
         self.structure.gather()  # the backward pass has put the head away
         ends = [trace.ends[layer] for layer in layers]
         starts = None

@@ -19,7 +19,7 @@ def call(name: str, *args: Any) -> Any:
 
     Through the dispatcher and what torch makes of a registered gradient a call takes the host
     125 us, the kernel left out, through an autograd function 50, and the way back 20 us less; every
-    layer of an attribution makes one. Whatever traces, transforms or intercepts ops, and tensors of
+    layer of an attribution makes one. Whatever traces, transforms or dispatches ops, and tensors of
     other classes or without values, get the op itself. That makes a float of an integer where its
     schema has one, which the caller does here.
     """
@@ -27,13 +27,23 @@ def call(name: str, *args: Any) -> Any:
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and all(type(x) in _PLAIN and not x.is_meta for x in args if isinstance(x, Tensor))
+        and torch._C._get_tracing_state() is None
+        and all(map(_has_values, args))
     ):
         if name in _functions:
             return _functions[name].apply(*args)
         if not torch.is_grad_enabled():
             return _steps[name](*args)
     return getattr(torch.ops.loki_kernels, name)(*args)
+
+
+def _has_values(x: Any) -> bool:
+    """Whether an argument is no tensor, or one that a kernel can read."""
+    if not isinstance(x, Tensor):
+        return True
+    plain = type(x) in _PLAIN and not x.is_meta
+    # the gradients of torch.autograd.grad(..., is_grads_batched=True)
+    return plain and not torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def add_step(name: str, run: Callable[..., Any]) -> None:

@@ -300,6 +300,22 @@ def test_out_leaves_no_file_after_an_exception(model, prompts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("engine", [None, "decode", "reforward"])
+def test_nan_is_named_whatever_the_models_code_makes_of_it(model, prompts, engine, raises):
+    """Some code raises on NaN, once it meets the points."""
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
+
+    def refuse(module, args):
+        if raises and torch.is_grad_enabled():
+            assert not args[0].isnan().any(), "NaN"
+
+    model.model.layers[2].mlp.register_forward_pre_hook(refuse)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight is not finite"):
+        attribute(model, prompts, engine=engine)
+
+
 def test_a_full_disk_is_an_os_error(model, prompts, tmp_path, monkeypatch):
     def full(*_a, **_k):
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")

@@ -62,3 +62,27 @@ def test_an_integer_is_taken_for_a_float():
     got = ops.target_probability(hidden, weight, target, softcap=3, logit_scale=2)
     want = ops.target_probability(hidden, weight, target, softcap=3.0, logit_scale=2.0)
     assert torch.equal(got.probability, want.probability)
+
+
+def test_a_scripted_trace_holds_the_op():
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    graph = torch.jit.trace(lambda x: ops.gated_product(x, x), x).graph
+    assert "loki_kernels::gated_product" in {node.kind() for node in graph.nodes()}
+
+
+def test_batched_gradients_go_through_the_op(monkeypatch):
+    """Those of is_grads_batched have no storage that a kernel could read."""
+    run = _call._steps["gated_product_backward"]
+
+    def reading(*args):
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                x.data_ptr()
+        return run(*args)
+
+    monkeypatch.setitem(_call._steps, "gated_product_backward", reading)
+    x = torch.randn(3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = ops.gated_product(x, x)
+    (got,) = torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    for row, unit in zip(got, torch.eye(3), strict=True):
+        torch.testing.assert_close(row, torch.autograd.grad(y, x, unit, retain_graph=True)[0])
