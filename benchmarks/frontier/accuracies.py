@@ -18,12 +18,13 @@ from loki_kernels.demo.model import NAME
 
 from ..forgetting.retention import Retention
 from ..records import SHARED
-from .arms import ARMS
+from .arms import ARMS, Job
 from .data import TASKS, Data
+from .laboratory import Laboratory
 from .models import MODELS
 from .moments import linears, measure_moments
 from .runner import STEPS
-from .train import Job, Laboratory, Run
+from .train import Run
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")  # as the study trains
     model, tokenizer = MODELS[NAME]()
     model.to(device)
     retention = Retention(arguments.shared, tokenizer, arguments.records, windows=32)
@@ -64,7 +66,6 @@ def main() -> None:
                 run.capture()
             for _ in range(arguments.steps):
                 run.advance()
-            run.graph = None
             say(name, task, run.model)
 
 

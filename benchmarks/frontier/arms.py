@@ -1,8 +1,9 @@
-"""The frontier's arms: what is trained, and how its update is formed."""
+"""The frontier's arms: what is trained, and how its update is formed; their trainings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,34 @@ class Arm:
     def moments(self) -> str:
         """The name of the moments that it asks for."""
         return f"{self.source}, weighted" if self.weighted else self.source
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    arm_name: str
+    arm: Arm
+    task: str
+    rate: float
+    seed: int
+    steps: int
+
+    def spec(self) -> dict[str, Any]:
+        """What the result depends on, as its record keeps it."""
+        changed = {
+            field.name: getattr(self.arm, field.name)
+            for field in fields(self.arm)
+            if field.name != "rates" and getattr(self.arm, field.name) != field.default
+        }
+        return {
+            "arm": self.arm_name,
+            "settings": changed,
+            "task": self.task,
+            "rate": self.rate,
+            "seed": self.seed,
+            "steps": self.steps,
+        }
 
 
 _ROWS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loki_kernels.demo.frontier import Point, at_loss, frontier
@@ -20,13 +20,27 @@ def log_divergence(point: dict[str, float]) -> float:
     return sum(math.log(max(point[domain], 1e-9)) for domain in DOMAINS) / len(DOMAINS)
 
 
+def is_finite(record: dict[str, Any]) -> bool:
+    """Whether a training came to numbers; too high a rate may not."""
+    return all(math.isfinite(value) for point in record["points"] for value in point.values())
+
+
+def at_common_rates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those at the rates that their arm has with all of its seeds, so that seeds compare."""
+    rates: dict[str, dict[int, set[float]]] = defaultdict(lambda: defaultdict(set))
+    for record in records:
+        rates[record["arm"]][record["seed"]].add(record["rate"])
+    common = {arm: set.intersection(*seeds.values()) for arm, seeds in rates.items()}
+    return [record for record in records if record["rate"] in common[record["arm"]]]
+
+
 class Comparison:
-    """The trainings of one task and number of steps, by arm and seed."""
+    """Trainings of one task and number of steps that came to numbers, by arm and seed."""
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         self.points: dict[tuple[str, int], list[tuple[float, Point]]] = defaultdict(list)
         self.before = math.nan
-        for record in records:
+        for record in filter(is_finite, records):
             self.before = record["before"]
             for point in record["points"]:
                 self.points[record["arm"], record["seed"]].append(

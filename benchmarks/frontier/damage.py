@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from loki_kernels.files import atomic_path
 from loki_kernels.plots import import_matplotlib
 
-from .compare import log_divergence
+from .compare import is_finite, log_divergence
 
 
 class Damage(NamedTuple):
@@ -33,7 +33,7 @@ def read_damages(records: Sequence[dict[str, Any]]) -> list[Damage]:
     return [
         Damage(r["arm"], math.log(r["predicted"]), log_divergence(r["points"][-1]))
         for r in records
-        if r.get("predicted", 0) > 0
+        if r.get("predicted", 0) > 0 and is_finite(r)
     ]
 
 

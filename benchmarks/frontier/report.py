@@ -13,7 +13,7 @@ from loki_kernels.plots import import_matplotlib
 
 from ..forgetting.compare import estimate
 from .arms import ARMS
-from .compare import Comparison
+from .compare import Comparison, at_common_rates, is_finite
 from .damage import damage_table, plot_damages, read_damages
 from .data import DOMAINS
 from .runner import read_records
@@ -26,7 +26,9 @@ distribution from the tuned model's, a token, as the geometric mean over wikitex
 (4,000 tokens each). The shares are of the best that full fine-tuning gains of the task's held-out
 loss, by seed. `-` says that an arm does not get there. Ratios are means over shares and seeds of
 the log of the arm's KL by full fine-tuning's, with a 95 % interval of Student's t of more than one
-seed. `alone` leaves out the shares of updates, so that only rates make the frontier."""
+seed. The tables of arms are of the first two seeds. `alone` leaves out the shares of updates, so
+that only rates make the frontier."""
+_SEEDS = 2  # that all arms have, at all of their rates
 _SHOWN = (0.5, 0.7, 0.9)
 
 
@@ -48,17 +50,25 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
     yield ""
     yield _READING
     groups = sorted({(r["steps"], r["task"]) for r in records})
-    comparisons = {
-        (steps, task): Comparison(r for r in records if (r["steps"], r["task"]) == (steps, task))
-        for steps, task in groups
-    }
-    for (steps, task), comparison in comparisons.items():
+    comparisons = {}
+    for steps, task in groups:
+        own = [r for r in records if (r["steps"], r["task"]) == (steps, task)]
+        first = sorted({r["seed"] for r in own})[:_SEEDS]
+        comparison = Comparison(r for r in own if r["seed"] in first)
+        comparisons[steps, task] = comparison
         yield from ("", f"## {task}, {steps} steps", "")
         yield f"The base's loss is {comparison.before:.3f}."
         yield ""
         yield from _table(comparison)
-        yield from ("", "Times that the other's KL is ours, and in how many seeds they meet:", "")
-        yield from _against(comparison)
+        yield from (
+            "",
+            "Times that the other's KL is ours, and in how many seeds they meet, of all",
+        )
+        yield from ("seeds at the rates that an arm has with each of them:", "")
+        yield from _against(Comparison(at_common_rates(own)))
+        lost = sum(not is_finite(r) for r in own)
+        if lost:
+            yield from ("", f"{lost} trainings came to no numbers and are left out.")
     for steps in sorted({steps for steps, _ in groups}):
         name = f"frontier-{steps}.png"
         _plot({t: c for (s, t), c in comparisons.items() if s == steps}, folder / name)

@@ -9,34 +9,31 @@ another model than SmolLM2; its files lie in a folder of its name.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import queue
 import shutil
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loki_kernels.attribution.cache import cache_folder
 from loki_kernels.demo.model import NAME
 
 from ..records import RESULTS, SHARED, describe_machine
-from .arms import ARMS
+from .arms import ARMS, Job
 from .data import DOMAINS, LENGTH, PARTS, SOURCES, TASKS, Data, write_data
 from .models import MODELS
-from .moments import Moments, linears, measure_moments
-from .train import Job, Laboratory, train
+from .moments import linears, measure_moments
+from .workers import MOMENTS, Pool
 
 STEPS = 80
-_MOMENTS = ".moments.safetensors"
 
 
 # What the promise is about, and what a user would do instead.
@@ -50,6 +47,16 @@ DECISIVE = (
     "LoRA + replay",
     "LoRA + KL",
 )
+# What could kill it: another subspace, none, another form.
+CONTROLS = (
+    "down_proj",
+    "down_proj, random subspace",
+    "down_proj, another layer's",
+    "down_proj soft",
+    "rows",
+    "rows, random subspace",
+    "rows, another layer's",
+)
 PUBLISHED = (
     "OSF",
     "CorDA",
@@ -59,7 +66,7 @@ PUBLISHED = (
     "SHiRA",
     "Super-Tuning, bottom",
 )
-_MIDDLE = (2, 1)  # of an arm's rates
+_MIDDLE = (2, 3)  # of an arm's rates; shares of an update stand for lower ones
 
 
 def plan(
@@ -79,32 +86,39 @@ def plan(
                     yield Job(name, ARMS[name], task, wanted[place], seed, steps)
 
 
-def study() -> Iterator[Job]:
-    """Everything, what decides most first; no training twice."""
+def study() -> Iterator[Iterator[Job]]:
+    """Everything in phases, what decides most first; no training twice."""
     seeds = (0, 1)
-    rest = [name for name in ARMS if name not in (*DECISIVE, *PUBLISHED)]
-    yield from plan(DECISIVE, TASKS, seeds, STEPS)
-    yield from plan(DECISIVE, TASKS, range(2, 6), STEPS, places=_MIDDLE)
-    yield from plan(PUBLISHED, TASKS, seeds, STEPS)
-    yield from plan(DECISIVE[:6], TASKS, [0], 5 * STEPS, places=_MIDDLE)
-    yield from plan(rest, TASKS, seeds, STEPS)
-    yield from plan(DECISIVE[:6], TASKS, [1, 2], 5 * STEPS, places=_MIDDLE)
+    known = (*DECISIVE, *CONTROLS, *PUBLISHED)
+    rest = [name for name in ARMS if name not in known]
+    yield plan(DECISIVE, TASKS, seeds, STEPS)
+    yield plan(CONTROLS, TASKS, seeds, STEPS)
+    yield plan(DECISIVE, TASKS, range(2, 6), STEPS, places=_MIDDLE)
+    yield plan(PUBLISHED, TASKS, seeds, STEPS)
+    yield plan(DECISIVE[:6], TASKS, [0], 5 * STEPS, places=_MIDDLE)
+    yield plan(rest, TASKS, seeds, STEPS)
+    yield plan(DECISIVE[:6], TASKS, [1, 2], 5 * STEPS, places=_MIDDLE)
 
 
 def groups(jobs: Sequence[Job], most: int) -> list[list[Job]]:
     """Jobs that can be trained as one model, where the first of them stands.
 
-    No more than ``most``, and half as many where everything is trained, which takes twice as much
-    memory.
+    No more than ``most``, and three fifths of it where everything is trained, which takes twice as
+    much memory.
     """
     alike: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
         alike.setdefault((job.arm_name, job.task, job.steps), []).append(job)
     found = []
     for members in alike.values():
-        size = max(1, most // 2) if members[0].arm.whole else most
-        found += [members[i : i + size] for i in range(0, len(members), size)]
+        limit = max(1, 3 * most // 5) if members[0].arm.whole else most
+        count = -(-len(members) // limit)
+        ends = [len(members) * i // count for i in range(count + 1)]
+        found += [members[start:end] for start, end in itertools.pairwise(ends)]
     return found
+
+
+_SPEC = ("arm", "settings", "task", "rate", "seed", "steps")
 
 
 def _key(spec: dict[str, Any]) -> str:
@@ -166,60 +180,8 @@ def _write_moments(folder: Path, model: Any, data: Data, jobs: Sequence[Job]) ->
             for part in ("values", "vectors", "sensitivity")
             for layer, tensor in getattr(moments, part).items()
         }
-        save_file(tensors, folder / f"{name}{_MOMENTS}")
+        save_file(tensors, folder / f"{name}{MOMENTS}")
         print(f"moments of {name}: {time.monotonic() - start:.1f} s", flush=True)
-
-
-def _read_moments(folder: Path, device: str) -> dict[str, Moments]:
-    read = {}
-    for path in folder.glob(f"*{_MOMENTS}"):
-        moments = Moments({}, {}, {})
-        for key, tensor in load_file(path, device=device).items():
-            part, _, layer = key.partition(":")
-            getattr(moments, part)[layer] = tensor
-        read[path.name.removesuffix(_MOMENTS)] = moments
-    return read
-
-
-def _laboratory(folder: Path, device: str, texts: int | None) -> Laboratory:
-    torch.set_float32_matmul_precision("high")  # TF32 products on a GPU; storage stays float32
-    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).to(device)
-    data = Data.load(folder / "data.safetensors").to(device)
-    if texts is not None:
-        data.measured_on(texts)
-    return Laboratory(base, data, _read_moments(folder, device))
-
-
-def _work(folder: Path, device: str, texts: int | None, jobs: Any, results: Any) -> None:
-    """A process: takes groups of jobs until there are none, and halves what does not fit."""
-    if device == "cuda":
-        torch.set_num_threads(2)
-    lab = _laboratory(folder, device, texts)
-    halves: list[list[Job]] = []
-    while True:
-        try:
-            group = halves.pop() if halves else jobs.get_nowait()
-        except queue.Empty:
-            results.put(None)
-            return
-        start = time.monotonic()
-        found, error = [], None
-        try:
-            found = train(group, lab)
-        except torch.OutOfMemoryError:
-            error, middle = traceback.format_exc(), len(group) // 2
-            if middle:
-                halves += [group[:middle], group[middle:]]
-                error = None
-        except Exception:
-            error = traceback.format_exc()
-        if error is not None:
-            results.put({"error": error, "jobs": [job.spec() for job in group]})
-        seconds = round((time.monotonic() - start) / len(group), 2)
-        for job, figures in zip(group, found, strict=False):
-            results.put(job.spec() | figures | {"seconds": seconds})
-        if device == "cuda":
-            torch.cuda.empty_cache()  # the other processes' as much as this one's
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -227,16 +189,18 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.rehearse and not arguments.data.is_file():
         raise SystemExit(f"{arguments.data} is not there; python -m benchmarks.frontier data.")
     path: Path = arguments.results
-    done = {
-        _key({k: r[k] for k in ("arm", "settings", "task", "rate", "seed", "steps")})
-        for r in read_records(path)
-    }
+    records = read_records(path)
+    done = {_key({k: r[k] for k in _SPEC}) for r in records}
+    known = {r["task"]: r["before"] for r in records}
+    phases = [list(phase) for phase in study()]
     if arguments.arms:
         arms = tuple(ARMS) if arguments.arms == ["all"] else arguments.arms
-        jobs = list(plan(arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates))
-    else:
-        jobs = list(study())
-    jobs = [job for job in jobs if _key(job.spec()) not in done][: arguments.most]
+        wanted = plan(arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates)
+        phases = [list(wanted)]
+    phases = [[job for job in phase if _key(job.spec()) not in done] for phase in phases]
+    if arguments.most is not None:
+        phases = [list(itertools.chain.from_iterable(phases))[: arguments.most]]
+    jobs = list(itertools.chain.from_iterable(phases))
     print(f"{len(jobs)} trainings to do", flush=True)
     start = time.monotonic()
     machine = describe_machine()
@@ -244,7 +208,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.texts is not None:
         kept["texts"] = arguments.texts
     path.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, open(path, "a", encoding="utf-8") as file:
         folder = Path(scratch)
         if arguments.rehearse:
@@ -257,44 +220,28 @@ def run(arguments: argparse.Namespace) -> None:
         data = Data.load(folder / "data.safetensors").to(device)
         _write_moments(folder, model.to(device), data, jobs)
         del model, data
-        waiting, results = context.Queue(), context.Queue()
-        for group in groups(jobs, arguments.group if device == "cuda" else 1):
-            waiting.put(group)
-        workers = [
-            context.Process(
-                target=_work, args=(folder, device, arguments.texts, waiting, results), daemon=True
-            )
-            for _ in range(arguments.processes if device == "cuda" else 1)
-        ]
-        for worker in workers:
-            worker.start()
-        running, count, failed = len(workers), 0, 0
-        while running:
-            left = arguments.seconds - (time.monotonic() - start)
-            try:
-                record = results.get(timeout=min(max(0.1, left), 5.0))
-            except queue.Empty:
-                killed = [worker.exitcode for worker in workers if worker.exitcode]
-                if killed:
-                    print(f"a process was killed ({killed[0]}); perhaps by full memory", flush=True)
-                if killed or left <= 0:
-                    print("out of time" if left <= 0 else "the rest is not trained", flush=True)
-                    break
-                continue
-            if record is None:
-                running -= 1
-            elif "error" in record:
-                print(record["error"][-3000:], [j["arm"] for j in record["jobs"]], flush=True)
-                failed += 1
-                if failed > 8:
-                    break
-            else:
-                file.write(json.dumps(record | kept) + "\n")
-                file.flush()
-                count += 1
-        for worker in workers:
-            worker.kill()
-        print(f"{count} trainings in {time.monotonic() - start:.0f} s", flush=True)
+        most, processes = (arguments.group, arguments.processes) if device == "cuda" else (1, 1)
+        parts = [group for phase in phases for group in groups(phase, most)]
+        pool = Pool(folder, device, arguments.texts, parts, processes)
+        count = 0
+        for record in pool.run(arguments.seconds - (time.monotonic() - start)):
+            _refuse_other_texts(record, known)
+            file.write(json.dumps(record | kept) + "\n")
+            file.flush()
+            count += 1
+    print(f"{count} trainings in {time.monotonic() - start:.0f} s", flush=True)
+    if pool.failed:
+        raise SystemExit(f"{pool.failed} groups of trainings failed")
+
+
+def _refuse_other_texts(record: dict[str, Any], known: dict[str, float]) -> None:
+    """Stop before records of other texts, or of another base, come into one file."""
+    before = known.setdefault(record["task"], record["before"])
+    if abs(record["before"] - before) > 1e-3 * before:
+        raise SystemExit(
+            f"the base's loss on {record['task']} is {record['before']:.5g} here and {before:.5g} "
+            "in the results so far: these are not the texts that they were measured on."
+        )
 
 
 def _rehearsal() -> tuple[Any, dict[str, Tensor]]:
@@ -308,6 +255,7 @@ def _rehearsal() -> tuple[Any, dict[str, Tensor]]:
         num_key_value_heads=1,
         vocab_size=61,
         tie_word_embeddings=True,
+        pad_token_id=2,
     )
     tensors = {}
     for name in (*DOMAINS, *SOURCES, *(f"{t}/{part}" for t in TASKS for part in PARTS)):

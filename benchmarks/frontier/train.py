@@ -2,244 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .arms import Arm
-from .data import DOMAINS, TASKS, Data
-from .layers import FactoredLinear, OrthogonalSubspaceLinear, UpdatedLinear, singular, start_of
-from .moments import Moments, linears, projection, rank_of
+from .arms import Job
+from .laboratory import Laboratory, digits
+from .layers import UpdatedLinear
+from .moments import linears
+from .prepare import Memo, prepare
 from .stacked import Stacked, heads, stack
 
 SCALES = (0.25, 0.5, 0.75, 1.0)  # of the update that is merged
-_LOGITS = 2**27  # that are in memory at a time, in float32 and some five copies
 BATCH = 4  # sequences of a step; with general text half of them are it
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training."""
-
-    arm_name: str
-    arm: Arm
-    task: str
-    rate: float
-    seed: int
-    steps: int
-
-    def spec(self) -> dict[str, Any]:
-        """What the result depends on, as its record keeps it."""
-        changed = {
-            field.name: getattr(self.arm, field.name)
-            for field in fields(self.arm)
-            if field.name != "rates" and getattr(self.arm, field.name) != field.default
-        }
-        return {
-            "arm": self.arm_name,
-            "settings": changed,
-            "task": self.task,
-            "rate": self.rate,
-            "seed": self.seed,
-            "steps": self.steps,
-        }
-
-
-class Laboratory:
-    """The base, the data and the moments, on one device."""
-
-    def __init__(self, base: Any, data: Data, moments: dict[str, Moments]) -> None:
-        self.base = base.eval().requires_grad_(False)
-        self.device = next(base.parameters()).device
-        self.data, self.moments = data, moments
-        self._states = {name: self._hidden(self.base, name, 1)[0][0] for name in DOMAINS}
-        self.before = {task: self.losses(self.base, task, 1)[0] for task in TASKS}
-
-    @torch.no_grad()
-    def _hidden(self, model: Any, name: str, count: int) -> tuple[Tensor, Tensor]:
-        """Last hidden states of the places that predict a label, of each of ``count`` models.
-
-        Sequences of like length go together, and nothing runs behind their last label.
-
-        Returns:
-            ``[count, tokens, hidden]``, and the labels ``[tokens]``.
-        """
-        ids, labels = self.data.ids[name], self.data.labels[name]
-        places = torch.arange(ids.shape[1], device=ids.device)
-        ends = ((labels != -100) * places).amax(1)
-        states, wanted = [], []
-        for chosen in ends.argsort(stable=True).split(16):
-            end = int(ends[chosen[-1]])
-            hidden = model.model(input_ids=ids[chosen, :end].repeat(count, 1), use_cache=False)
-            following = labels[chosen, 1 : end + 1]
-            labelled = following != -100
-            states.append(hidden.last_hidden_state.unflatten(0, (count, -1))[:, labelled])
-            wanted.append(following[labelled])
-        return torch.cat(states, 1), torch.cat(wanted)
-
-    @torch.no_grad()
-    def losses(self, model: Any, task: str, count: int) -> list[float]:
-        """Nats a token of a task's held-out texts, of each of ``count`` models."""
-        states, wanted = self._hidden(model, f"{task}/test", count)
-        figures = []
-        for own, head in zip(states, heads(model, count), strict=True):
-            loss = torch.zeros((), device=self.device)
-            size = min(2048, _LOGITS // len(head))
-            for part, target in zip(own.split(size), wanted.split(size), strict=True):
-                loss += functional.cross_entropy(part @ head.T, target, reduction="sum")
-            figures.append(_digits(loss / len(wanted)))
-        return figures
-
-    @torch.no_grad()
-    def measure(self, model: Any, task: str, count: int) -> list[dict[str, float]]:
-        """Nats a token, of each of ``count`` models: held-out loss and each domain's KL."""
-        figures = [{"loss": loss} for loss in self.losses(model, task, count)]
-        (base_head,) = heads(self.base, 1)
-        own_heads = heads(model, count)
-        size = min(2048, _LOGITS // len(base_head))
-        for domain in DOMAINS:
-            states = self._hidden(model, domain, count)[0]
-            totals = torch.zeros(count, device=self.device)
-            for start in range(0, states.shape[1], size):
-                before = self._states[domain][start : start + size]
-                p = (before @ base_head.T).log_softmax(-1)
-                for i, head in enumerate(own_heads):
-                    q = (states[i, start : start + size] @ head.T).log_softmax(-1)
-                    totals[i] += functional.kl_div(q, p, reduction="sum", log_target=True)
-            for figure, total in zip(figures, totals / states.shape[1], strict=True):
-                figure[domain] = _digits(total)
-        return figures
-
-
-def _digits(value: Tensor) -> float:
-    return float(f"{float(value):.6g}")
-
-
-Memo = dict[tuple[Any, ...], Any]
-
-
-def prepare(job: Job, lab: Laboratory, generator: torch.Generator, memo: Memo) -> Any:
-    """A job's model: the base's, with what is trained as copies or updates.
-
-    Args:
-        generator: of LoRA's factors.
-        memo: masks and starts that jobs share, by what they are.
-    """
-    arm = job.arm
-    shared = itertools.chain(lab.base.parameters(), lab.base.buffers())
-    model = copy.deepcopy(lab.base, {id(tensor): tensor for tensor in shared})
-    layers = linears(model)
-    names = list(layers)
-    rows_generator = torch.Generator().manual_seed(77 + job.seed)
-    for name, linear in layers.items():
-        part = name.rpartition(".")[2]
-        wanted = {
-            "down_proj": part == "down_proj",
-            "mlp": part in ("gate_proj", "up_proj", "down_proj"),
-            "linears": True,
-        }[arm.targets]
-        protected = arm.protect is not None and (part == "down_proj" or not arm.whole)
-        if not wanted or (arm.whole and not protected):
-            continue
-        mask = _mask(job, lab, names, name, memo) if protected else None
-        rows, entries = None, None
-        if arm.entries is not None:
-            entries = _entries(job, linear, rows_generator)
-        elif arm.quota < 100:
-            count = round(arm.quota / 100 * linear.out_features)
-            if arm.rows == "random":
-                order = torch.randperm(linear.out_features, generator=rows_generator)
-            else:
-                sensitivity = lab.moments[arm.moments].sensitivity[name]
-                order = sensitivity.argsort(descending=arm.rows == "most")
-            rows = order[:count].sort().values.to(lab.device)
-        scale = None
-        if arm.row_steps:
-            sensitivity = lab.moments[arm.moments].sensitivity[name]
-            chosen = sensitivity if rows is None else sensitivity[rows]
-            scale = (chosen / chosen.median()).rsqrt().clamp(0.25, 4.0)
-            scale = scale / scale.mean()
-        parent, _, attribute = name.rpartition(".")
-        start = _start(job, lab, name, linear, memo)
-        layer: UpdatedLinear
-        if arm.start == "svd":
-            layer = OrthogonalSubspaceLinear(linear, start)
-        else:
-            layer = FactoredLinear(linear, rows, scale, arm.rank, mask, generator, start, entries)
-            if arm.fixed_factor:
-                cast(nn.Parameter, layer.factor).requires_grad_(False)
-        setattr(model.get_submodule(parent), attribute, layer)
-    if arm.whole:
-        _train_the_rest(model)
-    return model
-
-
-def _train_the_rest(model: nn.Module) -> None:
-    """Copies of all parameters outside updated layers in their places, tied ones once."""
-    copies: dict[int, nn.Parameter] = {}
-    updated = [n for n, m in model.named_modules() if isinstance(m, UpdatedLinear)]
-    for name, module in model.named_modules():
-        if any(name == outer or name.startswith(f"{outer}.") for outer in updated):
-            continue
-        for own, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in copies:
-                copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
-            setattr(module, own, copies[id(parameter)])
-
-
-def _entries(job: Job, linear: nn.Linear, generator: torch.Generator) -> Tensor:
-    """Which entries of a weight are trained, ``[out, in]`` of zeros and ones."""
-    weight = linear.weight.detach()
-    if job.arm.entries == "random":
-        scores = torch.rand(weight.shape, generator=generator).to(weight.device)
-    else:
-        scores = weight.abs()
-    count = round(job.arm.quota / 100 * weight.numel())
-    chosen = scores.flatten().topk(count, largest=False).indices
-    entries = torch.zeros(weight.numel(), device=weight.device)
-    entries[chosen] = 1
-    return entries.view_as(weight)
-
-
-def _start(job: Job, lab: Laboratory, name: str, linear: nn.Linear, memo: Memo) -> Any:
-    """What the update is trained from, by the arm's ``start``."""
-    arm = job.arm
-    if arm.start is None:
-        return None
-    key = (arm.start, name)
-    if key not in memo:
-        if arm.start == "svd":
-            memo[key] = singular(linear.weight.detach())
-        else:
-            moments = lab.moments[arm.moments]
-            values, vectors = moments.values[name], moments.vectors[name]
-            rank = cast(int, arm.rank)
-            memo[key] = start_of(arm.start, linear.weight, values, vectors, rank)
-    return memo[key]
-
-
-def _mask(job: Job, lab: Laboratory, names: list[str], name: str, memo: Memo) -> Tensor:
-    """M of a layer's update."""
-    arm, other = job.arm, name
-    if arm.protect == "other":  # the same matrix, seven layers on
-        part = name.rpartition(".")[2]
-        alike = [n for n in names if n.rpartition(".")[2] == part]
-        other = alike[(alike.index(name) + 7) % len(alike)]
-    moments = lab.moments[arm.moments]
-    values, vectors = moments.values[other], moments.vectors[other]
-    rank = rank_of(values, arm.share, arm.directions)
-    number = 10_000 * job.seed + names.index(name)
-    key = (arm.moments, arm.protect, other, rank, number if arm.protect == "random" else 0)
-    if key not in memo:
-        memo[key] = projection(cast(str, arm.protect), values, vectors, rank, number)
-    return cast(Tensor, memo[key])
 
 
 class Run:
@@ -406,7 +185,9 @@ class Run:
 
     def finish(self) -> list[dict[str, Any]]:
         """The figures of every scale of the update, of each job."""
-        self.graph = None
+        if self.graph is not None:
+            torch.cuda.synchronize()  # before what still runs is gone
+            self.graph = None
         final = [p.detach().clone() for p in self.parameters]
         points: list[list[dict[str, float]]] = [[] for _ in self.jobs]
         for scale in SCALES:
@@ -422,7 +203,7 @@ class Run:
         if predicted is None:
             return [shared | {"points": own} for own in points]
         return [
-            shared | {"points": own, "predicted": _digits(damage)}
+            shared | {"points": own, "predicted": digits(damage)}
             for own, damage in zip(points, predicted, strict=True)
         ]
 
@@ -431,8 +212,10 @@ class Run:
         """``½ sum_j s_j delta_j^T E[x x^T] delta_j`` over all rows of linear layers, by job.
 
         Row j moves by delta_j; s and x are of the model's samples. None where they are not measured
-        for all that is trained.
+        for all that is trained: embeddings and norms never are.
         """
+        if self.arm.whole:
+            return None
         moments, count = self.lab.moments.get("samples"), len(self.jobs)
         damages = torch.zeros(count, device=self.lab.device)
         precision = torch.get_float32_matmul_precision()
