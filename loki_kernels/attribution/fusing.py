@@ -35,10 +35,11 @@ logger = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # From how many tokens * hidden_size * intermediate_size on an MLP's product is fused. A call of
-# `gated_product` keeps the host about .1 ms longer than the two of torch, and .2 ms longer
-# backwards. The MLP's three products, of 6 operations for each of these, take half a millisecond
-# at 800 TFLOP/s, which hides that: 1,170 tokens of an 8B model, 78,000 of SmolLM2-135M.
-_HIDES_THE_HOST = 2**36
+# `gated_product` keeps the host some .1 ms longer than the two of torch, backwards included, and
+# Triton's launches perhaps as much again. The MLP's three products, of 6 operations for each of
+# these, take a quarter of a millisecond at 800 TFLOP/s, which hides that: 585 tokens of an 8B
+# model, 39,000 of SmolLM2-135M.
+_HIDES_THE_HOST = 2**35
 
 _FEW = 4  # MLPs of a layer
 
