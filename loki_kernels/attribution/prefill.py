@@ -88,8 +88,9 @@ def run_prefill(structure: Structure, batch: Batch, integral: PathIntegral) -> P
     """The ordinary forward pass, and the baseline's where the definition has one.
 
     The attention is the model's own, its keys and values come from its cache: what the points are
-    compared with is the model itself. Whether the logits are numbers is left to what compares: to
-    ask here would be to wait until the device has done all of the pass.
+    compared with is the model itself, but for what `find_fusion` has compared. Whether the logits
+    are numbers is left to what compares: to ask here would be to wait until the device has done all
+    of the pass.
 
     Raises:
         UnsupportedModelError: if the layers run more than once, or there are no keys and values to
