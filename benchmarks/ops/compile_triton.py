@@ -8,6 +8,7 @@ cores unused. The whole matrix is kept in ``results/kernels.jsonl``.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import hashlib
@@ -58,10 +59,24 @@ class Task(NamedTuple):
 
 
 def source_hash() -> str:
-    """sha256 over the files that the kernels and their configs are written in."""
+    """sha256 over all that is compiled: the kernels' code, and how each of them is specialised.
+
+    What launches them may change without it.
+    """
     digest = hashlib.sha256()
     for path in [OPS / "_triton.py", *sorted(OPS.glob("*/triton_impl.py"))]:
-        digest.update(path.read_bytes())
+        for node in ast.parse(path.read_text("utf-8")).body:
+            decorators = map(ast.unparse, getattr(node, "decorator_list", ()))
+            jitted = any(name.startswith("triton.jit") for name in decorators)
+            if jitted or isinstance(node, ast.Assign):  # kernels read the module's constants
+                digest.update(ast.unparse(node).encode())
+    for op in kernel_ops():
+        for one in importlib.import_module(f"{ops.__name__}.{op}.triton_impl").compilations():
+            configs = [(c.kwargs, c.num_warps, c.num_stages) for c in one.configs]
+            digest.update(
+                repr((op, sorted(one.types.items()), sorted(one.constants.items()))).encode()
+            )
+            digest.update(repr((one.dtype, one.tensor_cores, configs)).encode())
     return digest.hexdigest()
 
 
