@@ -37,6 +37,13 @@ TOLERANCE = {
 }
 
 
+def same_rows(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every row, the last dimension, is the same but for rounding in ``dtype``."""
+    got, want = in_float64(got), in_float64(want)
+    error, size = (got - want).norm(dim=-1), want.norm(dim=-1)
+    return bool((error <= TOLERANCE[dtype] * size).all())
+
+
 @dataclass(frozen=True)
 class Head:
     """The output projection: ``logits = softcap(scale * (hidden @ weight.T + bias))``."""

@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from .moments import linears, measure_moments
 from .workers import MOMENTS, Pool
 
 STEPS = 80
-
 
 # What the promise is about, and what a user would do instead.
 DECISIVE = (
@@ -192,12 +191,11 @@ def run(arguments: argparse.Namespace) -> None:
     records = read_records(path)
     done = {_key({k: r[k] for k in _SPEC}) for r in records}
     known = {} if arguments.rehearse else {r["task"]: r["before"] for r in records}
-    phases = [list(phase) for phase in study()]
+    planned: Iterable[Iterable[Job]] = study()
     if arguments.arms:
         arms = tuple(ARMS) if arguments.arms == ["all"] else arguments.arms
-        wanted = plan(arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates)
-        phases = [list(wanted)]
-    phases = [[job for job in phase if _key(job.spec()) not in done] for phase in phases]
+        planned = [plan(arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates)]
+    phases = [[job for job in phase if _key(job.spec()) not in done] for phase in planned]
     if arguments.most is not None:
         phases = [list(itertools.chain.from_iterable(phases))[: arguments.most]]
     jobs = list(itertools.chain.from_iterable(phases))

@@ -54,7 +54,7 @@ def add_step(name: str, run: Callable[..., Any]) -> None:
 def add_gradient(
     name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
-    """Let `call` differentiate an op, by what `torch.library.register_autograd` takes."""
+    """Let `call` differentiate an op, by what `register_autograd` of `_dispatch` hands to torch."""
 
     class Eager(torch.autograd.Function):
         @staticmethod

@@ -14,12 +14,10 @@ import transformers
 
 import loki_kernels as loki
 from loki_kernels.attribution import DEFINITIONS, attribute, steering
-from loki_kernels.attribution.definitions import PathIntegral, path_rule
-from loki_kernels.attribution.prefill import Batch, run_prefill
+from loki_kernels.attribution.definitions import path_rule
 from loki_kernels.attribution.reference import attribute_reference
-from loki_kernels.attribution.staircase import Staircase
-from loki_kernels.attribution.steering import borrowed
 from loki_kernels.discovery import find_structure
+from tests.attribution.compiled import check_compiled
 from tests.models import ARCHITECTURES, DEVICE, assert_unchanged, build_model, snapshot, to_device
 
 
@@ -523,20 +521,4 @@ def test_memory_does_not_grow_with_samples(tmp_path):
 
 def test_staircase_compiles_whole():
     """The points forward and back to the leaves, every hook included, without a graph break."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        pytest.skip("torch 2.11 cannot trace requires_grad_; 2.12 was not tried")
-    torch._dynamo.reset()
-    structure = find_structure(build_model())
-    integral = PathIntegral.resolve("published", {}, 7)
-    batch = Batch([0, 1], *to_device([torch.arange(18).view(2, 9), torch.tensor([9, 5])]))
-    with borrowed(structure):
-        prefill = run_prefill(structure, batch, integral)
-        staircase = Staircase(structure, batch, prefill, integral)
-        want = staircase.run(range(3), prefill.prefix)
-        staircase._differentiate = torch.compile(
-            staircase._differentiate, fullgraph=True, backend="aot_eager"
-        )
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            got = staircase.run(range(3), prefill.prefix)
-    torch.testing.assert_close(got.scores, want.scores)
-    torch.testing.assert_close(got.change, want.change)
+    check_compiled(build_model(), 7)

@@ -13,15 +13,13 @@ from torch import nn
 
 import loki_kernels as loki
 from loki_kernels.attribution import fusing, job
-from loki_kernels.attribution.definitions import PathIntegral
 from loki_kernels.attribution.fusing import Fusion, find_fusion
 from loki_kernels.attribution.plan import BatchLimits, windows
-from loki_kernels.attribution.prefill import Batch, run_prefill
 from loki_kernels.attribution.prompts import Tokens
-from loki_kernels.attribution.staircase import Staircase
 from loki_kernels.attribution.steering import borrowed
 from loki_kernels.discovery import find_structure
 from tests.architectures import deepseek, gpt2, granite_moe_hybrid, lfm2
+from tests.attribution.compiled import check_compiled
 from tests.models import ARCHITECTURES, assert_unchanged, build_model, snapshot, to_device
 
 # Norms and gated MLPs of each; LayerNorms and MLPs without a gate stay as they are.
@@ -302,22 +300,7 @@ def test_the_points_run_what_the_prompt_ran(model, prompts, monkeypatch, everywh
 
 
 def test_compiles_whole(everywhere):
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        pytest.skip("torch 2.11 cannot trace requires_grad_; 2.12 was not tried")
-    torch._dynamo.reset()
-    structure = find_structure(build_model("gemma2"))
-    integral = PathIntegral.resolve("published", {}, 3)
-    batch = Batch([0, 1], *to_device([torch.arange(18).view(2, 9), torch.tensor([9, 5])]))
-    with borrowed(structure), fused(structure, 1):
-        prefill = run_prefill(structure, batch, integral)
-        staircase = Staircase(structure, batch, prefill, integral)
-        want = staircase.run(range(3), prefill.prefix)
-        staircase._differentiate = torch.compile(
-            staircase._differentiate, fullgraph=True, backend="aot_eager"
-        )
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            got = staircase.run(range(3), prefill.prefix)
-    torch.testing.assert_close(got.scores, want.scores)
+    check_compiled(build_model("gemma2"), 3, lambda structure: fused(structure, 1))
 
 
 class Clamped(nn.Module):

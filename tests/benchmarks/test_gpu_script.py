@@ -82,24 +82,18 @@ def test_bench_runs_every_suite(tmp_path):
     ]
 
 
-def test_goals_are_a_run_of_their_own(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("goals", "-m benchmarks.goals --dry-run"), ("peers", "-m benchmarks ops --peers --dry-run")],
+)
+def test_a_run_of_its_own(name, command, tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
-    run, output = rehearse(tmp_path, "goals", PYTHON=str(python))
+    run, output = rehearse(tmp_path, name, PYTHON=str(python))
     assert run.returncode == 0, output
-    assert sections(tmp_path, "goals") == {"goals": "passed"}
-    assert "-m benchmarks.goals --dry-run" in (tmp_path / "gpu-goals.log").read_text()
-
-
-def test_peers_are_a_run_of_their_own(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
-    run, output = rehearse(tmp_path, "peers", PYTHON=str(python))
-    assert run.returncode == 0, output
-    assert sections(tmp_path, "peers") == {"peers": "passed"}
-    assert "-m benchmarks ops --peers --dry-run" in (tmp_path / "gpu-peers.log").read_text()
+    assert sections(tmp_path, name) == {name: "passed"}
+    assert command in (tmp_path / f"gpu-{name}.log").read_text()
 
 
 def test_a_failing_section_does_not_stop_the_rest(tmp_path):
