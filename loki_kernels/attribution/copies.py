@@ -30,12 +30,14 @@ from ..structure import FFN, Structure
 from .definitions import PathIntegral
 from .integration import GUARD_TOLERANCE, integrate, relative_error
 from .path import path_points
+from .placement import free_bytes
 from .prefill import Batch, check_logits, keep_site
 from .scores import Scores
 from .steering import OUT_OF_PLACE, hook_site, hooking, like, refusing, rerunning
 
-# What the copies of a chunk may keep beside the model: their caches, or their hidden states.
-_BYTES_ON_CPU = 2**30
+# What the copies of a chunk may keep beside the model, their caches or their hidden states: where
+# nothing tells what is free (a CPU), and of what is.
+_BYTES_UNTOLD = 2**30
 _SHARE_OF_FREE = 0.25
 # Hidden states that a layer keeps of a token for its backward pass, roughly.
 _STATES = 30
@@ -297,9 +299,9 @@ class Copies:
     def _chunks(self, layers: list[int], tokens: int, cache: Any) -> Iterator[list[int]]:
         """As many layers at a time as there is room for copies."""
         device = self.structure.device
-        room: float = _BYTES_ON_CPU
-        if device.type == "cuda" and not self.structure.sharded:  # the same in all processes
-            room = _SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]
+        # of a sharded model the same in all processes
+        free = None if self.structure.sharded else free_bytes(device)
+        room = _BYTES_UNTOLD if free is None else _SHARE_OF_FREE * free
         weight = next(self.structure.causal_lm.parameters())
         states = _STATES * len(self.structure.layers) * self.structure.hidden_size
         each = weight.element_size() * states * (1 if self.cached else tokens) + _size(cache)

@@ -25,13 +25,14 @@ def accelerator() -> tuple[torch.device, int] | None:
     if not torch.accelerator.is_available():
         return None
     kind = torch.accelerator.current_accelerator()
-    ask = getattr(torch.get_device_module(kind), "mem_get_info", None)  # MPS has none
-    if kind is None or ask is None:
+    if kind is None:
         return None
     index = torch.accelerator.current_device_index()
     if index == 0:  # perhaps not chosen yet: a launcher's processes have one each
         index = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
-    return torch.device(kind.type, index), int(ask(index)[0])
+    device = torch.device(kind.type, index)
+    free = free_bytes(device)
+    return None if free is None else (device, free)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -40,7 +41,7 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     module: Any = torch.get_device_module(device)
     ask = getattr(module, "mem_get_info", None)
-    if ask is None:
+    if ask is None:  # MPS
         return None
     try:
         free = ask(device)[0]

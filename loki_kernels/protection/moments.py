@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attribution.placement import free_bytes
 from ..structure import DownProjection, Structure
 from .result import Protection
 
@@ -36,8 +37,9 @@ def layers_at_a_time(layers: Sequence[DownProjection]) -> Iterator[list[DownProj
 
 def _room(device: torch.device) -> int:
     """Half of the bytes that are free."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    free = free_bytes(device)
+    if free is not None:
+        return free // 2
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):  # not on Windows

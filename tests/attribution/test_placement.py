@@ -113,7 +113,11 @@ def test_each_process_has_its_own_device(monkeypatch):
         device_count=lambda: 4,
     )
     monkeypatch.setattr(torch, "accelerator", fake)
-    module = SimpleNamespace(mem_get_info=lambda index: (100 + index, 1000))
+    module = SimpleNamespace(
+        mem_get_info=lambda device: (100 + device.index, 1000),
+        memory_reserved=lambda _: 0,
+        memory_allocated=lambda _: 0,
+    )
     monkeypatch.setattr(torch, "get_device_module", lambda _kind: module)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert placement.accelerator() == (torch.device("cuda:0"), 100)
