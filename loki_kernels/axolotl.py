@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from .options import DEFAULT_QUOTA
 from .peft import LokiConfig
+from .training.adapters import task_type
 
 
 class LokiArguments(BaseModel):
@@ -64,7 +65,7 @@ class LokiPlugin(BasePlugin):
             rank=cfg.loki_rank,
             modules_to_save=cfg.lora_modules_to_save or None,
             trainable_token_indices=cfg.peft_trainable_token_indices or None,
-            task_type=_task_type(model),
+            task_type=task_type(model),
         )
         if config_only:
             return None, config
@@ -74,13 +75,3 @@ class LokiPlugin(BasePlugin):
             )
             return model, model.peft_config["default"]
         return peft.get_peft_model(model, config), config
-
-
-def _task_type(model: Any) -> peft.TaskType:
-    """What Axolotl would tell PEFT for its own adapters."""
-    kind = type(model).__name__
-    if "SequenceClassification" in kind:
-        return peft.TaskType.SEQ_CLS
-    if "TokenClassification" in kind:
-        return peft.TaskType.TOKEN_CLS
-    return peft.TaskType.CAUSAL_LM

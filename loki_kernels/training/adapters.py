@@ -61,7 +61,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         protection=adapter_file.protection_of(layers),
     )
     if not is_distributed() or torch.distributed.get_rank() == 0:
-        adapter_file.write_adapter(path, tensors, config.content(), _task_type(structure))
+        adapter_file.write_adapter(path, tensors, config.content(), task_type(structure.causal_lm))
     return path
 
 
@@ -210,7 +210,7 @@ def export_lora(
             rank, max(exact.values()), (lost / total) ** 0.5,
         )  # fmt: skip
     tensors |= adapter_file.other_tensors(others)
-    adapter_file.write_adapter(path, tensors, config, _task_type(structure))
+    adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
     return path
 
 
@@ -308,7 +308,7 @@ def _base_name(structure: Structure) -> str | None:
     return getattr(structure.causal_lm, "name_or_path", None) or None
 
 
-def _task_type(structure: Structure) -> str | None:
+def task_type(model: nn.Module) -> str:
     """PEFT's word for what the model is for; it chooses the class around an adapter's base."""
     kinds = {
         "ForCausalLM": "CAUSAL_LM",
@@ -316,7 +316,7 @@ def _task_type(structure: Structure) -> str | None:
         "ForTokenClassification": "TOKEN_CLS",
         "ForQuestionAnswering": "QUESTION_ANS",
     }
-    name = type(structure.causal_lm).__name__
+    name = type(model).__name__
     return next((kind for end, kind in kinds.items() if name.endswith(end)), "CAUSAL_LM")
 
 
