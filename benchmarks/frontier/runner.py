@@ -27,6 +27,7 @@ from loki_kernels.attribution.cache import cache_folder
 from loki_kernels.demo.model import NAME
 
 from ..records import RESULTS, SHARED, describe_machine
+from ..shapes import MODELS as SHAPES
 from .arms import ARMS, Job
 from .data import DOMAINS, LENGTH, PARTS, SOURCES, TASKS, Data, write_data
 from .models import MODELS
@@ -209,7 +210,7 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch, open(path, "a", encoding="utf-8") as file:
         folder = Path(scratch)
         if arguments.rehearse:
-            model, tensors = _rehearsal()
+            model, tensors = _rehearsal(arguments.rehearse)
             save_file(tensors, folder / "data.safetensors")
         else:
             shutil.copy(arguments.data, folder / "data.safetensors")
@@ -242,19 +243,21 @@ def _refuse_other_texts(record: dict[str, Any], known: dict[str, float]) -> None
         )
 
 
-def _rehearsal() -> tuple[Any, dict[str, Tensor]]:
-    """A tiny random model, and random tokens in the place of texts."""
+_TINY = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 61,
+}
+
+
+def _rehearsal(name: str = "tiny") -> tuple[Any, dict[str, Tensor]]:
+    """A random model of a shape, and random tokens in the place of texts."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=61,
-        tie_word_embeddings=True,
-        pad_token_id=2,
-    )
+    shape = _TINY if name == "tiny" else SHAPES[name]
+    config = LlamaConfig(**shape | {"tie_word_embeddings": True, "pad_token_id": 2})
     tensors = {}
     for name in (*DOMAINS, *SOURCES, *(f"{t}/{part}" for t in TASKS for part in PARTS)):
         ids = torch.randint(config.vocab_size, (6, LENGTH))
@@ -282,7 +285,13 @@ def main() -> None:
     parser.add_argument(
         "--texts", type=int, help="measure on so many sequences of each text, into another file"
     )
-    parser.add_argument("--rehearse", action="store_true", help="with a tiny random model")
+    parser.add_argument(
+        "--rehearse",
+        nargs="?",
+        const="tiny",
+        choices=("tiny", "SmolLM2-135M"),
+        help="with a random model of this shape",
+    )
     parser.add_argument("--processes", type=int, default=2, help="on a GPU")
     parser.add_argument("--group", type=int, default=10, help="trainings as one model, on a GPU")
     arguments = parser.parse_args()
