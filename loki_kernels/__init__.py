@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .attribution.attribute import attribute
     from .attribution.baseline import mean_activations
     from .errors import UnsupportedModelError
-    from .forgetting import Drift, DriftCallback, drift
+    from .forgetting import Drift, DriftCallback, drift, limit_drift
     from .ops._dispatch import backends
     from .ops.row_masked_linear import row_masked_linear
     from .protection import Protection, estimate_protection
@@ -51,6 +51,7 @@ __all__ = [
     "drift",
     "estimate_protection",
     "export_lora",
+    "limit_drift",
     "load_adapter",
     "load_questions",
     "mean_activations",
@@ -81,6 +82,7 @@ _MODULES = {
     "drift": "forgetting",
     "estimate_protection": "protection",
     "export_lora": "training",
+    "limit_drift": "forgetting",
     "load_adapter": "training",
     "load_questions": "questions",
     "mean_activations": "attribution.baseline",

@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("checkpoint", help="adapter, or folder with loki_rows.safetensors")
     merge.add_argument("out", help="folder to write the merged model to")
     merge.add_argument("--dtype", default="float32", help="of the merged model")
+    merge.add_argument(
+        "--max-kl", type=float, metavar="NATS",
+        help="merge so much of the update as leaves the KL from the base, a token, below this",
+    )  # fmt: skip
+    merge.add_argument("--texts", help="that the KL is measured on, as for drift")
+    merge.add_argument("--device", help="that it is measured on (default: cuda or cpu)")
     merge.set_defaults(run=_merge)
 
     adapter = commands.add_parser(
@@ -310,15 +316,25 @@ def _protection(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
+    import torch
     from transformers import AutoTokenizer
 
     from .files import check_folder
-    from .training.adapters import merge_folder
+    from .forgetting import limit_drift
+    from .training.adapters import load_update
 
     out = check_folder(arguments.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name a new folder.")
-    model: Any = merge_folder(_load_model(arguments.base, arguments.dtype), arguments.checkpoint)
+    if arguments.texts and arguments.max_kl is None:
+        raise ValueError("--texts belongs to --max-kl.")
+    handle = load_update(_load_model(arguments.base, arguments.dtype), arguments.checkpoint)
+    if arguments.max_kl is not None:
+        handle.model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+        share, left = limit_drift(handle, arguments.max_kl, arguments.texts, tokenizer=tokenizer)
+        print(f"{share:.3g} of the update is kept, KL {left.overall.kl:.3g} from the base")
+    model: Any = handle.merge()
     model.save_pretrained(out)
     try:
         AutoTokenizer.from_pretrained(arguments.base).save_pretrained(out)

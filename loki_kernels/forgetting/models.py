@@ -173,20 +173,10 @@ def without_update(model: Any) -> Iterator[None]:
         with model.disable_adapter():
             yield
         return
-    causal_lm = unwrap(model)
-    layers = [module for module in causal_lm.modules() if isinstance(module, LokiRows)]
-    if not layers:
-        raise ValueError("the model is neither patched nor PEFT's; name a second one.")
-    whole = trained_whole(causal_lm)
-    if whole:
-        raise ValueError(
-            f"{next(iter(whole))} is trained whole and its base is not kept; name a second model."
-        )
-    if any(layer.in_step for layer in layers):
-        raise ValueError("inside handle.inference() the rows stay as they are; leave it first.")
-    factors = [layer.trained_parameters()[-1][1] for layer in layers]
-    if any(map(is_partitioned, factors)):
-        raise ValueError("ZeRO-3 keeps the update elsewhere; name a second model.")
+    try:
+        factors = update_factors(model)
+    except ValueError as error:
+        raise ValueError(f"{error} Name a second model.") from error
     saved = [factor.detach().clone() for factor in factors]
     try:
         with torch.no_grad():
@@ -197,3 +187,27 @@ def without_update(model: Any) -> Iterator[None]:
         with torch.no_grad():
             for factor, values in zip(factors, saved, strict=True):
                 factor.copy_(values)
+
+
+def update_factors(model: nn.Module) -> list[nn.Parameter]:
+    """What the update of each patched layer is proportional to: itself, or LoKI*'s ``delta_b``.
+
+    Raises:
+        ValueError: if the model is not patched, trains modules whole beside the rows, or its update
+            cannot be written here.
+    """
+    causal_lm = unwrap(model)
+    layers = [module for module in causal_lm.modules() if isinstance(module, LokiRows)]
+    if not layers:
+        raise ValueError(
+            "the model is not patched; loki_kernels.load_adapter patches with an adapter of rows."
+        )
+    whole = trained_whole(causal_lm)
+    if whole:
+        raise ValueError(f"{next(iter(whole))} is trained whole and its base is not kept.")
+    if any(layer.in_step for layer in layers):
+        raise ValueError("inside handle.inference() the rows stay as they are; leave it first.")
+    factors = [layer.trained_parameters()[-1][1] for layer in layers]
+    if any(map(is_partitioned, factors)):
+        raise ValueError("ZeRO-3 keeps the update elsewhere.")
+    return factors

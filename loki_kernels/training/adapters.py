@@ -126,8 +126,8 @@ def _load_all(model: nn.Module, layers: Mapping[str, LokiRows], saved: SavedUpda
     return reason
 
 
-def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Put the update of an adapter, or of a checkpoint's side file, into its base model.
+def load_update(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
+    """Patch a base model with the update of an adapter, or of a checkpoint's side file.
 
     Raises:
         FileNotFoundError: if the folder has neither.
@@ -135,9 +135,8 @@ def merge_folder(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
-        return load_adapter(model, folder).merge()
-    handle = patch(model, folder)
-    return handle.merge()
+        return load_adapter(model, folder)
+    return patch(model, folder)
 
 
 def export_lora(

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
-from loki_kernels.training.adapters import merge_folder
+from loki_kernels.training.adapters import load_update
 from loki_kernels.training.experts import LokiExperts
 from tests.models import assert_unchanged, snapshot
 from tests.tiny_training import logits, tiny_trainer, train
@@ -204,7 +204,9 @@ def test_checkpoints_and_adapters_restore_the_model(family, tmp_path):
     loaded = loki.load_adapter(again, tmp_path / "adapter")
     torch.testing.assert_close(logits(again), want)
     torch.testing.assert_close(logits(loaded.merge()), want)
-    torch.testing.assert_close(logits(merge_folder(load("base")[0], tmp_path / "saved")), want)
+    torch.testing.assert_close(
+        logits(load_update(load("base")[0], tmp_path / "saved").merge()), want
+    )
     merged = dict(handle.merged_parameters())
     assert merged.keys() == dict(again.named_parameters()).keys()
     torch.testing.assert_close(logits(handle.merge()), want)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import loki_kernels as loki
 from loki_kernels.training import patching, rows
-from loki_kernels.training.adapters import merge_folder
+from loki_kernels.training.adapters import load_update
 from tests.models import ARCHITECTURES, DEVICE, assert_unchanged, build_model, snapshot, to_device
 from tests.tiny_training import (
     ROWS,
@@ -490,12 +490,12 @@ def test_merge_side_file(tmp_path, rank):
     loki.patch(model, [[1, 5], [], [2]], rank=rank)
     train(model, lr=0.01)
     model.save_pretrained(tmp_path)
-    merged = merge_folder(build_model(dtype=torch.bfloat16), tmp_path).state_dict()
+    merged = load_update(build_model(dtype=torch.bfloat16), tmp_path).merge().state_dict()
     saved = model.state_dict()
     for name, tensor in merged.items():
         assert torch.equal(saved[name], tensor), name
     with pytest.raises(ValueError, match="which the model lacks"):
-        merge_folder(build_model("gpt_neox"), tmp_path)
+        load_update(build_model("gpt_neox"), tmp_path)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -507,7 +507,7 @@ def test_an_update_is_not_added_twice(tmp_path, rank):
     merged = load_model(tmp_path)
     before = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
     with pytest.raises(ValueError, match="have other values in this model"):
-        merge_folder(merged, tmp_path)
+        load_update(merged, tmp_path)
     handle = loki.patch(merged, ROWS, rank=rank)
     with pytest.raises(ValueError, match="have other values in this model"):
         handle.load_state(tmp_path)
@@ -668,8 +668,8 @@ def test_a_copy_saves_itself(model, tmp_path):
     train(twin)
     twin.save_pretrained(tmp_path / "twin")
     model.save_pretrained(tmp_path / "model")
-    merged = merge_folder(build_model(), tmp_path / "twin").state_dict()
-    untrained = merge_folder(build_model(), tmp_path / "model").state_dict()
+    merged = load_update(build_model(), tmp_path / "twin").merge().state_dict()
+    untrained = load_update(build_model(), tmp_path / "model").merge().state_dict()
     name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(merged[name], twin.state_dict()[name])
     assert not torch.equal(merged[name], untrained[name])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import loki_kernels as loki
 from loki_kernels.attribution import cache
 from loki_kernels.protection import estimate
-from loki_kernels.training.adapters import merge_folder
+from loki_kernels.training.adapters import load_update
 from loki_kernels.training.linear import LokiLinear
 from tests.models import build_model, to_device
 from tests.tiny_training import ROWS, load_model, logits, tiny_trainer, token_batch, train
@@ -132,8 +132,8 @@ def test_what_is_merged_and_saved_leaves_the_directions_out(rank, fuse_mlp, prot
     torch.testing.assert_close(logits(model), trained)
     for reopened in (
         load_model(tmp_path / "checkpoint"),
-        merge_folder(build_model(), tmp_path / "adapter"),
-        merge_folder(build_model(), tmp_path / "checkpoint"),
+        load_update(build_model(), tmp_path / "adapter").merge(),
+        load_update(build_model(), tmp_path / "checkpoint").merge(),
     ):
         torch.testing.assert_close(logits(reopened), trained, rtol=1e-4, atol=1e-4)
     a = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")

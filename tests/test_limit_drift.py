@@ -1,0 +1,143 @@
+"""`loki.limit_drift`: the limit holds, little is lost to it, and bad input changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import loki_kernels as loki
+from loki_kernels.cli import main
+from loki_kernels.forgetting import limit
+from loki_kernels.team import Team
+from tests.models import assert_unchanged, build_model, snapshot
+from tests.test_drift import texts
+from tests.tiny_training import ROWS, load_model, train
+
+
+def trained(rank=None, dtype=torch.float32):
+    base = build_model(dtype=dtype)
+    model = copy.deepcopy(base)
+    handle = loki.patch(model, ROWS, rank=rank)
+    train(model)
+    return base, handle
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(None, torch.float32), (2, torch.bfloat16)])
+def test_the_update_is_scaled_until_the_limit_holds(rank, dtype):
+    base, handle = trained(rank, dtype)
+    before = {name: value.clone() for name, value in handle.model.named_parameters()}
+    whole = loki.drift(handle, texts=texts()).overall.kl
+    share, found = loki.limit_drift(handle, whole / 4, texts())
+    assert 0.3 < share < 0.7  # a square law says .5
+    assert 0.9 * whole / 4 < found.overall.kl <= whole / 4
+    again = loki.drift(base, handle, texts())
+    assert torch.equal(again.token_kl, found.token_kl)
+    trains = {n for n, p in handle.model.named_parameters() if p.requires_grad}
+    for name, value in handle.model.named_parameters():
+        scaled = name in trains and not name.endswith("delta_a")
+        if name in trains:
+            assert torch.equal(value, before[name] * share if scaled else before[name]), name
+    merged = handle.merge()
+    assert loki.drift(base, merged, texts()).overall.kl == pytest.approx(found.overall.kl, rel=0.05)
+
+
+def test_an_update_within_the_limit_stays_as_it_is():
+    _, handle = trained()
+    before = snapshot(handle.model)
+    share, found = loki.limit_drift(handle.model, 100.0, texts())
+    assert share == 1
+    assert found.overall.kl > 0
+    assert_unchanged(handle.model, before)
+
+
+@pytest.mark.parametrize("kl", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_limits(kl):
+    _, handle = trained()
+    before = snapshot(handle.model)
+    with pytest.raises(ValueError, match="kl must be a positive number"):
+        loki.limit_drift(handle, kl, texts())
+    assert_unchanged(handle.model, before)
+
+
+def test_what_cannot_be_scaled_is_refused():
+    with pytest.raises(ValueError, match="not patched"):
+        loki.limit_drift(build_model(), 0.1, texts())
+    model = build_model()
+    loki.patch(model, ROWS, modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="trained whole"):
+        loki.limit_drift(model, 0.1, texts())
+
+
+def test_a_measurement_that_fails_leaves_the_whole_update(monkeypatch):
+    _, handle = trained()
+    before = snapshot(handle.model)
+    compare, calls = limit.compare, []
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(limit, "compare", failing)
+    with pytest.raises(KeyboardInterrupt):
+        loki.limit_drift(handle, 1e-6, texts())
+    assert_unchanged(handle.model, before)
+
+
+def search(law, kl):
+    tried = []
+
+    def measure(share):
+        tried.append(share)
+        return SimpleNamespace(overall=SimpleNamespace(kl=law(share)))
+
+    share, found = limit._search(measure, kl, Team())
+    return share, found.overall.kl, len(tried)
+
+
+@given(
+    power=st.floats(0.3, 4),
+    size=st.floats(1e-6, 1e3),
+    fraction=st.floats(1e-4, 2),
+)
+def test_the_limit_holds_for_any_power_law(power, size, fraction):
+    kl = fraction * size
+    share, left, count = search(lambda s: size * s**power, kl)
+    assert left == size * share**power
+    assert left <= kl
+    assert count <= 9
+    if fraction > 1:
+        assert (share, count) == (1, 1)
+    elif 1 <= power <= 3:
+        assert left >= 0.9 * kl
+
+
+def test_a_limit_that_holds_nowhere_leaves_the_base():
+    assert search(lambda s: float(s > 0), 0.5)[:2] == (0, 0)
+    assert search(lambda s: float(s > 0.9), 0.5)[:2] >= (0.5, 0)
+
+
+def test_a_merge_from_the_command_line(base_folder, tmp_path, capsys):
+    model = load_model(base_folder)
+    handle = loki.patch(model, ROWS)
+    train(model)
+    words = tmp_path / "words.txt"
+    words.write_text("\n\n".join(" ".join(f"w{i * k}" for i in range(9)) for k in (1, 2, 3)))
+    whole = loki.drift(base_folder, handle, words).overall.kl
+    loki.save_adapter(model, tmp_path / "adapter")
+    command = ["merge", *map(str, (base_folder, tmp_path / "adapter", tmp_path / "merged"))]
+    assert main([*command, "--texts", str(words)]) == 1
+    assert main([*command, "--max-kl", "-1"]) == 1
+    assert not (tmp_path / "merged").exists()
+    assert main([*command, "--max-kl", str(whole / 2), "--texts", str(words)]) == 0
+    assert "of the update is kept, KL" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    left = loki.drift(base_folder, merged, words).overall.kl
+    assert 0.4 * whole < left <= whole / 2 * 1.001
