@@ -168,7 +168,7 @@ def test_adapter_and_lora(names, base_folder):
 def test_drift(names, base_folder):
     Path("texts.jsonl").write_text('{"text": "w1 w2 w3", "domain": "counting"}\n')
     names |= {"tokenizer": transformers.AutoTokenizer.from_pretrained(base_folder)}
-    train, measure = re.findall(r"```python\n(.*?)```", DRIFT, re.DOTALL)
+    train, measure, limit = re.findall(r"```python\n(.*?)```", DRIFT, re.DOTALL)
     exec(compile(train, "docs/drift.md", "exec"), names)
     names["trainer"].save_model(names["out"])
     exec(compile(measure, "docs/drift.md", "exec"), names)
@@ -177,3 +177,6 @@ def test_drift(names, base_folder):
     assert logged[-1] == pytest.approx(names["result"].overall.kl, rel=1e-4)
     assert Path("drift.json").exists()
     assert Path("drift.png").exists()
+    names["handle"] = loki.patch(names["model"], "rows.json")
+    exec(compile(limit, "docs/drift.md", "exec"), names)
+    assert names["share"] == 1
