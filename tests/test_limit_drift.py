@@ -47,6 +47,27 @@ def test_the_update_is_scaled_until_the_limit_holds(rank, dtype):
     assert loki.drift(base, merged, texts()).overall.kl == pytest.approx(found.overall.kl, rel=0.05)
 
 
+def test_sharded_rows():
+    from torch.distributed.fsdp import fully_shard
+
+    _, handle = trained()
+    kl = loki.drift(handle, texts=texts()).overall.kl / 4
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = copy.deepcopy(handle.model)
+        for module in (*sharded.model.layers, sharded):
+            fully_shard(module, mesh=mesh)
+        share, found = loki.limit_drift(sharded, kl, texts())
+    finally:
+        torch.distributed.destroy_process_group()
+    want_share, want = loki.limit_drift(handle, kl, texts())
+    assert share == pytest.approx(want_share)
+    assert found.overall.kl == pytest.approx(want.overall.kl)
+
+
 def test_an_update_within_the_limit_stays_as_it_is():
     _, handle = trained()
     before = snapshot(handle.model)
