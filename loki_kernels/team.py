@@ -118,13 +118,13 @@ class Team(contextlib.AbstractContextManager["Team"]):
             self._store.compare_set(f"same/{next(self._meetings)}", "", value).decode() == value
         )
 
-    def tell(self, mine: str) -> list[str]:
+    def tell(self, mine: str, why: str = _SAME_PROMPTS) -> list[str]:
         """What every process says, by rank."""
         if self.size == 1:
             return [mine]
         key = f"told/{next(self._meetings)}"
         self._store.set(f"{key}/{self.rank}", mine)
-        self.meet()
+        self.meet(why)
         return [self._store.get(f"{key}/{rank}").decode() for rank in range(self.size)]
 
     def advance(self, count: int) -> int:
