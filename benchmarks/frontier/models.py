@@ -30,3 +30,5 @@ def _load_gemma() -> tuple[Any, Any]:
 
 # Name -> model in float32 and tokenizer.
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {NAME: load_smollm2, _GEMMA: _load_gemma}
+# Of the arms' learning rates, which are SmolLM2's: those on Gemma's frontiers are about a quarter.
+RATE_SCALES = {NAME: 1.0, _GEMMA: 0.25}

@@ -15,6 +15,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from ..records import RESULTS, SHARED, describe_machine
 from ..shapes import MODELS as SHAPES
 from .arms import ARMS, Job
 from .data import DOMAINS, LENGTH, PARTS, SOURCES, TASKS, Data, write_data
-from .models import MODELS
+from .models import MODELS, RATE_SCALES
 from .moments import linears, measure_moments
 from .workers import MOMENTS, Pool
 
@@ -118,6 +120,10 @@ def groups(jobs: Sequence[Job], most: int) -> list[list[Job]]:
     return found
 
 
+def _scaled(job: Job, scale: float) -> Job:
+    return replace(job, rate=float(f"{job.rate * scale:.6g}"))
+
+
 _SPEC = ("arm", "settings", "task", "rate", "seed", "steps")
 
 
@@ -196,7 +202,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.arms:
         arms = tuple(ARMS) if arguments.arms == ["all"] else arguments.arms
         planned = [plan(arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates)]
-    phases = [[job for job in phase if _key(job.spec()) not in done] for phase in planned]
+    scale = 1.0 if arguments.rates else RATE_SCALES[arguments.model]
+    phases = [
+        [job for job in map(partial(_scaled, scale=scale), phase) if _key(job.spec()) not in done]
+        for phase in planned
+    ]
     if arguments.most is not None:
         phases = [list(itertools.chain.from_iterable(phases))[: arguments.most]]
     jobs = list(itertools.chain.from_iterable(phases))
@@ -280,7 +290,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--rates", nargs="+", type=float)
+    parser.add_argument("--rates", nargs="+", type=float, help="instead of each arm's own")
     parser.add_argument("--most", type=int, help="train no more than so many")
     parser.add_argument(
         "--texts", type=int, help="measure on so many sequences of each text, into another file"

@@ -28,6 +28,7 @@ from benchmarks.frontier.runner import (
     DECISIVE,
     _refuse_other_texts,
     _rehearsal,
+    _scaled,
     _sources,
     groups,
     main,
@@ -266,6 +267,8 @@ def test_a_plan_names_no_training_twice():
     more = 2 * 2 * 4 * len(DECISIVE) + 2 * 2 * 3 * 6
     assert len(set(jobs)) == len(jobs) == 2 * 2 * 5 * len(ARMS) + more
     assert len(list(plan(["LoRA"], TASKS, range(6), 400, (1e-3, 2e-3)))) == 24
+    job = next(plan(["LoRA"], TASKS, [0], 80))
+    assert _scaled(job, 0.25).rate == job.rate / 4
 
 
 def test_texts_begin_as_the_tokenizer_begins_them():
