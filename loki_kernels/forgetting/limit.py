@@ -107,13 +107,16 @@ def _search(measure: Callable[[float], Drift], limit: float, team: Team) -> tupl
     if kl <= limit:
         return 1.0, found
     low, high, share, best = 0.0, 1.0, 1.0, None
+    power = 2.0  # of the share, by which the KL grows: near the base it is the square
     for _ in range(_ROUNDS - 1):
-        # near the base the KL grows as the square of the share
-        share *= math.sqrt((1 + _NEAR) / 2 * limit / kl) if kl else math.inf
-        if not low < share < high:
-            share = (low + high) / 2
-        found = measure(share)
-        kl = largest(found)
+        wanted = share * ((1 + _NEAR) / 2 * limit / kl) ** (1 / power) if kl else math.inf
+        if not low < wanted < high:
+            wanted = (low + high) / 2
+        found = measure(wanted)
+        last, kl = kl, largest(found)
+        if 0 < last < math.inf and 0 < kl < math.inf:
+            power = min(4.0, max(0.25, math.log(kl / last) / math.log(wanted / share)))
+        share = wanted
         if kl > limit:
             high = share
             continue

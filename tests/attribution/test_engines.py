@@ -106,7 +106,7 @@ def test_a_baseline_of_another_prompt(build):
 def test_a_few_layers_at_a_time(engine, monkeypatch):
     model = lfm2()
     want = loki.attribute(model, PROMPTS)
-    monkeypatch.setattr(copies, "_BYTES_ON_CPU", 1)
+    monkeypatch.setattr(copies, "_BYTES_UNTOLD", 1)
     got = loki.attribute(model, PROMPTS, engine=engine)
     assert torch.allclose(got.scores, want.scores, rtol=1e-3, atol=1e-7)
 
