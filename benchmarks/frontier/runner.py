@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,7 @@ def run(arguments: argparse.Namespace) -> None:
         planned = [plan(arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates)]
     scale = 1.0 if arguments.rates else RATE_SCALES[arguments.model]
     phases = [
-        [job for job in map(partial(_scaled, scale=scale), phase) if _key(job.spec()) not in done]
+        [job for job in (_scaled(job, scale) for job in phase) if _key(job.spec()) not in done]
         for phase in planned
     ]
     if arguments.most is not None:

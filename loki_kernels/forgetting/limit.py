@@ -13,7 +13,7 @@ from ..team import Team
 from ..training import Patch
 from .measure import FORWARD, compare, keeps_head, record
 from .meter import DEFAULT_LENGTH, DEFAULT_TOKENS, check_positive
-from .models import name_of, update_factors, without_update
+from .models import name_of, update_factors
 from .result import Drift, summarize
 from .texts import read_texts, tokenize
 
@@ -71,8 +71,6 @@ def limit_drift(
         model = model.model
     factors = update_factors(model)
     corpus = tokenize(read_texts(texts), tokenizer, length, tokens)
-    with without_update(model):
-        base = record(model, corpus.batches(FORWARD), kept=not keeps_head(model), progress=progress)
     whole = [factor.detach().clone() for factor in factors]
 
     @torch.no_grad()
@@ -87,6 +85,8 @@ def limit_drift(
 
     share = 1.0
     try:
+        keep(0.0)
+        base = record(model, corpus.batches(FORWARD), kept=not keeps_head(model), progress=progress)
         with Team() as team:
             share, found = _search(measure, kl, team)
     finally:
