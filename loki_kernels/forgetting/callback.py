@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .measure import FORWARD, Base, compare, keeps_head, record
+from .measure import FORWARD, Base, compare, record
 from .meter import DEFAULT_LENGTH, DEFAULT_TOKENS, check_positive
 from .models import without_update
 from .result import summarize
@@ -84,8 +84,7 @@ class DriftCallback(TrainerCallback):
         resumed = state.global_step > 0
         try:
             with without_update(model) if resumed else contextlib.nullcontext():
-                batches, kept = self._corpus.batches(FORWARD), not keeps_head(model)
-                self._base = record(model, batches, kept=kept, progress=False)
+                self._base = record(model, self._corpus.batches(FORWARD), progress=False)
         except ValueError as error:
             if not resumed:
                 raise

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..team import Team
 from ..training import Patch
-from .measure import FORWARD, compare, keeps_head, record
+from .measure import FORWARD, compare, record
 from .meter import DEFAULT_LENGTH, DEFAULT_TOKENS, check_positive
 from .models import name_of, update_factors
 from .result import Drift, summarize
@@ -86,7 +86,7 @@ def limit_drift(
     share = 1.0
     try:
         keep(0.0)
-        base = record(model, corpus.batches(FORWARD), kept=not keeps_head(model), progress=progress)
+        base = record(model, corpus.batches(FORWARD), progress=progress)
         with Team() as team:
             share, found = _search(measure, kl, team)
     finally:

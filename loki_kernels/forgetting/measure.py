@@ -160,14 +160,22 @@ class UnreadableHeadError(UnsupportedModelError):
 
 
 def record(
-    model: nn.Module, batches: Sequence[Batch], *, kept: bool = False, progress: bool | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    kept: bool | None = None,
+    progress: bool | None = None,
 ) -> Base:
     """Run the base. Its head goes on being used; with ``kept`` a copy of it is.
+
+    None keeps a copy where training, or an engine, may change the head.
 
     Raises:
         UnreadableHeadError: if its logits need more than the head; then `compare_whole` serves.
         ValueError: if the logits are NaN.
     """
+    if kept is None:
+        kept = not _keeps_head(model)
     readout = Readout.of(model, kept=kept)
     own = Readout.of(model)
     hidden: list[Tensor] = []
@@ -180,7 +188,7 @@ def record(
     return Base(readout, batches, hidden)
 
 
-def keeps_head(model: nn.Module) -> bool:
+def _keeps_head(model: nn.Module) -> bool:
     """Whether a model's head is a plain layer that nothing trains, and no engine takes apart."""
     head = unwrap(model).get_output_embeddings()
     trained = any(p.requires_grad for p in head.parameters())

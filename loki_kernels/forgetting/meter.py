@@ -19,7 +19,6 @@ from .measure import (
     UnreadableHeadError,
     compare,
     compare_whole,
-    keeps_head,
     record,
 )
 from .models import (
@@ -135,7 +134,7 @@ def _measure(
     try:
         if tuned is None:
             with without_update(model):
-                kept = record(model, batches, kept=not keeps_head(model), progress=progress)
+                kept = record(model, batches, progress=progress)
             return compare(kept, model, progress=progress)
         changes = adapter is not None and changes_head(adapter)
         kept = record(model, batches, kept=changes, progress=progress)
