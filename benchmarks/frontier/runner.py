@@ -136,13 +136,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _sources(jobs: Sequence[Job], predicting: bool = True) -> dict[str, dict[str, Any]]:
+def _sources(jobs: Sequence[Job], predict: bool = True) -> dict[str, dict[str, Any]]:
     """Name -> source, and what of it, of all moments that these ask for.
 
-    With ``predicting`` also what predicts their damage, which takes minutes on a CPU.
+    With ``predict`` also what predicts their damage, which takes minutes on a CPU.
     """
     wanted: dict[str, dict[str, Any]] = {}
-    if predicting:
+    if predict:
         wanted["samples"] = {
             "source": "samples",
             "weighted": False,
@@ -167,9 +167,10 @@ def _sources(jobs: Sequence[Job], predicting: bool = True) -> dict[str, dict[str
     return wanted
 
 
-def _write_moments(folder: Path, model: Any, data: Data, jobs: Sequence[Job]) -> None:
-    on_gpu = next(model.parameters()).is_cuda
-    for name, asked in _sources(jobs, predicting=on_gpu).items():
+def _write_moments(
+    folder: Path, model: Any, data: Data, jobs: Sequence[Job], predict: bool
+) -> None:
+    for name, asked in _sources(jobs, predict).items():
         start = time.monotonic()
         layers = [n for n in linears(model) if asked["every"] or n.endswith("down_proj")]
         moments = measure_moments(
@@ -226,11 +227,11 @@ def run(arguments: argparse.Namespace) -> None:
             model, _ = MODELS[arguments.model]()
         model.save_pretrained(folder / "model")
         data = Data.load(folder / "data.safetensors").to(device)
-        _write_moments(folder, model.to(device), data, jobs)
+        _write_moments(folder, model.to(device), data, jobs, arguments.predict or device == "cuda")
         del model, data
-        most, processes = (arguments.group, arguments.processes) if device == "cuda" else (1, 1)
+        most = arguments.group if device == "cuda" else 1
         parts = [group for phase in phases for group in groups(phase, most)]
-        pool = Pool(folder, device, arguments.texts, parts, processes)
+        pool = Pool(folder, device, arguments.texts, parts, arguments.processes)
         count = 0
         for record in pool.run(arguments.seconds - (time.monotonic() - start)):
             _refuse_other_texts(record, known)
@@ -301,7 +302,12 @@ def main() -> None:
         choices=("tiny", "SmolLM2-135M"),
         help="with a random model of this shape",
     )
-    parser.add_argument("--processes", type=int, default=2, help="on a GPU")
+    parser.add_argument("--processes", type=int, default=2, help="that train at a time")
+    parser.add_argument(
+        "--predict",
+        action="store_true",
+        help="predict what each training damages, which takes minutes on a CPU; a GPU always does",
+    )
     parser.add_argument("--group", type=int, default=10, help="trainings as one model, on a GPU")
     arguments = parser.parse_args()
     own = "" if arguments.model == NAME else arguments.model

@@ -52,10 +52,12 @@ class Pool:
         self._jobs, self._answers = context.Queue(), context.Queue()
         self._jobs.cancel_join_thread()  # what nobody has taken does not hold up the exit
         self._groups, self._out = deque(groups), 0
-        arguments = (folder, device, texts, self._jobs, self._answers)
+        count = min(processes, len(groups))
+        threads = 2 if device == "cuda" else max(1, torch.get_num_threads() // max(1, count))
+        arguments = (folder, device, texts, threads, self._jobs, self._answers)
         self._make = lambda: context.Process(target=work, args=arguments, daemon=True)
         self._device = device
-        self._workers = [self._make() for _ in range(min(processes, len(groups)))]
+        self._workers = [self._make() for _ in range(count)]
 
     def run(self, seconds: float) -> Iterator[dict[str, Any]]:
         """A record of every training, as it is done, until ``seconds`` have passed."""
@@ -104,13 +106,14 @@ class Pool:
             self._workers[-1].start()
 
 
-def work(folder: Path, device: str, texts: int | None, jobs: Any, answers: Any) -> None:
+def work(
+    folder: Path, device: str, texts: int | None, threads: int, jobs: Any, answers: Any
+) -> None:
     """A process: takes groups of jobs, until one fails on a GPU.
 
     A capture that fails leaves its memory taken and its stream the current one.
     """
-    if device == "cuda":
-        torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     lab = laboratory(folder, device, texts)
     while True:
         group = jobs.get()
