@@ -34,6 +34,15 @@ def at_common_rates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in records if record["rate"] in common[record["arm"]]]
 
 
+def at_common_seeds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the seeds that all arms have, so that arms compare."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for record in records:
+        seeds[record["arm"]].add(record["seed"])
+    common = set.intersection(*seeds.values())
+    return [record for record in records if record["seed"] in common]
+
+
 class Comparison:
     """Trainings of one task and number of steps that came to numbers, by arm and seed."""
 

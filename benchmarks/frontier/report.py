@@ -13,7 +13,7 @@ from loki_kernels.plots import import_matplotlib
 
 from ..forgetting.compare import estimate
 from .arms import ARMS
-from .compare import Comparison, at_common_rates, is_finite
+from .compare import Comparison, at_common_rates, at_common_seeds, is_finite
 from .damage import damage_table, plot_damages, read_damages
 from .data import DOMAINS
 from .runner import read_records
@@ -26,9 +26,9 @@ distribution from the tuned model's, a token, as the geometric mean over wikitex
 (4,000 tokens each). The shares are of the best that full fine-tuning gains of the task's held-out
 loss, by seed. `-` says that an arm does not get there. Ratios are means over shares and seeds of
 the log of the arm's KL by full fine-tuning's, with a 95 % interval of Student's t of more than one
-seed. The tables of arms are of the first two seeds. `alone` leaves out the shares of updates, so
-that only rates make the frontier."""
-_SEEDS = 2  # that all arms have, at all of their rates
+seed. The tables of arms and the plots are of the seeds that all arms have, at the rates that an arm
+has with each of these. `alone` leaves out the shares of updates, so that only rates make the
+frontier."""
 _SHOWN = (0.5, 0.7, 0.9)
 
 
@@ -53,8 +53,7 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
     comparisons = {}
     for steps, task in groups:
         own = [r for r in records if (r["steps"], r["task"]) == (steps, task)]
-        first = sorted({r["seed"] for r in own})[:_SEEDS]
-        comparison = Comparison(r for r in own if r["seed"] in first)
+        comparison = Comparison(at_common_rates(at_common_seeds(own)))
         comparisons[steps, task] = comparison
         yield from ("", f"## {task}, {steps} steps", "")
         yield f"The base's loss is {comparison.before:.3f}."

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from benchmarks.frontier import accuracies, two_tasks, workers
 from benchmarks.frontier.arms import ARMS, Job
-from benchmarks.frontier.compare import Comparison, at_common_rates, is_finite
+from benchmarks.frontier.compare import Comparison, at_common_rates, at_common_seeds, is_finite
 from benchmarks.frontier.damage import damage_table, fit, plot_damages, read_damages
 from benchmarks.frontier.data import DOMAINS, LENGTH, TASKS, Data, _prompt, _windows
 from benchmarks.frontier.laboratory import Laboratory
@@ -439,6 +439,7 @@ def test_seeds_compare_at_the_rates_of_all_of_them():
             ("a", 0, 1), ("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3), ("b", 0, 1),
         ]
     ]  # fmt: skip
+    assert at_common_seeds(records) == [r for r in records if r["seed"] == 0]
     kept = [(r["arm"], r["seed"], r["rate"]) for r in at_common_rates(records)]
     assert kept == [("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3), ("b", 0, 1)]
     assert is_finite(records[0])
