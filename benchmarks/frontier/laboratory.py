@@ -16,9 +16,15 @@ _LOGITS = 2**27  # that are in memory at a time, in float32 and some five copies
 
 
 class Laboratory:
-    """The base, the data and the moments, on one device."""
+    """The base, the data and the moments, on one device.
 
-    def __init__(self, base: Any, data: Data, moments: dict[str, Moments]) -> None:
+    With ``bfloat16`` trainings run under autocast; what is measured is in float32.
+    """
+
+    def __init__(
+        self, base: Any, data: Data, moments: dict[str, Moments], bfloat16: bool = False
+    ) -> None:
+        self.bfloat16 = bfloat16
         self.base = base.eval().requires_grad_(False)
         # The texts hold the padding token as one of their own. Of a stack torch.vmap would keep its
         # gradient out of the first model's embedding and no other's.

@@ -216,6 +216,8 @@ def run(arguments: argparse.Namespace) -> None:
     kept = {k: machine[k] for k in ("device", "torch", "revision", "date")}
     if arguments.texts is not None:
         kept["texts"] = arguments.texts
+    if arguments.bfloat16:
+        kept["autocast"] = "bfloat16"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, open(path, "a", encoding="utf-8") as file:
         folder = Path(scratch)
@@ -231,7 +233,7 @@ def run(arguments: argparse.Namespace) -> None:
         del model, data
         most = arguments.group if device == "cuda" else 1
         parts = [group for phase in phases for group in groups(phase, most)]
-        pool = Pool(folder, device, arguments.texts, parts, arguments.processes)
+        pool = Pool(folder, device, arguments.texts, arguments.bfloat16, parts, arguments.processes)
         count = 0
         for record in pool.run(arguments.seconds - (time.monotonic() - start)):
             _refuse_other_texts(record, known)
@@ -301,6 +303,9 @@ def main() -> None:
         const="tiny",
         choices=("tiny", "SmolLM2-135M"),
         help="with a random model of this shape",
+    )
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="train under autocast; what is measured is float32"
     )
     parser.add_argument("--processes", type=int, default=2, help="that train at a time")
     parser.add_argument(

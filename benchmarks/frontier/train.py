@@ -107,24 +107,26 @@ class Run:
         """Of one job; ``before`` are the base's last hidden states of its general text."""
         arm = self.arm
         kept, own = _predicting(states[:half], wanted[:half])
-        loss = _mean(kept @ head.T, own)
+        loss = _mean(_logits(kept, head), own)
         if arm.general is None:
             return loss
         kept, general = _predicting(states[half:], wanted[half:])
         if arm.general == "replay":
-            return loss + arm.general_weight * _mean(kept @ head.T, general)
+            return loss + arm.general_weight * _mean(_logits(kept, head), general)
         with torch.no_grad():
             expected, _ = _predicting(cast(Tensor, before), wanted[half:])
             (base_head,) = heads(self.lab.base, 1)
-            expected = (expected @ base_head.T).log_softmax(-1)
+            expected = _logits(expected, base_head).log_softmax(-1)
         divergence = functional.kl_div(
-            (kept @ head.T).log_softmax(-1), expected, reduction="none", log_target=True
+            _logits(kept, head).log_softmax(-1), expected, reduction="none", log_target=True
         ).sum(-1)
         labelled = general != -100
         return loss + arm.general_weight * (divergence * labelled).sum() / labelled.sum()
 
     def _step(self) -> None:
-        torch.stack(self._losses()).sum().backward()
+        with torch.autocast(self.lab.device.type, torch.bfloat16, enabled=self.lab.bfloat16):
+            losses = self._losses()
+        torch.stack(losses).sum().backward()
         if len(self.jobs) > 1:
             for i, part in enumerate(self.parts):
                 for own, stacked in zip(part, self.parameters, strict=True):
@@ -246,6 +248,10 @@ def _predicting(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     if states.device.type == "cpu":
         return states[wanted != -100], wanted[wanted != -100]
     return states.flatten(0, 1), wanted.flatten()
+
+
+def _logits(states: Tensor, head: Tensor) -> Tensor:
+    return (states @ head.T).float()  # of autocast they come in bfloat16
 
 
 def _mean(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class Pool:
         folder: the model, the data and the moments.
         device: ``cuda`` or ``cpu``.
         texts: sequences of each text that is measured; None for all.
+        bfloat16: whether they train under autocast.
         groups: of jobs of one arm, task and number of steps.
         processes: how many train at a time.
 
@@ -44,6 +45,7 @@ class Pool:
         folder: Path,
         device: str,
         texts: int | None,
+        bfloat16: bool,
         groups: Sequence[list[Job]],
         processes: int,
     ) -> None:
@@ -54,7 +56,7 @@ class Pool:
         self._groups, self._out = deque(groups), 0
         count = min(processes, len(groups))
         threads = 2 if device == "cuda" else max(1, torch.get_num_threads() // max(1, count))
-        arguments = (folder, device, texts, threads, self._jobs, self._answers)
+        arguments = (folder, device, texts, bfloat16, threads, self._jobs, self._answers)
         self._make = lambda: context.Process(target=work, args=arguments, daemon=True)
         self._device = device
         self._workers = [self._make() for _ in range(count)]
@@ -107,14 +109,20 @@ class Pool:
 
 
 def work(
-    folder: Path, device: str, texts: int | None, threads: int, jobs: Any, answers: Any
+    folder: Path,
+    device: str,
+    texts: int | None,
+    bfloat16: bool,
+    threads: int,
+    jobs: Any,
+    answers: Any,
 ) -> None:
     """A process: takes groups of jobs, until one fails on a GPU.
 
     A capture that fails leaves its memory taken and its stream the current one.
     """
     torch.set_num_threads(threads)
-    lab = laboratory(folder, device, texts)
+    lab = laboratory(folder, device, texts, bfloat16)
     while True:
         group = jobs.get()
         start = time.monotonic()
@@ -135,13 +143,13 @@ def work(
             torch.cuda.empty_cache()  # the other processes' as much as this one's
 
 
-def laboratory(folder: Path, device: str, texts: int | None) -> Laboratory:
+def laboratory(folder: Path, device: str, texts: int | None, bfloat16: bool) -> Laboratory:
     torch.set_float32_matmul_precision("high")  # TF32 products on a GPU; storage stays float32
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).to(device)
     data = Data.load(folder / "data.safetensors").to(device)
     if texts is not None:
         data.measured_on(texts)
-    return Laboratory(base, data, _read_moments(folder, device))
+    return Laboratory(base, data, _read_moments(folder, device), bfloat16)
 
 
 def _read_moments(folder: Path, device: str) -> dict[str, Moments]:

@@ -415,7 +415,7 @@ def test_a_group_that_does_not_fit_is_halved(device, monkeypatch, capsys):
     monkeypatch.setattr(workers, "laboratory", lambda *_: None)
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: Threads())
     jobs = [Job("LoRA", ARMS["LoRA"], "gsm8k", rate * 1e-4, 0, 2) for rate in range(1, 6)]
-    pool = Pool(None, device, None, [jobs, jobs[:2]], 2)
+    pool = Pool(None, device, None, False, [jobs, jobs[:2]], 2)
     found = sorted(record["rate"] for record in pool.run(60))
     assert found == pytest.approx([1e-4, 1e-4, 2e-4, 2e-4, 3e-4])
     assert pool.failed == 1
