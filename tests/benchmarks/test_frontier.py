@@ -1,8 +1,8 @@
-"""benchmarks/frontier: what its arms train, and how they are compared."""
+"""benchmarks/frontier: what its arms train, and in which order and processes."""
 
+import copy
 import itertools
 import json
-import math
 import queue
 import sys
 import threading
@@ -13,9 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from benchmarks.frontier import accuracies, two_tasks, workers
 from benchmarks.frontier.arms import ARMS, Job
-from benchmarks.frontier.compare import Comparison, at_common_rates, at_common_seeds, is_finite
-from benchmarks.frontier.damage import damage_table, fit, plot_damages, read_damages
-from benchmarks.frontier.data import DOMAINS, LENGTH, TASKS, Data, _prompt, _windows
+from benchmarks.frontier.data import LENGTH, TASKS, Data, _prompt, _windows
 from benchmarks.frontier.laboratory import Laboratory
 from benchmarks.frontier.layers import (
     OrthogonalSubspaceLinear,
@@ -38,7 +36,6 @@ from benchmarks.frontier.runner import (
 )
 from benchmarks.frontier.train import Run, train
 from benchmarks.frontier.workers import Pool
-from loki_kernels.demo.frontier import at_loss, frontier
 from tests import models
 from tests.test_demo import word_tokenizer
 
@@ -290,29 +287,6 @@ def test_texts_begin_as_the_tokenizer_begins_them():
     assert _prompt(tokenizer, "w9 w8")[0] == 3
 
 
-def test_a_frontier_is_what_no_point_beats():
-    points = [(3.0, -4.0), (2.5, -3.0), (2.6, -2.0), (2.0, 0.0), (3.5, -3.9)]
-    front = frontier(points)
-    assert front == [(2.0, 0.0), (2.5, -3.0), (3.0, -4.0)]
-    assert at_loss(front, 2.25) == pytest.approx(-1.5)
-    assert at_loss(front, 3.0) == -4.0
-    assert at_loss(front, 1.9) is None
-    assert at_loss(front, 3.1) is None
-
-
-def test_arms_are_compared_at_equal_loss():
-    def record(arm, factor):
-        points = [
-            {"scale": s, "loss": 4 - s, **dict.fromkeys(DOMAINS, factor * 0.1 * s * s)}
-            for s in (0.25, 0.5, 0.75, 1.0)
-        ]
-        return {"arm": arm, "seed": 0, "before": 4.0, "points": points}
-
-    comparison = Comparison([record("full", 1.0), record("rows", 0.2)])
-    assert comparison.log_ratios("rows", "full")[0] == pytest.approx(math.log(5))
-    assert comparison.log_ratios("rows", "full", scaled=False) == {}  # one point is no curve
-
-
 def test_processes_train_what_was_not_trained(tmp_path, monkeypatch, capsys):
     path = tmp_path / "trainings.jsonl"
     arms = ["full", "rows protected"]
@@ -321,9 +295,11 @@ def test_processes_train_what_was_not_trained(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="--results"):
         main()
     for most, want in (("3", 3), ("9", 10)):
-        monkeypatch.setattr(sys, "argv", [*command.split(), *arms, "--most", most, "--texts", "2"])
+        options = ["--most", most, "--texts", "2", *["--bfloat16"][: most == "9"]]
+        monkeypatch.setattr(sys, "argv", [*command.split(), *arms, *options])
         main()
         assert len(read_records(path)) == want
+    assert [r.get("autocast") for r in read_records(path)] == [None] * 3 + ["bfloat16"] * 7
     assert "7 trainings to do" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["frontier", "report", "--results", str(path)])
     main()
@@ -343,22 +319,6 @@ def test_two_tasks_are_learned_in_a_row(monkeypatch, capsys):
     measured = [line for line in lines if "wikitext" in line]
     assert len({line["calls"] for line in measured}) == len(measured) == 2 + 3 * 2
     assert {line["rows"] for line in lines if "rows" in line} >= {"plain", "protected, earlier"}
-
-
-def test_damages_of_a_power_law_have_its_slope(tmp_path):
-    def record(arm, size):
-        points = [dict.fromkeys(DOMAINS, 3 * size**1.5)]
-        return {"arm": arm, "predicted": size, "points": points}
-
-    records = [record("a", 10.0**-i) for i in range(5)] + [record("b", 0.5), {"arm": "c"}]
-    damages = read_damages(records)
-    assert len(damages) == 6
-    assert fit(damages) == pytest.approx((1.5, 1.0))
-    rows = list(damage_table(damages))
-    assert any(row.startswith("| a | 5 | 1.50 | 1.00 |") for row in rows)
-    assert not any(row.startswith("| b") for row in rows)
-    plot_damages(damages, tmp_path / "damage.png")
-    assert (tmp_path / "damage.png").stat().st_size > 1000
 
 
 def test_finals_are_asked_questions(tmp_path, monkeypatch, capsys):
@@ -402,6 +362,18 @@ class Threads:
             pass
 
 
+@pytest.mark.parametrize("name", ["full + KL", "LoRA"])
+def test_autocast_trains_the_same_and_measures_in_float32(lab, name):
+    job = Job(name, ARMS[name], "gsm8k", 1e-3, seed=0, steps=3)
+    half = copy.copy(lab)
+    half.bfloat16 = True
+    (exact,), (rounded,) = train([job], lab), train([job], half)
+    assert rounded["before"] == exact["before"]
+    assert rounded["points"] != exact["points"]
+    for ours, want in zip(rounded["points"], exact["points"], strict=True):
+        assert ours == pytest.approx(want, rel=0.1)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # where a worker ends after a failure
 def test_a_group_that_does_not_fit_is_halved(device, monkeypatch, capsys):
     def train(group, _):
@@ -430,17 +402,3 @@ def test_other_texts_are_refused():
     assert known == {"gsm8k": 1.5, "shakespeare": 3.7}
     with pytest.raises(SystemExit, match="not the texts"):
         _refuse_other_texts(record | {"before": 1.51}, known)
-
-
-def test_seeds_compare_at_the_rates_of_all_of_them():
-    records = [
-        {"arm": arm, "seed": seed, "rate": rate, "points": [{"loss": 1.0}]}
-        for arm, seed, rate in [
-            ("a", 0, 1), ("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3), ("b", 0, 1),
-        ]
-    ]  # fmt: skip
-    assert at_common_seeds(records) == [r for r in records if r["seed"] == 0]
-    kept = [(r["arm"], r["seed"], r["rate"]) for r in at_common_rates(records)]
-    assert kept == [("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3), ("b", 0, 1)]
-    assert is_finite(records[0])
-    assert not is_finite({"points": [{"loss": 1.0, "wikitext": math.nan}]})

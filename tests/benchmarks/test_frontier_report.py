@@ -1,0 +1,63 @@
+"""benchmarks/frontier: how what its arms forget is compared."""
+
+import math
+
+import pytest
+
+from benchmarks.frontier.compare import Comparison, at_common_rates, at_common_seeds, is_finite
+from benchmarks.frontier.damage import damage_table, fit, plot_damages, read_damages
+from benchmarks.frontier.data import DOMAINS
+from loki_kernels.demo.frontier import at_loss, frontier
+
+
+def test_a_frontier_is_what_no_point_beats():
+    points = [(3.0, -4.0), (2.5, -3.0), (2.6, -2.0), (2.0, 0.0), (3.5, -3.9)]
+    front = frontier(points)
+    assert front == [(2.0, 0.0), (2.5, -3.0), (3.0, -4.0)]
+    assert at_loss(front, 2.25) == pytest.approx(-1.5)
+    assert at_loss(front, 3.0) == -4.0
+    assert at_loss(front, 1.9) is None
+    assert at_loss(front, 3.1) is None
+
+
+def test_arms_are_compared_at_equal_loss():
+    def record(arm, factor):
+        points = [
+            {"scale": s, "loss": 4 - s, **dict.fromkeys(DOMAINS, factor * 0.1 * s * s)}
+            for s in (0.25, 0.5, 0.75, 1.0)
+        ]
+        return {"arm": arm, "seed": 0, "before": 4.0, "points": points}
+
+    comparison = Comparison([record("full", 1.0), record("rows", 0.2)])
+    assert comparison.log_ratios("rows", "full")[0] == pytest.approx(math.log(5))
+    assert comparison.log_ratios("rows", "full", scaled=False) == {}  # one point is no curve
+
+
+def test_seeds_compare_at_the_rates_of_all_of_them():
+    records = [
+        {"arm": arm, "seed": seed, "rate": rate, "points": [{"loss": 1.0}]}
+        for arm, seed, rate in [
+            ("a", 0, 1), ("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3), ("b", 0, 1),
+        ]
+    ]  # fmt: skip
+    assert at_common_seeds(records) == [r for r in records if r["seed"] == 0]
+    kept = [(r["arm"], r["seed"], r["rate"]) for r in at_common_rates(records)]
+    assert kept == [("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3), ("b", 0, 1)]
+    assert is_finite(records[0])
+    assert not is_finite({"points": [{"loss": 1.0, "wikitext": math.nan}]})
+
+
+def test_damages_of_a_power_law_have_its_slope(tmp_path):
+    def record(arm, size):
+        points = [dict.fromkeys(DOMAINS, 3 * size**1.5)]
+        return {"arm": arm, "predicted": size, "points": points}
+
+    records = [record("a", 10.0**-i) for i in range(5)] + [record("b", 0.5), {"arm": "c"}]
+    damages = read_damages(records)
+    assert len(damages) == 6
+    assert fit(damages) == pytest.approx((1.5, 1.0))
+    rows = list(damage_table(damages))
+    assert any(row.startswith("| a | 5 | 1.50 | 1.00 |") for row in rows)
+    assert not any(row.startswith("| b") for row in rows)
+    plot_damages(damages, tmp_path / "damage.png")
+    assert (tmp_path / "damage.png").stat().st_size > 1000
