@@ -25,6 +25,8 @@ class Arm:
         protect: M of the down-projections, and with ``linears`` of every layer. ``cut`` removes the
             top eigenvectors of the inputs' second moments, ``soft`` is (I + C / lambda)^-1/2,
             ``random`` removes a random subspace of cut's rank and ``other`` another layer's.
+            ``eigen`` is cut's with delta in the coordinates of the eigenvectors that are left, as
+            many as there are, and ``rotated`` with it in random coordinates of their space.
         share: of the inputs' energy that the cut's eigenvectors hold; lambda is the last of their
             eigenvalues.
         directions: how many eigenvectors are cut at most.
@@ -138,6 +140,8 @@ ARMS: dict[str, Arm] = {
     "down_proj protected, 110": Arm(_ALL, protect="cut", directions=110),
     "down_proj protected, weighted": Arm(_ALL, protect="cut", weighted=True),
     "down_proj soft, two-sided": Arm(_ALL, protect="soft", weighted=True, row_steps=True),
+    "down_proj protected, eigen": Arm(_ALL, protect="eigen"),
+    "down_proj protected, rotated": Arm(_ALL, protect="rotated"),
     "down_proj protected + KL": Arm(_ALL, protect="cut", general="kl"),
     "linears protected + KL": Arm(
         (5e-5, 1e-4, 2e-4, 4e-4, 8e-4), "linears", protect="cut", general="kl"

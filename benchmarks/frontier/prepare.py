@@ -128,7 +128,13 @@ def _mask(job: Job, lab: Laboratory, names: list[str], name: str, memo: Memo) ->
     values, vectors = moments.values[other], moments.vectors[other]
     rank = rank_of(values, arm.share, arm.directions)
     number = 10_000 * job.seed + names.index(name)
-    key = (arm.moments, arm.protect, other, rank, number if arm.protect == "random" else 0)
+    key = (
+        arm.moments,
+        arm.protect,
+        other,
+        rank,
+        number if arm.protect in ("random", "rotated") else 0,
+    )
     if key not in memo:
         memo[key] = projection(cast(str, arm.protect), values, vectors, rank, number)
     return cast(Tensor, memo[key])
