@@ -321,18 +321,29 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     from .files import check_folder
     from .forgetting import limit_drift
+    from .forgetting.limit import check_limit
+    from .forgetting.texts import read_texts
     from .training.adapters import load_update
 
     out = check_folder(arguments.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name a new folder.")
-    if arguments.texts and arguments.max_kl is None:
-        raise ValueError("--texts belongs to --max-kl.")
+    if arguments.max_kl is None:
+        if arguments.texts or arguments.device:
+            raise ValueError("--texts and --device belong to --max-kl.")
+    else:
+        check_limit(arguments.max_kl)
+        read_texts(arguments.texts)
     handle = load_update(_load_model(arguments.base, arguments.dtype), arguments.checkpoint)
     if arguments.max_kl is not None:
         handle.model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = AutoTokenizer.from_pretrained(arguments.base)
         share, left = limit_drift(handle, arguments.max_kl, arguments.texts, tokenizer=tokenizer)
+        if not share:
+            raise ValueError(
+                f"no share of the update that was tried keeps the KL below {arguments.max_kl:g}: "
+                "nothing is written. Allow more, or train at a lower rate."
+            )
         print(f"{share:.3g} of the update is kept, KL {left.overall.kl:.3g} from the base")
     model: Any = handle.merge()
     model.save_pretrained(out)

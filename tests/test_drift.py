@@ -435,6 +435,21 @@ def test_the_callback_changes_no_training_and_follows_evaluations(tmp_path):
         assert torch.equal(value, trained[1][key]), key
 
 
+@pytest.mark.parametrize(("best", "want"), [(False, [0, 3]), (True, [0])])
+def test_a_run_that_stops_early_is_measured(tmp_path, best, want):
+    class Stop(transformers.TrainerCallback):
+        def on_evaluate(self, args, state, control, **_):
+            control.should_training_stop = True
+
+    steps = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps"}
+    trainer = tiny_trainer(
+        build_model(), tmp_path, 5, [Stop()], **steps, load_best_model_at_end=best
+    )
+    trainer.add_callback(loki.DriftCallback(trainer, texts(), every=9))
+    trainer.train()
+    assert [e["step"] for e in trainer.state.log_history if "drift/kl" in e] == want
+
+
 def test_a_resumed_run_is_measured_from_the_base(tmp_path):
     def run(steps, kind="rows", **options):
         model = build_model()

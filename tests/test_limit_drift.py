@@ -145,7 +145,7 @@ def test_a_limit_that_holds_nowhere_leaves_the_base():
     assert search(lambda s: s if s < 0.5 else float("inf"), 0.1)[1] == pytest.approx(0.0975, 0.1)
 
 
-def test_a_merge_from_the_command_line(base_folder, tmp_path, capsys):
+def test_a_merge_from_the_command_line(base_folder, tmp_path, capsys, monkeypatch):
     model = load_model(base_folder)
     handle = loki.patch(model, ROWS)
     train(model)
@@ -155,7 +155,16 @@ def test_a_merge_from_the_command_line(base_folder, tmp_path, capsys):
     loki.save_adapter(model, tmp_path / "adapter")
     command = ["merge", *map(str, (base_folder, tmp_path / "adapter", tmp_path / "merged"))]
     assert main([*command, "--texts", str(words)]) == 1
-    assert main([*command, "--max-kl", "-1"]) == 1
+    assert main([*command, "--device", "cpu"]) == 1
+    assert "belong to --max-kl" in capsys.readouterr().err
+    with monkeypatch.context() as patched:  # before a weight is read
+        patched.setattr("loki_kernels.cli._load_model", None)
+        assert main([*command, "--max-kl", "-1"]) == 1
+        assert main([*command, "--max-kl", "1", "--texts", "no.txt"]) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("loki_kernels.forgetting.limit_drift", lambda *_, **__: (0.0, None))
+        assert main([*command, "--max-kl", "1", "--texts", str(words)]) == 1
+    assert "nothing is written" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
     assert main([*command, "--max-kl", str(whole / 2), "--texts", str(words)]) == 0
     assert "of the update is kept, KL" in capsys.readouterr().out

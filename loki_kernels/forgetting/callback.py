@@ -26,7 +26,8 @@ class DriftCallback(TrainerCallback):
 
     ``trainer.add_callback(DriftCallback(trainer, "texts.jsonl", every=100))`` logs ``drift/kl``
     (nats a token) and ``drift/perplexity`` at step 0, at every evaluation or ``every`` steps, and
-    after the last step; with several domains of texts that are given also ``drift/kl/<domain>``.
+    after the last step, unless ``load_best_model_at_end`` has put another in its place after an
+    early stop; with several domains of texts that are given also ``drift/kl/<domain>``.
     Any method is measured: rows, PEFT's, all weights. Of the base its last hidden states on the
     texts are kept on the host, and a copy of its output head if that is trained. In distributed
     training every process measures the same texts.
@@ -111,6 +112,8 @@ class DriftCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        if not args.load_best_model_at_end:
+            self._measure(state, control)  # of a run that stopped before ``max_steps``
         self._base = None  # tokens x hidden_size, and perhaps a head
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:

@@ -22,6 +22,15 @@ _NEAR = 0.95  # of the limit, which is near enough
 _TOP = 10
 
 
+def check_limit(kl: float) -> None:
+    """
+    Raises:
+        ValueError: if it is not positive and finite.
+    """
+    if not (0 < kl < math.inf):
+        raise ValueError(f"kl must be a positive number of nats a token; it is {kl}.")
+
+
 def limit_drift(
     model: nn.Module | Patch,
     kl: float,
@@ -64,8 +73,7 @@ def limit_drift(
         TypeError: for text without a tokenizer, or what is no text.
         OSError: if a file is missing.
     """
-    if not (0 < kl < math.inf):
-        raise ValueError(f"kl must be a positive number of nats a token; it is {kl}.")
+    check_limit(kl)
     check_positive(length=length, tokens=tokens)
     if isinstance(model, Patch):
         model = model.model
@@ -85,9 +93,9 @@ def limit_drift(
 
     share = 1.0
     try:
-        keep(0.0)
-        base = record(model, corpus.batches(FORWARD), progress=progress)
-        with Team() as team:
+        with Team() as team:  # around all that may fail in one process
+            keep(0.0)
+            base = record(model, corpus.batches(FORWARD), progress=progress)
             share, found = _search(measure, kl, team)
     finally:
         keep(share)
