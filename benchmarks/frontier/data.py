@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,14 @@ class Data:
     def load(cls, path: Path) -> Data:
         return cls(load_file(path))
 
+    def digest(self) -> str:
+        """What tells these sequences from others."""
+        found = hashlib.sha256()
+        for part in (self.ids, self.labels):
+            for name in sorted(part):
+                found.update(name.encode() + part[name].to(torch.int32).cpu().numpy().tobytes())
+        return found.hexdigest()[:12]
+
     def measured_on(self, count: int) -> Data:
         """The first ``count`` sequences of what is measured, all of what is trained on."""
         for part in (self.ids, self.labels):
@@ -56,8 +65,16 @@ class Data:
         return self
 
 
-def write_data(path: Path, shared: Path, model: Any, tokenizer: Any) -> None:
-    """Tokenize the texts of ``shared`` and draw the model's own samples."""
+def write_data(path: Path, shared: Path, drawn: Path, model: Any, tokenizer: Any) -> None:
+    """Tokenize the texts of ``shared`` and put the model's own to them.
+
+    Those are read from ``drawn`` if there is such a file. Else they are drawn, which no other
+    machine repeats, and ``drawn`` is written: ``samples`` and ``answers`` as lists of tokens.
+    """
+    goals = _goals(shared, tokenizer)
+    if not drawn.is_file():
+        _draw(drawn, goals, model, tokenizer)
+    own = json.loads(drawn.read_text(encoding="utf-8"))
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for name, (train, test) in {
         "shakespeare": _shakespeare(shared, tokenizer),
@@ -71,10 +88,10 @@ def write_data(path: Path, shared: Path, model: Any, tokenizer: Any) -> None:
         for record in _records(shared / "general" / "HumanEval.jsonl")
     ]
     parts["code"] = _windows(tokenizer, _tokens(tokenizer, "\n\n".join(solutions)), 16)
-    parts["chat"] = _chats(shared, model, tokenizer)
+    chats = [(goal + text, len(goal)) for goal, text in zip(goals, own["answers"], strict=True)]
+    parts["chat"] = _pad(chats, tokenizer.eos_token_id)
     parts["docs"] = _docs(tokenizer)
-    drawn = [(sample, 1) for sample in draw_samples(model, tokenizer, length=LENGTH)]
-    parts["samples"] = _pad(drawn, tokenizer.eos_token_id)
+    parts["samples"] = _pad([(sample, 1) for sample in own["samples"]], tokenizer.eos_token_id)
     tensors = {}
     for name, (ids, labels) in parts.items():
         tensors[f"{name}:ids"] = ids.to(torch.int32)
@@ -171,23 +188,29 @@ def _docs(tokenizer: Any) -> tuple[Tensor, Tensor]:
     return torch.cat([windows, ids]), torch.cat([_all_but_first(windows), labels])
 
 
-def _chats(shared: Path, model: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """The base's own answers to everyday questions (PIQA's), drawn at temperature 1."""
+def _goals(shared: Path, tokenizer: Any) -> list[list[int]]:
+    """Everyday questions (PIQA's) as prompts."""
     goals = [
         record["query"].removeprefix("Question: ").split("\n")[0]
         for record in _records(shared / "general" / "piqa.jsonl")
     ]
-    prompts = [_prompt(tokenizer, goal) for goal in goals[:: len(goals) // 40][:40]]
-    texts = _generate(model, tokenizer, prompts, 128)
-    rows = [(text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
-    return _pad(rows, tokenizer.eos_token_id)
+    return [_prompt(tokenizer, goal) for goal in goals[:: len(goals) // 40][:40]]
+
+
+def _draw(path: Path, goals: Sequence[list[int]], model: Any, tokenizer: Any) -> None:
+    """The model's samples, and its answers to the questions, at temperature 1."""
+    answers = _generate(model, tokenizer, goals, 128)
+    samples = draw_samples(model, tokenizer, length=LENGTH)
+    text = json.dumps({"samples": samples, "answers": answers}, separators=(",", ":"))
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 @torch.no_grad()
 def _generate(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], count: int
 ) -> list[list[int]]:
-    """The prompts continued at temperature 1, up to and with the token that ends each."""
+    """What follows the prompts at temperature 1, up to and with the token that ends each."""
     stop = tokenizer.eos_token_id
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.eos_token_id)
@@ -207,5 +230,4 @@ def _generate(
         eos_token_id=stop,
         pad_token_id=stop,
     )[:, longest:].tolist()
-    drawn = [row[: row.index(stop) + 1] if stop in row else row for row in tokens]
-    return [prompt + row for prompt, row in zip(prompts, drawn, strict=True)]
+    return [row[: row.index(stop) + 1] if stop in row else row for row in tokens]

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from benchmarks.frontier import accuracies, two_tasks, workers
 from benchmarks.frontier.arms import ARMS, Job
-from benchmarks.frontier.data import LENGTH, TASKS, Data, _prompt, _windows
+from benchmarks.frontier.data import LENGTH, TASKS, Data, _prompt, _windows, write_data
 from benchmarks.frontier.laboratory import Laboratory
 from benchmarks.frontier.layers import (
     OrthogonalSubspaceLinear,
@@ -24,6 +24,7 @@ from benchmarks.frontier.layers import (
 from benchmarks.frontier.moments import linears, measure_moments, projection, rank_of
 from benchmarks.frontier.runner import (
     DECISIVE,
+    _refuse_other_samples,
     _refuse_other_texts,
     _rehearsal,
     _scaled,
@@ -398,10 +399,39 @@ def test_a_group_that_does_not_fit_is_halved(device, monkeypatch, capsys):
 
 
 def test_other_texts_are_refused():
-    known = {"gsm8k": 1.5}
-    record = {"task": "gsm8k", "before": 1.5004}
+    known = {("gsm8k", 0): 1.5}
+    record = {"task": "gsm8k", "seed": 0, "before": 1.5004}
     _refuse_other_texts(record, known)
-    _refuse_other_texts({"task": "shakespeare", "before": 3.7}, known)
-    assert known == {"gsm8k": 1.5, "shakespeare": 3.7}
+    _refuse_other_texts({"task": "shakespeare", "seed": 0, "before": 3.7}, known)
+    assert known == {("gsm8k", 0): 1.5, ("shakespeare", 0): 3.7}
     with pytest.raises(SystemExit, match="not the texts"):
         _refuse_other_texts(record | {"before": 1.51}, known)
+    jobs = [Job("LoRA", ARMS["LoRA"], "gsm8k", 1e-4, seed, 2) for seed in (1, 2)]
+    _refuse_other_samples("abc", jobs, {0: {"other"}, 1: {"abc", None}})
+    with pytest.raises(SystemExit, match="of seed 2 are of other"):
+        _refuse_other_samples("abc", jobs, {1: {"abc"}, 2: {None}})
+
+
+def test_drawn_texts_are_drawn_once(tmp_path):
+    model, _ = _rehearsal()
+    folder = tmp_path / "shared"
+    (folder / "text").mkdir(parents=True)
+    (folder / "general").mkdir()
+    words = " ".join(f"w{i % 50}" for i in range(6000))
+    for name in ("text/tinyshakespeare.txt", "text/wikitext2_valid.txt"):
+        (folder / name).write_text(words)
+    for name, record in {
+        "HumanEval": {"prompt": words, "canonical_solution": "w1"},
+        "gsm8k_test": {"question": "w1 w2", "answer": "w3"},
+        "piqa": {"query": "Question: w1 w2\nw3"},
+    }.items():
+        (folder / "general" / f"{name}.jsonl").write_text(f"{json.dumps(record)}\n" * 80)
+    paths, drawn = [tmp_path / name for name in ("one", "two")], tmp_path / "drawn.json"
+    for path in paths:
+        write_data(path, folder, drawn, model, word_tokenizer())
+        model = None  # no more is drawn
+    one, two = map(Data.load, paths)
+    assert one.digest() == two.digest()
+    assert (one.labels["chat"] != -100).any(1).all()
+    two.labels["samples"][0, 5] += 1
+    assert one.digest() != two.digest()
