@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from loki_kernels.demo.frontier import Point, at_loss, frontier
 
@@ -39,18 +39,37 @@ def at_common_seeds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     seeds: dict[str, set[int]] = defaultdict(set)
     for record in records:
         seeds[record["arm"]].add(record["seed"])
-    common = set.intersection(*seeds.values())
+    common = set.intersection(*seeds.values()) if seeds else set()
     return [record for record in records if record["seed"] in common]
 
 
-class Comparison:
-    """Trainings of one task and number of steps that came to numbers, by arm and seed."""
+class Ratio(NamedTuple):
+    """Two arms at equal loss.
 
-    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
+    Attributes:
+        logs: log(KL of the other / KL of ours) by seed, a mean over the shares.
+        shares: of the reference's best gain, at whose losses they are compared.
+    """
+
+    logs: dict[int, float]
+    shares: tuple[float, ...]
+
+
+class Comparison:
+    """Trainings of one task and number of steps, by arm and seed.
+
+    Args:
+        records: those that came to no numbers are left out.
+        reference: the arm whose best gain the shares are of.
+    """
+
+    def __init__(self, records: Iterable[dict[str, Any]], reference: str = "full") -> None:
+        self.records = list(filter(is_finite, records))
+        self.reference = reference
         self.points: dict[tuple[str, int], list[tuple[float, Point]]] = defaultdict(list)
-        self.before = math.nan
-        for record in filter(is_finite, records):
-            self.before = record["before"]
+        self.before: dict[int, float] = {}
+        for record in self.records:
+            self.before[record["seed"]] = record["before"]
             for point in record["points"]:
                 self.points[record["arm"], record["seed"]].append(
                     (point["scale"], (point["loss"], log_divergence(point)))
@@ -62,28 +81,40 @@ class Comparison:
     def seeds(self, arm: str) -> list[int]:
         return sorted(seed for name, seed in self.points if name == arm)
 
+    def of(self, arms: Collection[str]) -> Comparison:
+        """Of these arms alone: the seeds that all have, at the rates that each has with all."""
+        own = [record for record in self.records if record["arm"] in arms]
+        return Comparison(at_common_rates(at_common_seeds(own)), self.reference)
+
     def frontier(self, arm: str, seed: int, scaled: bool = True) -> list[Point]:
         """Of every rate; with ``scaled`` also of every share of the update that is merged."""
         points = self.points.get((arm, seed), [])
         return frontier(point for scale, point in points if scaled or scale == 1.0)
 
-    def target(self, seed: int, share: float, reference: str = "full") -> float | None:
+    def target(self, seed: int, share: float) -> float | None:
         """The loss at a share of the reference's best gain."""
-        front = self.frontier(reference, seed)
-        return self.before - share * (self.before - front[0][0]) if front else None
+        front = self.frontier(self.reference, seed)
+        return self.before[seed] - share * (self.before[seed] - front[0][0]) if front else None
 
-    def log_ratios(self, ours: str, other: str, scaled: bool = True) -> dict[int, float]:
-        """log(KL of the other / KL of ours) by seed, a mean over the shares that both reach."""
-        ratios = {}
-        for seed in self.seeds(ours):
-            differences = []
-            for share in SHARES:
-                loss = self.target(seed, share)
+    def log_ratios(self, ours: str, other: str, scaled: bool = True) -> Ratio:
+        """At the shares that both reach with every seed that both and the reference have."""
+        pair = self.of({ours, other, self.reference})
+        differences: dict[float, dict[int, float]] = {}
+        for share in SHARES:
+            found = {}
+            for seed in pair.seeds(ours):
+                loss = pair.target(seed, share)
                 if loss is None:
                     continue
-                pair = [at_loss(self.frontier(a, seed, scaled), loss) for a in (ours, other)]
-                if None not in pair:
-                    differences.append(pair[1] - pair[0])  # type: ignore[operator]
-            if differences:
-                ratios[seed] = sum(differences) / len(differences)
-        return ratios
+                a, b = (at_loss(pair.frontier(arm, seed, scaled), loss) for arm in (ours, other))
+                if a is not None and b is not None:
+                    found[seed] = b - a
+            if found and len(found) == len(pair.seeds(ours)):
+                differences[share] = found
+        if not differences:
+            return Ratio({}, ())
+        logs = {
+            seed: sum(found[seed] for found in differences.values()) / len(differences)
+            for seed in pair.seeds(ours)
+        }
+        return Ratio(logs, tuple(differences))

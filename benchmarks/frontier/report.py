@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from loki_kernels.plots import import_matplotlib
 
 from ..forgetting.compare import estimate
 from .arms import ARMS
-from .compare import Comparison, at_common_rates, at_common_seeds, is_finite
+from .compare import Comparison, is_finite
 from .damage import damage_table, plot_damages, read_damages
 from .data import DOMAINS
 from .runner import read_records
@@ -24,11 +25,12 @@ frontier are the measurements of all its rates that no other beats in both task 
 them log KL is linear in the loss, and nothing is extrapolated. KL is that of the base's next-token
 distribution from the tuned model's, a token, as the geometric mean over wikitext, code and chat
 (4,000 tokens each). The shares are of the best that full fine-tuning gains of the task's held-out
-loss, by seed. `-` says that an arm does not get there. Ratios are means over shares and seeds of
-the log of the arm's KL by full fine-tuning's, with a 95 % interval of Student's t of more than one
-seed. The tables of arms and the plots are of the seeds that all arms have, at the rates that an arm
-has with each of these. `alone` leaves out the shares of updates, so that only rates make the
-frontier."""
+loss, by seed. `-` says that an arm does not get there, or that a quarter of its update is beyond.
+Two arms are compared with the seeds that both and full fine-tuning have, at the rates that each has
+with all of these, and at the shares that both reach with every seed, which stand behind the ratio:
+a mean of log KL's differences over shares and seeds, with a 95 % interval of Student's t of more
+than one seed. The tables of arms and the plots are of the seeds that all arms have. `alone` leaves
+out the shares of updates, so that only rates make the frontier."""
 _SHOWN = (0.5, 0.7, 0.9)
 
 
@@ -42,29 +44,27 @@ def write_report(results: Path, model: str) -> None:
 
 
 def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[str]:
-    devices = sorted({f"{r['device']}, torch {r['torch']}" for r in records})
     yield "# Forgetting at equal task loss"
     yield ""
     yield f"Made by `python -m benchmarks.frontier report`; do not edit. {model}, 4"
-    yield f"sequences of 256 tokens a step, on {'; '.join(devices)}. {len(records)} trainings."
+    yield f"sequences of 256 tokens a step. {len(records)} trainings:"
+    yield ""
+    yield from _machines(records)
     yield ""
     yield _READING
     groups = sorted({(r["steps"], r["task"]) for r in records})
     comparisons = {}
     for steps, task in groups:
         own = [r for r in records if (r["steps"], r["task"]) == (steps, task)]
-        comparison = Comparison(at_common_rates(at_common_seeds(own)))
-        comparisons[steps, task] = comparison
+        every = Comparison(own)
+        comparison = comparisons[steps, task] = every.of(every.arms())
         yield from ("", f"## {task}, {steps} steps", "")
-        yield f"The base's loss is {comparison.before:.3f}."
+        before = sorted({f"{value:.3f}" for value in every.before.values()})
+        yield f"The base's loss is {', '.join(before)}."
         yield ""
         yield from _table(comparison)
-        yield from (
-            "",
-            "Times that the other's KL is ours, and in how many seeds they meet, of all",
-        )
-        yield from ("seeds at the rates that an arm has with each of them:", "")
-        yield from _against(Comparison(at_common_rates(own)))
+        yield from ("", "Times that the other's KL is ours; seeds; shares:", "")
+        yield from _against(every)
         lost = sum(not is_finite(r) for r in own)
         if lost:
             yield from ("", f"{lost} trainings came to no numbers and are left out.")
@@ -77,6 +77,19 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
         plot_damages(damages, folder / "damage.png")
         yield from ("", "## Predicted damage", "", *damage_table(damages), "")
         yield "![KL against predicted damage](damage.png)"
+
+
+def _machines(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What trained which seeds, on which texts."""
+    yield "| seeds | device | torch | products of trainings | texts |"
+    yield "|---|---|---|---|---|"
+    groups: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for record in records:
+        products = f"{record['autocast']}, autocast" if "autocast" in record else "TF32 or float32"
+        texts = record.get("data", "not recorded")
+        groups[record["device"], record["torch"], products, texts].add(record["seed"])
+    for group, seeds in groups.items():
+        yield f"| {', '.join(map(str, sorted(seeds)))} | {' | '.join(group)} |"
 
 
 def _table(comparison: Comparison) -> Iterator[str]:
@@ -95,9 +108,11 @@ def _table(comparison: Comparison) -> Iterator[str]:
                 if loss is not None:
                     values.append(at_loss(comparison.frontier(arm, seed), loss))
             reached = [v for v in values if v is not None]
-            cells.append(f"{math.exp(sum(reached) / len(reached)):.4f}" if reached else "-")
+            all_do = len(reached) == len(seeds)
+            cells.append(f"{math.exp(sum(reached) / len(reached)):.4f}" if all_do else "-")
         for scaled in (True, False):
-            cells.append(format_ratio(comparison.log_ratios("full", arm, scaled)))
+            ratio = comparison.log_ratios("full", arm, scaled)
+            cells.append(format_ratio(ratio.logs) + (format_shares(ratio.shares) if scaled else ""))
         yield f"| {' | '.join(cells)} |"
 
 
@@ -111,9 +126,16 @@ def _against(comparison: Comparison) -> Iterator[str]:
     for ours in _OURS:
         cells = [ours]
         for other in _OTHERS:
-            logs = comparison.log_ratios(ours, other)
-            cells.append(f"{format_ratio(logs)}, {len(logs)}" if logs else "-")
+            logs, shares = comparison.log_ratios(ours, other)
+            cells.append(
+                f"{format_ratio(logs)}; {len(logs)}{format_shares(shares)}" if logs else "-"
+            )
         yield f"| {' | '.join(cells)} |"
+
+
+def format_shares(shares: Sequence[float]) -> str:
+    """The first and the last of them."""
+    return f"; {shares[0]:.0%} to {shares[-1]:.0%}" if shares else ""
 
 
 def format_ratio(logs: dict[int, float]) -> str:
@@ -161,7 +183,7 @@ def _plot(comparisons: dict[str, Comparison], path: Path) -> None:
                 markersize=4,
                 label=arm,
             )
-        axes.axvline(comparison.before, color="grey", linewidth=0.8)
+        axes.axvline(comparison.before[min(comparison.before)], color="grey", linewidth=0.8)
         axes.set_yscale("log")
         axes.set_xlabel("held-out task loss, nats a token (grey: before training)")
         axes.set_title(f"{task}: lower left is better")

@@ -26,11 +26,38 @@ def test_arms_are_compared_at_equal_loss():
             {"scale": s, "loss": 4 - s, **dict.fromkeys(DOMAINS, factor * 0.1 * s * s)}
             for s in (0.25, 0.5, 0.75, 1.0)
         ]
-        return {"arm": arm, "seed": 0, "before": 4.0, "points": points}
+        return {"arm": arm, "seed": 0, "rate": 1, "before": 4.0, "points": points}
 
     comparison = Comparison([record("full", 1.0), record("rows", 0.2)])
-    assert comparison.log_ratios("rows", "full")[0] == pytest.approx(math.log(5))
-    assert comparison.log_ratios("rows", "full", scaled=False) == {}  # one point is no curve
+    ratio = comparison.log_ratios("rows", "full")
+    assert ratio.logs[0] == pytest.approx(math.log(5))
+    assert ratio.shares == (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    assert comparison.log_ratios("rows", "full", scaled=False).logs == {}  # one point is no curve
+    assert comparison.log_ratios("rows", "LoRA").logs == {}
+
+
+def test_a_pair_is_compared_where_both_get_with_every_seed():
+    def record(arm, seed, rate, end=1.0, factor=1.0):
+        points = [
+            {"scale": s, "loss": 4 + seed - s * end, **dict.fromkeys(DOMAINS, factor * s * s)}
+            for s in (0.25, 0.5, 0.75, 1.0)
+        ]
+        return {"arm": arm, "seed": seed, "rate": rate, "before": 4.0 + seed, "points": points}
+
+    records = [
+        *(record("full", seed, 1) for seed in (0, 1, 2)),
+        record("ours", 0, 1, 0.9, 0.5), record("ours", 0, 2, 1.0, 0.01),
+        record("ours", 1, 1, 0.72, 0.5),
+        record("other", 2, 1), record("other", 1, 1),
+        record("lost", 0, 1, math.nan),
+    ]  # fmt: skip
+    comparison = Comparison(records)
+    logs, shares = comparison.log_ratios("ours", "full")
+    assert shares == (0.5, 0.6, 0.7)  # seed 1 gets no further
+    assert list(logs) == [0, 1]
+    assert logs[0] == pytest.approx(math.log(2 * 0.9**2), abs=0.05)  # seed 1 has no second rate
+    assert list(comparison.log_ratios("ours", "other").logs) == [1]
+    assert "lost" not in comparison.arms()
 
 
 def test_seeds_compare_at_the_rates_of_all_of_them():
