@@ -136,6 +136,39 @@ def test_samples_are_drawn_from_the_model():
     assert drawn != samples.draw_samples(model, tokenizer, 5, 12, seed=1)
 
 
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
+ONE_TURN = (
+    "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+    "<u>{{ messages[0]['content'] }}"
+)
+LAST_DIFFERS = (
+    "{% for m in messages %}<u>{% if loop.last %}<think>{% endif %}{{ m['content'] }}{% endfor %}"
+)
+INSTRUCT = (
+    "w1{% for m in messages %}{{ '[INST] ' if m['role'] == 'user' else '' }}{{ m['content'] }}"
+    "{{ '[/INST]' if m['role'] == 'user' else 'w2' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "want"),
+    [
+        (CHATML, "<|im_start|>user\n"),
+        (INSTRUCT, "w1[INST] "),  # after what begins every text
+        (ONE_TURN, "<u>"),
+        (LAST_DIFFERS, "<u><think>"),
+        ("nothing", ""),
+    ],
+)
+def test_a_users_turn_opens_without_a_system_prompt(template, want):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = template
+    assert samples._user_turn(tokenizer) == want
+
+
 def test_the_file_holds_what_was_saved(tmp_path):
     protection = loki.estimate_protection(build_model(), texts())
     protection.save(tmp_path / "p.safetensors")
