@@ -73,7 +73,7 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
         _plot({t: c for (s, t), c in comparisons.items() if s == steps}, folder / name)
         yield from ("", f"![{steps} steps: log KL against task loss]({name})")
     damages = read_damages(records)
-    if damages:
+    if len(damages) >= 5:
         plot_damages(damages, folder / "damage.png")
         yield from ("", "## Predicted damage", "", *damage_table(damages), "")
         yield "![KL against predicted damage](damage.png)"
