@@ -22,7 +22,7 @@ from ..structure import Structure
 from ..team import Team
 from .moments import layers_at_a_time, moment_of, second_moments, top_eigenvectors
 from .result import Protection, refuse_experts
-from .samples import draw_samples
+from .samples import draw_samples, openings_of
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,9 @@ def cached_protection(model: nn.Module, structure: Structure, tokenizer: Any) ->
 
 
 def _cached_or_estimated(model: nn.Module, structure: Structure, tokenizer: Any) -> Protection:
-    key = hashlib.sha256(f"{__version__} {model_fingerprint(structure.causal_lm)}".encode())
+    tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
+    known = (__version__, model_fingerprint(structure.causal_lm), openings_of(tokenizer))
+    key = hashlib.sha256(repr(known).encode())
     path = cache_folder() / f"protection-{key.hexdigest()[:32]}.safetensors"
     found = read_cached(path, Protection.load)
     if found is not None:

@@ -37,7 +37,7 @@ def draw_samples(
     """
     if not hasattr(model, "generate") or not model.can_generate():
         raise ValueError(f"{type(model).__name__} generates no text; give texts of your own.")
-    document, *chats = _openings(tokenizer)
+    document, *chats = openings_of(tokenizer)
     separator = _separator(tokenizer)
     # a chat goes on after the end of a turn
     ends = [tokenizer.eos_token_id if separator is None else separator, separator]
@@ -65,7 +65,7 @@ def _separator(tokenizer: Any) -> int | None:
     return token if known else None
 
 
-def _openings(tokenizer: Any) -> list[list[int]]:
+def openings_of(tokenizer: Any) -> list[list[int]]:
     """What a document starts with, and what a user's turn does if there is a chat template."""
     starts = [_separator(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
     first = next((token for token in starts if token is not None), None)
@@ -83,7 +83,7 @@ def _user_turn(tokenizer: Any) -> str:
     """What opens a user's turn, without the system prompt that a template puts before the first.
 
     SmolLM2's prompt before every chat made what is drawn, and so what is protected, much alike: a
-    tuned model's KL was 1.65 times what it is without (Shakespeare, 40 steps, at equal loss).
+    tuned model's KL was 1.7 times what it is without (Shakespeare, 40 steps, at equal loss).
     """
 
     import jinja2

@@ -219,11 +219,15 @@ def test_a_protection_is_estimated_once(monkeypatch, tmp_path):
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
     drawn = [[5, 6, 7, 8, 9], [11, 12, 13]]
     monkeypatch.setattr(estimate, "draw_samples", lambda *_, **__: drawn)
+    monkeypatch.setattr(estimate, "openings_of", list)
     model = build_model()
-    handle = loki.patch(model, ROWS, protect=True, tokenizer=object())
+    handle = loki.patch(model, ROWS, protect=True, tokenizer="a")
     handle.unpatch()
     monkeypatch.setattr(estimate, "estimate_protection", None)
-    loki.patch(model, ROWS, protect=True, tokenizer=object())
+    handle = loki.patch(model, ROWS, protect=True, tokenizer="a")
+    handle.unpatch()
+    with pytest.raises(TypeError):  # texts that open otherwise are other samples
+        loki.patch(model, ROWS, protect=True, tokenizer="b")
 
 
 def test_what_is_no_protection_of_the_model_is_refused(protection, tmp_path):
