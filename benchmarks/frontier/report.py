@@ -29,8 +29,9 @@ loss, by seed. `-` says that an arm does not get there, or that a quarter of its
 Two arms are compared with the seeds that both and full fine-tuning have, at the rates that each has
 with all of these, and at the shares that both reach with every seed, which stand behind the ratio:
 a mean of log KL's differences over shares and seeds, with a 95 % interval of Student's t of more
-than one seed. The tables of arms and the plots are of the seeds that all arms have. `alone` leaves
-out the shares of updates, so that only rates make the frontier."""
+than one seed. The tables of arms and the plots are of the arms with the seed that most have, and
+of all seeds that these have in common. `alone` leaves out the shares of updates, so that only rates
+make the frontier."""
 _SHOWN = (0.5, 0.7, 0.9)
 
 
@@ -57,7 +58,7 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
     for steps, task in groups:
         own = [r for r in records if (r["steps"], r["task"]) == (steps, task)]
         every = Comparison(own)
-        comparison = comparisons[steps, task] = every.of(every.arms())
+        comparison = comparisons[steps, task] = _of_one_seed(every)
         yield from ("", f"## {task}, {steps} steps", "")
         before = sorted({f"{value:.3f}" for value in every.before.values()})
         yield f"The base's loss is {', '.join(before)}."
@@ -77,6 +78,12 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
         plot_damages(damages, folder / "damage.png")
         yield from ("", "## Predicted damage", "", *damage_table(damages), "")
         yield "![KL against predicted damage](damage.png)"
+
+
+def _of_one_seed(every: Comparison) -> Comparison:
+    """Of the arms with the seed that most of them have."""
+    arms = {seed: [a for a in every.arms() if seed in every.seeds(a)] for seed in every.before}
+    return every.of(max(arms.values(), key=len))
 
 
 def _machines(records: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import pytest
 from benchmarks.frontier.compare import Comparison, at_common_rates, at_common_seeds, is_finite
 from benchmarks.frontier.damage import damage_table, fit, plot_damages, read_damages
 from benchmarks.frontier.data import DOMAINS
+from benchmarks.frontier.report import _of_one_seed
 from loki_kernels.demo.frontier import at_loss, frontier
 
 
@@ -34,6 +35,16 @@ def test_arms_are_compared_at_equal_loss():
     assert ratio.shares == (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     assert comparison.log_ratios("rows", "full", scaled=False).logs == {}  # one point is no curve
     assert comparison.log_ratios("rows", "LoRA").logs == {}
+
+
+def test_a_table_is_of_the_seed_that_most_arms_have():
+    points = [{"scale": 1.0, "loss": 3.0, **dict.fromkeys(DOMAINS, 0.1)}]
+    records = [
+        {"arm": arm, "seed": seed, "rate": 1, "before": 4.0, "points": points}
+        for arm, seed in [("late", 1), ("late", 2), ("full", 0), ("full", 1), ("a", 0), ("b", 0)]
+    ]
+    table = _of_one_seed(Comparison(records))
+    assert sorted(table.points) == [("a", 0), ("b", 0), ("full", 0)]
 
 
 def test_a_pair_is_compared_where_both_get_with_every_seed():
