@@ -153,7 +153,7 @@ study() {
   mkdir -p "$OUT/frontier"
   [ -f "$results" ] || cp benchmarks/results/frontier/trainings.jsonl "$results" 2> /dev/null
   nvidia-cuda-mps-control -d 2> /dev/null
-  # a few that are known, two in a stack, to see that the same comes out
+  # a few, two in a stack, of which the losses on Shakespeare are known
   section again 40 "$PYTHON" -m benchmarks.frontier run "${data[@]}" --results "$OUT/again.jsonl" \
     --arms LoRA --rates 2.5e-4 5e-4 --seeds 0
   section study $((seconds + 15)) \
