@@ -200,9 +200,10 @@ def run(arguments: argparse.Namespace) -> None:
     path: Path = arguments.results
     records = read_records(path)
     done = {_key({k: r[k] for k in _SPEC}) for r in records}
-    known = {} if arguments.rehearse else {(r["task"], r["seed"]): r["before"] for r in records}
+    measured = [] if arguments.rehearse else records  # a rehearsal's texts are no results'
+    known = {(r["task"], r["seed"]): r["before"] for r in measured}
     drawn: dict[int, set[str | None]] = {}
-    for record in records:
+    for record in measured:
         drawn.setdefault(record["seed"], set()).add(record.get("data"))
     planned: Iterable[Iterable[Job]] = study()
     if arguments.arms:
