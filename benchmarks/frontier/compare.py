@@ -11,7 +11,8 @@ from loki_kernels.demo.frontier import Point, at_loss, frontier
 
 from .data import DOMAINS
 
-# Shares of what full fine-tuning gains at its best rate, at whose losses arms are compared.
+_REFERENCE = "full"
+# Shares of what it gains at its best rate, at whose losses arms are compared.
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
@@ -48,7 +49,7 @@ class Ratio(NamedTuple):
 
     Attributes:
         logs: log(KL of the other / KL of ours) by seed, a mean over the shares.
-        shares: of the reference's best gain, at whose losses they are compared.
+        shares: of full fine-tuning's best gain, at whose losses they are compared.
     """
 
     logs: dict[int, float]
@@ -56,16 +57,10 @@ class Ratio(NamedTuple):
 
 
 class Comparison:
-    """Trainings of one task and number of steps, by arm and seed.
+    """Trainings of one task and number of steps that came to numbers, by arm and seed."""
 
-    Args:
-        records: those that came to no numbers are left out.
-        reference: the arm whose best gain the shares are of.
-    """
-
-    def __init__(self, records: Iterable[dict[str, Any]], reference: str = "full") -> None:
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         self.records = list(filter(is_finite, records))
-        self.reference = reference
         self.points: dict[tuple[str, int], list[tuple[float, Point]]] = defaultdict(list)
         self.before: dict[int, float] = {}
         for record in self.records:
@@ -84,7 +79,7 @@ class Comparison:
     def of(self, arms: Collection[str]) -> Comparison:
         """Of these arms alone: the seeds that all have, at the rates that each has with all."""
         own = [record for record in self.records if record["arm"] in arms]
-        return Comparison(at_common_rates(at_common_seeds(own)), self.reference)
+        return Comparison(at_common_rates(at_common_seeds(own)))
 
     def frontier(self, arm: str, seed: int, scaled: bool = True) -> list[Point]:
         """Of every rate; with ``scaled`` also of every share of the update that is merged."""
@@ -92,13 +87,13 @@ class Comparison:
         return frontier(point for scale, point in points if scaled or scale == 1.0)
 
     def target(self, seed: int, share: float) -> float | None:
-        """The loss at a share of the reference's best gain."""
-        front = self.frontier(self.reference, seed)
+        """The loss at a share of full fine-tuning's best gain."""
+        front = self.frontier(_REFERENCE, seed)
         return self.before[seed] - share * (self.before[seed] - front[0][0]) if front else None
 
     def log_ratios(self, ours: str, other: str, scaled: bool = True) -> Ratio:
-        """At the shares that both reach with every seed that both and the reference have."""
-        pair = self.of({ours, other, self.reference})
+        """At the shares that both reach with every seed that they and full fine-tuning have."""
+        pair = self.of({ours, other, _REFERENCE})
         differences: dict[float, dict[int, float]] = {}
         for share in SHARES:
             found = {}
