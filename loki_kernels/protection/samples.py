@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -85,11 +84,10 @@ def _user_turn(tokenizer: Any) -> str:
     SmolLM2's prompt before every chat made what is drawn, and so what is protected, much alike: a
     tuned model's KL was 1.7 times what it is without (Shakespeare, 40 steps, at equal loss).
     """
-
     import jinja2
 
     def render(*texts: str) -> str:
-        roles = itertools.cycle(("user", "assistant"))
+        roles = ("user", "assistant", "user")
         turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
         rendered: str = tokenizer.apply_chat_template(turns, tokenize=False)
         return rendered
