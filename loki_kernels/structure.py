@@ -94,6 +94,12 @@ class DownProjection:
         return linear_shape(self.module) is None
 
     @property
+    def experts(self) -> tuple[int, ...]:
+        """``(E,)`` of E experts, ``()`` of one matrix: what stands before a row's number and
+        weights."""
+        return full_shape(self.weight)[:1] if self.of_experts else ()
+
+    @property
     def in_features(self) -> int:
         """Weights of a row, of one expert."""
         width = getattr(self.module, "in_features", None)

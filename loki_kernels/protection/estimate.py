@@ -21,7 +21,7 @@ from ..sharding import is_partitioned
 from ..structure import Structure
 from ..team import Team
 from .moments import layers_at_a_time, moment_of, second_moments, top_eigenvectors
-from .result import Protection, refuse_experts
+from .result import Protection
 from .samples import draw_samples, openings_of
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ def estimate_protection(
     """The directions in which general text drives every down-projection of a model.
 
     Of a layer's inputs x the top eigenvectors of E[x x^T] (E over tokens, first ones of a text left
-    out) that hold ``share`` of the trace. A model on the CPU is on the accelerator meanwhile, if it
-    fits there.
+    out) that hold ``share`` of the trace; of experts each one's own, x times the expert's share of
+    the token. A model on the CPU is on the accelerator meanwhile, if it fits there.
 
     Args:
         model: a transformers causal language model, patched or not.
@@ -65,14 +65,14 @@ def estimate_protection(
     Raises:
         ValueError: for no text, a share or count out of range, an ``earlier`` of other layers, or a
             model or tokenizer that samples cannot be drawn from.
-        UnsupportedModelError: if the model has no FFN down-projections, or experts.
+        UnsupportedModelError: if the model has no FFN down-projections, or experts whose inputs
+            cannot be told (those that transformers does not decorate).
     """
     if not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1); it is {share}.")
     if batch_size < 1 or (max_directions is not None and max_directions < 1):
         raise ValueError("max_directions and batch_size must be positive.")
     structure = find_structure(model)
-    refuse_experts(structure)
     layers = [down_proj for _, down_proj in structure.trainable()]
     if earlier is not None:
         earlier.check(structure)
@@ -86,11 +86,12 @@ def estimate_protection(
         if not any(len(window) > 1 for window in windows):
             raise ValueError("there is no text of two tokens or more to estimate from.")
         parts: dict[str, tuple[Tensor, Tensor, float]] = {}
+        read: dict[str, float] = {}
         with progress_bar(len(layers), "estimate the inputs' moments", progress) as bar:
             for group in layers_at_a_time(layers):
                 moments = second_moments(structure, group, windows, batch_size)
                 for down_proj in group:
-                    moment = moments.pop(down_proj.name)
+                    moment, read[down_proj.name] = moments.pop(down_proj.name)
                     if earlier is not None:
                         moment = moment + moment_of(earlier, down_proj.name, moment.device)
                     parts[down_proj.name] = top_eigenvectors(moment, share, max_directions)
@@ -107,25 +108,27 @@ def estimate_protection(
         {name: part[i] for name, part in parts.items()} for i in range(3)
     )
     result = Protection(directions, energies, totals, info)  # type: ignore[arg-type]
-    _warn_of_few(result, share)
+    _warn_of_few(result, share, read)
     return result
 
 
-def _warn_of_few(protection: Protection, share: float) -> None:
+def _warn_of_few(protection: Protection, share: float, read: dict[str, float]) -> None:
     """Of few tokens for the width: their directions hold their own energy whatever they are."""
-    width, tokens = max(map(len, protection.directions.values())), protection.info["tokens"]
-    if tokens < 2 * width:
+    widths = {name: held.shape[-2] for name, held in protection.directions.items()}
+    name = min(read, key=lambda name: read[name] / widths[name])
+    if read[name] < 2 * widths[name]:
         logger.warning(
-            "the protection is estimated from %d tokens, fewer than two for each of the %d inputs "
-            "of a layer; it protects these texts and little else. Give more texts.",
-            tokens, width,
+            "the protection of %s is estimated from %d tokens%s, fewer than two for each of the %d "
+            "inputs; it protects these texts and little else. Give more texts.",
+            name, read[name], " an expert" if protection.directions[name].ndim == 3 else "",
+            widths[name],
         )  # fmt: skip
     name, least = min(protection.shares().items(), key=lambda item: item[1])
     if least < share - 1e-4:
         logger.warning(
             "%d directions hold %.0f %% of the energy of %s's inputs, not %.0f %%; more of them "
             "(max_directions) protect more.",
-            protection.directions[name].shape[1], 100 * least, name, 100 * share,
+            protection.directions[name].shape[-1], 100 * least, name, 100 * share,
         )  # fmt: skip
 
 

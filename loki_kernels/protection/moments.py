@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..attribution.placement import free_bytes
+from ..errors import UnsupportedModelError
+from ..mixture import routed_inputs, why_not_grouped
 from ..structure import DownProjection, Structure
 from .result import Protection
 
@@ -26,7 +29,7 @@ def layers_at_a_time(layers: Sequence[DownProjection]) -> Iterator[list[DownProj
     taken = 0
     room = _room(layers[0].weight.device)
     for down_proj in layers:
-        size = 8 * down_proj.in_features**2
+        size = 8 * math.prod(down_proj.experts) * down_proj.in_features**2
         if group and taken + size > room:
             yield group
             group, taken = [], 0
@@ -46,24 +49,46 @@ def _room(device: torch.device) -> int:
         return 8 * 10**9
 
 
+class Moment(NamedTuple):
+    """Of a layer's inputs.
+
+    Attributes:
+        matrix: E[x x^T], float32 ``[in_features, in_features]``, and ``[E, ...]`` of E experts.
+            What an expert reads counts by its share of the token, and E is over all tokens, as
+            much in an expert that few of them reach.
+        tokens: that were read, by each expert on average.
+    """
+
+    matrix: Tensor
+    tokens: float
+
+
 @torch.no_grad()
 def second_moments(
     structure: Structure,
     layers: Sequence[DownProjection],
     windows: Sequence[list[int]],
     batch_size: int,
-) -> dict[str, Tensor]:
-    """E[x x^T] of these layers' inputs, float32 ``[in_features, in_features]`` each."""
-    sums: dict[str, Tensor] = {}
-    kept: Tensor | None = None
+) -> dict[str, Moment]:
+    """The second moments of these layers' inputs, first tokens of windows left out.
 
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert kept is not None
-            x = inputs[0].detach().flatten(0, -2)[kept.to(inputs[0].device).flatten()].float()
-            if name not in sums:
-                sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-            sums[name].addmm_(x.t(), x)
+    Raises:
+        UnsupportedModelError: for experts whose inputs cannot be told.
+    """
+    sums: dict[str, Tensor] = {}
+    read: dict[str, int] = {}
+    kept = torch.zeros(0, dtype=torch.bool)
+
+    def watch(down_proj: DownProjection) -> Any:
+        name = down_proj.name
+        read_inputs = _reader_of_experts(down_proj) if down_proj.of_experts else _read_inputs
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            for expert, x in read_inputs(module, kept.flatten(), *args, **kwargs):
+                if name not in sums:
+                    sums[name] = x.new_zeros(*down_proj.experts, x.shape[1], x.shape[1])
+                (sums[name] if expert is None else sums[name][expert]).addmm_(x.t(), x)
+                read[name] = read.get(name, 0) + len(x)
 
         return hook
 
@@ -71,7 +96,7 @@ def second_moments(
     ordered = sorted((w for w in windows if len(w) > 1), key=len)
     with contextlib.ExitStack() as hooks:
         for down_proj in layers:
-            hook = down_proj.module.register_forward_pre_hook(watch(down_proj.name))
+            hook = down_proj.module.register_forward_pre_hook(watch(down_proj), with_kwargs=True)
             hooks.callback(hook.remove)
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
@@ -86,18 +111,84 @@ def second_moments(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
             )
     count = sum(len(window) - 1 for window in ordered)
-    return {name: total / count for name, total in sums.items()}
+    return {
+        name: Moment(total / count, read[name] / (len(total) if total.ndim == 3 else 1))
+        for name, total in sums.items()
+    }
+
+
+_Inputs = Iterator[tuple[int | None, Tensor]]
+
+
+def _read_inputs(module: nn.Module, kept: Tensor, x: Tensor) -> _Inputs:
+    """(None, the layer's float32 inputs ``[tokens, in_features]``), of the tokens that are kept."""
+    x = x.flatten(0, -2)
+    _check_tokens(module, len(x), len(kept))
+    yield None, x[kept.to(x.device)].float()
+
+
+def _reader_of_experts(down_proj: DownProjection) -> Callable[..., _Inputs]:
+    """What gives (expert, its float32 inputs times its shares of the tokens), of those kept.
+
+    Raises:
+        UnsupportedModelError: for experts whose inputs cannot be told.
+    """
+    # where a patched model's experts have their class's methods
+    experts: nn.Module = down_proj.module.__dict__.get("experts", down_proj.module)
+    if down_proj.weight.is_meta:
+        reason: str | None = "their weights are not in memory"
+    else:
+        reason = why_not_grouped(experts, down_proj.parameter, down_proj.axis)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{down_proj.name} holds experts, and what enters their down-projections cannot be "
+            f"told: {reason}. A protection is for dense models and for experts that transformers "
+            "decorates."
+        )
+
+    def read(
+        module: nn.Module,
+        kept: Tensor,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> _Inputs:
+        _check_tokens(module, len(hidden_states), len(kept))
+        own = kept.to(hidden_states.device)
+        found = routed_inputs(module, experts, hidden_states[own], top_k_index[own])
+        x = found.x.float() * top_k_weights[own].flatten()[found.order, None].float()
+        start = 0
+        for expert, end in enumerate(found.offsets.tolist()):
+            if end > start:
+                yield expert, x[start:end]
+            start = end
+
+    return read
+
+
+def _check_tokens(module: nn.Module, given: int, tokens: int) -> None:
+    if given != tokens:
+        raise UnsupportedModelError(
+            f"a down-projection, {type(module).__name__}, is given {given} inputs for {tokens} "
+            "tokens, so that which are of text cannot be told; no protection can be estimated."
+        )
 
 
 def moment_of(protection: Protection, name: str, device: torch.device) -> Tensor:
+    """As much of E[x x^T] as a protection holds."""
     directions = protection.directions[name].to(device)
-    return (directions * protection.energies[name].to(device)) @ directions.t()
+    return (directions * protection.energies[name].to(device)[..., None, :]) @ directions.mT
 
 
 def top_eigenvectors(
     moment: Tensor, share: float, most: int | None
 ) -> tuple[Tensor, Tensor, float]:
-    """The eigenvectors that hold ``share`` of the trace, their eigenvalues, and the trace."""
+    """The eigenvectors that hold ``share`` of the trace, their eigenvalues, and the trace.
+
+    Of experts each one's, with columns of zeros where another has more of them.
+    """
+    if moment.ndim == 3:
+        return _of_each(moment, share, most)
     if moment.device.type not in ("cpu", "cuda"):
         moment = moment.cpu()
     total = float(moment.trace())
@@ -110,6 +201,21 @@ def top_eigenvectors(
     # all directions would leave nothing to train
     count = min(count, most or count, len(values), len(moment) - 1)
     return vectors[:, :count].contiguous().cpu(), values[:count].contiguous().cpu(), total
+
+
+def _of_each(moments: Tensor, share: float, most: int | None) -> tuple[Tensor, Tensor, float]:
+    found = [
+        (number, top_eigenvectors(moment, share, most))
+        for number, moment in enumerate(moments)
+        if moment.any()  # an expert that no token reaches has nothing to protect
+    ]
+    width = max((len(values) for _, (_, values, _) in found), default=1)
+    directions = torch.zeros(*moments.shape[:2], width)
+    energies = torch.zeros(len(moments), width)
+    for number, (vectors, values, _) in found:
+        directions[number, :, : len(values)] = vectors
+        energies[number, : len(values)] = values
+    return directions, energies, sum(total for _, (_, _, total) in found)
 
 
 def _subspace(moment: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError
 from ..files import read_safetensors, write_safetensors
 from ..fingerprint import tensors_fingerprint
 from ..ops._check import without_autocast
@@ -30,9 +29,11 @@ class Protection:
 
     Attributes:
         directions: layer name -> U, float32 ``[in_features, r]`` on the CPU, orthonormal columns:
-            the top eigenvectors of E[x x^T], x the inputs of the down-projection.
-        energies: layer name -> their eigenvalues, float32 ``[r]``, falling.
-        totals: layer name -> the trace of E[x x^T].
+            the top eigenvectors of E[x x^T], x the inputs of the down-projection. Of E experts
+            ``[E, in_features, r]``, x being an expert's inputs times its shares of the tokens;
+            columns of zeros where one has fewer than r.
+        energies: layer name -> their eigenvalues, float32 ``[r]`` or ``[E, r]``, falling.
+        totals: layer name -> the trace of E[x x^T], of all experts together.
         info: what it was estimated from.
     """
 
@@ -42,7 +43,7 @@ class Protection:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        counts = [directions.shape[1] for directions in self.directions.values()]
+        counts = [directions.shape[-1] for directions in self.directions.values()]
         shares = self.shares().values()
         return (
             f"Protection({len(counts)} layers, {min(counts)} to {max(counts)} directions, "
@@ -54,20 +55,16 @@ class Protection:
         return {name: float(e.sum()) / self.totals[name] for name, e in self.energies.items()}
 
     def check(self, structure: Structure) -> None:
-        """Raise ValueError if it is none of this model's layers.
-
-        Raises:
-            UnsupportedModelError: for a mixture of experts.
-        """
-        refuse_experts(structure)
+        """Raise ValueError if it is none of this model's layers."""
         for _, down_proj in structure.trainable():
             held = self.directions.get(down_proj.name)
             if held is None:
                 raise ValueError(f"the protection is of another model: it lacks {down_proj.name}.")
-            if len(held) != down_proj.in_features:
+            shape = *down_proj.experts, down_proj.in_features
+            if held.shape[:-1] != shape:
                 raise ValueError(
                     f"the protection is of another model: {down_proj.name} has "
-                    f"{down_proj.in_features} inputs, and {len(held)} there."
+                    f"{_of_inputs(shape)}, and {_of_inputs(held.shape[:-1])} there."
                 )
 
     @property
@@ -107,7 +104,8 @@ class Protection:
                 parts[part][name] = tensor
             directions, energies = parts["directions"], parts["energies"]
             whole = directions.keys() == energies.keys() == totals.keys() and all(
-                directions[name].ndim == 2 and energies[name].shape == directions[name].shape[1:]
+                directions[name].ndim in (2, 3)
+                and energies[name].shape == directions[name][..., 0, :].shape
                 for name in directions
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -117,14 +115,9 @@ class Protection:
         return cls(directions, energies, totals, info)
 
 
-def refuse_experts(structure: Structure) -> None:
-    """Raise UnsupportedModelError for what has inputs of many experts."""
-    for _, down_proj in structure.trainable():
-        if down_proj.of_experts:
-            raise UnsupportedModelError(
-                f"{down_proj.name} holds experts; a protection would take the second moments of "
-                "every expert's inputs, and is for dense models so far."
-            )
+def _of_inputs(shape: Sequence[int]) -> str:
+    *experts, width = shape
+    return f"{experts[0]} experts of {width} inputs" if experts else f"{width} inputs"
 
 
 def protection_fingerprint(directions: Mapping[str, Tensor]) -> str:
@@ -135,6 +128,8 @@ def protection_fingerprint(directions: Mapping[str, Tensor]) -> str:
 def leave_out(delta: Tensor, directions: Tensor | None) -> Tensor:
     """``delta (I - U U^T)`` for delta ``[..., in_features]`` and U ``[in_features, r]``.
 
+    For delta ``[E, k, in_features]`` of experts with U ``[E, in_features, r]`` each one's.
+
     The products are of U's dtype, the difference of delta's: a bfloat16 U leaves some .4 % of what
     is removed, 2e-5 of its energy.
     """
@@ -142,7 +137,7 @@ def leave_out(delta: Tensor, directions: Tensor | None) -> Tensor:
         return delta
     with without_autocast(delta):
         held = delta.to(directions.dtype) @ directions
-        return delta - (held @ directions.t()).to(delta.dtype)
+        return delta - (held @ directions.mT).to(delta.dtype)
 
 
 class LeaveOutOfGradient(torch.autograd.Function):

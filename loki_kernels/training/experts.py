@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import UnsupportedModelError
-from ..ops._grouped import grouped_linear
+from ..mixture import grouped_experts, why_not_grouped
 from ..sharding import full_shape, is_partitioned
-from ..structure import TOLERANCE, in_float64
 from .rows import LokiRows, take_rows
 
 
@@ -22,8 +21,9 @@ class LokiExperts(LokiRows):
     one plain weight of all experts, as the family's has. The forward pass has two forms:
 
     - *grouped*, for the classes that transformers decorates by ``use_experts_implementation``:
-      tokens are sorted by expert, and `grouped_linear` adds the update to the output. No weight is
-      written, copied or given a gradient, whatever implementation the model was loaded with.
+      tokens are sorted by expert, and the update is added to the output (`grouped_experts`). No
+      weight is written, copied or given a gradient, whatever implementation the model was loaded
+      with.
     - *whole*, for others: the module's own forward pass, which reads a weight that holds the
       update: the frozen one with the rows written into it, or a merged copy under ``torch.compile``
       and where it is sharded. Autograd forms the whole weight's gradient, a layer at a time, of
@@ -36,6 +36,7 @@ class LokiExperts(LokiRows):
         delta_a: ``[E, k, r]``, zero at first, trained (LoKI*).
         delta_b: ``[E, r, in_features]``, trained (LoKI*).
         base_rows: ``[E, k, in_features]`` in the weight's dtype, the rows as they were.
+        directions: each expert's protected ones ``[E, in_features, r]``, or None.
     """
 
     why_whole: str | None
@@ -47,6 +48,7 @@ class LokiExperts(LokiRows):
         axis: int,
         rows: Tensor,
         rank: int | None = None,
+        directions: Tensor | None = None,
     ) -> None:
         super().__init__()
         for name, weight in experts.named_parameters(recurse=False):
@@ -57,11 +59,11 @@ class LokiExperts(LokiRows):
             self.add_module(name, child)
         for own in self.parameters():
             own.requires_grad_(False)
-        self._train_rows(rows, parameter, axis, rank)
+        self._train_rows(rows, parameter, axis, rank, directions)
         # For its class's methods and settings. Not a submodule: it would name all of this twice.
         self.__dict__["experts"] = experts
         self.train(experts.training)
-        self.why_whole = _why_not_grouped(self)
+        self.why_whole = why_not_grouped(experts, parameter, axis)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -84,7 +86,8 @@ class LokiExperts(LokiRows):
                 "ZeRO-3 cannot train rows of experts; use ZeRO-2 or FSDP2 (fully_shard)."
             )
         if self.why_whole is None:
-            return grouped_experts(self, *args, **kwargs)
+            update, index = self.update_of_weight(), self.index
+            return grouped_experts(self, self.experts, update, index, *args, **kwargs)
         held = {**self._parameters, **self._buffers, self.parameter: self.trained_weight()}
         names = {*self.experts._parameters, *self.experts._buffers}
         own = {name: value for name, value in held.items() if name in names and value is not None}
@@ -97,7 +100,9 @@ class LokiExperts(LokiRows):
             rows = self.take_rows(self.frozen.detach()).to(update.dtype)
             return self.put_rows(self.frozen, rows + update)
         self._write_rows()
-        weight: Tensor = _WrittenRows.apply(self.update, self.frozen, self.index, self.axis)  # type: ignore[no-untyped-call]
+        weight: Tensor = _WrittenRows.apply(  # type: ignore[no-untyped-call]
+            self._written_update(), self.frozen, self.index, self.axis
+        )
         return weight
 
     def update_of_weight(self) -> Tensor:
@@ -108,72 +113,9 @@ class LokiExperts(LokiRows):
     def extra_repr(self) -> str:
         return (
             f"{self.parameter}={list(full_shape(self.frozen))}, rows={len(self.index)}, "
-            f"form={'grouped' if self.why_whole is None else 'whole'}"
+            f"form={'grouped' if self.why_whole is None else 'whole'}, "
+            f"protected={self.protected}"
         )
-
-
-def grouped_experts(
-    layer: LokiExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """What transformers' experts compute, the update in it.
-
-    Args:
-        layer: experts with ``gate_up_proj`` (``up_proj`` without a gate) and ``down_proj``.
-        hidden_states: ``[tokens, D]``.
-        top_k_index: ``[tokens, K]``, each token's experts.
-        top_k_weights: ``[tokens, K]``, their shares.
-
-    Returns:
-        ``[tokens, D]`` in hidden_states' dtype.
-    """
-    experts, down = layer.experts, layer.frozen
-    name, biased = _up_name(experts), experts.has_bias
-    up, act = getattr(layer, name), experts._apply_gate if "gate" in name else experts.act_fn
-    expert, order = top_k_index.flatten().sort(stable=True)
-    numbers = torch.arange(len(down), device=expert.device)
-    offsets = torch.searchsorted(expert, numbers, right=True).to(torch.int32)
-    tokens, chosen = top_k_index.shape
-    x = hidden_states[order // chosen].to(up.dtype)
-    x = grouped_linear(x, up.transpose(1, 2) if experts.is_transposed else up, offsets)
-    if biased:
-        x = x + getattr(layer, f"{name}_bias")[expert]
-    x = act(x).to(down.dtype)
-    weight = down.transpose(1, 2) if experts.is_transposed else down
-    y = grouped_linear(x, weight, offsets, layer.update_of_weight(), layer.index)
-    if biased:
-        y = y + getattr(layer, f"{layer.parameter}_bias")[expert]
-    if getattr(experts, "has_post_expert_norm", False):
-        y = experts.post_expert_norm(y)
-    y = y * top_k_weights.flatten()[order, None]
-    # not index_add, whose order of sums differs from run to run on a GPU
-    return y[order.argsort()].view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
-
-
-def _up_name(experts: nn.Module) -> str:
-    """Of the weight that the tokens are first multiplied by; before 5.3 all had a gate."""
-    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-
-
-def _why_not_grouped(layer: LokiExperts) -> str | None:
-    """Why experts are not what `grouped_experts` computes; None if they are."""
-    experts, weight = layer.experts, layer.frozen
-    marks = ("has_bias", "is_transposed", "_apply_gate", "num_experts", "config")
-    if layer.parameter != "down_proj" or not all(hasattr(experts, mark) for mark in marks):
-        return "its class is none that transformers decorates (use_experts_implementation)"
-    if layer.axis != (2 if experts.is_transposed else 1):
-        return f"it numbers rows along dimension {layer.axis}"
-    generator = torch.Generator().manual_seed(0)
-    count, width = len(weight), getattr(layer, _up_name(experts)).shape[3 - layer.axis]
-    x = torch.randn(5, width, generator=generator, device="cpu")
-    shares = torch.rand(5, count, generator=generator, device="cpu")
-    shares, chosen = shares.topk(min(2, count))
-    given = (x.to(weight), chosen.to(weight.device), shares.to(weight))
-    with torch.no_grad():
-        want = in_float64(type(experts).forward(experts, *given))
-        got = in_float64(grouped_experts(layer, *given))
-    if float((got - want).norm()) <= TOLERANCE[weight.dtype] * float(want.norm()):
-        return None
-    return "it does not compute what use_experts_implementation stands for"
 
 
 class _WrittenRows(torch.autograd.Function):

@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear
 from ..ops.gated_product import Activation
-from ..protection.result import LeaveOutOfGradient
 from ..sharding import full_shape
 from .rows import LokiRows, check_rank
 
@@ -115,13 +114,6 @@ class LokiLinear(LokiRows):
         self._write_rows()
         return row_masked_linear(x, self.weight, self._written_update(), self.index, self.bias)
 
-    def _written_update(self) -> Tensor:
-        """What stands for the update in a product with a weight that holds it."""
-        if self.directions is None:
-            return self.update
-        written: Tensor = LeaveOutOfGradient.apply(self.update, self.directions)  # type: ignore[no-untyped-call]
-        return written
-
     def forward_gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """``self(act(gate) * up)`` without keeping the product, where the layer ``writes_rows``."""
         self.check_loaded()
@@ -140,5 +132,5 @@ class LokiLinear(LokiRows):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rows={len(self.index)}, rank={self.rank}, bias={self.bias is not None}, "
-            f"protected={0 if self.directions is None else self.directions.shape[1]}"
+            f"protected={self.protected}"
         )

@@ -358,7 +358,9 @@ def _layer_for(
     down_proj: DownProjection, index: Tensor, rank: int | None, directions: Tensor | None
 ) -> LokiRows:
     if down_proj.of_experts:
-        return LokiExperts(down_proj.module, down_proj.parameter, down_proj.axis, index, rank)
+        return LokiExperts(
+            down_proj.module, down_proj.parameter, down_proj.axis, index, rank, directions
+        )
     return LokiLinear.from_linear(cast(nn.Linear, down_proj.module), index, rank, directions)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import explained
 from ..ops import sync_rows
-from ..protection.result import leave_out
+from ..protection.result import LeaveOutOfGradient, leave_out
 from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_sharded, shard_like
 
 # Names of the parameters that are trained; a merged state dict has none of them.
@@ -36,7 +36,7 @@ class LokiRows(nn.Module):
         index: int64 ``[k]``, sorted.
         base_rows: the rows as they were, in the weight's dtype.
         rank: of LoKI*, or None.
-        directions: protected ones ``[in_features, r]``, or None.
+        directions: protected ones ``[..., in_features, r]``, or None.
     """
 
     index: Tensor
@@ -115,6 +115,18 @@ class LokiRows(nn.Module):
         if self.written:
             return update + (self.base_rows.to(update) - self._weight_rows()), None
         return update, None
+
+    def _written_update(self) -> Tensor:
+        """What stands for the update in a product with a weight that holds it."""
+        if self.directions is None:
+            return self.update
+        written: Tensor = LeaveOutOfGradient.apply(self.update, self.directions)  # type: ignore[no-untyped-call]
+        return written
+
+    @property
+    def protected(self) -> int:
+        """How many directions of the inputs the update leaves alone, of one expert at most."""
+        return 0 if self.directions is None else self.directions.shape[-1]
 
     def formed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of the trained parameters, by name, without the directions that do nothing."""

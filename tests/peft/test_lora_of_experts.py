@@ -34,9 +34,9 @@ def built(family):
     return build(f"{family}ForCausalLM")
 
 
-def trained(family, rows=ROWS, rank=None):
+def trained(family, rows=ROWS, rank=None, protect=None):
     model = copy.deepcopy(built(family))
-    loki.patch(model, rows, rank=rank)
+    loki.patch(model, rows, rank=rank, protect=protect)
     return train(model)
 
 
@@ -63,6 +63,18 @@ def test_peft_gives_the_trained_logits(family, rank, tmp_path, caplog):
     # no layer is filled up to the rank of another
     ranks = {len(rows) for rows in ROWS} - {0} if rank is None else {rank}
     assert {config["r"], *config["rank_pattern"].values()} == ranks
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_of_a_protected_update_what_acts_is_exported(rank, tmp_path):
+    protection = loki.estimate_protection(
+        copy.deepcopy(built("Mixtral")), [list(range(3, 60)), list(range(70, 5, -1))], share=0.7
+    )
+    want = logits(model := trained("Mixtral", rank=rank, protect=protection))
+    loki.export_lora(model, tmp_path)
+    lora = peft.PeftModel.from_pretrained(copy.deepcopy(built("Mixtral")), str(tmp_path))
+    got = logits(lora.merge_and_unload())
+    assert (got - want).norm() <= 1e-5 * want.norm()
 
 
 def test_a_smaller_rank_is_the_best_of_every_expert(tmp_path, caplog):

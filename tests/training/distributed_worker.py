@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import loki_kernels as loki
+from loki_kernels.discovery import find_structure
 from loki_kernels.protection import estimate
 from loki_kernels.protection.result import protection_fingerprint
 from loki_kernels.sharding import full_values
@@ -56,7 +57,7 @@ def patched_or_wrapped(case: str, folder: Path | None = None):
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     rank = 2 if "rank" in case else None
-    protect = protection() if "protect" in case else None
+    protect = protection(model) if "protect" in case else None
     torch.manual_seed(1)
     if "peft" in case:
         import peft
@@ -78,13 +79,17 @@ def build_experts():
     )
 
 
-def protection():
+def protection(model):
     """Of directions that mean nothing: all processes have the same."""
     generator = torch.Generator().manual_seed(0)
-    names = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
     # no decomposition, whose last bits depend on the number of threads
-    drawn = {n: torch.eye(112)[:, torch.randperm(112, generator=generator)[:30]] for n in names}
-    return loki.Protection(drawn, {n: torch.ones(30) for n in names}, dict.fromkeys(names, 40.0))
+    drawn = {}
+    for _, down_proj in find_structure(model).trainable():
+        width = down_proj.in_features
+        order = torch.randperm(width, generator=generator)[: width // 4]
+        drawn[down_proj.name] = torch.eye(width)[:, order].expand(*down_proj.experts, -1, -1)
+    energies = {name: torch.ones_like(held[..., 0, :]) for name, held in drawn.items()}
+    return loki.Protection(drawn, energies, dict.fromkeys(drawn, 40.0))
 
 
 def optimizer_of(model):

@@ -23,10 +23,11 @@ from tests.tiny_training import ROWS
 from tests.training.distributed_worker import protection
 
 ROOT = Path(__file__).parents[2]
-PLAIN = ["plain", "plain-rank", "plain-bf16", "plain-peft", "plain-protect", "plain-experts"]
+OPTIONS = ("rank", "bf16", "peft", "protect", "experts")
+PLAIN = ["plain", *(f"plain-{option}" for option in OPTIONS), "plain-protect-experts"]
 TORCH = ["ddp", "ddp-peft", "ddp-protect", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-peft",
          "fsdp2-protect", "fsdp2-offload", "fsdp2-offload-peft", "ddp-experts",
-         "fsdp2-experts"]  # fmt: skip
+         "fsdp2-experts", "ddp-protect-experts", "fsdp2-protect-experts"]  # fmt: skip
 TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
            "trainer-fsdp2-peft"]  # fmt: skip
 ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-protect"]
@@ -80,10 +81,7 @@ def zero_trainers(zero):
 
 def case_of_one_process(case: str) -> str:
     """The case that one process runs."""
-    option = case.split("-")[-1]
-    return (
-        f"plain-{option}" if option in ("rank", "bf16", "peft", "protect", "experts") else "plain"
-    )
+    return "-".join(["plain", *(part for part in case.split("-") if part in OPTIONS)])
 
 
 def assert_same_losses(alone: Path, out: Path, case: str) -> None:
@@ -120,8 +118,10 @@ def test_torch_engines(alone, torch_engines, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["ddp", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-protect", "fsdp2-experts"]
-)
+    "case",
+    ["ddp", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-protect", "fsdp2-experts",
+     "fsdp2-protect-experts"],
+)  # fmt: skip
 def test_checkpoint_at_the_end_is_ordinary(alone, torch_engines, case):
     folder = torch_engines / case
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -145,7 +145,7 @@ def test_side_file_of_a_sharded_model(torch_engines, case, rank, dtype):
     model = AutoModelForCausalLM.from_pretrained(torch_engines / case, dtype=dtype)
     trained = model.state_dict()
     base = build_model("llama_mlp_bias", dtype=dtype, device="cpu")
-    protect = protection() if "protect" in case else None
+    protect = protection(base) if "protect" in case else None
     handle = loki.patch(base, ROWS, rank=rank, protect=protect)
     handle.load_state(torch_engines / case)
     name = "model.layers.0.mlp.down_proj.weight"
