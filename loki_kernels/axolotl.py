@@ -4,6 +4,7 @@
     adapter: loki
     loki_rows: rows.json  # leave it out, and the model is analysed first
     loki_rank: 8          # for LoKI*
+    loki_protect: true    # or a protection's file
 
 ``lora_model_dir`` continues an adapter, and ``lora_modules_to_save`` and
 ``peft_trainable_token_indices`` name what is trained beside the rows, as for Axolotl's own. An
@@ -32,6 +33,7 @@ class LokiArguments(BaseModel):
     loki_positions: str | None = None  # the old name of loki_rows
     loki_quota: float = DEFAULT_QUOTA
     loki_rank: int | None = None
+    loki_protect: bool | str | None = None
 
 
 class LokiPlugin(BasePlugin):
@@ -63,6 +65,7 @@ class LokiPlugin(BasePlugin):
             rows=rows,
             quota=quota,
             rank=cfg.loki_rank,
+            protect=cfg.loki_protect,
             modules_to_save=cfg.lora_modules_to_save or None,
             trainable_token_indices=cfg.peft_trainable_token_indices or None,
             task_type=task_type(model),

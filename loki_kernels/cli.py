@@ -88,9 +88,10 @@ def _parser() -> argparse.ArgumentParser:
         "adapter", help="write an untrained adapter, for programs that continue one"
     )
     adapter.add_argument("model", help="folder or hub name of the base model")
-    adapter.add_argument("rows", help="row file")
+    adapter.add_argument("rows", help="row file, or 'all'")
     adapter.add_argument("out", help="folder to write the adapter to")
     adapter.add_argument("--rank", type=int, help="of LoKI*")
+    adapter.add_argument("--protect", help="file of a protection that it is trained with")
     adapter.set_defaults(run=_adapter)
 
     _add_protection(commands)
@@ -361,9 +362,12 @@ def _adapter(arguments: argparse.Namespace) -> None:
     from .training.patching import patch
 
     check_folder(arguments.out)
-    rows = RowSelection.load(arguments.rows)
-    handle = patch(_load_model(arguments.model, "auto"), rows, rank=arguments.rank)
-    print(f"{handle.report}\n{rows} -> {save_adapter(handle.model, arguments.out)}")
+    every = arguments.rows == "all"
+    chosen: Any = {"quota": 100} if every else {"rows": RowSelection.load(arguments.rows)}
+    model = _load_model(arguments.model, "auto")
+    handle = patch(model, rank=arguments.rank, protect=arguments.protect, **chosen)
+    folder = save_adapter(handle.model, arguments.out, protect=arguments.protect)
+    print(f"{handle.report}\n{handle.rows} -> {folder}")
 
 
 def _drift(arguments: argparse.Namespace) -> None:

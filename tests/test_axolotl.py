@@ -61,11 +61,13 @@ def test_another_adapter_is_left_alone():
     from loki_kernels.axolotl import LokiPlugin
 
     assert LokiPlugin().load_adapter(None, DictDefault({"adapter": "lora"})) is None
-    config = DictDefault({"adapter": "loki", "loki_rank": 2, "lora_modules_to_save": ["lm_head"]})
+    options = {"loki_rank": 2, "loki_protect": True, "lora_modules_to_save": ["lm_head"]}
+    config = DictDefault({"adapter": "loki"} | options)
     model, made = LokiPlugin().load_adapter(None, config, config_only=True)
     assert model is None
     assert (made.rank, made.modules_to_save, made.task_type) == (2, ["lm_head"], "CAUSAL_LM")
     assert made.trainable_token_indices is None
+    assert made.protect is True
 
 
 def test_the_old_name_of_loki_rows(tmp_path):

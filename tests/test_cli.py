@@ -159,6 +159,26 @@ def test_adapter_to_start_from(base_folder, tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rows", ["all", "rows.json"])
+def test_a_protected_adapter_to_start_from(rows, base_folder, tmp_path):
+    import peft
+
+    import loki_kernels as loki
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    protection = loki.estimate_protection(base, [list(range(3, 80))], share=0.7)
+    file = tmp_path / "protection.safetensors"
+    protection.save(file)
+    (tmp_path / "rows.json").write_text("[[1, 5, 40], [0], [7, 3]]")
+    rows, out = rows if rows == "all" else str(tmp_path / rows), tmp_path / "adapter"
+    assert main(["adapter", str(base_folder), rows, str(out), "--protect", str(file)]) == 0
+    model = peft.PeftModel.from_pretrained(base, out, is_trainable=True)  # as LLaMA-Factory does
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    assert len(layer.loki_index["default"]) == (base.config.hidden_size if rows == "all" else 3)
+    name = "model.layers.0.mlp.down_proj"
+    torch.testing.assert_close(layer.loki_directions["default"], protection.directions[name])
+
+
 def test_launch_registers_before_the_program_runs(tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text(
         "import peft, sys\n"

@@ -51,10 +51,11 @@ class LokiConfig(PeftConfig):
     Args:
         rows: path of a row file, which is read at once and not needed again, or one list of rows a
             layer. None analyses the model on the bundled questions, as `loki_kernels.patch` does.
-        quota: percentage of rows for that analysis.
+        quota: percentage of rows for that analysis; 100 are all rows, without one.
         rank: train an update of rank r (LoKI*).
-        protect: path of a `Protection`'s file, as for `loki_kernels.patch`. Training reads it; what
-            is saved holds the update as it acts, and needs it no more.
+        protect: path of a `Protection`'s file, or True, which estimates one, as for
+            `loki_kernels.patch`. Training on needs the same again, from the file or the cache; what
+            is saved holds the update as it acts, and loading it needs none.
         quantized_merge: how to merge into a quantized base: ``"dequantize"`` makes the merged
             model an ordinary one, ``"requantize"`` rounds the merged weights as the base's were.
         modules_to_save: names of modules to train whole beside the rows, as for ``LoraConfig``; a
@@ -75,7 +76,7 @@ class LokiConfig(PeftConfig):
     rows: str | list[list[int]] | None = None
     quota: float = DEFAULT_QUOTA
     rank: int | None = None
-    protect: str | None = None
+    protect: str | bool | None = None
     quantized_merge: str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -92,7 +93,7 @@ class LokiConfig(PeftConfig):
         self.peft_type = PeftType("LOKI")
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         check_rank(self.rank)
-        if self.protect is not None:
+        if self.protect is not None and not isinstance(self.protect, bool):
             self.protect = os.fspath(self.protect)
         if self.quantized_merge is not None:
             check_choice("quantized_merge", self.quantized_merge, MERGES)

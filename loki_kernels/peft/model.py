@@ -14,24 +14,24 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
-from ..attribution.cache import cached_attribution
 from ..discovery import find_structure
 from ..errors import UnsupportedModelError, explained
 from ..fingerprint import BaseRows
 from ..protection import Protection
-from ..selection import RowSelection, select
+from ..selection import RowSelection
 from ..sharding import ignore_in_ddp, is_distributed
 from ..structure import Structure
 from ..training.adapter_file import base_rows_content, base_rows_of, check_base
 from ..training.rows import LokiRows
 from ..training.targets import (
-    agree_on_rows,
     as_selection,
     assign_rows,
     check_rows_agree,
     find_modules,
     new_heads,
+    protection_to_keep,
     refuse_efficient_loading,
+    selection_to_train,
 )
 from .config import LokiConfig
 from .layer import LokiLayer
@@ -100,13 +100,13 @@ class LokiModel(BaseTuner):
 
     def _select(self, structure: Structure, name: str, config: LokiConfig) -> RowSelection:
         """The rows of a new adapter, the same in every process that trains it."""
-        if config.rows is None:
-            selection = select(cached_attribution(self.model, structure, None), config.quota)
-        else:
-            selection = as_selection(config.rows)
         self._agreed.discard(name)
-        if is_distributed() and not config.inference_mode:  # others may evaluate other adapters
-            selection = agree_on_rows(selection, analysed=config.rows is None)
+        # others may evaluate other adapters
+        agree = is_distributed() and not config.inference_mode
+        selection = selection_to_train(
+            self.model, structure, config.rows, None, config.quota, agree=agree
+        )
+        if agree:
             self._agreed.add(name)
         return selection
 
@@ -209,16 +209,17 @@ def _refuse_other_modules(structure: Structure) -> None:
 
 def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
     """The protection to train with, and its fingerprint put into the config."""
-    if config.inference_mode or (config.protect is None and config.protection is None):
+    if config.inference_mode:
         return None
-    if config.protect is None:
-        message = "the adapter was trained with a protection; name its file (protect=)."
-        raise explained(ValueError(message))
-    protection = Protection.load(config.protect)
-    protection.check(structure)
-    if config.protection not in (None, protection.fingerprint):
-        raise ValueError(f"the adapter was trained with another protection than {config.protect}.")
-    config.protection = protection.fingerprint
+    protection = protection_to_keep(structure.causal_lm, structure, config.protect, None)
+    present = None if protection is None else protection.fingerprint
+    if config.protection not in (None, present):
+        if protection is None:
+            message = "the adapter was trained with a protection; name its file (protect=)."
+            raise explained(ValueError(message))
+        named = "is estimated here" if config.protect is True else f"{config.protect} holds"
+        raise ValueError(f"the adapter was trained with another protection than {named}.")
+    config.protection = present
     return protection
 
 

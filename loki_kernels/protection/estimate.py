@@ -20,7 +20,7 @@ from ..progress import progress_bar
 from ..sharding import is_partitioned
 from ..structure import Structure
 from ..team import Team
-from .moments import layers_at_a_time, moment_of, second_moments, top_eigenvectors
+from .moments import Moment, layers_at_a_time, moment_of, second_moments, top_eigenvectors
 from .result import Protection
 from .samples import draw_samples, openings_of
 
@@ -73,7 +73,6 @@ def estimate_protection(
     if batch_size < 1 or (max_directions is not None and max_directions < 1):
         raise ValueError("max_directions and batch_size must be positive.")
     structure = find_structure(model)
-    layers = [down_proj for _, down_proj in structure.trainable()]
     if earlier is not None:
         earlier.check(structure)
     with on_accelerator(model), _evaluating(structure.causal_lm):
@@ -87,15 +86,9 @@ def estimate_protection(
             raise ValueError("there is no text of two tokens or more to estimate from.")
         parts: dict[str, tuple[Tensor, Tensor, float]] = {}
         read: dict[str, float] = {}
-        with progress_bar(len(layers), "estimate the inputs' moments", progress) as bar:
-            for group in layers_at_a_time(layers):
-                moments = second_moments(structure, group, windows, batch_size)
-                for down_proj in group:
-                    moment, read[down_proj.name] = moments.pop(down_proj.name)
-                    if earlier is not None:
-                        moment = moment + moment_of(earlier, down_proj.name, moment.device)
-                    parts[down_proj.name] = top_eigenvectors(moment, share, max_directions)
-                    bar.update()
+        for name, moment in _moments(structure, windows, batch_size, earlier, progress):
+            parts[name] = top_eigenvectors(moment.matrix, share, max_directions)
+            read[name] = moment.tokens
     info = {
         "model": getattr(structure.causal_lm, "name_or_path", None),
         "texts": "the model's own samples" if own else "given",
@@ -112,10 +105,37 @@ def estimate_protection(
     return result
 
 
+def _moments(
+    structure: Structure,
+    windows: Sequence[list[int]],
+    batch_size: int,
+    earlier: Protection | None,
+    progress: bool | None,
+) -> Iterator[tuple[str, Moment]]:
+    """(name of a down-projection, the moment of its inputs and of an earlier protection's)."""
+    layers = [down_proj for _, down_proj in structure.trainable()]
+    with progress_bar(len(layers), "estimate the inputs' moments", progress) as bar:
+        for group in layers_at_a_time(layers):
+            moments = second_moments(structure, group, windows, batch_size)
+            for down_proj in group:
+                matrix, tokens = moments.pop(down_proj.name)
+                if earlier is not None:
+                    matrix = matrix + moment_of(earlier, down_proj.name, matrix.device)
+                yield down_proj.name, Moment(matrix, tokens)
+                bar.update()
+
+
 def _warn_of_few(protection: Protection, share: float, read: dict[str, float]) -> None:
     """Of few tokens for the width: their directions hold their own energy whatever they are."""
-    widths = {name: held.shape[-2] for name, held in protection.directions.items()}
-    name = min(read, key=lambda name: read[name] / widths[name])
+    passed_by = [name for name, tokens in read.items() if not tokens]
+    if passed_by:
+        logger.warning(
+            "no token reaches %d of the down-projections (%s, ...), whose updates are protected "
+            "from nothing: texts are read without images and sounds.",
+            len(passed_by), passed_by[0],
+        )  # fmt: skip
+    widths = {name: protection.directions[name].shape[-2] for name in read if read[name]}
+    name = min(widths, key=lambda name: read[name] / widths[name])
     if read[name] < 2 * widths[name]:
         logger.warning(
             "the protection of %s is estimated from %d tokens%s, fewer than two for each of the %d "

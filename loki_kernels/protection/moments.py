@@ -111,10 +111,14 @@ def second_moments(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
             )
     count = sum(len(window) - 1 for window in ordered)
-    return {
-        name: Moment(total / count, read[name] / (len(total) if total.ndim == 3 else 1))
-        for name, total in sums.items()
-    }
+    found = {}
+    for down_proj in layers:
+        total = sums.get(down_proj.name)
+        if total is None:  # text passes by: cross-attention's layers, experts of images
+            total = torch.zeros(*down_proj.experts, *2 * (down_proj.in_features,))
+        tokens = read.get(down_proj.name, 0) / math.prod(down_proj.experts)
+        found[down_proj.name] = Moment(total / count, tokens)
+    return found
 
 
 _Inputs = Iterator[tuple[int | None, Tensor]]
@@ -185,10 +189,13 @@ def top_eigenvectors(
 ) -> tuple[Tensor, Tensor, float]:
     """The eigenvectors that hold ``share`` of the trace, their eigenvalues, and the trace.
 
-    Of experts each one's, with columns of zeros where another has more of them.
+    Of experts each one's, with columns of zeros where another has more of them. What no token
+    reaches has nothing to protect: a column of zeros.
     """
     if moment.ndim == 3:
         return _of_each(moment, share, most)
+    if not moment.any():
+        return torch.zeros(len(moment), 1), torch.zeros(1), 0.0
     if moment.device.type not in ("cpu", "cuda"):
         moment = moment.cpu()
     total = float(moment.trace())
@@ -204,18 +211,14 @@ def top_eigenvectors(
 
 
 def _of_each(moments: Tensor, share: float, most: int | None) -> tuple[Tensor, Tensor, float]:
-    found = [
-        (number, top_eigenvectors(moment, share, most))
-        for number, moment in enumerate(moments)
-        if moment.any()  # an expert that no token reaches has nothing to protect
-    ]
-    width = max((len(values) for _, (_, values, _) in found), default=1)
+    found = [top_eigenvectors(moment, share, most) for moment in moments]
+    width = max(len(values) for _, values, _ in found)
     directions = torch.zeros(*moments.shape[:2], width)
     energies = torch.zeros(len(moments), width)
-    for number, (vectors, values, _) in found:
+    for number, (vectors, values, _) in enumerate(found):
         directions[number, :, : len(values)] = vectors
         energies[number, : len(values)] = values
-    return directions, energies, sum(total for _, (_, _, total) in found)
+    return directions, energies, sum(total for _, _, total in found)
 
 
 def _subspace(moment: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,11 @@ class Protection:
         )
 
     def shares(self) -> dict[str, float]:
-        """Layer name -> the share of its inputs' energy that its directions hold."""
-        return {name: float(e.sum()) / self.totals[name] for name, e in self.energies.items()}
+        """Layer name -> the share of its inputs' energy that its directions hold; 1 of none."""
+        return {
+            name: float(energies.sum()) / self.totals[name] if self.totals[name] else 1.0
+            for name, energies in self.energies.items()
+        }
 
     def check(self, structure: Structure) -> None:
         """Raise ValueError if it is none of this model's layers."""

@@ -51,6 +51,7 @@ class AdapterConfig:
         base_rows: what the update is added to.
         modules_to_save: modules that were trained whole beside the rows.
         protection: fingerprint of the one that the update was trained with.
+        protect: the path of its file, for PEFT to train on with.
     """
 
     base: str | None
@@ -59,6 +60,7 @@ class AdapterConfig:
     base_rows: BaseRows | None
     modules_to_save: list[str] | None = None
     protection: str | None = None
+    protect: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> AdapterConfig:
@@ -84,6 +86,7 @@ class AdapterConfig:
                 base_rows_of(content),
                 content.get("modules_to_save"),
                 content.get("protection"),
+                content.get("protect"),
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not an adapter's config: {error!r}.") from error
@@ -97,6 +100,7 @@ class AdapterConfig:
             "rank": self.rank,
             "modules_to_save": self.modules_to_save,
             "protection": self.protection,
+            "protect": self.protect,
             **base_rows_content(self.base_rows),
         }
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..discovery import find_structure
 from ..errors import explained
 from ..files import check_folder
+from ..protection import Protection
 from ..selection import RowSelection
 from ..sharding import full_shape, is_distributed
 from ..structure import Structure
@@ -32,7 +33,12 @@ logger = logging.getLogger(__name__)
 _LARGEST_SERVED = 512
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    protect: str | os.PathLike[str] | None = None,
+) -> Path:
     """Write the trained update of a patched model, and nothing else of it.
 
     The folder gets ``adapter_model.safetensors`` (the update and its rows' numbers, in float32, and
@@ -40,12 +46,25 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     does PEFT once ``loki_kernels.peft`` is imported. It fits any copy of the base, in another
     dtype or quantized. In distributed training call it in every process; the first one writes.
 
+    Args:
+        model: a patched model.
+        folder: to write to.
+        protect: where the file of its protection is, which the config then names, so that PEFT can
+            train the adapter on. Loading it to evaluate or to merge takes none.
+
     Raises:
-        ValueError: if the model is not patched.
+        ValueError: if the model is not patched, or is protected otherwise than that file says.
+        FileNotFoundError: if there is no such file.
         OSError: if the folder cannot be created or written.
     """
     structure, layers = _patched_layers(model)
     path = check_folder(folder)
+    protection = adapter_file.protection_of(layers)
+    if protect is not None:
+        protect = os.path.abspath(protect)
+        reason = adapter_file.why_other_protection(protection, Protection.load(protect).fingerprint)
+        if reason is not None:
+            raise ValueError(f"{protect} is none of this model's update: {reason}.")
     others = trained_whole(structure.causal_lm)
     tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers))
     tensors |= adapter_file.other_tensors(others)
@@ -58,7 +77,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         rank=next(iter(layers.values())).rank,
         base_rows=adapter_file.base_rows(layers),
         modules_to_save=_modules_of(others),
-        protection=adapter_file.protection_of(layers),
+        protection=protection,
+        protect=protect,
     )
     if not is_distributed() or torch.distributed.get_rank() == 0:
         adapter_file.write_adapter(path, tensors, config.content(), task_type(structure.causal_lm))

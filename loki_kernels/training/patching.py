@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from ..attribution.cache import AnalysisOptions, cached_attribution
+from ..attribution.cache import AnalysisOptions
 from ..discovery import find_structure
 from ..gating import Gating, find_gating
 from ..ops._dispatch import warm_up
 from ..options import DEFAULT_QUOTA
 from ..protection import Protection
-from ..protection.estimate import cached_protection
-from ..ranking import rows_per_layer
-from ..selection import RowSelection, select
+from ..selection import RowSelection
 from ..sharding import full_shape, heed_in_ddp, ignore_in_ddp, is_distributed, is_sharded
 from ..structure import DownProjection, Structure, embedding_weight
 from . import adapter_file
@@ -36,21 +34,19 @@ from .linear import LokiLinear
 from .mlp import FusedMLP
 from .rows import LokiRows
 from .targets import (
+    Protect,
     Rows,
-    agree_on_rows,
-    as_selection,
     assign_rows,
     check_patchable,
     find_modules,
     new_heads,
     projection_names,
+    protection_to_keep,
+    selection_to_train,
 )
 from .writer import RowWriter
 
 logger = logging.getLogger(__name__)
-
-# A protection, the path of its file, or whether to estimate one.
-Protect = Protection | str | os.PathLike[str] | bool
 
 _NO_DTYPE = (
     "patch(dtype=...) is read no more and goes with the next release: what is trained is a float32 "
@@ -89,7 +85,7 @@ def patch(
             meanwhile, if it fits there. In distributed training the first process's selection
             reaches all.
         tokenizer: for that analysis; by default the one of ``model.name_or_path``.
-        quota: percentage of rows for that analysis.
+        quota: percentage of rows for that analysis; 100 are all rows, without one.
         analysis: arguments of `attribute` for it, such as ``{"batch_size": 8}``,
             ``{"chat_template_kwargs": {"enable_thinking": False}}`` or ``prompts`` of one's own.
         rank: train an update of rank r instead (LoKI*).
@@ -127,8 +123,8 @@ def patch(
     saved = _saved_update(rows)
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
-    protection = _protection_to_keep(model, structure, protect, tokenizer)
-    selection = _selection_to_train(model, structure, rows, tokenizer, quota, analysis)
+    protection = protection_to_keep(model, structure, protect, tokenizer)
+    selection = selection_to_train(model, structure, rows, tokenizer, quota, analysis)
     return _patch_rows(structure, selection, whole, rank, protection, saved, fuse_mlp=fuse_mlp)
 
 
@@ -269,42 +265,6 @@ def _new_tokens(structure: Structure) -> list[str]:
         f"the embeddings of tokens {known} to {structure.vocab_size - 1} are new and frozen; "
         "modules_to_save names what to train"
     ]
-
-
-def _selection_to_train(
-    model: nn.Module,
-    structure: Structure,
-    rows: Rows | None,
-    tokenizer: Any,
-    quota: float,
-    analysis: AnalysisOptions | None,
-) -> RowSelection:
-    """The rows to train, the same in every process."""
-    if rows is not None:
-        return agree_on_rows(as_selection(rows), analysed=False)
-    if rows_per_layer(quota, structure.hidden_size) == structure.hidden_size:
-        width = structure.hidden_size
-        every = [list(range(width)) if ffn is not None else [] for ffn in structure.ffns]
-        return RowSelection(every, {"width": width, "quota": quota})
-    selection = select(cached_attribution(model, structure, tokenizer, analysis), quota)
-    return agree_on_rows(selection, analysed=True)
-
-
-def _protection_to_keep(
-    model: nn.Module, structure: Structure, protect: Protect | None, tokenizer: Any
-) -> Protection | None:
-    """What ``protect`` means, of this model's layers.
-
-    Raises:
-        ValueError: if it is of another model.
-    """
-    if protect is None or protect is False:
-        return None
-    if protect is True:
-        return cached_protection(model, structure, tokenizer)
-    kept = protect if isinstance(protect, Protection) else Protection.load(protect)
-    kept.check(structure)
-    return kept
 
 
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:

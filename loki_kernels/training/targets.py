@@ -7,14 +7,18 @@ import itertools
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..attribution.cache import AnalysisOptions, cached_attribution
 from ..errors import UnsupportedModelError, explained
-from ..selection import RowSelection
+from ..protection import Protection
+from ..protection.estimate import cached_protection
+from ..ranking import rows_per_layer
+from ..selection import RowSelection, select
 from ..sharding import DTensor, is_distributed, is_partitioned
 from ..structure import (
     TOLERANCE,
@@ -27,6 +31,8 @@ from .rows import TRAINED, LokiRows
 
 # What names rows: a selection, one list a layer, or the path of a row file.
 Rows = RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str]
+# A protection, the path of its file, or whether to estimate one.
+Protect = Protection | str | os.PathLike[str] | bool
 
 
 def as_selection(rows: Rows) -> RowSelection:
@@ -45,6 +51,50 @@ def as_selection(rows: Rows) -> RowSelection:
             "down_proj.weight; only rows (site='down_proj') can be trained so far."
         )
     return selection
+
+
+def selection_to_train(
+    model: nn.Module,
+    structure: Structure,
+    rows: Rows | None,
+    tokenizer: Any,
+    quota: float,
+    analysis: AnalysisOptions | None = None,
+    *,
+    agree: bool = True,
+) -> RowSelection:
+    """The rows to train: those named, all with a quota of 100, or those an analysis chooses.
+
+    With ``agree``, which every process has to ask for, the same in every process.
+    """
+    analysed = False
+    if rows is not None:
+        selection = as_selection(rows)
+    elif rows_per_layer(quota, structure.hidden_size) == structure.hidden_size:
+        width = structure.hidden_size
+        every = [list(range(width)) if ffn is not None else [] for ffn in structure.ffns]
+        selection = RowSelection(every, {"width": width, "quota": quota})
+    else:
+        selection = select(cached_attribution(model, structure, tokenizer, analysis), quota)
+        analysed = True
+    return agree_on_rows(selection, analysed=analysed) if agree else selection
+
+
+def protection_to_keep(
+    model: nn.Module, structure: Structure, protect: Protect | None, tokenizer: Any
+) -> Protection | None:
+    """What ``protect`` means, of this model's layers.
+
+    Raises:
+        ValueError: if it is of another model.
+    """
+    if protect is None or protect is False:
+        return None
+    if protect is True:
+        return cached_protection(model, structure, tokenizer)
+    kept = protect if isinstance(protect, Protection) else Protection.load(protect)
+    kept.check(structure)
+    return kept
 
 
 def check_patchable(structure: Structure) -> None:

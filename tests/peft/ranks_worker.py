@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
-from loki_kernels.peft import model as peft_model
+from loki_kernels.training import targets
 from tests.models import build_model
 from tests.tiny_training import token_batch
 
@@ -42,7 +42,7 @@ def error_of(call, *arguments):
     return None
 
 
-def analysed_here(model, structure, tokenizer):
+def analysed_here(*_):
     """Scores of which the second process has a near-tie the other way."""
     scores = torch.arange(3 * 48.0).view(3, 48) / 100
     scores[:, 10] += 1e-6 if RANK else -1e-6
@@ -51,13 +51,13 @@ def analysed_here(model, structure, tokenizer):
 
 
 def chosen_rows():
-    peft_model.cached_attribution = analysed_here
-    peft_model.select = lambda scores, quota: loki.RowSelection(
+    targets.cached_attribution = analysed_here
+    targets.select = lambda scores, quota: loki.RowSelection(
         [layer.argsort()[:10].sort().values for layer in scores]
     )
     model = make(None)
     rows = model.peft_config["default"].rows
-    own = [layer.tolist() for layer in peft_model.select(analysed_here(None, None, None), 10)]
+    own = [layer.tolist() for layer in targets.select(analysed_here(), 10)]
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     return rows, own, layer.loki_index["default"].tolist()
 

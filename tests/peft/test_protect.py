@@ -8,6 +8,8 @@ import torch
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
+from loki_kernels.protection import estimate
+from loki_kernels.training import targets
 from tests.models import build_model
 from tests.tiny_training import ROWS, load_model, logits, train
 from tests.training.test_protect import protection_of
@@ -63,3 +65,53 @@ def test_an_adapter_needs_its_protection_to_be_trained_on_alone(rank, file, tmp_
     torch.testing.assert_close(logits(again), want)
     train(again)
     again.delete_adapter("default")
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """What a model says by itself, given; a cache of its own."""
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(estimate, "draw_samples", lambda *_, **__: [[5, 6, 7, 8, 9], [11, 12, 13]])
+    monkeypatch.setattr(estimate, "openings_of", lambda tokenizer: [[1]])
+    monkeypatch.setattr(estimate, "find_tokenizer", lambda model: object())
+
+
+def test_true_estimates_one_and_all_rows_need_no_analysis(drawn, monkeypatch, tmp_path):
+    monkeypatch.setattr(targets, "cached_attribution", None)
+    build_model().save_pretrained(tmp_path / "base")
+    config = LokiConfig(quota=100, protect=True)
+    model = peft.get_peft_model(load_model(tmp_path / "base"), config)
+    patched = load_model(tmp_path / "base")
+    handle = loki.patch(patched, quota=100, protect=True)
+    train(model)
+    train(patched)
+    handle.merge()
+    torch.testing.assert_close(logits(model), logits(patched), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "adapter")
+
+    def trainable():
+        base = load_model(tmp_path / "base")
+        return peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+
+    train(trainable())  # from the cache
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(estimate, "draw_samples", lambda *_, **__: [[25, 26, 27, 28, 29]])
+    with pytest.raises(ValueError, match="another protection than is estimated here"):
+        trainable()
+
+
+def test_an_adapter_of_patch_names_its_protection(file, tmp_path):
+    build_model().save_pretrained(tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    loki.patch(model, ROWS, protect=file)
+    train(model)
+    other = tmp_path / "other.safetensors"
+    protection_of(build_model(), seed=5).save(other)
+    with pytest.raises(ValueError, match="with another protection"):
+        loki.save_adapter(model, tmp_path / "adapter", protect=other)
+    assert not (tmp_path / "adapter").exists()
+    loki.save_adapter(model, tmp_path / "adapter", protect=file)
+    base = load_model(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    torch.testing.assert_close(logits(again), logits(model))
+    train(again)

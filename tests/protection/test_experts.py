@@ -17,6 +17,7 @@ from loki_kernels.training.experts import LokiExperts
 from tests.models import assert_unchanged, snapshot
 from tests.tiny_training import load_model, logits, train
 from tests.training.test_experts import ROWS, build_model, one_module, routed, run, stacks
+from tests.zoo.build import build
 
 # with a dense first layer and a shared expert, transposed and biased, of several experts a token
 FAMILIES = ["Mixtral", "GptOss", "Glm4Moe", "Qwen3Moe"]
@@ -96,6 +97,18 @@ def test_an_expert_that_nothing_reaches_is_not_protected():
     assert energies.tolist() == [[4, 3], [0, 0], [4, 3]]
     assert not directions[1].any()
     assert total == 18.0
+
+
+def test_layers_that_text_passes_by_are_protected_from_nothing(caplog):
+    model = build("MllamaForCausalLM")
+    protection = protection_of(model)
+    passed = {name for name, held in protection.directions.items() if not held.any()}
+    assert 0 < len(passed) < len(protection.directions)
+    assert f"no token reaches {len(passed)} of" in caplog.text
+    assert all(protection.shares()[name] == 1 and not protection.totals[name] for name in passed)
+    handle = loki.patch(model, protect=protection, quota=100)
+    train(model)
+    assert len(dict(handle.named_layers())) == len(protection.directions)
 
 
 def test_an_earlier_protection_is_added():

@@ -30,7 +30,7 @@ from loki_kernels.discovery import find_structure
 from loki_kernels.protection import estimate
 from loki_kernels.protection.result import protection_fingerprint
 from loki_kernels.sharding import full_values
-from loki_kernels.training import patching
+from loki_kernels.training import targets
 from tests.models import GQA, build_model
 from tests.tiny_training import ROWS
 
@@ -288,9 +288,9 @@ def ranks(case):
     def scores_of_this_process(*_):
         return torch.randn(4, 3, 48, generator=torch.Generator().manual_seed(rank))
 
-    real, patching.cached_attribution = patching.cached_attribution, scores_of_this_process
+    real, targets.cached_attribution = targets.cached_attribution, scores_of_this_process
     handle = loki.patch(build_model())
-    patching.cached_attribution = real
+    targets.cached_attribution = real
     chosen = [rows.tolist() for rows in handle.rows]
     layers = [layer.index.tolist() for _, layer in handle.named_layers()]
     said = [str(chosen == layers)]

@@ -19,7 +19,7 @@ import transformers
 import loki_kernels
 
 from .build import MOST_PARAMETERS, class_names
-from .check import POINTS, TIME_LIMIT, TOLERANCE, Outcome, Verdict, check_all
+from .check import POINTS, TIME_LIMIT, TOLERANCE, TRIALS, Outcome, Verdict, check_all
 
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -57,7 +57,7 @@ def main() -> int:
 def _summary(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> list[str]:
     built = {outcome.name for outcome in outcomes if outcome.not_built is None}
     lines = ["", *_built_lines(outcomes, mappings)]
-    for what in ("attribution", "training"):
+    for what in TRIALS:
         verdicts = [getattr(outcome, what) for outcome in outcomes if outcome.name in built]
         counts = Counter(verdict.kind for verdict in verdicts)
         for mapping, names in mappings.items() if len(outcomes) > 50 else ():
@@ -72,8 +72,8 @@ def _summary(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> lis
 def _share(what: str, mapping: str, names: Sequence[str], outcomes: Sequence[Outcome]) -> str:
     """Of every class that is named, unbuilt ones counted as failures."""
     found = {outcome.name: getattr(outcome, what) for outcome in outcomes}
-    good = sum(found[n] is not None and found[n].kind in ("exact", "trained") for n in names)
-    word = "exact" if what == "attribution" else "trained"
+    word = TRIALS[what]
+    good = sum(found[n] is not None and found[n].kind == word for n in names)
     return f"{mapping}: {good} of {len(names)} {word} ({good / len(names):.0%})"
 
 
@@ -104,6 +104,8 @@ def _document(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> li
         "- Training is *trained* if three steps of AdamW with weight decay on a patched model move "
         "the selected rows of every FFN down-projection and no other number, the logits before "
         "are those of the model, and `unpatch` restores every bit.",
+        "- Protection is *protected* if directions are estimated from six texts of random tokens "
+        "and three such steps move the rows outside of them alone, to 1e-4 of the update.",
         "- *Refused* is the library's `UnsupportedModelError`, with the model as it was.",
         "",
         f"loki-kernels {loki_kernels.__version__}, transformers {transformers.__version__}, "
@@ -112,12 +114,12 @@ def _document(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> li
         *(f"- {line}." for line in _built_lines(outcomes, mappings)),
         *(
             f"- {_share(what, mapping, names, outcomes)}, of all that are named."
-            for what in ("attribution", "training")
+            for what in TRIALS
             for mapping, names in mappings.items()
         ),
         "",
-        "| class | attribution | training | reason |",
-        "|---|---|---|---|",
+        "| class | attribution | training | protection | reason |",
+        "|---|---|---|---|---|",
     ]
     lines += [_table_line(outcome) for outcome in built]
     lines += ["", "## Not tried", "", "These could not be built small by themselves.", ""]
@@ -130,16 +132,19 @@ def _document(outcomes: Sequence[Outcome], mappings: dict[str, list[str]]) -> li
 
 
 def _table_line(outcome: Outcome) -> str:
-    attribution, training = outcome.attribution, outcome.training
-    assert attribution is not None
-    assert training is not None
-    first = attribution.kind
-    if first == "exact":
-        _, error, *_, engine = attribution.text.split()
-        first += f" by {engine} ({error})"
-    reasons = [_reason(v) for v in (attribution, training) if v.kind not in ("exact", "trained")]
+    verdicts = dict(outcome.verdicts)
+    kinds = {what: verdict.kind for what, verdict in verdicts.items()}
+    if kinds["attribution"] == "exact":
+        _, error, *_, engine = verdicts["attribution"].text.split()
+        kinds["attribution"] += f" by {engine} ({error})"
+    reasons = [
+        _reason(verdict)
+        for what, verdict in verdicts.items()
+        if verdict.kind != TRIALS[what]
+        and not (what == "protection" and verdict.kind == "not tried")
+    ]
     reason = " / ".join(dict.fromkeys(reasons))
-    return f"| {outcome.name} | {first} | {training.kind} | {_cell(reason)} |"
+    return f"| {outcome.name} | {' | '.join(kinds.values())} | {_cell(reason)} |"
 
 
 def _reason(verdict: Verdict) -> str:

@@ -24,14 +24,17 @@ POINTS = 3
 TOLERANCE = 1e-4
 TIME_LIMIT = 60.0
 FAILURES = ("WRONG", "CRASH")
+# What is tried of a class, and the verdict that is wanted.
+TRIALS = {"attribution": "exact", "training": "trained", "protection": "protected"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one of the two went.
+    """How one of the three went.
 
     Attributes:
-        kind: ``exact``, ``trained``, ``refused``, ``not tried``, ``WRONG`` or ``CRASH``.
+        kind: ``exact``, ``trained``, ``protected``, ``refused``, ``not tried``, ``WRONG`` or
+            ``CRASH``.
         text: the error's size, the reason or the exception.
     """
 
@@ -50,25 +53,30 @@ class Outcome:
     name: str
     attribution: Verdict | None = None
     training: Verdict | None = None
+    protection: Verdict | None = None
     not_built: str | None = None
 
     @property
+    def verdicts(self) -> list[tuple[str, Verdict]]:
+        """(what was tried, how it went)."""
+        found = ((what, getattr(self, what)) for what in TRIALS)
+        return [(what, verdict) for what, verdict in found if verdict is not None]
+
+    @property
     def failures(self) -> list[tuple[str, Verdict]]:
-        """("attribution" or "training", verdict) of what is WRONG or a CRASH."""
-        verdicts = (("attribution", self.attribution), ("training", self.training))
-        return [(what, verdict) for what, verdict in verdicts if verdict and verdict.failed]
+        """(what was tried, verdict) of what is WRONG or a CRASH."""
+        return [(what, verdict) for what, verdict in self.verdicts if verdict.failed]
 
     def __str__(self) -> str:
         if self.not_built is not None:
             return f"{self.name}: not built: {self.not_built}"
-        verdicts = (("attribution", self.attribution), ("training", self.training))
         return f"{self.name}: " + "; ".join(
-            f"{what} {verdict.kind} ({verdict.text})" for what, verdict in verdicts if verdict
+            f"{what} {verdict.kind} ({verdict.text})" for what, verdict in self.verdicts
         )
 
 
 def check(name: str) -> Outcome:
-    """Build the class and try both; exceptions become verdicts."""
+    """Build the class and try all three; exceptions become verdicts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -76,7 +84,13 @@ def check(name: str) -> Outcome:
         except Exception as error:
             return Outcome(name, not_built=_line(error))
         attribution = _guarded(check_attribution, model)
-        return Outcome(name, attribution, _guarded(check_training, build(name)))
+        training = _guarded(check_training, build(name))
+        protection = (
+            _guarded(check_protection, build(name))
+            if training.kind == "trained"
+            else Verdict("not tried", "its rows are not trained")
+        )
+        return Outcome(name, attribution, training, protection)
 
 
 def check_attribution(model: nn.Module) -> Verdict:
@@ -124,11 +138,7 @@ def check_training(model: nn.Module) -> Verdict:
     generator = torch.Generator().manual_seed(2)
     batch = _tokens((4, 8), generator)
     layers = find_layers(model)
-    try:
-        run = layers_that_run(model, batch[0])
-    except NoReference:
-        run = [True] * len(layers)
-    rows = [_two_rows(layer, i) if run[i] else [] for i, layer in enumerate(layers)]
+    rows = _rows_to_train(model, layers, batch[0])
     if not any(rows):  # nothing here to train: ask for something, which has to be refused
         rows = [[1, 2] for _ in layers] or [[1, 2]]
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -136,9 +146,6 @@ def check_training(model: nn.Module) -> Verdict:
     required = {key: p.requires_grad for key, p in model.named_parameters()}
     before = _logits(model, batch)
     used = _used(model, batch)
-    # Molmo2 takes no tokens alone in training mode, and is trained in the other.
-    mode = _logits(model.train(), batch) is not None
-    model.eval()
 
     def difference() -> str | None:
         """What makes the model another than it was, if anything."""
@@ -165,7 +172,7 @@ def check_training(model: nn.Module) -> Verdict:
     patched = _logits(model, batch)
     if patched is None or not torch.allclose(patched, before, rtol=1e-5, atol=1e-5):
         return Verdict("WRONG", "patched, the logits are others before any step")
-    _train(model.train(mode), batch, generator)
+    _train(model, batch, generator)
     trained = model.state_dict()  # and the update, which the plain model has not
     wrong = _judge_rows(layers, rows, state, {key: trained[key] for key in state}, used)
     handle.unpatch()
@@ -175,6 +182,34 @@ def check_training(model: nn.Module) -> Verdict:
     if wrong is not None:
         return Verdict("WRONG", wrong)
     return Verdict("trained", f"two rows of {sum(map(bool, rows))} of {len(layers)} layers")
+
+
+def check_protection(model: nn.Module) -> Verdict:
+    """Train two rows a layer that is protected, and look at what has moved along its directions."""
+    generator = torch.Generator().manual_seed(3)
+    texts, batch = _tokens((6, 12), generator), _tokens((4, 8), generator)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        protection = loki.estimate_protection(model, texts.tolist(), share=0.7, progress=False)
+    except loki.UnsupportedModelError as error:
+        changed = _changed(state, model.state_dict())
+        if changed:
+            return Verdict("WRONG", f"refused, but {changed[0]} changed: {_line(error)}")
+        return Verdict("refused", _line(error))
+    layers = find_layers(model)
+    rows = _rows_to_train(model, layers, batch[0])
+    loki.patch(model, rows, protect=protection)
+    _train(model, batch, generator)
+    trained = model.state_dict()
+    count = 0
+    for layer, chosen in zip(layers, rows, strict=True):
+        for weight, axis in layer.weights if chosen else ():
+            moved = (trained[weight] - state[weight]).movedim(axis, -2)
+            along = moved @ protection.directions[weight.rpartition(".")[0]]
+            if float(along.norm()) > 1e-4 * float(moved.norm()):
+                return Verdict("WRONG", f"{weight} moved along its protected directions")
+            count += bool(moved.any())
+    return Verdict("protected" if count else "WRONG", f"{count} weights moved outside of them")
 
 
 def check_all(
@@ -221,7 +256,7 @@ def _receive(
         text = f"the process died with exit code {process.exitcode}"
     process.kill()
     process.join()
-    return Outcome(name, Verdict("CRASH", text), Verdict("CRASH", text))
+    return Outcome(name, *(Verdict("CRASH", text) for _ in TRIALS))
 
 
 def _guarded(judge: Callable[[nn.Module], Verdict], model: nn.Module) -> Verdict:
@@ -263,6 +298,15 @@ def _used(model: nn.Module, ids: Tensor) -> set[str]:
     return used
 
 
+def _rows_to_train(model: nn.Module, layers: Sequence[Site], ids: Tensor) -> list[list[int]]:
+    """Two rows of every layer that runs."""
+    try:
+        run = layers_that_run(model, ids)
+    except NoReference:
+        run = [True] * len(layers)
+    return [_two_rows(layer, i) if run[i] else [] for i, layer in enumerate(layers)]
+
+
 def _two_rows(layer: Site, index: int) -> list[int]:
     if not layer.weights:
         return []
@@ -270,6 +314,8 @@ def _two_rows(layer: Site, index: int) -> list[int]:
 
 
 def _train(model: nn.Module, batch: Tensor, generator: torch.Generator) -> None:
+    # Molmo2 takes no tokens alone in training mode, and is trained in the other.
+    model.train(_logits(model.train(), batch) is not None)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     for _ in range(3):
