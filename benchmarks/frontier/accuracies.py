@@ -37,7 +37,7 @@ def main() -> None:
         "--arms",
         nargs="+",
         choices=tuple(ARMS),
-        default=("full", "LoRA", "rows protected", "down_proj protected"),
+        default=("full", "LoRA", "rows protected, 110", "down_proj protected, 110"),
     )
     arguments = parser.parse_args()
     start = time.monotonic()

@@ -136,8 +136,12 @@ ARMS: dict[str, Arm] = {
     "down_proj protected, docs": Arm(_ALL, protect="cut", source="docs"),
     "down_proj protected, 75 %": Arm(_ALL, protect="cut", share=0.75),
     "down_proj protected, 97 %": Arm(_ALL, protect="cut", share=0.97),
-    # The share of 14,336 directions that 1,024 are.
+    # A fourteenth of the features, as the package takes.
     "down_proj protected, 110": Arm(_ALL, protect="cut", directions=110),
+    "down_proj protected, 32": Arm(_ALL, protect="cut", directions=32),
+    "down_proj, random subspace, 110": Arm(_ALL, protect="random", directions=110),
+    "down_proj, another layer's, 110": Arm(_ALL, protect="other", directions=110),
+    "rows protected, 110": Arm(_ROWS, quota=10, protect="cut", directions=110),
     "down_proj protected, weighted": Arm(_ALL, protect="cut", weighted=True),
     "down_proj soft, two-sided": Arm(_ALL, protect="soft", weighted=True, row_steps=True),
     "down_proj protected, eigen": Arm(_ALL, protect="eigen"),

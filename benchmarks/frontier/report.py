@@ -123,7 +123,12 @@ def _table(comparison: Comparison) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-_OURS = ("down_proj protected", "rows protected")
+_OURS = (
+    "down_proj protected, 110",
+    "rows protected, 110",
+    "down_proj protected",
+    "rows protected",
+)
 _OTHERS = ("full", "LoRA", "full + replay", "full + KL", "LoRA + replay", "LoRA + KL")
 
 
@@ -168,6 +173,7 @@ _DRAWN = (
     "rows protected",
     "down_proj",
     "down_proj protected",
+    "down_proj protected, 110",
     "down_proj, random subspace",
     "linears protected",
 )

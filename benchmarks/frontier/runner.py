@@ -41,18 +41,20 @@ STEPS = 80
 DECISIVE = (
     "full",
     "LoRA",
-    "down_proj protected",
-    "rows protected",
+    "down_proj protected, 110",
+    "rows protected, 110",
     "full + replay",
     "full + KL",
     "LoRA + replay",
     "LoRA + KL",
 )
-# What could kill it: another subspace, none, another form.
+# What could kill it: another subspace, none, more directions, another form.
 CONTROLS = (
     "down_proj",
-    "down_proj, random subspace",
-    "down_proj, another layer's",
+    "down_proj, random subspace, 110",
+    "down_proj, another layer's, 110",
+    "down_proj protected",
+    "rows protected",
     "down_proj soft",
     "rows",
     "rows, random subspace",

@@ -1,11 +1,13 @@
 """``python -m benchmarks.training.protected``: what a protected update costs a layer's step.
 
-One layer of SmolLM2-135M's shape, forward and backward, with half of its input directions
-protected, against the same rows unprotected and the layer trained in full.
+One layer of SmolLM2-135M's shape, forward and backward, with as many of its input directions
+protected as `loki_kernels.estimate_protection` takes, against the same rows unprotected and the
+layer trained in full.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,12 +15,14 @@ import torch
 from torch import nn
 
 from loki_kernels import LokiLinear
+from loki_kernels.protection.moments import FEATURES_A_DIRECTION
 from loki_kernels.ranking import rows_per_layer
 
 from ..measure import DEVICE, DTYPE, DTYPE_NAME, interleave, pair
 from .peers import FullLinear
 
 IN, OUT = 1536, 576
+PROTECTED = math.ceil(IN / FEATURES_A_DIRECTION)
 
 
 def run(tokens: Sequence[int], quotas: Sequence[float], rounds: int) -> Iterator[dict[str, Any]]:
@@ -27,7 +31,7 @@ def run(tokens: Sequence[int], quotas: Sequence[float], rounds: int) -> Iterator
             torch.manual_seed(0)
             linear = nn.Linear(IN, OUT, bias=False, device=DEVICE, dtype=DTYPE)
             rows = torch.arange(rows_per_layer(quota, OUT), device=DEVICE)
-            directions = torch.linalg.qr(torch.randn(IN, IN // 2))[0].to(DEVICE)
+            directions = torch.linalg.qr(torch.randn(IN, PROTECTED))[0].to(DEVICE)
             layers = {
                 "ours": LokiLinear.from_linear(linear, rows, directions=directions),
                 "unprotected": LokiLinear.from_linear(linear, rows),
@@ -42,7 +46,7 @@ def run(tokens: Sequence[int], quotas: Sequence[float], rounds: int) -> Iterator
                 layer(x).backward(gradient)
 
             times = interleave({n: lambda m=m: step(m) for n, m in layers.items()}, rounds)
-            case = {"tokens": count, "quota": quota, "directions": IN // 2, "dtype": DTYPE_NAME}
+            case = {"tokens": count, "quota": quota, "directions": PROTECTED, "dtype": DTYPE_NAME}
             yield from pair("protected_linear", case, times)
 
 

@@ -20,7 +20,14 @@ from ..progress import progress_bar
 from ..sharding import is_partitioned
 from ..structure import Structure
 from ..team import Team
-from .moments import Moment, layers_at_a_time, moment_of, second_moments, top_eigenvectors
+from .moments import (
+    FEATURES_A_DIRECTION,
+    Moment,
+    layers_at_a_time,
+    moment_of,
+    second_moments,
+    top_eigenvectors,
+)
 from .result import Protection
 from .samples import draw_samples, openings_of
 
@@ -44,8 +51,9 @@ def estimate_protection(
     """The directions in which general text drives every down-projection of a model.
 
     Of a layer's inputs x the top eigenvectors of E[x x^T] (E over tokens, first ones of a text left
-    out) that hold ``share`` of the trace; of experts each one's own, x times the expert's share of
-    the token. A model on the CPU is on the accelerator meanwhile, if it fits there.
+    out), as many as ``max_directions`` or, if fewer do, as hold ``share`` of the trace; of experts
+    each one's own, x times the expert's share of the token. A model on the CPU is on the
+    accelerator meanwhile, if it fits there.
 
     Args:
         model: a transformers causal language model, patched or not.
@@ -53,10 +61,10 @@ def estimate_protection(
             draws 192 samples of up to 256 tokens from the model itself.
         tokenizer: for strings and samples; by default the one of ``model.name_or_path``.
         share: of the inputs' energy, in (0, 1).
-        max_directions: of a layer; a warning says so where they hold less than ``share``. None: as
-            many as that takes, two thirds of the features in some layers of a 135M model. With a
-            number, layers of more than 4,096 features are done by subspace iteration, which takes
-            seconds where all eigenvectors of 14,336 take half a minute on a GPU.
+        max_directions: of a layer, and of each expert. None: a fourteenth of its features, which
+            forgot less than the half or more of them that hold 90 % of the energy
+            (docs/forgetting.md). Layers of more than 4,096 features are done by subspace iteration,
+            which takes seconds where all eigenvectors of 14,336 take half a minute on a GPU.
         earlier: a protection whose energy is added, to protect an earlier task too (``texts``).
         batch_size: texts at a time.
         seed: of the samples.
@@ -101,7 +109,7 @@ def estimate_protection(
         {name: part[i] for name, part in parts.items()} for i in range(3)
     )
     result = Protection(directions, energies, totals, info)  # type: ignore[arg-type]
-    _warn_of_few(result, share, read)
+    _warn_of_few(result, read)
     return result
 
 
@@ -125,7 +133,7 @@ def _moments(
                 bar.update()
 
 
-def _warn_of_few(protection: Protection, share: float, read: dict[str, float]) -> None:
+def _warn_of_few(protection: Protection, read: dict[str, float]) -> None:
     """Of few tokens for the width: their directions hold their own energy whatever they are."""
     passed_by = [name for name, tokens in read.items() if not tokens]
     if passed_by:
@@ -142,13 +150,6 @@ def _warn_of_few(protection: Protection, share: float, read: dict[str, float]) -
             "inputs; it protects these texts and little else. Give more texts.",
             name, read[name], " an expert" if protection.directions[name].ndim == 3 else "",
             widths[name],
-        )  # fmt: skip
-    name, least = min(protection.shares().items(), key=lambda item: item[1])
-    if least < share - 1e-4:
-        logger.warning(
-            "%d directions hold %.0f %% of the energy of %s's inputs, not %.0f %%; more of them "
-            "(max_directions) protect more.",
-            protection.directions[name].shape[-1], 100 * least, name, 100 * share,
         )  # fmt: skip
 
 
@@ -179,7 +180,12 @@ def cached_protection(model: nn.Module, structure: Structure, tokenizer: Any) ->
 
 def _cached_or_estimated(model: nn.Module, structure: Structure, tokenizer: Any) -> Protection:
     tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
-    known = (__version__, model_fingerprint(structure.causal_lm), openings_of(tokenizer))
+    known = (
+        __version__,
+        FEATURES_A_DIRECTION,
+        model_fingerprint(structure.causal_lm),
+        openings_of(tokenizer),
+    )
     key = hashlib.sha256(repr(known).encode())
     path = cache_folder() / f"protection-{key.hexdigest()[:32]}.safetensors"
     found = read_cached(path, Protection.load)

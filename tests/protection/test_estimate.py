@@ -16,6 +16,7 @@ from loki_kernels.protection.result import leave_out
 from tests.models import DEVICE, assert_unchanged, build_model, snapshot
 
 NAME = "model.layers.1.mlp.down_proj"
+ALL = 10**6  # more directions than there are
 
 
 def texts(count=6, seed=0):
@@ -42,7 +43,9 @@ def inputs_of(model, name, windows):
 def test_the_directions_are_the_inputs_eigenvectors(name, batch_size):
     model = build_model(name)
     before = snapshot(model)
-    protection = loki.estimate_protection(model, texts(), share=0.8, batch_size=batch_size)
+    protection = loki.estimate_protection(
+        model, texts(), share=0.8, max_directions=ALL, batch_size=batch_size
+    )
     assert_unchanged(model, before)
     for layer, directions in protection.directions.items():
         x = inputs_of(model, layer, texts())
@@ -86,10 +89,14 @@ def test_subspace_iteration_finds_what_all_eigenvectors_do(monkeypatch):
     assert (got[0].T @ want[0]).square().sum() == pytest.approx(want[0].shape[1], abs=1e-2)
 
 
-def test_few_directions_are_said_to_hold_less(caplog):
-    protection = loki.estimate_protection(build_model(), texts(), share=0.99, max_directions=2)
-    assert all(d.shape[1] == 2 for d in protection.directions.values())
-    assert "2 directions hold" in caplog.text
+def test_a_fourteenth_of_the_features_is_left_alone():
+    for count, options in ((8, {}), (2, {"max_directions": 2}), (1, {"share": 0.01})):
+        protection = loki.estimate_protection(build_model(), texts(), **{"share": 0.99} | options)
+        assert all(d.shape == (112, count) for d in protection.directions.values())
+
+
+def test_few_tokens_are_said(caplog):
+    loki.estimate_protection(build_model(), texts())
     assert "fewer than two for each of the 112 inputs" in caplog.text
     caplog.clear()
     loki.estimate_protection(build_model(), texts(20))
@@ -99,8 +106,8 @@ def test_few_directions_are_said_to_hold_less(caplog):
 def test_an_earlier_protection_is_added():
     model = build_model()
     first, second = texts(seed=1), texts(seed=2)
-    earlier = loki.estimate_protection(model, first, share=0.9999)
-    both = loki.estimate_protection(model, second, share=0.8, earlier=earlier)
+    earlier = loki.estimate_protection(model, first, share=0.9999, max_directions=ALL)
+    both = loki.estimate_protection(model, second, share=0.8, max_directions=ALL, earlier=earlier)
     parts = [inputs_of(model, NAME, t).cpu() for t in (first, second)]
     moment = sum(x.T @ x / len(x) for x in parts)
     _, vectors = torch.linalg.eigh(moment)

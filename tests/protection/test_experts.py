@@ -30,7 +30,8 @@ def texts(count=9, seed=0):
 
 
 def protection_of(model, seed=0, **options):
-    return loki.estimate_protection(model, texts(seed=seed), **{"share": 0.7, **options})
+    options = {"share": 0.7, "max_directions": 10**6} | options
+    return loki.estimate_protection(model, texts(seed=seed), **options)
 
 
 def inputs_by_gradient(model, name, windows):
@@ -92,7 +93,7 @@ def test_a_patched_model_has_the_same():
 def test_an_expert_that_nothing_reaches_is_not_protected():
     matrix = torch.diag(torch.tensor([4.0, 3.0, 2.0, 0.0, 0.0]))
     stacked = torch.stack([matrix, torch.zeros(5, 5), matrix[[0, 1, 3, 2, 4]][:, [0, 1, 3, 2, 4]]])
-    directions, energies, total = moments.top_eigenvectors(stacked, 0.7, None)
+    directions, energies, total = moments.top_eigenvectors(stacked, 0.7, 5)
     assert directions.shape == (3, 5, 2)
     assert energies.tolist() == [[4, 3], [0, 0], [4, 3]]
     assert not directions[1].any()
