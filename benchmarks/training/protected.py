@@ -7,7 +7,6 @@ layer trained in full.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,14 +14,14 @@ import torch
 from torch import nn
 
 from loki_kernels import LokiLinear
-from loki_kernels.protection.moments import FEATURES_A_DIRECTION
+from loki_kernels.protection.moments import default_directions
 from loki_kernels.ranking import rows_per_layer
 
 from ..measure import DEVICE, DTYPE, DTYPE_NAME, interleave, pair
 from .peers import FullLinear
 
 IN, OUT = 1536, 576
-PROTECTED = math.ceil(IN / FEATURES_A_DIRECTION)
+PROTECTED = default_directions(IN)
 
 
 def run(tokens: Sequence[int], quotas: Sequence[float], rounds: int) -> Iterator[dict[str, Any]]:

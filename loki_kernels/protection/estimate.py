@@ -25,6 +25,7 @@ from .moments import (
     Moment,
     layers_at_a_time,
     moment_of,
+    refuse_untold_inputs,
     second_moments,
     top_eigenvectors,
 )
@@ -81,6 +82,7 @@ def estimate_protection(
     if batch_size < 1 or (max_directions is not None and max_directions < 1):
         raise ValueError("max_directions and batch_size must be positive.")
     structure = find_structure(model)
+    refuse_untold_inputs(structure)
     if earlier is not None:
         earlier.check(structure)
     with on_accelerator(model), _evaluating(structure.causal_lm):

@@ -53,6 +53,11 @@ def _room(device: torch.device) -> int:
         return 8 * 10**9
 
 
+def default_directions(features: int) -> int:
+    """How many directions of a layer's inputs are left alone at most, unless told otherwise."""
+    return math.ceil(features / FEATURES_A_DIRECTION)
+
+
 class Moment(NamedTuple):
     """Of a layer's inputs.
 
@@ -77,7 +82,7 @@ def second_moments(
     """The second moments of these layers' inputs, first tokens of windows left out.
 
     Raises:
-        UnsupportedModelError: for experts whose inputs cannot be told.
+        UnsupportedModelError: if a layer is given inputs of other tokens.
     """
     sums: dict[str, Tensor] = {}
     read: dict[str, int] = {}
@@ -135,24 +140,33 @@ def _read_inputs(module: nn.Module, kept: Tensor, x: Tensor) -> _Inputs:
     yield None, x[kept.to(x.device)].float()
 
 
-def _reader_of_experts(down_proj: DownProjection) -> Callable[..., _Inputs]:
-    """What gives (expert, its float32 inputs times its shares of the tokens), of those kept.
+def refuse_untold_inputs(structure: Structure) -> None:
+    """Raise UnsupportedModelError for experts whose inputs cannot be told."""
+    for _, down_proj in structure.trainable():
+        if not down_proj.of_experts:
+            continue
+        if down_proj.weight.is_meta:
+            reason: str | None = "their weights are not in memory"
+        else:
+            experts = _of_its_class(down_proj.module)
+            reason = why_not_grouped(experts, down_proj.parameter, down_proj.axis)
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"{down_proj.name} holds experts, and what enters their down-projections cannot be "
+                f"told: {reason}. A protection is for dense models and for experts that "
+                "transformers decorates."
+            )
 
-    Raises:
-        UnsupportedModelError: for experts whose inputs cannot be told.
-    """
-    # where a patched model's experts have their class's methods
-    experts: nn.Module = down_proj.module.__dict__.get("experts", down_proj.module)
-    if down_proj.weight.is_meta:
-        reason: str | None = "their weights are not in memory"
-    else:
-        reason = why_not_grouped(experts, down_proj.parameter, down_proj.axis)
-    if reason is not None:
-        raise UnsupportedModelError(
-            f"{down_proj.name} holds experts, and what enters their down-projections cannot be "
-            f"told: {reason}. A protection is for dense models and for experts that transformers "
-            "decorates."
-        )
+
+def _of_its_class(experts: nn.Module) -> nn.Module:
+    """What has the methods of the family's class; a patched model's experts keep it beside them."""
+    found: nn.Module = experts.__dict__.get("experts", experts)
+    return found
+
+
+def _reader_of_experts(down_proj: DownProjection) -> Callable[..., _Inputs]:
+    """What gives (expert, its float32 inputs times its shares of the tokens), of those kept."""
+    experts = _of_its_class(down_proj.module)
 
     def read(
         module: nn.Module,
@@ -203,7 +217,7 @@ def top_eigenvectors(
     if moment.device.type not in ("cpu", "cuda"):
         moment = moment.cpu()
     total = float(moment.trace())
-    most = most or math.ceil(len(moment) / FEATURES_A_DIRECTION)
+    most = most or default_directions(len(moment))
     if len(moment) <= _EXACT or most > _MOST_ITERATED * len(moment):
         values, vectors = torch.linalg.eigh(moment)
     else:

@@ -260,6 +260,8 @@ def test_what_cannot_be_told_or_is_of_another_model_is_refused():
     before = snapshot(model)
     with pytest.raises(loki.UnsupportedModelError, match=r"holds experts.*cannot be told"):
         protection_of(model)
+    with pytest.raises(loki.UnsupportedModelError, match="cannot be told"):
+        loki.estimate_protection(model, tokenizer=object())  # before anything is drawn
     assert_unchanged(model, before)
     model = build_model("Mixtral")
     before = snapshot(model)
