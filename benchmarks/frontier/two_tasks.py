@@ -74,9 +74,9 @@ def main() -> None:
 
     def measure(**figures: Any) -> dict[str, float]:
         found = {
-            "plays": round(_loss(model, plays), 4),
-            "calls": round(_loss(model, held_out), 4),
-            "wikitext": round(_loss(model, wikitext), 4),
+            "plays": round(_loss(model, plays), 6),
+            "calls": round(_loss(model, held_out), 6),
+            "wikitext": round(_loss(model, wikitext), 6),
         }
         say(**figures, **found)
         return found

@@ -321,11 +321,8 @@ def test_two_tasks_are_learned_in_a_row(monkeypatch, capsys):
     two_tasks.main()
     lines = [json.loads(s) for s in capsys.readouterr().out.splitlines() if s.startswith('{"')]
     measured = [line for line in lines if "wikitext" in line]
-    assert len(measured) == 2 + 3 * 2
-    found = {(line["rows"], line["share"]): line["calls"] for line in measured if "rows" in line}
-    assert {rows for rows, _ in found} == {"plain", "protected", "protected, earlier"}
-    # two protections of so small a model may come to the same four digits
-    assert len({calls for (rows, _), calls in found.items() if rows != "protected, earlier"}) == 4
+    assert len({line["calls"] for line in measured}) == len(measured) == 2 + 3 * 2
+    assert {line["rows"] for line in lines if "rows" in line} >= {"plain", "protected, earlier"}
 
 
 def test_finals_are_asked_questions(tmp_path, monkeypatch, capsys):

@@ -138,10 +138,7 @@ def _table_line(outcome: Outcome) -> str:
         _, error, *_, engine = verdicts["attribution"].text.split()
         kinds["attribution"] += f" by {engine} ({error})"
     reasons = [
-        _reason(verdict)
-        for what, verdict in verdicts.items()
-        if verdict.kind != TRIALS[what]
-        and not (what == "protection" and verdict.kind == "not tried")
+        _reason(verdict) for what, verdict in verdicts.items() if verdict.kind != TRIALS[what]
     ]
     reason = " / ".join(dict.fromkeys(reasons))
     return f"| {outcome.name} | {' | '.join(kinds.values())} | {_cell(reason)} |"

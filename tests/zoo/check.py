@@ -88,7 +88,7 @@ def check(name: str) -> Outcome:
         protection = (
             _guarded(check_protection, build(name))
             if training.kind == "trained"
-            else Verdict("not tried", "its rows are not trained")
+            else Verdict("not tried", training.text)
         )
         return Outcome(name, attribution, training, protection)
 
