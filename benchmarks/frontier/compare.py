@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -26,22 +27,28 @@ def is_finite(record: dict[str, Any]) -> bool:
     return all(math.isfinite(value) for point in record["points"] for value in point.values())
 
 
-def at_common_rates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those at the rates that their arm has with all of its seeds, so that seeds compare."""
+def comparable(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of as many seeds as all arms have, each arm at the rates that it has with all of them.
+
+    Of seeds whose rates are others the most that have one in common are left, so that a seed with
+    another rate alone does not end the comparison of the others.
+    """
     rates: dict[str, dict[int, set[float]]] = defaultdict(lambda: defaultdict(set))
     for record in records:
         rates[record["arm"]][record["seed"]].add(record["rate"])
-    common = {arm: set.intersection(*seeds.values()) for arm, seeds in rates.items()}
-    return [record for record in records if record["rate"] in common[record["arm"]]]
-
-
-def at_common_seeds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the seeds that all arms have, so that arms compare."""
-    seeds: dict[str, set[int]] = defaultdict(set)
-    for record in records:
-        seeds[record["arm"]].add(record["seed"])
-    common = set.intersection(*seeds.values()) if seeds else set()
-    return [record for record in records if record["seed"] in common]
+    seeds = sorted(set.intersection(*map(set, rates.values()))) if rates else []
+    for count in range(len(seeds), 0, -1):
+        for chosen in itertools.combinations(seeds, count):
+            common = {
+                arm: set.intersection(*(own[seed] for seed in chosen)) for arm, own in rates.items()
+            }
+            if all(common.values()):
+                return [
+                    record
+                    for record in records
+                    if record["seed"] in chosen and record["rate"] in common[record["arm"]]
+                ]
+    return []
 
 
 class Ratio(NamedTuple):
@@ -77,9 +84,9 @@ class Comparison:
         return sorted(seed for name, seed in self.points if name == arm)
 
     def of(self, arms: Collection[str]) -> Comparison:
-        """Of these arms alone: the seeds that all have, at the rates that each has with all."""
+        """Of these arms alone: the seeds that all have, at the rates that each has with them."""
         own = [record for record in self.records if record["arm"] in arms]
-        return Comparison(at_common_rates(at_common_seeds(own)))
+        return Comparison(comparable(own))
 
     def frontier(self, arm: str, seed: int, scaled: bool = True) -> list[Point]:
         """Of every rate; with ``scaled`` also of every share of the update that is merged."""

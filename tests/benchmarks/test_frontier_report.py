@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.frontier.compare import Comparison, at_common_rates, at_common_seeds, is_finite
+from benchmarks.frontier.compare import Comparison, comparable, is_finite
 from benchmarks.frontier.damage import damage_table, fit, plot_damages, read_damages
 from benchmarks.frontier.data import DOMAINS
 from benchmarks.frontier.report import _of_one_seed
@@ -72,16 +72,25 @@ def test_a_pair_is_compared_where_both_get_with_every_seed():
 
 
 def test_seeds_compare_at_the_rates_of_all_of_them():
-    records = [
-        {"arm": arm, "seed": seed, "rate": rate, "points": [{"loss": 1.0}]}
-        for arm, seed, rate in [
-            ("a", 0, 1), ("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3), ("b", 0, 1),
+    def kept(*trainings):
+        records = [
+            {"arm": arm, "seed": seed, "rate": rate, "points": [{"loss": 1.0}]}
+            for arm, seed, rate in trainings
         ]
-    ]  # fmt: skip
-    assert at_common_seeds(records) == [r for r in records if r["seed"] == 0]
-    kept = [(r["arm"], r["seed"], r["rate"]) for r in at_common_rates(records)]
-    assert kept == [("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3), ("b", 0, 1)]
-    assert is_finite(records[0])
+        return [(r["arm"], r["seed"], r["rate"]) for r in comparable(records)]
+
+    rates = [("a", 0, 1), ("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3)]
+    assert kept(*rates) == rates[1:]
+    assert kept(*rates, ("b", 0, 1)) == [*rates[:3], ("b", 0, 1)]  # the seed that both have
+    # seed 0 has no rate of b's others: it goes, and they stay
+    others = [("b", 1, 4), ("a", 2, 2), ("b", 2, 4)]
+    assert kept(*rates, ("b", 0, 1), *others) == [("a", 1, 2), *others]
+    assert kept(("a", 0, 1), ("b", 1, 1)) == []
+    assert kept() == []
+
+
+def test_trainings_that_came_to_no_numbers_are_told_apart():
+    assert is_finite({"points": [{"loss": 1.0}]})
     assert not is_finite({"points": [{"loss": 1.0, "wikitext": math.nan}]})
 
 
