@@ -17,9 +17,9 @@ _REFERENCE = "full"
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
-def log_divergence(point: dict[str, float]) -> float:
+def log_divergence(point: dict[str, float], domains: Sequence[str] = DOMAINS) -> float:
     """The mean over the domains of log KL."""
-    return sum(math.log(max(point[domain], 1e-9)) for domain in DOMAINS) / len(DOMAINS)
+    return sum(math.log(max(point[domain], 1e-9)) for domain in domains) / len(domains)
 
 
 def is_finite(record: dict[str, Any]) -> bool:
@@ -64,17 +64,21 @@ class Ratio(NamedTuple):
 
 
 class Comparison:
-    """Trainings of one task and number of steps that came to numbers, by arm and seed."""
+    """Trainings of one task and number of steps that came to numbers, by arm and seed.
 
-    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
+    What they forget is measured on ``domains``.
+    """
+
+    def __init__(self, records: Iterable[dict[str, Any]], domains: Sequence[str] = DOMAINS) -> None:
         self.records = list(filter(is_finite, records))
+        self.domains = domains
         self.points: dict[tuple[str, int], list[tuple[float, Point]]] = defaultdict(list)
         self.before: dict[int, float] = {}
         for record in self.records:
             self.before[record["seed"]] = record["before"]
             for point in record["points"]:
                 self.points[record["arm"], record["seed"]].append(
-                    (point["scale"], (point["loss"], log_divergence(point)))
+                    (point["scale"], (point["loss"], log_divergence(point, domains)))
                 )
 
     def arms(self) -> list[str]:
@@ -86,7 +90,7 @@ class Comparison:
     def of(self, arms: Collection[str]) -> Comparison:
         """Of these arms alone: the seeds that all have, at the rates that each has with them."""
         own = [record for record in self.records if record["arm"] in arms]
-        return Comparison(comparable(own))
+        return Comparison(comparable(own), self.domains)
 
     def frontier(self, arm: str, seed: int, scaled: bool = True) -> list[Point]:
         """Of every rate; with ``scaled`` also of every share of the update that is merged."""

@@ -65,7 +65,7 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
         yield ""
         yield from _table(comparison)
         yield from ("", "Times that the other's KL is ours; seeds; shares:", "")
-        yield from _against(every)
+        yield from _against(own)
         lost = sum(not is_finite(r) for r in own)
         if lost:
             yield from ("", f"{lost} trainings came to no numbers and are left out.")
@@ -132,17 +132,22 @@ _OURS = (
 _OTHERS = ("full", "LoRA", "full + replay", "full + KL", "LoRA + replay", "LoRA + KL")
 
 
-def _against(comparison: Comparison) -> Iterator[str]:
-    yield f"| ours | {' | '.join(_OTHERS)} |"
-    yield f"|---|{'--:|' * len(_OTHERS)}"
-    for ours in _OURS:
-        cells = [ours]
-        for other in _OTHERS:
-            logs, shares = comparison.log_ratios(ours, other)
-            cells.append(
-                f"{format_ratio(logs)}; {len(logs)}{format_shares(shares)}" if logs else "-"
-            )
-        yield f"| {' | '.join(cells)} |"
+def _against(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """On the texts together and on each alone, which need not move alike."""
+    texts = {"all": DOMAINS, **{domain: (domain,) for domain in DOMAINS}}
+    comparisons = {text: Comparison(records, domains) for text, domains in texts.items()}
+    yield f"| ours | text | {' | '.join(_OTHERS)} |"
+    yield f"|---|---|{'--:|' * len(_OTHERS)}"
+    trained = comparisons["all"].arms()
+    for ours in (arm for arm in _OURS if arm in trained):
+        for text, comparison in comparisons.items():
+            cells = [ours, text]
+            for other in _OTHERS:
+                logs, shares = comparison.log_ratios(ours, other)
+                cells.append(
+                    f"{format_ratio(logs)}; {len(logs)}{format_shares(shares)}" if logs else "-"
+                )
+            yield f"| {' | '.join(cells)} |"
 
 
 def format_shares(shares: Sequence[float]) -> str:

@@ -37,6 +37,24 @@ def test_arms_are_compared_at_equal_loss():
     assert comparison.log_ratios("rows", "LoRA").logs == {}
 
 
+def test_what_is_forgotten_may_be_that_of_one_text():
+    factors = {"full": (1.0, 1.0, 1.0), "rows": (0.1, 0.2, 0.5)}
+    records = [
+        {
+            "arm": arm, "seed": 0, "rate": 1, "before": 4.0,
+            "points": [
+                {"scale": s, "loss": 4 - s}
+                | {domain: f * s * s for domain, f in zip(DOMAINS, of_texts, strict=True)}
+                for s in (0.25, 0.5, 0.75, 1.0)
+            ],
+        }
+        for arm, of_texts in factors.items()
+    ]  # fmt: skip
+    for domains, ratio in [(DOMAINS, (10 * 5 * 2) ** (1 / 3)), (("chat",), 2)]:
+        logs = Comparison(records, domains).of({"full", "rows"}).log_ratios("rows", "full").logs
+        assert math.exp(logs[0]) == pytest.approx(ratio)
+
+
 def test_a_table_is_of_the_seed_that_most_arms_have():
     points = [{"scale": 1.0, "loss": 3.0, **dict.fromkeys(DOMAINS, 0.1)}]
     records = [
