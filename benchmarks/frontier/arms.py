@@ -31,6 +31,7 @@ class Arm:
             eigenvalues.
         directions: how many eigenvectors are cut at most.
         source: of the second moments and sensitivities.
+        texts: how many of the source's sequences they are of, at equal distances; None: all.
         weighted: whether tokens count by the squared gradient of their layer's output.
         row_steps: whether c is the sensitivity's inverse square root, else 1.
         start: what the update is trained from: ``null`` and ``corda`` are LoRA's factors
@@ -52,6 +53,7 @@ class Arm:
     share: float = 0.9
     directions: int | None = None
     source: str = "samples"
+    texts: int | None = None
     weighted: bool = False
     row_steps: bool = False
     start: str | None = None
@@ -62,7 +64,8 @@ class Arm:
     @property
     def moments(self) -> str:
         """The name of the moments that it asks for."""
-        return f"{self.source}, weighted" if self.weighted else self.source
+        source = self.source if self.texts is None else f"{self.texts} {self.source}"
+        return f"{source}, weighted" if self.weighted else source
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ ARMS: dict[str, Arm] = {
     "down_proj protected, 97 %": Arm(_ALL, protect="cut", share=0.97),
     # A fourteenth of the features, as the package takes.
     "down_proj protected, 110": Arm(_ALL, protect="cut", directions=110),
+    "down_proj protected, 110, 48 texts": Arm(_ALL, protect="cut", directions=110, texts=48),
     "down_proj protected, 32": Arm(_ALL, protect="cut", directions=32),
     "down_proj, random subspace, 110": Arm(_ALL, protect="random", directions=110),
     "down_proj, another layer's, 110": Arm(_ALL, protect="other", directions=110),

@@ -52,6 +52,14 @@ class Data:
                 found.update(name.encode() + part[name].to(torch.int32).cpu().numpy().tobytes())
         return found.hexdigest()[:12]
 
+    def texts_of(self, source: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Ids and labels of a source; of ``count`` of its sequences, at equal distances."""
+        ids, labels = self.ids[source], self.labels[source]
+        if count is None or count >= len(ids):
+            return ids, labels
+        chosen = torch.linspace(0, len(ids) - 1, count).round().long()
+        return ids[chosen], labels[chosen]
+
     def measured_on(self, count: int) -> Data:
         """The first ``count`` sequences of what is measured, all of what is trained on."""
         for part in (self.ids, self.labels):

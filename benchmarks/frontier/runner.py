@@ -150,6 +150,7 @@ def _sources(jobs: Sequence[Job], predict: bool = True) -> dict[str, dict[str, A
     if predict:
         wanted["samples"] = {
             "source": "samples",
+            "texts": None,
             "weighted": False,
             "every": True,
             "sensitivity": True,
@@ -162,6 +163,7 @@ def _sources(jobs: Sequence[Job], predict: bool = True) -> dict[str, dict[str, A
             arm.moments,
             {
                 "source": arm.source,
+                "texts": arm.texts,
                 "weighted": arm.weighted,
                 "every": False,
                 "sensitivity": False,
@@ -180,8 +182,7 @@ def _write_moments(
         layers = [n for n in linears(model) if asked["every"] or n.endswith("down_proj")]
         moments = measure_moments(
             model,
-            data.ids[asked["source"]],
-            data.labels[asked["source"]],
+            *data.texts_of(asked["source"], asked["texts"]),
             layers,
             weighted=asked["weighted"],
             sensitivity=asked["sensitivity"],

@@ -47,8 +47,7 @@ def make_lab(device):
     moments = {
         name: measure_moments(
             model,
-            data.ids[asked["source"]],
-            data.labels[asked["source"]],
+            *data.texts_of(asked["source"], asked["texts"]),
             list(linears(model)),
             weighted=asked["weighted"],
             sensitivity=asked["sensitivity"],
@@ -410,6 +409,16 @@ def test_other_texts_are_refused():
     _refuse_other_samples("abc", jobs, {0: {"other"}, 1: {"abc", None}})
     with pytest.raises(SystemExit, match="of seed 2 are of other"):
         _refuse_other_samples("abc", jobs, {1: {"abc"}, 2: {None}})
+
+
+def test_a_part_of_a_source_is_of_all_of_it():
+    ids = torch.arange(192)[:, None]
+    data = Data({"samples:ids": ids, "samples:labels": -ids})
+    some, labels = data.texts_of("samples", 48)
+    assert torch.equal(labels, -some)
+    assert len(some.unique()) == 48
+    assert (some < 96).sum() == 24
+    assert len(data.texts_of("samples")[0]) == len(data.texts_of("samples", 500)[0]) == 192
 
 
 def test_drawn_texts_are_drawn_once(tmp_path):
