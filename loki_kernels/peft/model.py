@@ -18,7 +18,6 @@ from ..discovery import find_structure
 from ..errors import UnsupportedModelError, explained
 from ..fingerprint import BaseRows
 from ..protection import Protection
-from ..selection import RowSelection
 from ..sharding import ignore_in_ddp, is_distributed
 from ..structure import Structure
 from ..training.adapter_file import base_rows_content, base_rows_of, check_base
@@ -26,7 +25,7 @@ from ..training.rows import LokiRows
 from ..training.targets import (
     as_selection,
     assign_rows,
-    check_rows_agree,
+    check_processes_agree,
     find_modules,
     new_heads,
     protection_to_keep,
@@ -47,7 +46,7 @@ class LokiModel(BaseTuner):
     tuner_layer_cls = LokiLayer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._agreed: set[str] = set()  # adapters that have the same rows in every process
+        self._agreed: set[str] = set()  # adapters that are the same in every process
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_read_saved)  # type: ignore[no-untyped-call]
         self.register_forward_pre_hook(_check_ranks)
@@ -67,10 +66,17 @@ class LokiModel(BaseTuner):
         _refuse_other_modules(structure)
         refuse_efficient_loading()
         _check_modules(structure, peft_config)
-        selection = self._select(structure, name, peft_config)
+        together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
+        selection = selection_to_train(
+            self.model, structure, peft_config.rows, None, peft_config.quota, agree=together
+        )
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}
         protection = _protection(structure, peft_config)
+        self._agreed.discard(name)
+        if together:
+            check_processes_agree(selection, peft_config.protection)
+            self._agreed.add(name)
         # index, dtype and protected directions by layer, of the adapter that is being added
         self._added: dict[str, tuple[Tensor, torch.dtype, Tensor | None]] = {}
         base_rows, quantized = [], False
@@ -98,24 +104,12 @@ class LokiModel(BaseTuner):
         peft_config.target_modules = set(self._added)
         return peft_config
 
-    def _select(self, structure: Structure, name: str, config: LokiConfig) -> RowSelection:
-        """The rows of a new adapter, the same in every process that trains it."""
-        self._agreed.discard(name)
-        # others may evaluate other adapters
-        agree = is_distributed() and not config.inference_mode
-        selection = selection_to_train(
-            self.model, structure, config.rows, None, config.quota, agree=agree
-        )
-        if agree:
-            self._agreed.add(name)
-        return selection
-
     def check_ranks(self) -> None:
-        """Raise ValueError if another process trains other rows."""
+        """Raise ValueError if another process trains other rows, or has another protection."""
         for name in self.active_adapters:
             if name not in self._agreed:
                 config: Any = self.peft_config[name]  # which knows its rows by now
-                check_rows_agree(as_selection(config.rows))
+                check_processes_agree(as_selection(config.rows), config.protection)
                 self._agreed.add(name)
 
     def _loki_layers(self) -> list[LokiLayer]:

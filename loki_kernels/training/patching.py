@@ -38,6 +38,7 @@ from .targets import (
     Rows,
     assign_rows,
     check_patchable,
+    check_processes_agree,
     find_modules,
     new_heads,
     projection_names,
@@ -110,7 +111,7 @@ def patch(
             ``ffn_neurons``; a quota outside (0, 100]; unknown options of the analysis, or some
             beside rows; a model that is already patched or has a PEFT adapter; unknown
             ``modules_to_save``; a damaged file, or an update of another base; a protection of
-            another model; processes with different rows. The model is unchanged.
+            another model; processes with different rows or protections. The model is unchanged.
         UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
     """
     if dtype is not None:
@@ -125,6 +126,8 @@ def patch(
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
     protection = protection_to_keep(model, structure, protect, tokenizer)
     selection = selection_to_train(model, structure, rows, tokenizer, quota, analysis)
+    if is_distributed():
+        check_processes_agree(selection, None if protection is None else protection.fingerprint)
     return _patch_rows(structure, selection, whole, rank, protection, saved, fuse_mlp=fuse_mlp)
 
 

@@ -65,19 +65,16 @@ def selection_to_train(
 ) -> RowSelection:
     """The rows to train: those named, all with a quota of 100, or those an analysis chooses.
 
-    With ``agree``, which every process has to ask for, the same in every process.
+    With ``agree``, which every process has to ask for, of an analysis those of the first process.
     """
-    analysed = False
     if rows is not None:
-        selection = as_selection(rows)
-    elif rows_per_layer(quota, structure.hidden_size) == structure.hidden_size:
+        return as_selection(rows)
+    if rows_per_layer(quota, structure.hidden_size) == structure.hidden_size:
         width = structure.hidden_size
         every = [list(range(width)) if ffn is not None else [] for ffn in structure.ffns]
-        selection = RowSelection(every, {"width": width, "quota": quota})
-    else:
-        selection = select(cached_attribution(model, structure, tokenizer, analysis), quota)
-        analysed = True
-    return agree_on_rows(selection, analysed=analysed) if agree else selection
+        return RowSelection(every, {"width": width, "quota": quota})
+    selection = select(cached_attribution(model, structure, tokenizer, analysis), quota)
+    return _of_the_first(selection) if agree and is_distributed() else selection
 
 
 def protection_to_keep(
@@ -314,39 +311,43 @@ def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad and n not in own}
 
 
-def agree_on_rows(selection: RowSelection, *, analysed: bool) -> RowSelection:
-    """One selection for all processes: the first one's, if each has analysed by itself.
-
-    Raises:
-        ValueError: if processes were given different rows.
-    """
-    if not is_distributed():
-        return selection
-    if analysed:  # a near-tie is enough for two devices to differ
-        content = [(selection.info, [rows.tolist() for rows in selection])]
-        torch.distributed.broadcast_object_list(content, src=0)
-        info, rows = content[0]
-        return RowSelection(rows, info)
-    check_rows_agree(selection)
-    return selection
+def _of_the_first(selection: RowSelection) -> RowSelection:
+    """The first process's: a near-tie is enough for two devices to differ."""
+    content = [(selection.info, [rows.tolist() for rows in selection])]
+    torch.distributed.broadcast_object_list(content, src=0)
+    info, rows = content[0]
+    return RowSelection(rows, info)
 
 
-def check_rows_agree(rows: Iterable[Tensor]) -> None:
-    """Raise ValueError if another process trains other rows; each checks the same models in turn.
+def check_processes_agree(rows: Iterable[Tensor], protection: str | None) -> None:
+    """Raise ValueError if another process trains other rows, or with another protection.
 
-    By the group's key-value store and not by a collective, in which a process that trains alone
-    would wait for the others.
+    Each checks the same models in turn, by the group's key-value store and not by a collective, in
+    which a process that trains alone would wait for the others.
+
+    Args:
+        rows: of every layer.
+        protection: its fingerprint.
     """
     digest = hashlib.sha256(repr([layer.tolist() for layer in rows]).encode()).hexdigest()
     store = torch.distributed.distributed_c10d._get_default_store()
-    key = f"loki_kernels/rows/{next(_checks)}"
-    if store.compare_set(key, "", digest).decode() != digest:
+    said = store.compare_set(
+        f"loki_kernels/trained/{next(_checks)}", "", f"{digest} {protection}"
+    ).decode()
+    other_rows, _, other_protection = said.partition(" ")
+    if other_rows != digest:
         message = (
             "this process trains other rows than another one, so their gradients are of different "
             "weights. Give every process the same row file (rows=...), or patch after "
             "torch.distributed is initialised, where one selection reaches all."
         )
         raise explained(ValueError(message))
+    if other_protection != str(protection):
+        raise ValueError(
+            "this process protects other directions than another one, so one update makes two "
+            "models. Give every process the same file (protect=...), or patch after "
+            "torch.distributed is initialised, where one estimate reaches all."
+        )
 
 
 _checks = itertools.count()

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..sharding import is_distributed, shards_its_weights
+from .adapter_file import protection_of
 from .rows import TRAINED, LokiRows, write_rows
-from .targets import check_rows_agree
+from .targets import check_processes_agree
 
 
 @dataclass
@@ -27,7 +28,7 @@ class RowWriter:
 
     model: nn.Module
     named_layers: Mapping[str, LokiRows]
-    agreed: bool = False  # whether the processes train the same rows
+    agreed: bool = False  # whether the processes train the same rows in the same directions
     held: bool = field(default=False, init=False)  # whether the rows stay as they were written
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
 
@@ -92,7 +93,8 @@ class RowWriter:
                 "adapter are trained with loki_kernels.peft.LokiConfig."
             )
         if not self.agreed and is_distributed():
-            check_rows_agree(layer.index for layer in self.layers)
+            rows = (layer.index for layer in self.layers)
+            check_processes_agree(rows, protection_of(self.named_layers))
             self.agreed = True
 
     @contextlib.contextmanager

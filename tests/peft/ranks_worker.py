@@ -26,8 +26,15 @@ RANK = int(os.environ["RANK"])
 OWN_ROWS = [[1, 5, 40 + RANK], [0], [7, 3]]
 
 
-def make(rows=OWN_ROWS):
-    return peft.get_peft_model(build_model(), LokiConfig(rows=rows))
+def make(rows=OWN_ROWS, protect=None):
+    return peft.get_peft_model(build_model(), LokiConfig(rows=rows, protect=protect))
+
+
+def protected(path):
+    """The same rows, in other directions than another process."""
+    texts = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(RANK)).tolist()
+    loki.estimate_protection(build_model(), texts).save(path)
+    return make([[1], [0], [7]], path)
 
 
 def step(model):
@@ -67,12 +74,15 @@ def main(out: Path) -> None:
     same = make([[1], [0], [7]])
     folder = out.parent / f"adapter-{RANK}"
     early.save_pretrained(folder)
+    early_protected = protected(out.parent / f"early-{RANK}.safetensors")
     dist.init_process_group("gloo")
     early.eval()(input_ids=token_batch())  # evaluation is anyone's own
     results = {
         "first step": error_of(step, early),
         "same rows": error_of(step, same),
         "given": error_of(make),
+        "protected, first step": error_of(step, early_protected),
+        "protected, given": error_of(protected, out.parent / f"given-{RANK}.safetensors"),
         "evaluated": error_of(peft.PeftModel.from_pretrained, build_model(), str(folder)),
         "analysed": chosen_rows(),
     }

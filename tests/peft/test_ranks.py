@@ -40,6 +40,12 @@ def test_different_rows_are_an_error(said, case):
     assert "other rows than another one" in error
 
 
+@pytest.mark.parametrize("case", ["protected, given", "protected, first step"])
+def test_different_protections_are_an_error(said, case):
+    (error,) = filter(None, said[case])
+    assert "other directions than another one" in error
+
+
 @pytest.mark.parametrize("case", ["same rows", "evaluated"])
 def test_no_error_where_none_is_due(said, case):
     assert said[case] == [None, None]

@@ -79,9 +79,9 @@ def build_experts():
     )
 
 
-def protection(model):
-    """Of directions that mean nothing: all processes have the same."""
-    generator = torch.Generator().manual_seed(0)
+def protection(model, seed=0):
+    """Of directions that mean nothing: all processes have the same of a seed."""
+    generator = torch.Generator().manual_seed(seed)
     # no decomposition, whose last bits depend on the number of threads
     drawn = {}
     for _, down_proj in find_structure(model).trainable():
@@ -278,11 +278,21 @@ def trainer(case, out):
     return run(out / case, STEPS), None, None
 
 
-EARLY = []  # a model that was patched before there was a group, each process with rows of its own
+# Models that were patched before there was a group, each process with rows of its own, and with a
+# protection of its own.
+EARLY = []
+
+
+def patch_early(rank):
+    EARLY.extend(build_model() for _ in range(2))
+    loki.patch(EARLY[0], [[1 + rank], [2], [3]])
+    loki.patch(EARLY[1], ROWS, protect=protection(EARLY[1], rank))
 
 
 def ranks(case):
-    """What is said where processes would train different rows: a list a process of messages."""
+    """What is said where processes would train different rows, or protect other directions: a list
+    a process of messages.
+    """
     rank = dist.get_rank()
 
     def scores_of_this_process(*_):
@@ -296,10 +306,19 @@ def ranks(case):
     said = [str(chosen == layers)]
     ids = batches()[0]
 
-    def train_early():
-        EARLY[0].train()(input_ids=ids, labels=ids).loss.backward()
+    def protect():
+        model = build_model()
+        loki.patch(model, ROWS, protect=protection(model, rank))
 
-    for attempt in (lambda: loki.patch(build_model(), [[1 + rank], [2], [3]]), train_early):
+    def train(model):
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+
+    for attempt in (
+        lambda: loki.patch(build_model(), [[1 + rank], [2], [3]]),
+        lambda: train(EARLY[0]),
+        protect,
+        lambda: train(EARLY[1]),
+    ):
         try:
             attempt()
             said.append("")
@@ -384,8 +403,7 @@ def main(out: Path, cases: list[str]) -> None:
         build_model("llama_mlp_bias").save_pretrained(out / "base")
         run_cases(out, [case for case in cases if case.startswith("plain")])
     if "ranks" in cases:
-        EARLY.append(build_model())
-        loki.patch(EARLY[0], [[1 + int(os.environ["RANK"])], [2], [3]])
+        patch_early(int(os.environ["RANK"]))
     dist.init_process_group("gloo")
     dist.barrier()
     run_cases(out, [case for case in cases if not case.startswith("plain")])
