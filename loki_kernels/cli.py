@@ -123,8 +123,8 @@ def _add_protection(commands: Any) -> None:
     protection.add_argument(
         "--texts", help="your own, .txt or .jsonl, as for drift (default: the model's samples)"
     )
-    protection.add_argument("--share", type=float, default=0.9, help="of the inputs' energy")
-    protection.add_argument("--max-directions", type=int, help="of a layer")
+    protection.add_argument("--max-directions", type=int, help="of a layer (default: a fourteenth)")
+    protection.add_argument("--share", type=float, help="of the inputs' energy, in place of that")
     protection.add_argument("--earlier", help="a protection whose energy is added")
     protection.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     protection.set_defaults(run=_protection)

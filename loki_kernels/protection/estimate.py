@@ -42,7 +42,7 @@ def estimate_protection(
     texts: Iterable[str | Sequence[int]] | None = None,
     *,
     tokenizer: Any = None,
-    share: float = 0.9,
+    share: float | None = None,
     max_directions: int | None = None,
     earlier: Protection | None = None,
     batch_size: int = 8,
@@ -52,20 +52,20 @@ def estimate_protection(
     """The directions in which general text drives every down-projection of a model.
 
     Of a layer's inputs x the top eigenvectors of E[x x^T] (E over tokens, first ones of a text left
-    out), as many as ``max_directions`` or, if fewer do, as hold ``share`` of the trace; of experts
-    each one's own, x times the expert's share of the token. A model on the CPU is on the
-    accelerator meanwhile, if it fits there.
+    out); of experts each one's own, x times the expert's share of the token. How many: a fourteenth
+    of the features, which forgot less than the half or more of them that hold 90 % of the energy
+    (docs/forgetting.md), and fewer where fewer hold 90 %; or as ``share`` and ``max_directions``
+    say. A model on the CPU is on the accelerator meanwhile, if it fits there.
 
     Args:
         model: a transformers causal language model, patched or not.
         texts: strings, or lists of token ids; longer ones are cut into windows of 512 tokens. None
             draws 192 samples of up to 256 tokens from the model itself.
         tokenizer: for strings and samples; by default the one of ``model.name_or_path``.
-        share: of the inputs' energy, in (0, 1).
-        max_directions: of a layer, and of each expert. None: a fourteenth of its features, which
-            forgot less than the half or more of them that hold 90 % of the energy
-            (docs/forgetting.md). Layers of more than 4,096 features are done by subspace iteration,
-            which takes seconds where all eigenvectors of 14,336 take half a minute on a GPU.
+        share: as many directions as hold so much of the inputs' energy, the trace; in (0, 1).
+        max_directions: of a layer, and of each expert, at most. Layers of more than 4,096 features
+            are done by subspace iteration if it is at most a quarter of them, which takes seconds
+            where all eigenvectors of 14,336 take half a minute on a GPU.
         earlier: a protection whose energy is added, to protect an earlier task too (``texts``).
         batch_size: texts at a time.
         seed: of the samples.
@@ -77,7 +77,7 @@ def estimate_protection(
         UnsupportedModelError: if the model has no FFN down-projections, or experts whose inputs
             cannot be told (those that transformers does not decorate).
     """
-    if not 0 < share < 1:
+    if share is not None and not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1); it is {share}.")
     if batch_size < 1 or (max_directions is not None and max_directions < 1):
         raise ValueError("max_directions and batch_size must be positive.")
@@ -104,6 +104,7 @@ def estimate_protection(
         "texts": "the model's own samples" if own else "given",
         "tokens": sum(len(window) - 1 for window in windows),
         "share": share,
+        "max_directions": max_directions,
         "earlier": None if earlier is None else earlier.fingerprint,
         "loki_kernels": __version__,
     }

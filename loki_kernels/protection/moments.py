@@ -18,8 +18,9 @@ from ..structure import DownProjection, Structure
 from .result import Protection
 
 # Directions that are left alone unless told otherwise, a fourteenth: 110 of SmolLM2-135M's 1,536
-# features, and 1,024 of the 14,336 of an 8B model.
+# features, and 1,024 of the 14,336 of an 8B model; fewer where fewer hold this share of the energy.
 FEATURES_A_DIRECTION = 14
+_SHARE = 0.9
 # Above this width, a few eigenvectors are worth an iteration, but not half of them.
 _EXACT = 4096
 _MOST_ITERATED = 0.25
@@ -203,12 +204,13 @@ def moment_of(protection: Protection, name: str, device: torch.device) -> Tensor
 
 
 def top_eigenvectors(
-    moment: Tensor, share: float, most: int | None
+    moment: Tensor, share: float | None, most: int | None
 ) -> tuple[Tensor, Tensor, float]:
     """The eigenvectors that hold ``share`` of the trace, their eigenvalues, and the trace.
 
-    Of experts each one's, with columns of zeros where another has more of them. What no token
-    reaches has nothing to protect: a column of zeros.
+    At most ``most`` of them, and with neither given at most a fourteenth of the features. Of
+    experts each one's, with columns of zeros where another has more of them. What no token reaches
+    has nothing to protect: a column of zeros.
     """
     if moment.ndim == 3:
         return _of_each(moment, share, most)
@@ -217,19 +219,22 @@ def top_eigenvectors(
     if moment.device.type not in ("cpu", "cuda"):
         moment = moment.cpu()
     total = float(moment.trace())
-    most = most or default_directions(len(moment))
+    if most is None:
+        most = default_directions(len(moment)) if share is None else len(moment)
     if len(moment) <= _EXACT or most > _MOST_ITERATED * len(moment):
         values, vectors = torch.linalg.eigh(moment)
     else:
         values, vectors = _subspace(moment, min(len(moment), most + 64))
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    count = int((values.cumsum(0) < share * total).sum()) + 1
+    count = int((values.cumsum(0) < (share or _SHARE) * total).sum()) + 1
     # all directions would leave nothing to train
     count = min(count, most, len(values), len(moment) - 1)
     return vectors[:, :count].contiguous().cpu(), values[:count].contiguous().cpu(), total
 
 
-def _of_each(moments: Tensor, share: float, most: int | None) -> tuple[Tensor, Tensor, float]:
+def _of_each(
+    moments: Tensor, share: float | None, most: int | None
+) -> tuple[Tensor, Tensor, float]:
     found = [top_eigenvectors(moment, share, most) for moment in moments]
     width = max(len(values) for _, values, _ in found)
     directions = torch.zeros(*moments.shape[:2], width)

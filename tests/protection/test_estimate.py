@@ -89,10 +89,27 @@ def test_subspace_iteration_finds_what_all_eigenvectors_do(monkeypatch):
     assert (got[0].T @ want[0]).square().sum() == pytest.approx(want[0].shape[1], abs=1e-2)
 
 
-def test_a_fourteenth_of_the_features_is_left_alone():
-    for count, options in ((8, {}), (2, {"max_directions": 2}), (1, {"share": 0.01})):
-        protection = loki.estimate_protection(build_model(), texts(), **{"share": 0.99} | options)
-        assert all(d.shape == (112, count) for d in protection.directions.values())
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (8, {}),
+        (2, {"max_directions": 2}),
+        (2, {"share": 0.99, "max_directions": 2}),
+        (1, {"share": 0.01}),
+        (1, {"share": 0.01, "max_directions": 2}),
+        (None, {"share": 0.99}),
+    ],
+)
+def test_a_fourteenth_of_the_features_is_left_alone(count, options):
+    """Or as many as hold a share of the energy, or as are allowed, or the fewer of both."""
+    protection = loki.estimate_protection(build_model(), texts(), **options)
+    for name, directions in protection.directions.items():
+        if count is not None:
+            assert directions.shape == (112, count)
+        else:
+            held = protection.energies[name].cumsum(0) / protection.totals[name]
+            assert directions.shape[1] > 8
+            assert held[-2] < 0.99 <= held[-1] * (1 + 1e-6)
 
 
 def test_few_tokens_are_said(caplog):
