@@ -150,8 +150,11 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path) -> Iterator[nn.Modu
     # PEFT's own unload() leaves modules that were trained whole, and some methods have none
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(module, dict(module._modules), module.training) for module in model.modules()]
-    around = peft.PeftModel.from_pretrained(model, os.fspath(name))
     try:
+        try:
+            around = peft.PeftModel.from_pretrained(model, os.fspath(name))
+        except RuntimeError as error:  # PEFT has put its layers in before it reads their weights
+            raise ValueError(f"{name} does not fit {name_of(model)}: {error}") from error
         yield around
     finally:
         for module, children, training in modules:

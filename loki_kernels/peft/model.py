@@ -72,7 +72,7 @@ class LokiModel(BaseTuner):
         )
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}
-        protection = _protection(structure, peft_config)
+        kept_by_layer = self._directions(structure, peft_config)
         self._agreed.discard(name)
         if together:
             check_processes_agree(selection, peft_config.protection)
@@ -85,7 +85,7 @@ class LokiModel(BaseTuner):
                 layer = self._loki_layer_for(down_proj.module)
                 own = layer.base_rows(rows)
                 dtype = torch.promote_types(own.dtype, torch.float32)
-                kept = None if protection is None else protection.directions[down_proj.name]
+                kept = kept_by_layer.get(down_proj.name)
                 if kept is not None and own.is_floating_point():
                     kept = kept.to(own.dtype)
                 self._added[names[id(down_proj.module)]] = rows.to(own.device), dtype, kept
@@ -103,6 +103,38 @@ class LokiModel(BaseTuner):
             vars(peft_config).update(base_rows_content(present))
         peft_config.target_modules = set(self._added)
         return peft_config
+
+    def _directions(self, structure: Structure, config: LokiConfig) -> dict[str, Tensor]:
+        """What a new adapter leaves alone, by down-projection; its fingerprint into the config.
+
+        ``protect=True`` means what the base alone says, so beside other adapters it is that of one
+        which was added before them: TRL adds a second adapter by the first one's config.
+        """
+        if config.inference_mode:
+            return {}
+        added = [name for name, other in self.peft_config.items() if other is not config]
+        if config.protect is True and added:
+            for name in added:
+                other: Any = self.peft_config[name]
+                kept = {
+                    down_proj.name: down_proj.module.loki_directions[name]
+                    for _, down_proj in structure.trainable()
+                    if isinstance(down_proj.module, LokiLayer)
+                    and name in down_proj.module.loki_directions
+                }
+                if (
+                    other.protect is True
+                    and config.protection in (None, other.protection)
+                    and len(kept) == len(list(structure.trainable()))
+                ):
+                    config.protection = other.protection
+                    return kept
+            raise ValueError(
+                "protect=True estimates from the base alone, and the model has an adapter "
+                f"({added[0]!r}) already; name a protection's file (protect=FILE)."
+            )
+        protection = _protection(structure, config)
+        return {} if protection is None else dict(protection.directions)
 
     def check_ranks(self) -> None:
         """Raise ValueError if another process trains other rows, or has another protection."""
@@ -203,8 +235,6 @@ def _refuse_other_modules(structure: Structure) -> None:
 
 def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
     """The protection to train with, and its fingerprint put into the config."""
-    if config.inference_mode:
-        return None
     protection = protection_to_keep(structure.causal_lm, structure, config.protect, None)
     present = None if protection is None else protection.fingerprint
     if config.protection not in (None, present):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..attribution.cache import cache_folder, find_tokenizer, read_cached, write_cached
 from ..attribution.placement import on_accelerator
+from ..attribution.result import model_settings
 from ..discovery import find_structure
 from ..fingerprint import model_fingerprint
 from ..progress import progress_bar
@@ -72,16 +74,23 @@ def estimate_protection(
         progress: whether to show a bar; None: on a terminal and in a notebook.
 
     Raises:
+        TypeError: for one string, which is no list of texts.
         ValueError: for no text, a share or count out of range, an ``earlier`` of other layers, or a
             model or tokenizer that samples cannot be drawn from.
         UnsupportedModelError: if the model has no FFN down-projections, or experts whose inputs
             cannot be told (those that transformers does not decorate).
     """
+    if isinstance(texts, (str, os.PathLike)):
+        raise TypeError(
+            f"texts is {texts!r}; give a list of texts, or a file to `loki-kernels protection "
+            "MODEL OUT --texts FILE`."
+        )
     if share is not None and not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1); it is {share}.")
     if batch_size < 1 or (max_directions is not None and max_directions < 1):
         raise ValueError("max_directions and batch_size must be positive.")
     structure = find_structure(model)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
     refuse_untold_inputs(structure)
     if earlier is not None:
         earlier.check(structure)
@@ -183,10 +192,14 @@ def cached_protection(model: nn.Module, structure: Structure, tokenizer: Any) ->
 
 def _cached_or_estimated(model: nn.Module, structure: Structure, tokenizer: Any) -> Protection:
     tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+    generation = getattr(structure.causal_lm, "generation_config", None)
     known = (
         __version__,
         FEATURES_A_DIRECTION,
         model_fingerprint(structure.causal_lm),
+        model_settings(structure.causal_lm),
+        None if generation is None else generation.to_json_string(),
         openings_of(tokenizer),
     )
     key = hashlib.sha256(repr(known).encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,18 +38,9 @@ def draw_samples(
     """
     if not hasattr(model, "generate") or not model.can_generate():
         raise ValueError(f"{type(model).__name__} generates no text; give texts of your own.")
-    document, *chats = openings_of(tokenizer)
-    separator = _separator(tokenizer)
-    # a chat goes on after the end of a turn
-    ends = [tokenizer.eos_token_id if separator is None else separator, separator]
-    openings = list(zip([document, *chats], ends, strict=False))
+    openings = openings_of(tokenizer)
     samples: list[list[int]] = []
-    devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        progress_bar(count, "draw the model's samples", progress) as bar,
-    ):
-        torch.manual_seed(seed)
+    with _seeded(model, seed), progress_bar(count, "draw the model's samples", progress) as bar:
         for number, (opening, end) in enumerate(openings):
             left = count // len(openings) + (number < count % len(openings))
             while left:
@@ -64,17 +57,37 @@ def _separator(tokenizer: Any) -> int | None:
     return token if known else None
 
 
-def openings_of(tokenizer: Any) -> list[list[int]]:
-    """What a document starts with, and what a user's turn does if there is a chat template."""
-    starts = [_separator(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
+@contextlib.contextmanager
+def _seeded(model: Any, seed: int) -> Iterator[None]:
+    """Generators where the model lies, seeded; all go on afterwards as they would have."""
+    devices = {p.device for p in model.parameters()}
+    on_cuda = sorted(device.index for device in devices if device.type == "cuda")
+    with torch.random.fork_rng(on_cuda):
+        if devices <= {torch.device("cpu"), *(torch.device("cuda", index) for index in on_cuda)}:
+            # torch.manual_seed would seed devices too that are not put back
+            torch.default_generator.manual_seed(seed)
+            for index in on_cuda:
+                torch.cuda.default_generators[index].manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+        yield
+
+
+def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
+    """What a document starts with, and a user's turn if there is a chat template; their last token.
+
+    A chat goes on after the end of a turn.
+    """
+    separator = _separator(tokenizer)
+    starts = [separator, tokenizer.bos_token_id, tokenizer.eos_token_id]
     first = next((token for token in starts if token is not None), None)
     if first is None:
         raise ValueError("the tokenizer has no token that starts a text; give texts of your own.")
-    openings = [[first]]
+    openings = [([first], tokenizer.eos_token_id if separator is None else separator)]
     if getattr(tokenizer, "chat_template", None) is not None:
         turn = _user_turn(tokenizer)
         if turn:
-            openings.append(tokenizer(turn, add_special_tokens=False)["input_ids"])
+            openings.append((tokenizer(turn, add_special_tokens=False)["input_ids"], separator))
     return openings
 
 
@@ -89,7 +102,11 @@ def _user_turn(tokenizer: Any) -> str:
     def render(*texts: str) -> str:
         roles = ("user", "assistant", "user")
         turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-        rendered: str = tokenizer.apply_chat_template(turns, tokenize=False)
+        rendered: str = tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            strftime_now=lambda _: "",  # some prompts have today's date, with which samples change
+        )
         return rendered
 
     question, answer, mark = "0123456789", "9876543210", "5678901234"
@@ -100,13 +117,31 @@ def _user_turn(tokenizer: Any) -> str:
         talk, longer = render(question, answer), render(question, answer, mark)
     except jinja2.TemplateError:  # one turn only
         return first
-    if not longer.startswith(talk):
-        return first
-    turn = longer[len(talk) :].partition(mark)[0]
+    if longer.startswith(talk):
+        turn = longer[len(talk) :].partition(mark)[0]
+    else:
+        turn = _after_the_end(tokenizer, talk, longer.partition(mark)[0], answer)
     start = tokenizer.bos_token
     if turn and start and first.startswith(start) and not turn.startswith(start):
         turn = start + turn
     return turn or first
+
+
+def _after_the_end(tokenizer: Any, talk: str, longer: str, answer: str) -> str:
+    """What stands between an answer's end and the next turn, where a last answer ends otherwise.
+
+    gpt-oss ends it with ``<|return|>`` and others with ``<|end|>``. Empty if the ends are no
+    special tokens.
+    """
+    end, other = (
+        tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        for text in (talk, longer)
+    )
+    ends = other[: len(end)]
+    if not set(ends) <= set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
+        return ""
+    turn: str = tokenizer.decode(other[len(end) :])
+    return turn
 
 
 def _generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor
 from ..errors import explained
 from ..files import atomic_path, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
-from ..protection.result import protection_fingerprint
 from ..sharding import full_shape, full_values, shard_like
 from .rows import TRAINED, LokiRows
 
@@ -160,11 +159,20 @@ class SavedUpdate:
             found.append(own[0] if own else [])
         return found
 
+    def modules(self) -> list[str]:
+        """Names of the modules that were trained whole."""
+        return modules_of(self.others)
+
     @property
     def rank(self) -> int | None:
         """Of LoKI*, or None."""
         ranks = {parts["delta_a"].shape[-1] for parts in self.layers.values() if "delta_a" in parts}
         return min(ranks, default=None)
+
+
+def modules_of(parameters: Iterable[str]) -> list[str]:
+    """Names of the modules that parameters of these names belong to."""
+    return sorted({name.rpartition(".")[0] for name in parameters})
 
 
 def layer_parts(layer: LokiRows) -> Parts:
@@ -197,7 +205,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> No
 
 
 def other_tensors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters that are trained whole, named as PEFT names them."""
+    """Parameters that are trained whole, named as PEFT names them; every process has to ask."""
     return {f"{_PREFIX}{name}": full_values(p).cpu() for name, p in parameters.items()}
 
 
@@ -213,16 +221,23 @@ def write_adapter(
 
 
 def write_side_file(
-    folder: str | os.PathLike[str], layers: Layers, parts_by_layer: Mapping[str, Parts]
+    folder: str | os.PathLike[str],
+    layers: Layers,
+    parts_by_layer: Mapping[str, Parts],
+    others: dict[str, Tensor],
 ) -> Path:
-    """Write `SIDE_FILE`: these parts of the layers, and what they are an update of."""
+    """Write `SIDE_FILE`: these parts of the layers, and what they are an update of.
+
+    And `other_tensors`, which are in the checkpoint too, but under the names that its family gives
+    them.
+    """
     path = Path(folder) / SIDE_FILE
     metadata = base_rows_content(base_rows(layers))
     metadata["base_sketch"] = json.dumps(metadata["base_sketch"])
     protection = protection_of(layers)
     if protection is not None:
         metadata["protection"] = protection
-    write_tensors(path, adapter_tensors(layers, parts_by_layer), **metadata)
+    write_tensors(path, adapter_tensors(layers, parts_by_layer) | others, **metadata)
     return path
 
 
@@ -258,9 +273,8 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
 
 
 def protection_of(layers: Layers) -> str | None:
-    """The fingerprint of the directions that the layers protect; None if they protect none."""
-    protected = {n: x.directions for n, x in layers.items() if x.directions is not None}
-    return protection_fingerprint(protected) if protected else None
+    """The fingerprint of what the layers are protected with; None if they protect nothing."""
+    return next((x.protection for x in layers.values() if x.protection is not None), None)
 
 
 def why_other_protection(saved: str | None, present: str | None) -> str | None:

@@ -21,7 +21,7 @@ from ..selection import RowSelection
 from ..sharding import full_shape, is_distributed
 from ..structure import Structure
 from . import adapter_file
-from .adapter_file import ADAPTER_FILE, CONFIG_FILE, AdapterConfig, SavedUpdate
+from .adapter_file import ADAPTER_FILE, CONFIG_FILE, AdapterConfig
 from .handle import Patch
 from .patching import patch
 from .rows import LokiRows
@@ -76,7 +76,7 @@ def save_adapter(
         ],
         rank=next(iter(layers.values())).rank,
         base_rows=adapter_file.base_rows(layers),
-        modules_to_save=_modules_of(others),
+        modules_to_save=adapter_file.modules_of(others) or None,
         protection=protection,
         protect=protect,
     )
@@ -111,7 +111,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
         model,
         RowSelection(config.rows),
         rank=config.rank,
-        modules_to_save=_modules_of(saved.others) or (),  # a config names more, as PEFT writes it
+        modules_to_save=saved.modules(),  # a config names more, as PEFT writes it
     )
     layers = dict(handle.named_layers())
     try:
@@ -121,7 +121,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
             config.base,
             getattr(handle.model, "name_or_path", None),
         )
-        reason = _load_all(handle.model, layers, saved)
+        reason = handle._load(saved)
         if reason is not None:
             raise ValueError(f"{folder}: {ADAPTER_FILE} and {CONFIG_FILE} do not agree: {reason}.")
         handle._refuse_training(adapter_file.why_other_protection(config.protection, None))
@@ -129,21 +129,6 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
         handle.unpatch()
         raise
     return handle
-
-
-def _load_all(model: nn.Module, layers: Mapping[str, LokiRows], saved: SavedUpdate) -> str | None:
-    """Load rows and whole modules; else change nothing and say why not."""
-    others = trained_whole(model)
-    if saved.others.keys() != others.keys():
-        return "it has other modules beside the rows"
-    if any(saved.others[name].shape != parameter.shape for name, parameter in others.items()):
-        return "a module beside the rows has another shape there"
-    reason = adapter_file.load_update(layers, saved)
-    if reason is None:
-        with torch.no_grad():
-            for name, parameter in others.items():
-                parameter.copy_(saved.others[name])
-    return reason
 
 
 def load_update(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
@@ -199,7 +184,7 @@ def export_lora(
         "base_model_name_or_path": _base_name(structure),
         "r": rank,
         "lora_alpha": rank,
-        "modules_to_save": _modules_of(others),
+        "modules_to_save": adapter_file.modules_of(others) or None,
         "lora_dropout": 0.0,
         "bias": "none",
     }
@@ -337,10 +322,6 @@ def task_type(model: nn.Module) -> str:
     }
     name = type(model).__name__
     return next((kind for end, kind in kinds.items() if name.endswith(end)), "CAUSAL_LM")
-
-
-def _modules_of(parameters: Mapping[str, Tensor]) -> list[str] | None:
-    return sorted({name.rpartition(".")[0] for name in parameters}) or None
 
 
 def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiRows]]:

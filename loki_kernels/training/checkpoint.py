@@ -15,6 +15,7 @@ from ..sharding import is_partitioned
 from . import adapter_file
 from .adapter_file import Layers, Parts
 from .rows import TRAINED, updated_rows
+from .targets import trained_whole
 
 
 @dataclass(eq=False)
@@ -49,10 +50,12 @@ class SavePretrained:
         parts = adapter_file.parts_of(self.layers)
         if state_dict is None:  # where the model is sharded, every process makes it
             state_dict = self.model.state_dict()
+        whole = {n: state_dict[n] for n in trained_whole(self.model) if n in state_dict}
+        others = adapter_file.other_tensors(whole)
         state_dict = self._merge_trained(state_dict, parts)
         if kwargs.get("is_main_process", True):
             # before the class's own, which may upload the folder
-            self._write_side_file(save_directory, parts)
+            self._write_side_file(save_directory, parts, others)
         save = type(self.model).save_pretrained
         with self._uploading_the_side_file() if kwargs.get("push_to_hub") else nullcontext():
             return save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)
@@ -71,11 +74,16 @@ class SavePretrained:
         finally:
             del self.model._upload_modified_files
 
-    def _write_side_file(self, folder: str | os.PathLike[str], parts: dict[str, Parts]) -> None:
+    def _write_side_file(
+        self,
+        folder: str | os.PathLike[str],
+        parts: dict[str, Parts],
+        others: dict[str, Tensor],
+    ) -> None:
         for name, layer in self.layers.items():
             parts[name] = (layer.gathered or {}) | parts[name]
         Path(folder).mkdir(parents=True, exist_ok=True)
-        adapter_file.write_side_file(folder, self.layers, parts)
+        adapter_file.write_side_file(folder, self.layers, parts, others)
 
     def _merge_trained(
         self, state_dict: dict[str, Tensor], parts: dict[str, Parts]

@@ -10,13 +10,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from ..errors import explained
 from ..selection import RowSelection
-from ..sharding import is_partitioned, is_sharded
+from ..sharding import is_partitioned, is_sharded, shard_like
 from . import adapter_file
+from .adapter_file import SavedUpdate, protection_of
 from .rows import LokiRows, write_into
 from .serving import merged_parameters
+from .targets import trained_whole, why_other_modules
 from .writer import RowWriter
 
 if TYPE_CHECKING:
@@ -81,6 +85,8 @@ class Patch:
     _writer: RowWriter = field(repr=False)
     _undo: ExitStack = field(repr=False)  # puts everything back but the rows
     _active: bool = field(default=True, repr=False)
+    # Parameters that were read from a file, and what they were.
+    _replaced: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list, repr=False)
 
     def merge(self) -> nn.Module:
         """Put the model's own modules back, the trained rows in their weights; return the model.
@@ -93,18 +99,23 @@ class Patch:
     def unpatch(self) -> nn.Module:
         """Put the original model back, bit for bit, and return it.
 
+        Modules that were trained whole stay as they are, unless they were read from a file.
+
         Raises:
             RuntimeError: if the model was already merged or unpatched, or its weights are sharded.
         """
         return self._restore(trained=False)
 
     def save_state(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the update of the rows beside a checkpoint, as ``model.save_pretrained`` does.
+        """Write the update beside a checkpoint, as ``model.save_pretrained`` does.
 
+        That is of the rows, and what is trained whole beside them.
         With sharded parameters every process has to call it.
         """
+        self._check_active()
         parts = adapter_file.parts_of(self._layers)
-        return adapter_file.write_side_file(folder, self._layers, parts)
+        others = adapter_file.other_tensors(trained_whole(self.model))
+        return adapter_file.write_side_file(folder, self._layers, parts, others)
 
     def load_state(self, folder: str | os.PathLike[str]) -> None:
         """Read back what `save_state` or ``save_pretrained`` wrote.
@@ -114,14 +125,19 @@ class Patch:
 
         Raises:
             FileNotFoundError: if the folder has no side file.
-            ValueError: if it is damaged, belongs to another selection, or is an update of other
-                weights; nothing is changed then.
+            ValueError: if it is damaged, belongs to another selection or protection, is an update
+                of other weights, or has other modules beside the rows; nothing is changed then.
             RuntimeError: under ZeRO-3, whose own checkpoints hold the rows.
         """
+        self._check_active()
         if any(is_partitioned(layer.frozen) for layer in self._layers.values()):
             raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
         path = Path(folder) / adapter_file.SIDE_FILE
-        adapter_file.load_side_file(self._layers, path, adapter_file.read_update(path))
+        saved = adapter_file.read_update(path)
+        reason = adapter_file.why_other_protection(saved.protection, protection_of(self._layers))
+        reason = reason or self._load(saved)
+        if reason is not None:
+            raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
 
     def trainer_callback(self) -> SideFileCallback:
         """For HF Trainer: what a Trainer's own saving and loading cannot know.
@@ -137,6 +153,7 @@ class Patch:
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 
+        self._check_active()
         return SideFileCallback(self._layers)
 
     def inference(self) -> AbstractContextManager[None]:
@@ -145,6 +162,7 @@ class Patch:
         For generation, a token a pass. What changes the update inside, training above all, is not
         seen; a training step raises RuntimeError.
         """
+        self._check_active()
         return self._writer.hold()
 
     def merged_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -164,6 +182,20 @@ class Patch:
     def named_layers(self) -> list[tuple[str, LokiRows]]:
         """(name in the model, layer) of every patched layer."""
         return list(self._layers.items())
+
+    def _load(self, saved: SavedUpdate) -> str | None:
+        """Load rows and what was trained whole beside them; else change nothing and say why not."""
+        reason = why_other_modules(self.model, saved.others)
+        reason = reason or adapter_file.load_update(self._layers, saved)
+        if reason is None:
+            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            with torch.no_grad():
+                for name, values in saved.others.items():
+                    parameter = parameters[name]
+                    if id(parameter) not in {id(kept) for kept, _ in self._replaced}:
+                        self._replaced.append((parameter, parameter.detach().cpu().clone()))
+                    parameter.copy_(shard_like(values.to(parameter.dtype), parameter))
+        return reason
 
     def _refuse_training(self, reason: str | None) -> None:
         self._writer.refusal = reason
@@ -196,6 +228,10 @@ class Patch:
                 write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
             else:
                 layer.reset_rows()
+        if not trained:
+            with torch.no_grad():
+                for parameter, values in self._replaced:
+                    parameter.copy_(values)
         self._undo.close()
         self._active = False
         return self.model

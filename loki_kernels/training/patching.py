@@ -118,17 +118,27 @@ def patch(
         warnings.warn(_NO_DTYPE, FutureWarning, stacklevel=2)
     structure = find_structure(model)
     check_patchable(structure)
-    whole = _modules_to_train(structure, modules_to_save)
+    if isinstance(modules_to_save, str):
+        raise ValueError(f"modules_to_save must be a list of names; it is {modules_to_save!r}.")
     if rows is not None and analysis:
         raise ValueError("analysis= is for rows=None; rows that are given need none.")
     saved = _saved_update(rows)
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
+        modules_to_save = [*modules_to_save, *saved.modules()]
+    whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
     protection = protection_to_keep(model, structure, protect, tokenizer)
     selection = selection_to_train(model, structure, rows, tokenizer, quota, analysis)
     if is_distributed():
         check_processes_agree(selection, None if protection is None else protection.fingerprint)
-    return _patch_rows(structure, selection, whole, rank, protection, saved, fuse_mlp=fuse_mlp)
+    handle = _patch_rows(structure, selection, whole, rank, protection, fuse_mlp=fuse_mlp)
+    if saved is not None:
+        try:
+            _load(handle, saved, None if protection is None else protection.fingerprint)
+        except BaseException:
+            handle.unpatch()
+            raise
+    return handle
 
 
 def _patch_rows(
@@ -137,11 +147,10 @@ def _patch_rows(
     whole: dict[str, nn.Module],
     rank: int | None,
     protection: Protection | None,
-    saved: SavedUpdate | None,
     *,
     fuse_mlp: bool,
 ) -> Patch:
-    """Train these rows, from the update that was saved of them; undone if anything fails."""
+    """Train these rows; undone if anything fails."""
     by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
@@ -150,20 +159,17 @@ def _patch_rows(
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
         _freeze(causal_lm, undo, but=whole)
         kept = {} if protection is None else protection.directions
+        fingerprint = None if protection is None else protection.fingerprint
         layers = {
             d.name: _replace_module(d, index, rank, kept.get(d.name), undo) for d, index in selected
         }
+        for layer in layers.values():
+            layer.protection = fingerprint
         for down_proj, _ in selected:
             gating = gatings.get(down_proj.name)
             if isinstance(gating, Gating):
                 _replace_mlp(causal_lm, down_proj, gating, undo)
         writer = _attach(structure, layers, undo)
-        if saved is not None:
-            _load(layers, saved)
-            present = adapter_file.protection_of(layers)
-            writer.refusal = adapter_file.why_other_protection(saved.protection, present)
-            if present is not None and writer.refusal is not None:  # it would act otherwise
-                raise ValueError(f"the update that was saved does not fit: {writer.refusal}.")
         trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
         report = replace(report, trainable=trained, notes=[*report.notes, *_whole_weights(layers)])
         logger.info("%s", report)
@@ -238,13 +244,6 @@ def _saved_update(rows: Rows | None) -> SavedUpdate | None:
     return adapter_file.read_update(Path(rows) / adapter_file.SIDE_FILE)
 
 
-def _modules_to_train(structure: Structure, names: Sequence[str]) -> dict[str, nn.Module]:
-    """What is trained whole: the modules that are named, and a new head."""
-    if isinstance(names, str):
-        raise ValueError(f"modules_to_save must be a list of names; it is {names!r}.")
-    return find_modules(structure, [*names, *new_heads(structure)])
-
-
 def _dtypes(modules: dict[str, nn.Module]) -> dict[str, str]:
     return {
         name: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in m.parameters()}))
@@ -280,10 +279,14 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
     return find_gating(down_proj)
 
 
-def _load(layers: dict[str, LokiRows], saved: SavedUpdate) -> None:
-    reason = adapter_file.load_update(layers, saved)
+def _load(handle: Patch, saved: SavedUpdate, protection: str | None) -> None:
+    refusal = adapter_file.why_other_protection(saved.protection, protection)
+    if protection is not None and refusal is not None:  # it would act otherwise
+        raise ValueError(f"the update that was saved does not fit: {refusal}.")
+    reason = handle._load(saved)
     if reason is not None:
         raise ValueError(f"the update that was saved is none of this model's: {reason}.")
+    handle._refuse_training(refusal)
 
 
 def _freeze(model: nn.Module, undo: contextlib.ExitStack, but: dict[str, nn.Module]) -> None:

@@ -48,7 +48,9 @@ class LokiRows(nn.Module):
     in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
     written = False  # whether the weight may hold an update
     merged_alone: Tensor | None = None  # rows of a merged weight that was loaded without its update
+    loaded_alone = False  # the same, also where these rows are what the update gives
     passed_over = False  # whether a state dict was loaded that had nothing of these rows
+    protection: str | None = None  # fingerprint of the protection that the directions are a part of
     _read_version: int | None = None  # of the update
     gathered: dict[str, Tensor] | None = None  # what a side file needs, of a sharded model
     sharded = False  # whether the decoder's last forward pass found the weight sharded
@@ -145,7 +147,7 @@ class LokiRows(nn.Module):
 
     def mark_read(self) -> None:
         """Note that the update was read from a file, which is all of it that there is to know."""
-        self.merged_alone, self.passed_over = None, False
+        self.merged_alone, self.loaded_alone, self.passed_over = None, False, False
         self._read_version = self.trained_parameters()[-1][1]._version
 
     def is_as_read(self) -> bool:
@@ -232,8 +234,9 @@ class LokiRows(nn.Module):
         with torch.no_grad():
             merged = full_values(self.frozen)
             rows = self.take_rows(merged).to(self.base_rows.device)
-            self.merged_alone = None
-            if own & set(missing) and not same_rows(rows, self.merged_rows()):
+            self.merged_alone, self.loaded_alone = None, bool(own & set(missing))
+            within = 0.0 if self.rank is None and self.directions is None else _BY_PRODUCTS
+            if self.loaded_alone and not same_rows(rows, self.merged_rows(), within=within):
                 self.merged_alone = rows.cpu()
             if self.rank is None and self.merged_alone is not None:
                 update = rows.to(self.update.dtype) - self.base_rows.to(self.update.dtype)
@@ -290,11 +293,16 @@ _MERGED_ALONE = (
 )
 
 
-def same_rows(got: Tensor, want: Tensor) -> bool:
+# What another device's products may move the rows that one update gives, in roundings of theirs.
+# A whole one would be too much: in 16 bits two checkpoints' updates differ by less.
+_BY_PRODUCTS = 0.02
+
+
+def same_rows(got: Tensor, want: Tensor, *, within: float = 1.0) -> bool:
     """Whether rows are the same but for a rounding to the coarser of the two dtypes."""
     eps = max(torch.finfo(x.dtype).eps for x in (got, want))
     difference = got.float() - want.to(got.device).float()
-    return float(difference.norm()) <= eps * float(want.float().norm())
+    return float(difference.norm()) <= within * eps * float(want.float().norm())
 
 
 def check_rank(rank: object) -> None:

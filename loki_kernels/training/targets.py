@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -19,7 +19,7 @@ from ..protection import Protection
 from ..protection.estimate import cached_protection
 from ..ranking import rows_per_layer
 from ..selection import RowSelection, select
-from ..sharding import DTensor, is_distributed, is_partitioned
+from ..sharding import DTensor, full_shape, is_distributed, is_partitioned
 from ..structure import (
     TOLERANCE,
     DownProjection,
@@ -309,6 +309,24 @@ def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
         for part in TRAINED
     }
     return {n: p for n, p in model.named_parameters() if p.requires_grad and n not in own}
+
+
+def why_other_modules(model: nn.Module, saved: Mapping[str, Tensor]) -> str | None:
+    """Why parameters that were saved are not those that a patched model trains whole.
+
+    A tied one may have any of its names, or several.
+    """
+    trained = {id(p): name for name, p in trained_whole(model).items()}
+    names = dict(model.named_parameters(remove_duplicate=False))
+    found = {id(names[name]) for name in saved if name in names}
+    if found != trained.keys() or saved.keys() - names.keys():
+        return (
+            f"beside the rows it has {', '.join(sorted(saved)) or 'nothing'}, and this model "
+            f"trains {', '.join(sorted(trained.values())) or 'nothing'} (modules_to_save=)"
+        )
+    if any(tensor.shape != full_shape(names[name]) for name, tensor in saved.items()):
+        return "a module beside the rows has another shape there"
+    return None
 
 
 def _of_the_first(selection: RowSelection) -> RowSelection:

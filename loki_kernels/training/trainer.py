@@ -70,7 +70,7 @@ class SideFileCallback(TrainerCallback):
 
         Where a state dict held it already (FSDP, DeepSpeed) there is nothing to do.
         """
-        if not any(x.merged_alone is not None or x.passed_over for x in self.layers.values()):
+        if not any(x.loaded_alone or x.passed_over for x in self.layers.values()):
             return
         for folder in folders:
             path = folder / SIDE_FILE

@@ -46,6 +46,12 @@ class RowWriter:
     def before_forward(self, decoder: nn.Module, _inputs: Any) -> None:
         if torch.compiler.is_compiling():  # there the weight is not written
             return
+        if getattr(decoder, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel, which HF Trainer uses in one process that sees several GPUs, "
+                "cannot run a patched model; start a process a GPU (torchrun), or show one alone "
+                "(CUDA_VISIBLE_DEVICES=0)."
+            )
         if decoder.training and torch.is_grad_enabled():
             self._check_training()
         if self.held:

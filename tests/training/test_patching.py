@@ -484,6 +484,49 @@ def test_plain_llama_structure_is_kept(model, tmp_path):
     assert not hasattr(config, "auto_map")
 
 
+@pytest.mark.parametrize("call", ["save_state", "load_state", "inference", "trainer_callback"])
+def test_a_handle_does_nothing_once_it_is_undone(model, tmp_path, call):
+    handle = loki.patch(model, ROWS)
+    handle.save_state(tmp_path)
+    before = (tmp_path / "loki_rows.safetensors").read_bytes()
+    handle.unpatch()
+    with pytest.raises(RuntimeError, match="no longer patched"):
+        getattr(handle, call)(*([tmp_path] if call.endswith("state") else []))
+    assert (tmp_path / "loki_rows.safetensors").read_bytes() == before
+
+
+def test_data_parallel_is_refused(model):
+    loki.patch(model, ROWS)
+    replica = model.model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="CUDA_VISIBLE_DEVICES"):
+        replica(input_ids=token_batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rank", "step"), [(None, 2e-5), (None, 1e-9), (2, 0.01), (2, 1e-9)])
+def test_steps_below_the_rounding_are_told_apart(tmp_path, dtype, rank, step):
+    """Of two checkpoints that differ by less than 16 bits resolve, or not at all as merged."""
+    model = build_model(dtype=dtype)
+    handle = loki.patch(model, ROWS, rank=rank)
+    train(model, lr=1e-3)
+    model.save_pretrained(tmp_path)
+    want = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, layer in handle.named_layers():
+            factor = layer.trained_parameters()[-1][1]
+            factor.add_(to_device(step * torch.randn(factor.shape, generator=generator)))
+    merged = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    model.load_state_dict(merged, strict=False)
+    if step > 1e-8:
+        with pytest.raises(RuntimeError, match="not the update itself"):
+            train(model.train())
+    handle.trainer_callback()._load_side_file([tmp_path])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, want[name]), name
+    train(model.train(), steps=1)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_merge_side_file(tmp_path, rank):
     model = build_model(dtype=torch.bfloat16)

@@ -1,0 +1,108 @@
+"""What is trained whole beside the rows: saved with them, read with them, and put back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import loki_kernels as loki
+from loki_kernels.training.adapters import load_update
+from tests.models import build_model
+from tests.tiny_training import ROWS, load_model, logits, train
+
+TIED = "llama_mlp_bias"
+
+
+def states(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(got, want):
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.fixture(params=["llama", TIED])
+def trained(request, tmp_path):
+    """A base's folder and a checkpoint's, a trained model, and its handle."""
+    model = build_model(request.param)
+    model.save_pretrained(tmp_path / "base")
+    handle = loki.patch(model, ROWS, modules_to_save=["embed_tokens"])
+    train(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path, model, handle
+
+
+def test_a_checkpoint_goes_on_with_them(trained):
+    folder, model, handle = trained
+    base = load_model(folder / "base")
+    again = loki.patch(base, folder / "checkpoint")
+    assert again.report.whole == {"model.embed_tokens": "float32"}
+    torch.testing.assert_close(logits(base), logits(model), rtol=0, atol=0)
+    train(base)
+    train(model)
+    torch.testing.assert_close(logits(base), logits(model))
+    handle.save_state(folder / "checkpoint")
+    other = load_model(folder / "base")
+    handle = loki.patch(other, ROWS, modules_to_save=["embed_tokens"])
+    handle.load_state(folder / "checkpoint")
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
+
+
+def test_a_checkpoint_is_merged_with_them(trained):
+    folder, model, _ = trained
+    merged = load_update(load_model(folder / "base"), folder / "checkpoint").merge()
+    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=0)
+
+
+def test_a_model_that_trains_others_is_refused(trained):
+    folder, _, _ = trained
+    base = load_model(folder / "base")
+    want = states(base)
+    with (
+        loki.patch(base, ROWS) as handle,
+        pytest.raises(ValueError, match=r"has .*embed_tokens.weight, .* trains nothing"),
+    ):
+        handle.load_state(folder / "checkpoint")
+    assert_equal(states(base), want)
+    with pytest.raises(ValueError, match=r"trains model.embed_tokens.weight, model.norm.weight"):
+        loki.patch(base, folder / "checkpoint", modules_to_save=["model.norm"])
+    assert_equal(states(base), want)
+
+
+@pytest.mark.parametrize("how", ["adapter", "checkpoint"])
+def test_unpatching_puts_back_what_was_read(trained, how):
+    folder, model, _ = trained
+    loki.save_adapter(model, folder / "adapter")
+    base = load_model(folder / "base")
+    want = states(base)
+    handle = load_update(base, folder / how)
+    torch.testing.assert_close(logits(base), logits(model))
+    handle.unpatch()
+    assert_equal(states(base), want)
+
+
+def test_drift_of_an_adapter_leaves_the_base(trained):
+    folder, model, _ = trained
+    loki.save_adapter(model, folder / "adapter")
+    base = load_model(folder / "base")
+    want = states(base)
+    result = loki.drift(base, folder / "adapter", [{"input_ids": list(range(3, 40))}])
+    assert result.overall.kl > 0
+    assert_equal(states(base), want)
+
+
+def test_tied_weights_have_any_of_their_names(tmp_path):
+    """PEFT saves the embedding and the head of a vocabulary that was resized."""
+    peft = pytest.importorskip("peft")
+    from loki_kernels.peft import LokiConfig
+
+    base = build_model(TIED)
+    base.name_or_path = "its"  # PEFT reads the vocabulary's size there
+    base.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(load_model(tmp_path / "base"), LokiConfig(rows=ROWS))
+    train(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    loaded = loki.load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded.model), logits(model))
