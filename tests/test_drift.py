@@ -8,6 +8,7 @@ import math
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -218,6 +219,19 @@ def test_pefts_adapters_of_any_method(kind, tmp_path):
     if kind != "prompt":
         kl = torch.cat(naive(base, around, texts())[0]).mean()
         assert want.overall.kl == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_base(tmp_path):
+    """PEFT puts its layers in before it finds out."""
+    base, other = build_model(), build_model()
+    peft.get_peft_model(other, peft_config("lora")).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    wide = {name: torch.cat([t, t], -1) for name, t in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(wide, path)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="does not fit"):
+        loki.drift(base, tmp_path, texts())
+    assert_unchanged(base, before)
 
 
 @pytest.fixture

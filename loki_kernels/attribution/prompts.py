@@ -118,6 +118,13 @@ def tokenize_prompts(
         raise ValueError("chat_template_kwargs is given, but no prompt is a chat.")
 
 
+def tokenizer_in(tokenizer: Any) -> Any:
+    """A processor's own tokenizer; anything else as it is."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
 def _check_tokens(tokens: np.ndarray, i: int, vocab_size: int) -> None:
     if tokens.size == 0:
         raise ValueError(f"prompt {i} is empty: it has no token.")
@@ -141,8 +148,7 @@ def _from_text(prompt: Any, tokenizer: Any, i: int, options: dict[str, Any]) -> 
         message = f"prompt {i} is text, so a tokenizer is needed: pass tokenizer=..."
         raise explained(TypeError(message))
     template = getattr(tokenizer, "chat_template", None)  # a processor may have one of its own
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    tokenizer = tokenizer_in(tokenizer)
     if not callable(tokenizer):
         raise TypeError(
             f"prompt {i} is text, and tokenizer= is a {type(tokenizer).__name__}; pass a "

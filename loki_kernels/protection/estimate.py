@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..attribution.cache import cache_folder, find_tokenizer, read_cached, write_cached
 from ..attribution.placement import on_accelerator
+from ..attribution.prompts import tokenizer_in
 from ..attribution.result import model_settings
 from ..discovery import find_structure
 from ..fingerprint import model_fingerprint
@@ -90,7 +91,7 @@ def estimate_protection(
     if batch_size < 1 or (max_directions is not None and max_directions < 1):
         raise ValueError("max_directions and batch_size must be positive.")
     structure = find_structure(model)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+    tokenizer = tokenizer_in(tokenizer)
     refuse_untold_inputs(structure)
     if earlier is not None:
         earlier.check(structure)
@@ -192,7 +193,7 @@ def cached_protection(model: nn.Module, structure: Structure, tokenizer: Any) ->
 
 def _cached_or_estimated(model: nn.Module, structure: Structure, tokenizer: Any) -> Protection:
     tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+    tokenizer = tokenizer_in(tokenizer)
     generation = getattr(structure.causal_lm, "generation_config", None)
     known = (
         __version__,

@@ -100,6 +100,30 @@ def test_true_estimates_one_and_all_rows_need_no_analysis(drawn, monkeypatch, tm
         trainable()
 
 
+def test_a_second_adapter_is_protected_as_the_first(drawn, monkeypatch, tmp_path):
+    """Of the base alone; TRL adds its reference by the first one's config."""
+    config = LokiConfig(quota=100, protect=True)
+    model = peft.get_peft_model(build_model(), config)
+    train(model)
+    monkeypatch.setattr(estimate, "estimate_protection", None)
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path / "empty"))
+    for name, added in [("ref", model.peft_config["default"]), ("new", config)]:
+        model.add_adapter(name, added)
+        layer = model.get_base_model().model.layers[1].mlp.down_proj
+        assert torch.equal(layer.loki_directions[name], layer.loki_directions["default"])
+        assert model.peft_config[name].protection == model.peft_config["default"].protection
+    model.set_adapter("new")
+    train(model)
+
+
+@pytest.mark.parametrize("first", [{"rows": ROWS}, {"rows": [[1], [], [2]], "protect": True}])
+def test_a_second_adapter_alone_protected_needs_a_file(drawn, first, file):
+    model = peft.get_peft_model(build_model(), LokiConfig(**first))
+    with pytest.raises(ValueError, match="protect=FILE"):
+        model.add_adapter("second", LokiConfig(rows=ROWS, protect=True))
+    model.add_adapter("third", LokiConfig(rows=ROWS, protect=str(file)))
+
+
 def test_an_adapter_of_patch_names_its_protection(file, tmp_path):
     build_model().save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base")

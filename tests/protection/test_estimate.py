@@ -14,6 +14,7 @@ import loki_kernels as loki
 from loki_kernels.protection import Protection, estimate, moments, samples
 from loki_kernels.protection.result import leave_out
 from tests.models import DEVICE, assert_unchanged, build_model, snapshot
+from tests.test_demo import word_tokenizer
 
 NAME = "model.layers.1.mlp.down_proj"
 ALL = 10**6  # more directions than there are
@@ -148,6 +149,23 @@ def chat_tokenizer():
     return tokenizer
 
 
+def test_a_processors_tokenizer_is_asked():
+    model, tokenizer = build_model(), word_tokenizer()
+
+    class Processor:  # has no method of a tokenizer's
+        def __init__(self):
+            self.tokenizer = tokenizer
+
+        def __call__(self, images=None, text=None):
+            raise AssertionError
+
+    one, other = (
+        loki.estimate_protection(model, ["w3 w4 w5"] * 2, tokenizer=given)
+        for given in (tokenizer, Processor())
+    )
+    assert one.fingerprint == other.fingerprint
+
+
 def test_samples_are_drawn_from_the_model():
     model, tokenizer = build_model(), chat_tokenizer()
     state = torch.random.get_rng_state()
@@ -171,6 +189,11 @@ ONE_TURN = (
 LAST_DIFFERS = (
     "{% for m in messages %}<u>{% if loop.last %}<think>{% endif %}{{ m['content'] }}{% endfor %}"
 )
+OTHER_END = (
+    "It is w8"
+    "{% for m in messages %}<s>{{ m['role'] }}<m>{{ m['content'] }}"
+    "{{ '<return>' if loop.last and m['role'] == 'assistant' else '<end>' }}{% endfor %}"
+)
 INSTRUCT = (
     "w1{% for m in messages %}{{ '[INST] ' if m['role'] == 'user' else '' }}{{ m['content'] }}"
     "{{ '[/INST]' if m['role'] == 'user' else 'w2' }}{% endfor %}"
@@ -184,11 +207,17 @@ INSTRUCT = (
         (INSTRUCT, "w1[INST] "),  # after what begins every text
         (ONE_TURN, "<u>"),
         (LAST_DIFFERS, "<u><think>"),
+        (OTHER_END, "<s>user<m>"),
+        (
+            OTHER_END.replace("<end>", " w4 "),
+            "It is w8<s>user<m>",
+        ),  # no token of its own: the first
         ("nothing", ""),
     ],
 )
 def test_a_users_turn_opens_without_a_system_prompt(template, want):
     tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<s>", "<m>", "<end>", "<return>"]})
     tokenizer.chat_template = template
     assert samples._user_turn(tokenizer) == want
 
@@ -229,6 +258,8 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             loki.estimate_protection(model, texts(), **options)
+    with pytest.raises(TypeError, match="--texts FILE"):
+        loki.estimate_protection(model, "texts.jsonl")
     with pytest.raises(ValueError, match="no text"):
         loki.estimate_protection(model, [[5]])
     with pytest.raises(ValueError, match="tokenizer"):

@@ -239,6 +239,9 @@ def test_a_sketch_knows_a_quantized_copy_from_another_model(bits):
     other = BaseRows.of([quantized(rows.roll(1, 0)) for rows in layers], quantized=True)
     assert "copies of one model differ by less than 25%" in base.why_other(other)
     assert "other layers" in base.why_other(BaseRows.of(layers[:3], quantized=True))
+    rounded = [rows.to(torch.float8_e4m3fn).float() for rows in layers]
+    assert copied.why_other(BaseRows.of(rounded, quantized=True)) is None  # of one model too
+    assert "differ by less" in copied.why_other(other)
     near = BaseRows.of([rows + 1e-3 for rows in layers])  # of one dtype copies are equal
     assert "have other values" in base.why_other(near)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import safetensors.torch
@@ -228,6 +229,13 @@ def test_a_protection_is_estimated_once(monkeypatch, tmp_path):
     handle.unpatch()
     with pytest.raises(TypeError):  # texts that open otherwise are other samples
         loki.patch(model, ROWS, protect=True, tokenizer="b")
+    model.config.rms_norm_eps *= 2  # the same weights, another function
+    with pytest.raises(TypeError):
+        loki.patch(model, ROWS, protect=True, tokenizer="a")
+    model.config.rms_norm_eps /= 2
+    model.generation_config.min_p = 0.1  # other samples
+    with pytest.raises(TypeError):
+        loki.patch(model, ROWS, protect=True, tokenizer="a")
 
 
 def test_what_is_no_protection_of_the_model_is_refused(protection, tmp_path):
@@ -263,6 +271,23 @@ def test_accumulation_autocast_and_checkpointing_train_it(protection):
         # SGD adds projected gradients, so that the parameter itself stays outside
         assert update.abs().max() > 0
         assert (update @ directions).norm() < 1e-4 * update.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_its_fingerprint_is_the_files_whatever_the_layers_hold(protection, dtype, tmp_path):
+    """Some layers alone, in a dtype that rounds the directions otherwise."""
+    path = tmp_path / "protection.safetensors"
+    protection.save(path)
+    model = build_model(dtype=dtype)
+    handle = loki.patch(model, [[1, 5], [], [7]], protect=path)
+    train(model, steps=1, lr=1e-3)
+    loki.save_adapter(model, tmp_path / "adapter", protect=path)
+    model.save_pretrained(tmp_path / "checkpoint")
+    handle.unpatch()
+    again = loki.patch(model, tmp_path / "checkpoint", protect=path)
+    again.unpatch()
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["protection"] == protection.fingerprint
 
 
 def test_a_checkpoint_is_an_ordinary_one(protection, tmp_path):
