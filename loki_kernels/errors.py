@@ -24,6 +24,7 @@ ENTRIES = (
     "the adapter was trained on another base",
     "cannot be trained with FSDP1",
     "is split by tensor parallelism",
+    "which a PEFT adapter of LoKI does not support",
     "is an adapter of type",
     "the adapter was trained with a protection",
     "cannot run on backend",
