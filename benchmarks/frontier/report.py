@@ -54,11 +54,13 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
     yield ""
     yield _READING
     groups = sorted({(r["steps"], r["task"]) for r in records})
-    comparisons = {}
+    comparisons, ours = {}, {}
     for steps, task in groups:
         own = [r for r in records if (r["steps"], r["task"]) == (steps, task)]
         every = Comparison(own)
         comparison = comparisons[steps, task] = _of_one_seed(every)
+        if every.seeds(_OURS[0]):
+            ours[steps, task] = _of_ours(every)
         yield from ("", f"## {task}, {steps} steps", "")
         before = sorted({f"{value:.3f}" for value in every.before.values()})
         yield f"The base's loss is {', '.join(before)}."
@@ -69,10 +71,11 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
         lost = sum(not is_finite(r) for r in own)
         if lost:
             yield from ("", f"{lost} trainings came to no numbers and are left out.")
-    for steps in sorted({steps for steps, _ in groups}):
-        name = f"frontier-{steps}.png"
-        _plot({t: c for (s, t), c in comparisons.items() if s == steps}, folder / name)
-        yield from ("", f"![{steps} steps: log KL against task loss]({name})")
+    for kind, drawn in (("frontier", comparisons), ("protected", ours)):
+        for steps in sorted({steps for steps, _ in drawn}):
+            name = f"{kind}-{steps}.png"
+            _plot({t: c for (s, t), c in drawn.items() if s == steps}, folder / name)
+            yield from ("", f"![{steps} steps: log KL against task loss]({name})")
     damages = read_damages(records)
     if len(damages) >= 5:
         plot_damages(damages, folder / "damage.png")
@@ -84,6 +87,13 @@ def _of_one_seed(every: Comparison) -> Comparison:
     """Of the arms with the seed that most of them have."""
     arms = {seed: [a for a in every.arms() if seed in every.seeds(a)] for seed in every.before}
     return every.of(max(arms.values(), key=len))
+
+
+def _of_ours(every: Comparison) -> Comparison:
+    """Our first arm and what it is compared with, with the seed that most of them have."""
+    arms = (_OURS[0], *_OTHERS)
+    seed = max(every.seeds(_OURS[0]), key=lambda s: sum(s in every.seeds(arm) for arm in arms))
+    return Comparison(r for r in every.records if r["seed"] == seed and r["arm"] in arms)
 
 
 def _machines(records: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.frontier.compare import Comparison, comparable, is_finite
 from benchmarks.frontier.damage import damage_table, fit, plot_damages, read_damages
 from benchmarks.frontier.data import DOMAINS
-from benchmarks.frontier.report import _of_one_seed
+from benchmarks.frontier.report import _of_one_seed, _of_ours
 from loki_kernels.demo.frontier import at_loss, frontier
 
 
@@ -63,6 +63,16 @@ def test_a_table_is_of_the_seed_that_most_arms_have():
     ]
     table = _of_one_seed(Comparison(records))
     assert sorted(table.points) == [("a", 0), ("b", 0), ("full", 0)]
+
+
+def test_ours_is_drawn_with_the_seed_of_most_that_it_is_compared_with():
+    ours = "down_proj protected, 110"
+    points = [{"scale": 1.0, "loss": 3.0, **dict.fromkeys(DOMAINS, 0.1)}]
+    records = [
+        {"arm": arm, "seed": seed, "rate": 1, "before": 4.0, "points": points}
+        for arm, seed in [(ours, 1), (ours, 2), ("full", 2), ("full", 0), ("LoRA", 0), ("rows", 2)]
+    ]
+    assert sorted(_of_ours(Comparison(records)).points) == [(ours, 2), ("full", 2)]
 
 
 def test_a_pair_is_compared_where_both_get_with_every_seed():
