@@ -81,15 +81,7 @@ def estimate_protection(
         UnsupportedModelError: if the model has no FFN down-projections, or experts whose inputs
             cannot be told (those that transformers does not decorate).
     """
-    if isinstance(texts, (str, os.PathLike)):
-        raise TypeError(
-            f"texts is {texts!r}; give a list of texts, or a file to `loki-kernels protection "
-            "MODEL OUT --texts FILE`."
-        )
-    if share is not None and not 0 < share < 1:
-        raise ValueError(f"share must be in (0, 1); it is {share}.")
-    if batch_size < 1 or (max_directions is not None and max_directions < 1):
-        raise ValueError("max_directions and batch_size must be positive.")
+    _check_options(texts, share, max_directions, batch_size)
     structure = find_structure(model)
     tokenizer = tokenizer_in(tokenizer)
     refuse_untold_inputs(structure)
@@ -124,6 +116,20 @@ def estimate_protection(
     result = Protection(directions, energies, totals, info)  # type: ignore[arg-type]
     _warn_of_few(result, read)
     return result
+
+
+def _check_options(
+    texts: object, share: float | None, max_directions: int | None, batch_size: int
+) -> None:
+    if isinstance(texts, (str, os.PathLike)):
+        raise TypeError(
+            f"texts is {texts!r}; give a list of texts, or a file to `loki-kernels protection "
+            "MODEL OUT --texts FILE`."
+        )
+    if share is not None and not 0 < share < 1:
+        raise ValueError(f"share must be in (0, 1); it is {share}.")
+    if batch_size < 1 or (max_directions is not None and max_directions < 1):
+        raise ValueError("max_directions and batch_size must be positive.")
 
 
 def _moments(

@@ -133,11 +133,7 @@ def patch(
         check_processes_agree(selection, None if protection is None else protection.fingerprint)
     handle = _patch_rows(structure, selection, whole, rank, protection, fuse_mlp=fuse_mlp)
     if saved is not None:
-        try:
-            _load(handle, saved, None if protection is None else protection.fingerprint)
-        except BaseException:
-            handle.unpatch()
-            raise
+        _load(handle, saved, None if protection is None else protection.fingerprint)
     return handle
 
 
@@ -280,13 +276,18 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
 
 
 def _load(handle: Patch, saved: SavedUpdate, protection: str | None) -> None:
-    refusal = adapter_file.why_other_protection(saved.protection, protection)
-    if protection is not None and refusal is not None:  # it would act otherwise
-        raise ValueError(f"the update that was saved does not fit: {refusal}.")
-    reason = handle._load(saved)
-    if reason is not None:
-        raise ValueError(f"the update that was saved is none of this model's: {reason}.")
-    handle._refuse_training(refusal)
+    """Load what was saved into a model that was just patched, which is unpatched if it fails."""
+    try:
+        refusal = adapter_file.why_other_protection(saved.protection, protection)
+        if protection is not None and refusal is not None:  # it would act otherwise
+            raise ValueError(f"the update that was saved does not fit: {refusal}.")
+        reason = handle._load(saved)
+        if reason is not None:
+            raise ValueError(f"the update that was saved is none of this model's: {reason}.")
+        handle._refuse_training(refusal)
+    except BaseException:
+        handle.unpatch()
+        raise
 
 
 def _freeze(model: nn.Module, undo: contextlib.ExitStack, but: dict[str, nn.Module]) -> None:
