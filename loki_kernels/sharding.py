@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,21 @@ else:  # builds of torch for Windows, for one
         """What no tensor is there."""
 
 
+T = TypeVar("T")
+
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # DDP's own name for it
 
 
 def is_distributed() -> bool:
     """Whether this process is one of a group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def of_the_first(content: T) -> T:
+    """The first process's object, in all of the group; every process has to ask."""
+    shared = [content]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def is_partitioned(tensor: Tensor) -> bool:

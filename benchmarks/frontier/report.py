@@ -91,9 +91,9 @@ def _of_one_seed(every: Comparison) -> Comparison:
 
 def _of_ours(every: Comparison) -> Comparison:
     """Our first arm and what it is compared with, with the seed that most of them have."""
-    arms = (_OURS[0], *_OTHERS)
-    seed = max(every.seeds(_OURS[0]), key=lambda s: sum(s in every.seeds(arm) for arm in arms))
-    return Comparison(r for r in every.records if r["seed"] == seed and r["arm"] in arms)
+    arms, seeds = (_OURS[0], *_OTHERS), every.seeds(_OURS[0])
+    own = [r for r in every.records if r["arm"] in arms and r["seed"] in seeds]
+    return _of_one_seed(Comparison(own))
 
 
 def _machines(records: Sequence[dict[str, Any]]) -> Iterator[str]:

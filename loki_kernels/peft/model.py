@@ -112,29 +112,22 @@ class LokiModel(BaseTuner):
         """
         if config.inference_mode:
             return {}
-        added = [name for name, other in self.peft_config.items() if other is not config]
-        if config.protect is True and added:
-            for name in added:
-                other: Any = self.peft_config[name]
-                kept = {
-                    down_proj.name: down_proj.module.loki_directions[name]
-                    for _, down_proj in structure.trainable()
-                    if isinstance(down_proj.module, LokiLayer)
-                    and name in down_proj.module.loki_directions
-                }
-                if (
-                    other.protect is True
-                    and config.protection in (None, other.protection)
-                    and len(kept) == len(list(structure.trainable()))
-                ):
-                    config.protection = other.protection
-                    return kept
-            raise ValueError(
-                "protect=True estimates from the base alone, and the model has an adapter "
-                f"({added[0]!r}) already; name a protection's file (protect=FILE)."
-            )
-        protection = _protection(structure, config)
-        return {} if protection is None else dict(protection.directions)
+        added: dict[str, Any] = {n: c for n, c in self.peft_config.items() if c is not config}
+        if config.protect is not True or not added:
+            protection = _protection(structure, config)
+            return {} if protection is None else protection.directions
+        layers = {down_proj.name: down_proj.module for _, down_proj in structure.trainable()}
+        for name, other in added.items():
+            if other.protect is not True or config.protection not in (None, other.protection):
+                continue
+            held = {n: getattr(layer, "loki_directions", {}) for n, layer in layers.items()}
+            if all(name in directions for directions in held.values()):
+                config.protection = other.protection
+                return {n: directions[name] for n, directions in held.items()}
+        raise ValueError(
+            "protect=True estimates from the base alone, and the model has an adapter "
+            f"({next(iter(added))!r}) already; name a protection's file (protect=FILE)."
+        )
 
     def check_ranks(self) -> None:
         """Raise ValueError if another process trains other rows, or has another protection."""

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._version import __version__
@@ -20,7 +19,7 @@ from ..attribution.result import model_settings
 from ..discovery import find_structure
 from ..fingerprint import model_fingerprint
 from ..progress import progress_bar
-from ..sharding import is_partitioned
+from ..sharding import is_partitioned, of_the_first
 from ..structure import Structure
 from ..team import Team
 from .moments import (
@@ -222,18 +221,15 @@ def _cached_or_estimated(model: nn.Module, structure: Structure, tokenizer: Any)
 
 def _of_the_first(found: Protection | None, names: Sequence[str]) -> Protection:
     """The first process's, in all of them; a layer at a time, of which one takes .4 GB at 8B."""
-
-    def share(content: Any) -> Any:
-        shared = [content]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        return shared[0]
-
-    parts = {
-        name: share(found and (found.directions[name], found.energies[name], found.totals[name]))
+    parts: dict[str, Any] = {
+        name: of_the_first(
+            found and (found.directions[name], found.energies[name], found.totals[name])
+        )
         for name in names
     }
     directions, energies, totals = ({n: part[i] for n, part in parts.items()} for i in range(3))
-    return Protection(directions, energies, totals, share(found and found.info))
+    info: Any = of_the_first(found and found.info)
+    return Protection(directions, energies, totals, info)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def _seeded(model: Any, seed: int) -> Iterator[None]:
     devices = {p.device for p in model.parameters()}
     on_cuda = sorted(device.index for device in devices if device.type == "cuda")
     with torch.random.fork_rng(on_cuda):
-        if devices <= {torch.device("cpu"), *(torch.device("cuda", index) for index in on_cuda)}:
+        if {device.type for device in devices} <= {"cpu", "cuda", "meta"}:
             # torch.manual_seed would seed devices too that are not put back
             torch.default_generator.manual_seed(seed)
             for index in on_cuda:

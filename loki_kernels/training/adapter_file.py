@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,10 +159,6 @@ class SavedUpdate:
             found.append(own[0] if own else [])
         return found
 
-    def modules(self) -> list[str]:
-        """Names of the modules that were trained whole."""
-        return modules_of(self.others)
-
     @property
     def rank(self) -> int | None:
         """Of LoKI*, or None."""
@@ -288,14 +284,19 @@ def why_other_protection(saved: str | None, present: str | None) -> str | None:
     return "it was trained with another protection"
 
 
-def load_side_file(layers: Layers, path: Path, saved: SavedUpdate) -> None:
-    """Copy what was read from ``path`` into layers.
+def load_side_file(
+    layers: Layers,
+    path: Path,
+    saved: SavedUpdate,
+    load: Callable[[SavedUpdate], str | None] | None = None,
+) -> None:
+    """Copy what was read from ``path`` into layers, by `load_update` or what does more than it.
 
     Raises:
         ValueError: if it is of other rows, another base or protection; nothing is changed then.
     """
     reason = why_other_protection(saved.protection, protection_of(layers))
-    reason = reason or load_update(layers, saved)
+    reason = reason or (load_update(layers, saved) if load is None else load(saved))
     if reason is not None:
         raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
 

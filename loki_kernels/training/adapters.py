@@ -111,7 +111,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
         model,
         RowSelection(config.rows),
         rank=config.rank,
-        modules_to_save=saved.modules(),  # a config names more, as PEFT writes it
+        # a config names more, as PEFT writes it
+        modules_to_save=adapter_file.modules_of(saved.others),
     )
     layers = dict(handle.named_layers())
     try:

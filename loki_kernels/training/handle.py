@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..errors import explained
 from ..selection import RowSelection
 from ..sharding import is_partitioned, is_sharded, shard_like
 from . import adapter_file
-from .adapter_file import SavedUpdate, protection_of
+from .adapter_file import SavedUpdate
 from .rows import LokiRows, write_into
 from .serving import merged_parameters
 from .targets import trained_whole, why_other_modules
@@ -86,7 +85,7 @@ class Patch:
     _undo: ExitStack = field(repr=False)  # puts everything back but the rows
     _active: bool = field(default=True, repr=False)
     # Parameters that were read from a file, and what they were.
-    _replaced: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list, repr=False)
+    _replaced: dict[nn.Parameter, Tensor] = field(default_factory=dict, repr=False)
 
     def merge(self) -> nn.Module:
         """Put the model's own modules back, the trained rows in their weights; return the model.
@@ -133,11 +132,7 @@ class Patch:
         if any(is_partitioned(layer.frozen) for layer in self._layers.values()):
             raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
         path = Path(folder) / adapter_file.SIDE_FILE
-        saved = adapter_file.read_update(path)
-        reason = adapter_file.why_other_protection(saved.protection, protection_of(self._layers))
-        reason = reason or self._load(saved)
-        if reason is not None:
-            raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
+        adapter_file.load_side_file(self._layers, path, adapter_file.read_update(path), self._load)
 
     def trainer_callback(self) -> SideFileCallback:
         """For HF Trainer: what a Trainer's own saving and loading cannot know.
@@ -192,8 +187,8 @@ class Patch:
             with torch.no_grad():
                 for name, values in saved.others.items():
                     parameter = parameters[name]
-                    if id(parameter) not in {id(kept) for kept, _ in self._replaced}:
-                        self._replaced.append((parameter, parameter.detach().cpu().clone()))
+                    if parameter not in self._replaced:
+                        self._replaced[parameter] = parameter.detach().cpu().clone()
                     parameter.copy_(shard_like(values.to(parameter.dtype), parameter))
         return reason
 
@@ -230,7 +225,7 @@ class Patch:
                 layer.reset_rows()
         if not trained:
             with torch.no_grad():
-                for parameter, values in self._replaced:
+                for parameter, values in self._replaced.items():
                     parameter.copy_(values)
         self._undo.close()
         self._active = False

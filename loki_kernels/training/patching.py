@@ -125,15 +125,13 @@ def patch(
     saved = _saved_update(rows)
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
-        modules_to_save = [*modules_to_save, *saved.modules()]
+        modules_to_save = [*modules_to_save, *adapter_file.modules_of(saved.others)]
     whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
     protection = protection_to_keep(model, structure, protect, tokenizer)
     selection = selection_to_train(model, structure, rows, tokenizer, quota, analysis)
-    if is_distributed():
-        check_processes_agree(selection, None if protection is None else protection.fingerprint)
     handle = _patch_rows(structure, selection, whole, rank, protection, fuse_mlp=fuse_mlp)
     if saved is not None:
-        _load(handle, saved, None if protection is None else protection.fingerprint)
+        _load(handle, saved)
     return handle
 
 
@@ -147,6 +145,10 @@ def _patch_rows(
     fuse_mlp: bool,
 ) -> Patch:
     """Train these rows; undone if anything fails."""
+    # at 8B it reads a gigabyte, so once
+    fingerprint = None if protection is None else protection.fingerprint
+    if is_distributed():
+        check_processes_agree(selection, fingerprint)
     by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
@@ -155,7 +157,6 @@ def _patch_rows(
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
         _freeze(causal_lm, undo, but=whole)
         kept = {} if protection is None else protection.directions
-        fingerprint = None if protection is None else protection.fingerprint
         layers = {
             d.name: _replace_module(d, index, rank, kept.get(d.name), undo) for d, index in selected
         }
@@ -275,8 +276,9 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
     return find_gating(down_proj)
 
 
-def _load(handle: Patch, saved: SavedUpdate, protection: str | None) -> None:
+def _load(handle: Patch, saved: SavedUpdate) -> None:
     """Load what was saved into a model that was just patched, which is unpatched if it fails."""
+    protection = adapter_file.protection_of(dict(handle.named_layers()))
     try:
         refusal = adapter_file.why_other_protection(saved.protection, protection)
         if protection is not None and refusal is not None:  # it would act otherwise

@@ -299,7 +299,7 @@ _BY_PRODUCTS = 0.02
 
 
 def same_rows(got: Tensor, want: Tensor, *, within: float = 1.0) -> bool:
-    """Whether rows are the same but for a rounding to the coarser of the two dtypes."""
+    """Whether rows are the same but for a rounding, or ``within`` one, to the coarser dtype."""
     eps = max(torch.finfo(x.dtype).eps for x in (got, want))
     difference = got.float() - want.to(got.device).float()
     return float(difference.norm()) <= within * eps * float(want.float().norm())

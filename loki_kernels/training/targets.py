@@ -19,7 +19,7 @@ from ..protection import Protection
 from ..protection.estimate import cached_protection
 from ..ranking import rows_per_layer
 from ..selection import RowSelection, select
-from ..sharding import DTensor, full_shape, is_distributed, is_partitioned
+from ..sharding import DTensor, full_shape, is_distributed, is_partitioned, of_the_first
 from ..structure import (
     TOLERANCE,
     DownProjection,
@@ -331,9 +331,7 @@ def why_other_modules(model: nn.Module, saved: Mapping[str, Tensor]) -> str | No
 
 def _of_the_first(selection: RowSelection) -> RowSelection:
     """The first process's: a near-tie is enough for two devices to differ."""
-    content = [(selection.info, [rows.tolist() for rows in selection])]
-    torch.distributed.broadcast_object_list(content, src=0)
-    info, rows = content[0]
+    info, rows = of_the_first((selection.info, [rows.tolist() for rows in selection]))
     return RowSelection(rows, info)
 
 

@@ -7,20 +7,10 @@ import torch
 
 import loki_kernels as loki
 from loki_kernels.training.adapters import load_update
-from tests.models import build_model
+from tests.models import assert_unchanged, build_model, snapshot
 from tests.tiny_training import ROWS, load_model, logits, train
 
 TIED = "llama_mlp_bias"
-
-
-def states(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal(got, want):
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert torch.equal(got[name], tensor), name
 
 
 @pytest.fixture(params=["llama", TIED])
@@ -59,16 +49,16 @@ def test_a_checkpoint_is_merged_with_them(trained):
 def test_a_model_that_trains_others_is_refused(trained):
     folder, _, _ = trained
     base = load_model(folder / "base")
-    want = states(base)
+    want = snapshot(base)
     with (
         loki.patch(base, ROWS) as handle,
         pytest.raises(ValueError, match=r"has .*embed_tokens.weight, .* trains nothing"),
     ):
         handle.load_state(folder / "checkpoint")
-    assert_equal(states(base), want)
+    assert_unchanged(base, want)
     with pytest.raises(ValueError, match=r"trains model.embed_tokens.weight, model.norm.weight"):
         loki.patch(base, folder / "checkpoint", modules_to_save=["model.norm"])
-    assert_equal(states(base), want)
+    assert_unchanged(base, want)
 
 
 @pytest.mark.parametrize("how", ["adapter", "checkpoint"])
@@ -76,21 +66,21 @@ def test_unpatching_puts_back_what_was_read(trained, how):
     folder, model, _ = trained
     loki.save_adapter(model, folder / "adapter")
     base = load_model(folder / "base")
-    want = states(base)
+    want = snapshot(base)
     handle = load_update(base, folder / how)
     torch.testing.assert_close(logits(base), logits(model))
     handle.unpatch()
-    assert_equal(states(base), want)
+    assert_unchanged(base, want)
 
 
 def test_drift_of_an_adapter_leaves_the_base(trained):
     folder, model, _ = trained
     loki.save_adapter(model, folder / "adapter")
     base = load_model(folder / "base")
-    want = states(base)
+    want = snapshot(base)
     result = loki.drift(base, folder / "adapter", [{"input_ids": list(range(3, 40))}])
     assert result.overall.kl > 0
-    assert_equal(states(base), want)
+    assert_unchanged(base, want)
 
 
 def test_tied_weights_have_any_of_their_names(tmp_path):
