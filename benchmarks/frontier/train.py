@@ -191,12 +191,15 @@ class Run:
             torch.cuda.synchronize()  # before what still runs is gone
             self.graph = None
         final = [p.detach().clone() for p in self.parameters]
-        points: list[list[dict[str, float]]] = [[] for _ in self.jobs]
+        looks = []
         for scale in SCALES:
             self._merge(scale, final)
-            measured = self.lab.measure(self.model, self.task, len(self.jobs))
-            for own, figures in zip(points, measured, strict=True):
-                own.append({"scale": scale} | figures)
+            looks.append(self.lab.look(self.model, self.task, len(self.jobs)))
+        measured = zip(*self.lab.measure(looks), strict=True)
+        points = [
+            [{"scale": scale} | figures for scale, figures in zip(SCALES, own, strict=True)]
+            for own in measured
+        ]
         shared = {
             "trained": sum(p.numel() for p in self.parameters) // len(self.jobs),
             "before": self.lab.before[self.task],
