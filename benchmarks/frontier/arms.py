@@ -139,7 +139,7 @@ ARMS: dict[str, Arm] = {
     "down_proj protected, docs": Arm(_ALL, protect="cut", source="docs"),
     "down_proj protected, 75 %": Arm(_ALL, protect="cut", share=0.75),
     "down_proj protected, 97 %": Arm(_ALL, protect="cut", share=0.97),
-    # A fourteenth of the features, as the package takes: of SmolLM2's 1,536, of Gemma-3-270M's 2,048.
+    # A fourteenth, as the package takes: of SmolLM2's 1,536 features and Gemma-3-270M's 2,048.
     "down_proj protected, 110": Arm(_ALL, protect="cut", directions=110),
     "down_proj protected, 147": Arm(_ALL, protect="cut", directions=147),
     "down_proj protected, 110, 48 texts": Arm(_ALL, protect="cut", directions=110, texts=48),
