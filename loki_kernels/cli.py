@@ -207,13 +207,12 @@ def questions_of(arguments: argparse.Namespace) -> Any:
 
 
 def _load_model(name: str, dtype: str) -> Any:
-    import torch
     from transformers import AutoModelForCausalLM
 
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"--dtype {dtype} is not a torch dtype.")
+    from .inspection import dtype_named
+
     return AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        name, dtype=dtype if dtype == "auto" else dtype_named(dtype)
     )
 
 

@@ -20,7 +20,7 @@ from .attribution.fitting import points_that_fit
 from .attribution.plan import WINDOW, BatchLimits, windows
 from .attribution.prompts import tokenize_prompts
 from .discovery import find_structure
-from .inspection import build_model
+from .inspection import build_model, dtype_named
 from .options import DefinitionName, EngineName
 from .questions import load_questions
 from .structure import Structure, text_config
@@ -201,7 +201,7 @@ def estimate(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = AutoConfig.from_pretrained(name)
     own = getattr(config.get_text_config(), "dtype", None) or torch.float32
-    chosen = own if dtype == "auto" else getattr(torch, dtype)
+    chosen = own if dtype == "auto" else dtype_named(dtype)
     model = build_model(config, torch.device("meta"), chosen)
     structure = find_structure(model)
     integral = PathIntegral.resolve(definition, {}, steps)

@@ -62,6 +62,14 @@ def build_model(config: Any, device: torch.device, dtype: torch.dtype | None = N
     raise ValueError(f"transformers knows no language model of a {type(config).__name__}.")
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """torch's dtype of that name; ValueError if it has none."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} is not a torch dtype, such as bfloat16.")
+    return dtype
+
+
 def _describe(number: int, layer: Layer) -> str:
     """One layer, its own number left out, so that equal layers read alike."""
 

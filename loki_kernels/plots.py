@@ -21,13 +21,16 @@ _COLORS = ("#3b6ea5", "#c1622d")
 _LEAST = 1e-12
 
 
-def plot_heatmap(scores: Tensor, path: str | os.PathLike[str], quota: float) -> None:
+def plot_heatmap(
+    scores: Tensor, path: str | os.PathLike[str], quota: float, without_ffn: Sequence[int] = ()
+) -> None:
     """Layers x nodes, how often each is among the highest and lowest ``quota`` % of its layer.
 
     Args:
         scores: ``[N, L, D]``.
         path: a ``.png`` file.
         quota: percentage, in (0, 100].
+        without_ffn: layers that have no nodes, which stay blank.
 
     Raises:
         ValueError: for another suffix or a quota out of range.
@@ -39,14 +42,23 @@ def plot_heatmap(scores: Tensor, path: str | os.PathLike[str], quota: float) -> 
     samples, _, width = scores.shape
     k = rows_per_layer(quota, width)
     panels = {
-        f"among the {quota:g} % {kind}": count_extreme(scores, k, kind == "highest", "signed")
+        f"among the {quota:g} % {kind}": shares_of(
+            count_extreme(scores, k, kind == "highest", "signed"), samples, without_ffn
+        )
         for kind in ("highest", "lowest")
     }
     figure = figure_class(figsize=(10, 6), layout="constrained")
     figure_canvas(figure)
-    draw_heatmap(figure, {title: counts / samples for title, counts in panels.items()})
+    draw_heatmap(figure, panels)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
+
+
+def shares_of(counts: Tensor, samples: int, without_ffn: Sequence[int]) -> Tensor:
+    """``[L, D]``, NaN in layers without an FFN, whose scores are all zero."""
+    shares = counts / samples
+    shares[list(without_ffn)] = math.nan
+    return shares
 
 
 def import_matplotlib() -> tuple[Any, Any]:
@@ -61,7 +73,7 @@ def import_matplotlib() -> tuple[Any, Any]:
 
 
 def draw_heatmap(figure: Any, shares: Mapping[str, Tensor]) -> None:
-    """Layers x nodes, a panel for each title: the share of prompts ``[L, D]``."""
+    """Layers x nodes, a panel for each title: the share of prompts ``[L, D]``, NaN left blank."""
     axes = figure.subplots(len(shares), 1, sharex=True, squeeze=False)[:, 0]
     image = None
     for axis, (title, share) in zip(axes, shares.items(), strict=True):

@@ -23,7 +23,7 @@ from .attribution.result import load_result
 from .files import atomic_path, check_writable
 from .ops import count_lowest
 from .options import DEFAULT_QUOTA
-from .plots import draw_heatmap, draw_matrix, draw_profile, draw_rows, import_matplotlib
+from .plots import draw_heatmap, draw_matrix, draw_profile, draw_rows, import_matplotlib, shares_of
 from .ranking import in_parts, rows_per_layer
 from .selection import RowSelection
 
@@ -125,9 +125,10 @@ def _result_section(name: str, result: Attribution | AttributionCounts, quota: f
         raise ValueError(f"{name} holds no prompt.")
     pictures: list[_Picture] = []
     columns: dict[str, Tensor] = {}  # of the table, [N, L]
+    without = result.run.get("without_ffn", ())
     if isinstance(result, Attribution):
         width = result.scores.shape[2]
-        shares, sizes = _digest(result.scores, quota)
+        shares, sizes = _digest(result.scores, quota, without)
         columns["share of the |scores|"] = sizes / sizes.sum(1, keepdim=True).clamp_min(1e-30)
         profile = partial(
             draw_profile, lines=dict(columns), label="share of the |scores|", log=False
@@ -137,7 +138,7 @@ def _result_section(name: str, result: Attribution | AttributionCounts, quota: f
     else:
         width = result.counts.shape[1]
         kind = _SMALLEST if result.criterion == "magnitude" else _LOWEST
-        shares = {kind.format(result.quota): result.counts / len(result.targets)}
+        shares = {kind.format(result.quota): shares_of(result.counts, len(result.targets), without)}
     caption = "For what share of the prompts a node is among the extreme ones of its layer."
     heatmap = _Picture(
         "Nodes", caption, 0.5 + 3 * len(shares), partial(draw_heatmap, shares=shares)
@@ -164,7 +165,9 @@ def _result_section(name: str, result: Attribution | AttributionCounts, quota: f
     return _Section(name, "; ".join(facts) + ".", pictures, columns, run)
 
 
-def _digest(scores: Tensor, quota: float) -> tuple[dict[str, Tensor], Tensor]:
+def _digest(
+    scores: Tensor, quota: float, without_ffn: Sequence[int] = ()
+) -> tuple[dict[str, Tensor], Tensor]:
     """Shares ``[L, D]`` of the prompts by title, and each prompt's sums of |scores| ``[N, L]``."""
     samples, layers, width = scores.shape
     k = rows_per_layer(quota, width)
@@ -176,7 +179,11 @@ def _digest(scores: Tensor, quota: float) -> tuple[dict[str, Tensor], Tensor]:
         count_lowest(part, k, smallest, criterion="magnitude")
         sizes.append(part.abs().sum(-1, dtype=torch.float64).float())
     counts = {_HIGHEST: highest, _LOWEST: lowest, _SMALLEST: smallest}
-    return {title.format(quota): c / samples for title, c in counts.items()}, torch.cat(sizes)
+    shares = {
+        title.format(quota): shares_of(count, samples, without_ffn)
+        for title, count in counts.items()
+    }
+    return shares, torch.cat(sizes)
 
 
 def _selections_section(selections: dict[str, RowSelection]) -> _Section:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, AttributionCounts
+from .default_device import made_on_cpu
 from .errors import check_choice, explained
 from .files import atomic_path
 from .options import DEFAULT_CRITERION, DEFAULT_QUOTA, Criterion, Strategy
@@ -148,6 +149,7 @@ def _check_layer(rows: Sequence[int] | Tensor, layer: int) -> Tensor:
     return torch.tensor(ordered, dtype=torch.int64)
 
 
+@made_on_cpu
 def select(
     attribution: Attribution | AttributionCounts | Tensor,
     quota: float | Fraction | None = None,

@@ -179,11 +179,37 @@ class Apple(TorchFunctionMode):
         return result
 
 
+@pytest.fixture
+def elsewhere():
+    """A default device on which nothing can be read, of a user's script or notebook."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_another_default_device(elsewhere, tmp_path):
+    ids = [[5, 6, 7, 8, 9], [3, 4, 5]]
+    prompts = [{"input_ids": one, "position_ids": list(range(len(one)))} for one in ids]
+    with torch.device("cpu"):
+        model = build_model(device="cpu")
+        want = loki.attribute(model, prompts, rule="gauss-legendre")
+    got = loki.attribute(model, prompts, rule="gauss-legendre")
+    assert torch.equal(got.scores, want.scores)
+    assert loki.mean_activations(model, prompts).shape == (3, 48)
+    protection = loki.estimate_protection(model, [list(range(60))] * 8)
+    handle = loki.patch(model, loki.select(got, 10), protect=protection, fuse_mlp=True)
+    loki.save_adapter(model, tmp_path)
+    assert float(loki.drift(handle, texts=[{"input_ids": list(range(20))}]).overall.kl) == 0
+    assert loki.limit_drift(handle, 0.1, [{"input_ids": list(range(20))}])
+    handle.unpatch()
+    loki.load_adapter(model, tmp_path)
+
+
 def _on_the_cpu(x):
     return torch.device("cpu") if isinstance(x, (torch.device, str)) and str(x) == "mps" else x
 
 
-def test_mps():
+def test_mps(tmp_path):
     """Analysis and training where there is no float64, and no kernel but torch's own."""
     prompts = [{"input_ids": ids} for ids in token_batch(3).cpu()]
     want = loki.attribute(build_model(device="cpu"), prompts)
@@ -195,7 +221,7 @@ def test_mps():
         assert next(model.parameters()).device == MPS
         with pytest.raises(TypeError, match="float64"):
             next(model.parameters()).double()
-        got = loki.attribute(model, prompts)
+        got = loki.attribute(model, prompts, out=tmp_path / "scores.safetensors")
         handle = loki.patch(model, ROWS, fuse_mlp=True)
         assert handle.report.fused
         train(apple.place(model))

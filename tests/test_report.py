@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import loki_kernels as loki
-from loki_kernels import Attribution, AttributionCounts, RowSelection, ranking, report
+from loki_kernels import Attribution, AttributionCounts, RowSelection, plots, ranking, report
 from loki_kernels.cli import main
 
 PNG = b"\x89PNG\r\n"
@@ -100,6 +100,26 @@ def test_scores_are_summed_up_in_one_pass(monkeypatch):
     assert torch.equal(sizes, sizes_in_parts)
     for title, shares in whole.items():
         assert torch.equal(shares, in_parts[title])
+
+
+def test_layers_without_an_ffn_stay_blank(tmp_path, monkeypatch):
+    """Their scores are all zero, and ties would make nodes of them extreme."""
+    drawn = []
+    monkeypatch.setattr(plots, "draw_heatmap", lambda _figure, shares: drawn.append(shares))
+    scores = torch.randn(6, 3, 30)
+    scores[:, 1] = 0
+    about = {"targets": torch.zeros(6, dtype=torch.int64), "value": torch.rand(6)}
+    run = {"without_ffn": [1]}
+    result = Attribution(scores=scores, run=run, **about)
+    result.heatmap(tmp_path / "a.png")
+    counted = AttributionCounts(torch.ones(3, 30).long(), 10, "magnitude", run=run, **about)
+    for section in (result, counted):
+        pictures = report._result_section("a", section, 10).pictures
+        drawn.append(pictures[0].draw.keywords["shares"])
+    for shares in drawn:
+        for share in shares.values():
+            assert share.isnan().any(1).tolist() == [False, True, False]
+    assert len(drawn) == 3
 
 
 def test_of_plain_row_files_nothing_is_said_of_chance(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .definitions import Definition
-from .prompts import Tokens
+from .prompts import Tokens, tokenizer_in
 
 # Of each prompt a token, or an answer: its tokens or its text.
 Target = Sequence[int] | Sequence[Sequence[int]] | Sequence[str] | Tensor
@@ -109,13 +109,31 @@ def _answers(target: Target, name: str, tokenizer: Any, vocab_size: int) -> list
 
 def _answer(answer: Any, name: str, tokenizer: Any) -> np.ndarray:
     if isinstance(answer, str):
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        tokenizer = tokenizer_in(tokenizer)
         if tokenizer is None:
             raise TypeError(f"{name} holds text, so a tokenizer is needed: pass tokenizer=...")
-        answer = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        answer = _as_continued(answer, tokenizer)
     elif not isinstance(answer, Sequence):
         answer = [answer]
     ids = np.asarray(answer)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(f"{name} holds {answer!r}, which is no list of token ids.")
     return ids.astype(np.int64)
+
+
+def _as_continued(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that goes on after others.
+
+    Llama-2's tokenizer and those like it put a space before every text, which one that begins with
+    a space has already: of " Paris" it makes the two tokens "▁" and "▁Paris". After a line break it
+    puts none.
+    """
+
+    def tokens(part: str) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    alone, before, after = tokens(text), tokens("\n"), tokens("\n" + text)
+    continued = after[len(before) :]
+    if after[: len(before)] == before and len(alone) > 1 and alone[1:] == continued:
+        return continued
+    return alone

@@ -10,6 +10,7 @@ from typing import Any, Literal, Unpack, get_args, overload
 import torch
 from torch import Tensor, nn
 
+from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..errors import check_choice
 from ..options import (
@@ -27,7 +28,7 @@ from .answers import Target, check_answers, with_answers
 from .definitions import Overrides, PathIntegral
 from .fitting import points_that_fit
 from .job import Job
-from .plan import WINDOW, BatchLimits, windows
+from .plan import WINDOW, BatchLimits, rotary_border, windows
 from .prompts import tokenize_prompts
 from .result import Attribution, AttributionCounts, describe_run
 from .scores import Counter
@@ -103,6 +104,7 @@ def attribute(
     progress: bool | None = None,
     **overrides: Unpack[Overrides],
 ) -> Attribution | AttributionCounts: ...
+@made_on_cpu
 def attribute(
     model: nn.Module,
     prompts: Iterable[Any],
@@ -189,7 +191,8 @@ def _limits(structure: Structure, batch_size: int | None, team: Team) -> BatchLi
     """The batches' limits: those of the process that has least room, so that all plan the same."""
     room = points_that_fit(structure, structure.device)
     least = min(int(told) for told in team.tell(str(room or 0)))
-    return BatchLimits.of(structure.device, batch_size, team.size, least or None)
+    border = rotary_border(structure.causal_lm)
+    return BatchLimits.of(structure.device, batch_size, team.size, least or None, border)
 
 
 def _check_attributable(structure: Structure, engine: EngineName | None) -> None:

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..options import Site
 from ..progress import progress_bar
-from .plan import WINDOW, BatchLimits, windows
+from .plan import WINDOW, BatchLimits, rotary_border, windows
 from .prefill import keep_site
 from .prompts import tokenize_prompts
 from .steering import borrowed, hooking
 
 
+@made_on_cpu
 def mean_activations(
     model: nn.Module,
     prompts: Iterable[Any],
@@ -46,13 +48,14 @@ def mean_activations(
         float32 ``[L, D]`` on the CPU; zero in layers without an FFN.
 
     Raises:
-        ValueError: as `attribute` for prompts.
+        ValueError: as `attribute` for prompts, and for images and sounds.
         UnsupportedModelError: if the model's layers are not known.
     """
     structure = find_structure(model)
     sums = torch.zeros(len(structure.layers), structure.width(site), dtype=torch.float64)
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)
-    limits = BatchLimits.of(structure.device, batch_size)
+    border = rotary_border(structure.causal_lm)
+    limits = BatchLimits.of(structure.device, batch_size, border=border)
     tokens = 0
     bar = progress_bar(None, "mean activations", progress, unit="prompt")
 
@@ -63,6 +66,11 @@ def mean_activations(
 
     with borrowed(structure), bar:
         for batch in batches():
+            if any(batch.media):
+                raise ValueError(
+                    "mean_activations reads text alone, and some prompts have images or sounds: "
+                    "their places would be averaged as those of the tokens that stand for them."
+                )
             kept: dict[int, Tensor] = {}
             with hooking(keep_site(structure, site, kept)):
                 structure.run_decoder(input_ids=batch.input_ids)

@@ -26,9 +26,9 @@ from torch.utils.hooks import RemovableHandle
 from ..discovery import is_mixer
 from ..errors import UnsupportedModelError
 from ..options import EngineName
-from ..structure import FFN, Structure
+from ..structure import FFN, Structure, embedding_weight
 from .definitions import PathIntegral
-from .integration import GUARD_TOLERANCE, integrate, relative_error
+from .integration import guard_tolerance, integrate, relative_error
 from .path import path_points
 from .placement import free_bytes
 from .prefill import Batch, check_logits, keep_site
@@ -225,7 +225,8 @@ class Copies:
             gradients = torch.autograd.grad(
                 objectives[which][1:].sum(), [leaves[layer] for layer in layers]
             )
-        error, tolerance = relative_error(got[0].detach(), logits), GUARD_TOLERANCE[logits.dtype]
+        error = relative_error(got[0].detach(), logits)
+        tolerance = guard_tolerance(logits.dtype, embedding_weight(structure.causal_lm).dtype)
         if error > tolerance:
             raise UnsupportedModelError(
                 f"{type(structure.causal_lm).__name__}: a copy of the prompt "
@@ -262,7 +263,10 @@ class Copies:
             UnsupportedModelError: if it returns none.
         """
         earlier = prompt.earlier()
-        output: Any = self.structure.run(input_ids=earlier.ids, use_cache=True, **earlier.media)
+        options: dict[str, Any] = {"use_cache": True, **earlier.media}
+        if "logits_to_keep" in self._arguments:  # of 32k tokens they would take gigabytes
+            options["logits_to_keep"] = earlier.tail_positions
+        output: Any = self.structure.run(input_ids=earlier.ids, **options)
         caches = (getattr(output, name, None) for name in _CACHES)
         cache = next((cache for cache in caches if cache is not None), None)
         if not hasattr(cache, "reorder_cache"):

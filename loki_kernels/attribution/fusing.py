@@ -26,7 +26,7 @@ from ..gating import Gating, find_gating
 from ..ops import gated_product
 from ..ops._dispatch import has_kernel
 from ..structure import DownProjection, Structure, has_hooks, in_float64, same_rows
-from .integration import GUARD_TOLERANCE, relative_error
+from .integration import guard_tolerance, relative_error
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _agrees(structure: Structure, fusion: Fusion, prompt: Tensor) -> bool:
             own = structure.run(input_ids=prompt, use_cache=False).logits[:, -1]
             with fusion.active():
                 got = structure.run(input_ids=prompt, use_cache=False).logits[:, -1]
-            known[key] = relative_error(got, own) <= GUARD_TOLERANCE[own.dtype]
+            known[key] = relative_error(got, own) <= guard_tolerance(own.dtype, key[0])
     return known[key]
 
 

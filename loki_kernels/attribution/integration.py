@@ -15,12 +15,17 @@ from .scores import Scores
 # Largest relative difference allowed between the unperturbed point's logits and the whole prompt's:
 # the same numbers through products of another shape. Measured on SmolLM2-135M: 2e-6 (float32),
 # 1e-2 (bfloat16).
-GUARD_TOLERANCE = {
+_GUARD_TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
     torch.float16: 2e-2,
     torch.bfloat16: 8e-2,
 }
+
+
+def guard_tolerance(*dtypes: torch.dtype) -> float:
+    """The coarsest of some dtypes': bfloat16 models may return float32 logits (Nemotron-H)."""
+    return max(_GUARD_TOLERANCE[dtype] for dtype in dtypes)
 
 
 def integrate(

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..structure import text_config
 from .prefill import Batch
 from .prompts import Tokens
 
@@ -28,12 +29,15 @@ class BatchLimits:
         tokens: of all its prompts, padded to the longest.
         points: of all its prompts' paths.
         processes: that share the batches; none is left without one for the size of the others'.
+        border: tokens; a prompt of more is with none of fewer, since its rotary embedding has other
+            frequencies, which all of a batch would get. None where they are always the same.
     """
 
     prompts: int | None
     tokens: int
     points: int
     processes: int = 1
+    border: int | None = None
 
     @classmethod
     def of(
@@ -42,6 +46,7 @@ class BatchLimits:
         prompts: int | None,
         processes: int = 1,
         points: int | None = None,
+        border: int | None = None,
     ) -> BatchLimits:
         """Those of a device, or so many ``prompts``.
 
@@ -50,16 +55,19 @@ class BatchLimits:
             prompts: in each batch.
             processes: that share the batches.
             points: that its memory holds, and as many tokens; None if that is not known.
+            border: as of the limits.
 
         Raises:
-            ValueError: if ``prompts`` is no positive integer.
+            ValueError: if ``prompts`` is no positive integer, or there is no process.
         """
         if prompts is not None and (not isinstance(prompts, int) or prompts < 1):
             raise ValueError(f"batch_size must be a positive integer; it is {prompts!r}.")
+        if processes < 1:
+            raise ValueError(f"{processes} processes or GPUs do nothing; there must be one.")
         # Measured on 2 cores (benchmarks/NOTES.md): more points leave the cache, fewer idle the
         # cores.
         sizes = (1024, 512) if device.type == "cpu" else (_POINTS, _POINTS)
-        return cls(prompts, *(sizes if points is None else (points, points)), processes)
+        return cls(prompts, *(sizes if points is None else (points, points)), processes, border)
 
     def capped(self) -> BatchLimits:
         """Those of an engine that gains nothing by large batches, which are what a log keeps."""
@@ -75,6 +83,22 @@ class BatchLimits:
         """
         fitting = min(self.tokens // longest, self.points // points)
         return self.prompts or max(1, min(fitting, -(-among // self.processes)))
+
+
+def rotary_border(model: nn.Module) -> int | None:
+    """Tokens from which on a model's rotary embedding has other frequencies; None if it never has.
+
+    LongRoPE's (Phi-3) and dynamic ones go by the longest sequence of a batch.
+    """
+    parameters = getattr(text_config(model), "rope_parameters", None) or {}
+    kinds = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)]
+    borders = [
+        kind.get("original_max_position_embeddings")
+        or getattr(text_config(model), "max_position_embeddings", None)
+        for kind in kinds
+        if kind.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min((border for border in borders if border), default=None)
 
 
 @dataclass(frozen=True)
@@ -184,7 +208,10 @@ class Window:
         while start < len(order):
             size = limits.size(len(self.sequences[order[start]]), points, len(order))
             chosen = order[start : start + size]
-            start += size
+            border = limits.border
+            if border is not None and len(self.sequences[chosen[0]]) > border:
+                chosen = [i for i in chosen if len(self.sequences[i]) > border]
+            start += len(chosen)
             members = [self.first + i for i in chosen]
             sequences = [self.sequences[i] for i in chosen]
             batches.append(PlannedBatch(number + len(batches), members, sequences))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import explained
 from ..questions import Question, text_of
+
+logger = logging.getLogger(__name__)
 
 # What lies beside token ids in a mapping and is not for the model.
 _BESIDE = frozenset(
@@ -27,6 +32,10 @@ _BESIDE = frozenset(
         "special_tokens_mask",
     }
 )
+
+
+# Parts of the names that transformers' models give to what their processors make.
+_MEDIA = re.compile("pixel|image|video|audio|feature|aspect_ratio|second_per|cross_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ class Tokens:
         return b"".join(parts)
 
 
+_FEW = 4096  # prompts that are read before any is computed
+_NO_CHAT = "chat_template_kwargs is given, but no prompt is a chat."
 _OURS = frozenset({"tokenize", "return_dict", "return_tensors", "tokenizer_kwargs"})
 
 
@@ -115,7 +126,10 @@ def tokenize_prompts(
     if not i:
         raise ValueError("prompts is empty; there is nothing to attribute.")
     if options and not chats:
-        raise ValueError("chat_template_kwargs is given, but no prompt is a chat.")
+        if i > _FEW:  # of a stream hours have been computed by now
+            logger.warning(_NO_CHAT)
+        else:
+            raise ValueError(_NO_CHAT)
 
 
 def tokenizer_in(tokenizer: Any) -> Any:
@@ -258,9 +272,9 @@ def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
             _check_positions(positions[row][kept], i)
         sequences.append(Tokens(tokens[kept].to(torch.int64).numpy()))
     media = {
-        name: value.cpu()
-        for name, value in batch.items()
-        if isinstance(value, Tensor) and name not in _BESIDE
+        name: value
+        for name, given in batch.items()
+        if name not in _BESIDE and (value := _as_media(name, given)) is not None
     }
     if set(media) <= {"token_type_ids"}:  # a text tokenizer's
         return sequences
@@ -270,6 +284,19 @@ def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
             f"{', '.join(sorted(media))}; give each prompt with images or sounds by itself."
         )
     return [Tokens(sequences[0].ids, media)]
+
+
+def _as_media(name: str, value: Any) -> Tensor | None:
+    """What a processor made of images or sounds; None for what lies beside it.
+
+    Its arrays become lists in a data set of ``map(processor)``, or NumPy's.
+    """
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, (list, np.ndarray)) and _MEDIA.search(name):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            return torch.as_tensor(np.asarray(value))  # not of pictures, or of their paths
+    return None
 
 
 def _as_tensor(values: Any, name: str, first: int) -> Tensor:

@@ -137,7 +137,7 @@ class Attribution:
         """
         from ..plots import plot_heatmap
 
-        plot_heatmap(self.scores, path, quota)
+        plot_heatmap(self.scores, path, quota, self.run.get("without_ffn", ()))
 
 
 @dataclass
@@ -253,7 +253,9 @@ def describe_machine(device: torch.device) -> dict[str, str]:
         capability = torch.backends.cpu.get_cpu_capability()
         name = f"CPU ({capability}, {torch.get_num_threads()} threads)"
     else:
-        name = str(torch.get_device_module(device).get_device_properties(device).name)
+        module = torch.get_device_module(device)  # torch.mps tells no properties
+        ask = getattr(module, "get_device_properties", None)
+        name = device.type if ask is None else str(ask(device).name)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"device": name, "loki_kernels": __version__, **versions}
 
@@ -263,7 +265,22 @@ def model_settings(model: nn.Module) -> str:
     fields = text_config(model).to_dict()
     other = {"architectures", "dtype", "transformers_version", "use_cache"}
     kept = {k: v for k, v in fields.items() if k not in other and not k.startswith("_")}
+    adapters = _adapters_in_force(model)
+    if adapters:
+        kept["adapters in force"] = adapters
     return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _adapters_in_force(model: nn.Module) -> list[str]:
+    """Which of PEFT's adapters act, and how much: no weight says so."""
+    found = set()
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "base_layer")]
+    for layer in layers:
+        if hasattr(layer, "active_adapters"):
+            active = [] if getattr(layer, "disable_adapters", False) else layer.active_adapters
+            scaling = getattr(layer, "scaling", {})
+            found.add(str([(name, scaling.get(name)) for name in active]))
+    return sorted(found)
 
 
 def scores_metadata(run: dict[str, Any]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from ..errors import UnsupportedModelError
 from ..ops import shared_prefix_attention, target_probability
 from ..structure import Head, Structure
 from .definitions import PathIntegral
-from .integration import GUARD_TOLERANCE, integrate, relative_error
+from .integration import guard_tolerance, integrate, relative_error
 from .path import path_points, steps_for
 from .prefill import Batch, Prefill, Prefix, check_logits
 from .scores import Scores
@@ -261,7 +261,7 @@ class Staircase:
             UnsupportedModelError: if it does not.
             ValueError: if the prefill's logits are NaN.
         """
-        tolerance = GUARD_TOLERANCE[hidden.dtype]
+        tolerance = guard_tolerance(hidden.dtype)
         error = relative_error(self.head.logits(hidden), self.prefill.logits)
         if error <= tolerance:
             return

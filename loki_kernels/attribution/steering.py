@@ -82,6 +82,23 @@ def why_no_staircase(decoder: Any) -> str | None:
 
 
 @contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products of float32 in float32, whatever a trainer has set.
+
+    TF32 and bfloat16 have 10 and 7 bits, with which a model's own passes agree less than they must.
+    """
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    coarse = {s: s.fp32_precision for s in settings if s.fp32_precision not in ("none", "ieee")}
+    for setting in coarse:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in coarse.items():
+            setting.fp32_precision = precision
+
+
+@contextlib.contextmanager
 def borrowed(structure: Structure) -> Iterator[None]:
     """The model in evaluation mode, frozen and claimed; restored whatever happens.
 
@@ -112,6 +129,7 @@ def borrowed(structure: Structure) -> Iterator[None]:
             model.eval()
         _require_grad(required, False)
         with (
+            _exact_products(),
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(structure.device.type, enabled=False),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..default_device import made_on_cpu
 from ..team import Team
 from ..training import Patch
 from .measure import FORWARD, compare, record
@@ -31,6 +32,7 @@ def check_limit(kl: float) -> None:
         raise ValueError(f"kl must be a positive number of nats a token; it is {kl}.")
 
 
+@made_on_cpu
 def limit_drift(
     model: nn.Module | Patch,
     kl: float,

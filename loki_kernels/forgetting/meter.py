@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..default_device import made_on_cpu
 from ..errors import UnsupportedModelError
 from ..training import Patch
 from .measure import (
@@ -41,6 +42,7 @@ DEFAULT_LENGTH = 512
 DEFAULT_TOKENS = 20_000
 
 
+@made_on_cpu
 def drift(
     base: Model | Patch,
     tuned: Model | Patch | None = None,

@@ -16,6 +16,7 @@ from ..attribution.cache import cache_folder, find_tokenizer, read_cached, write
 from ..attribution.placement import on_accelerator
 from ..attribution.prompts import tokenizer_in
 from ..attribution.result import model_settings
+from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..fingerprint import model_fingerprint
 from ..progress import progress_bar
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 _WINDOW = 512  # tokens of a text that are read at once
 
 
+@made_on_cpu
 def estimate_protection(
     model: nn.Module,
     texts: Iterable[str | Sequence[int]] | None = None,

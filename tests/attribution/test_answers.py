@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace, Sequence
 
 import loki_kernels as loki
 from tests.architectures import lfm2, mixtral
@@ -98,6 +104,24 @@ def test_an_answer_as_text():
     model = build_model()
     got = loki.attribute(model, [PROMPT], tokenizer=tokenizer, target=["aaa bb"])
     assert torch.equal(got.scores, loki.attribute(model, [PROMPT], target=[[3, 2]]).scores)
+
+
+@pytest.mark.parametrize(
+    ("answer", "ids"),
+    [(" b", [4]), ("b", [4]), (" b c", [4, 5]), ("bc", [4, 6]), ("\nb", [2, 7])],
+)
+def test_a_space_is_put_before_a_text_once(answer, ids):
+    """As Llama-2's tokenizer, which makes of " b" the two tokens "▁" and "▁b"."""
+    vocabulary = {"<unk>": 0, "▁▁": 1, "\n": 2, "▁": 3, "▁b": 4, "▁c": 5, "c": 6, "b": 7}
+    words = Tokenizer(BPE(vocabulary, [("▁", "b"), ("▁", "c")], unk_token="<unk>"))
+    words.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    model = build_model()
+    want = loki.attribute(model, [PROMPT], target=[ids]).scores
+    for given in (tokenizer, processor):
+        got = loki.attribute(model, [PROMPT], tokenizer=given, target=[answer])
+        assert torch.equal(got.scores, want)
 
 
 @pytest.mark.parametrize("objective", ["probability", "log_probability", "logit"])

@@ -277,6 +277,53 @@ def test_under_autocast_and_from_a_data_loader(model, prompts):
     assert norm_error(got.scores, want.scores[1:2]) < 1e-5
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_coarse_products_of_a_trainer_are_not_ours(model, prompts, precision):
+    """A CPU with bfloat16 products takes them for "medium", a GPU TF32 for both."""
+    want = loki.attribute(model, prompts)
+    seen = set()
+    model.model.norm.register_forward_hook(
+        lambda *_: seen.add(torch.backends.cuda.matmul.fp32_precision)
+    )
+    torch.set_float32_matmul_precision(precision)
+    try:
+        got = loki.attribute(model, prompts)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {"ieee"}
+    torch.testing.assert_close(got.scores, want.scores, rtol=1e-5, atol=1e-9)
+
+
+def test_a_prompts_rotary_embedding_is_its_own():
+    """LongRoPE takes its frequencies by the longest sequence of a batch."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8}
+    config = ARCHITECTURES["phi3"]()
+    config.rope_parameters = rope | factors
+    config.original_max_position_embeddings = 8
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    prompts = [{"input_ids": torch.arange(n)} for n in (6, 10, 8, 9)]
+    together = loki.attribute(model, prompts)
+    alone = torch.cat([loki.attribute(model, [prompt]).scores for prompt in prompts])
+    torch.testing.assert_close(together.scores, alone, rtol=1e-4, atol=1e-8)
+    mean = loki.mean_activations(model, prompts)
+    torch.testing.assert_close(mean, loki.mean_activations(model, prompts, batch_size=1))
+
+
+def test_prompt_tuning_is_refused(model, prompts):
+    """What it adds, the transformers model inside knows nothing of."""
+    import peft
+
+    tuned = peft.get_peft_model(
+        model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    with pytest.raises(loki.UnsupportedModelError, match="prompt-learning"):
+        loki.attribute(tuned, prompts)
+    loki.attribute(tuned.get_base_model(), prompts)
+
+
 def test_out_is_the_same_and_loads(model, prompts, tmp_path):
     want = attribute(model, prompts)
     path = tmp_path / "scores.safetensors"

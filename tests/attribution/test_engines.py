@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import loki_kernels as loki
-from loki_kernels.attribution import copies
+from loki_kernels.attribution import copies, integration
 from loki_kernels.attribution.reference import attribute_reference
 from tests.architectures import (
     deepseek,
@@ -268,6 +268,39 @@ def test_images_are_in_the_prefill(build):
     assert torch.allclose(result.scores[1], alone.scores[0], rtol=1e-3, atol=1e-7)
     again = loki.attribute(model, [prompt, PROMPTS[0]], engine="reforward")
     assert torch.allclose(again.scores, result.scores, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["lists", "arrays"])
+def test_images_of_a_data_set(kind):
+    """Rows of ``dataset.map(processor)`` hold lists or arrays."""
+    prompt = with_image(llava)
+    convert = {"lists": torch.Tensor.tolist, "arrays": torch.Tensor.numpy}[kind]
+    row = {name: convert(x) for name, x in prompt.items()} | {"image": "a.png", "labels": [1]}
+    want = loki.attribute(llava(), [prompt])
+    assert torch.equal(loki.attribute(llava(), [row]).scores, want.scores)
+    with pytest.raises(ValueError, match="images or sounds"):
+        loki.mean_activations(llava(), [row])
+
+
+@pytest.mark.parametrize("engine", ["decode", "reforward"])
+def test_logits_that_are_wider_than_the_model(engine, monkeypatch):
+    """Nemotron-H's are float32 in bfloat16 too, and agree as bfloat16's do."""
+    model = lfm2().to(torch.bfloat16)
+    prompts = [{"input_ids": torch.arange(20) % 90}]
+    want = loki.attribute(model, prompts, engine=engine)
+    monkeypatch.setitem(integration._GUARD_TOLERANCE, torch.float32, -1.0)  # which nothing meets
+    own = type(model.lm_head).forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: own(model.lm_head, x).float())
+    got = loki.attribute(model, prompts, engine=engine)
+    assert (got.scores - want.scores).norm() <= 0.05 * want.scores.norm()
+
+
+def test_decode_asks_for_no_logits_of_the_prompt():
+    model, sizes = mixtral(), []
+    model.lm_head.register_forward_hook(lambda _m, _a, y: sizes.append(y.shape[1]))
+    loki.attribute(model, [{"input_ids": torch.arange(30)}], engine="decode")
+    assert sizes
+    assert 29 not in sizes
 
 
 def test_images_have_to_come_before_the_staircase_is_chosen():

@@ -21,6 +21,7 @@ import loki_kernels as loki
 from loki_kernels import Attribution, attribute
 from loki_kernels.attribution import job, log
 from loki_kernels.attribution.plan import BatchLimits
+from loki_kernels.attribution.result import model_settings
 from tests.models import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -348,3 +349,21 @@ def test_any_reader_of_safetensors_reads_it(model, out):
         assert set(file.keys()) == {"scores", *NAMES}
         assert (file.get_tensor("scores") == got.scores.numpy()).all()
         assert json.loads(file.metadata()["run"]) == got.run
+
+
+def test_adapters_in_force_are_known(tmp_path):
+    """The weights are all there whichever of them acts."""
+    import peft
+
+    config = peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build_model(), config, adapter_name="a")
+    model.add_adapter("b", config)
+    inner = model.get_base_model()
+    found = {model_settings(build_model()), model_settings(inner)}
+    model.set_adapter("b")
+    found.add(model_settings(inner))
+    with model.disable_adapter():
+        found.add(model_settings(inner))
+    inner.model.layers[0].mlp.up_proj.set_scale("b", 0.5)
+    found.add(model_settings(inner))
+    assert len(found) == 5

@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
+from loki_kernels.attribution import prompts
 from loki_kernels.attribution.prompts import tokenize_prompts
 from loki_kernels.questions import Question
 
@@ -50,6 +51,16 @@ def test_a_tokenizer_neither_doubles_the_first_token_nor_ends_the_prompt(adds, t
     named = [{"a": A, "<s>": BOS, "</s>": EOS}[word] for word in text.split()]
     first = [BOS] if adds.startswith("<s>") and named[0] != BOS else []
     assert tokens(text, tokenizer(adds)) == first + named
+
+
+def test_options_for_chats_where_none_comes(monkeypatch, caplog):
+    """Of a stream it shows at the end, when all has been computed."""
+    options = {"enable_thinking": False}
+    with pytest.raises(ValueError, match="no prompt is a chat"):
+        list(tokenize_prompts(["a"] * 3, tokenizer(), 97, options))
+    monkeypatch.setattr(prompts, "_FEW", 2)
+    assert len(list(tokenize_prompts(["a"] * 3, tokenizer(), 97, options))) == 3
+    assert "no prompt is a chat" in caplog.text
 
 
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
