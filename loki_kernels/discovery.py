@@ -19,6 +19,7 @@ from .errors import UnsupportedModelError
 from .sharding import full_shape
 from .structure import (
     FFN,
+    WRAPPED,
     DownProjection,
     Structure,
     embedding_weight,
@@ -312,6 +313,7 @@ def _branches(layer: nn.Module, layer_name: str) -> list[_Branch]:
 
 
 def _examine_layer(layer: nn.Module, layer_name: str, hidden_size: int) -> Layer:
+    layer = getattr(layer, WRAPPED, layer)
     if hasattr(layer, "backward_pass"):
         return _refused(
             layer_name,

@@ -208,7 +208,7 @@ def update_factors(model: nn.Module) -> list[nn.Parameter]:
     whole = trained_whole(causal_lm)
     if whole:
         raise ValueError(f"{next(iter(whole))} is trained whole and its base is not kept.")
-    if any(layer.in_step for layer in layers):
+    if any(layer.held for layer in layers):
         raise ValueError("inside handle.inference() the rows stay as they are; leave it first.")
     factors = [layer.trained_parameters()[-1][1] for layer in layers]
     if any(map(is_partitioned, factors)):

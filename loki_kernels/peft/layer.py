@@ -76,6 +76,13 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             self.loki_delta_a[adapter_name] = nn.Parameter(a.to(index.device, dtype))
             self.loki_delta_b[adapter_name] = nn.Parameter(b.to(index.device, dtype))
 
+    @torch.no_grad()
+    def copy_update(self, source: str, adapter_name: str) -> None:
+        """Make an adapter's update another one's."""
+        for held in (self.loki_update, self.loki_delta_a, self.loki_delta_b):
+            if source in held:
+                held[adapter_name].copy_(held[source])
+
     def base_rows(self, rows: Tensor) -> Tensor:
         """Rows of the base's weight; of a quantized one as precise as it gives them.
 

@@ -18,7 +18,7 @@ from ..discovery import find_structure
 from ..errors import UnsupportedModelError, explained
 from ..fingerprint import BaseRows
 from ..protection import Protection
-from ..sharding import ignore_in_ddp, is_distributed
+from ..sharding import ignore_in_ddp, is_distributed, is_sharded
 from ..structure import Structure
 from ..training.adapter_file import base_rows_content, base_rows_of, check_base
 from ..training.rows import LokiRows
@@ -47,9 +47,10 @@ class LokiModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._agreed: set[str] = set()  # adapters that are the same in every process
+        self._warned = False
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_read_saved)  # type: ignore[no-untyped-call]
-        self.register_forward_pre_hook(_check_ranks)
+        self.register_forward_pre_hook(_check_training)
 
     # override: PEFT declares wider arguments than it passes, and None where it returns the model.
 
@@ -59,8 +60,10 @@ class LokiModel(BaseTuner):
         if any(layer.merged for layer in self._loki_layers()):
             raise ValueError("an adapter is merged; call unmerge_adapter() before adding another.")
         # what is filled in belongs to this model; the caller may want the config for another
-        # The adapter that is being added is the last; TRL gives it the first one's own config.
-        *_, name = (name for name, config in self.peft_config.items() if config is peft_config)
+        # The adapter that is being added is the last; TRL gives it the first one's own config, for
+        # a frozen copy of that one, whose parameters it fills in by LoRA's kind of names alone.
+        *same, name = (name for name, config in self.peft_config.items() if config is peft_config)
+        self._copied = same[0] if same else None
         self.peft_config[name] = peft_config = copy.copy(peft_config)
         structure = find_structure(self.model)
         _refuse_other_modules(structure)
@@ -137,6 +140,28 @@ class LokiModel(BaseTuner):
                 check_processes_agree(as_selection(config.rows), config.protection)
                 self._agreed.add(name)
 
+    def warn_of_coarse_updates(self) -> None:
+        """Say once that small steps are lost, where a trainer has rounded the update.
+
+        TRL makes everything that is trained over a quantized base bfloat16. DeepSpeed does too, and
+        keeps a float32 copy; FSDP2 rounds for a product alone.
+        """
+        if self._warned:
+            return
+        self._warned = True
+        for name, p in self.model.named_parameters():
+            own = "loki_update" in name or "loki_delta" in name
+            if own and p.requires_grad and p.element_size() < 4 and not is_sharded(p):
+                if not hasattr(p, "_hp_mapping"):
+                    logger.warning(
+                        "something has made the update of rows %s, in which an optimizer's small "
+                        "steps are rounded away; TRL does so over bitsandbytes. After the trainer "
+                        "is made and before it trains: for name, p in model.named_parameters(): if "
+                        "'loki_' in name: p.data = p.data.float()",
+                        str(p.dtype).removeprefix("torch."),
+                    )
+                return
+
     def _loki_layers(self) -> list[LokiLayer]:
         return [module for module in self.model.modules() if isinstance(module, LokiLayer)]
 
@@ -160,6 +185,8 @@ class LokiModel(BaseTuner):
     ) -> None:
         layer = self._loki_layer_for(target)
         layer.update_layer(adapter_name, *self._added[current_key], peft_config)
+        if self._copied is not None:
+            layer.copy_update(self._copied, adapter_name)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         # DDP will see a PeftModel
@@ -266,10 +293,11 @@ def _check_modules(structure: Structure, config: LokiConfig) -> None:
             )
 
 
-def _check_ranks(model: LokiModel, _inputs: Any) -> None:
-    if torch.compiler.is_compiling() or not is_distributed():
+def _check_training(model: LokiModel, _inputs: Any) -> None:
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
         return
-    if model.training and torch.is_grad_enabled():
+    model.warn_of_coarse_updates()
+    if is_distributed():
         model.check_ranks()
 
 

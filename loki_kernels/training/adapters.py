@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..errors import explained
 from ..files import check_folder
@@ -23,7 +24,7 @@ from ..structure import Structure
 from . import adapter_file
 from .adapter_file import ADAPTER_FILE, CONFIG_FILE, AdapterConfig
 from .handle import Patch
-from .patching import patch
+from .patching import patch, patch_alone
 from .rows import LokiRows
 from .targets import projection_names, trained_whole
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 _LARGEST_SERVED = 512
 
 
+@made_on_cpu
 def save_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -85,6 +87,7 @@ def save_adapter(
     return path
 
 
+@made_on_cpu
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
     """Patch a base model with a saved update: what `save_adapter` or PEFT wrote.
 
@@ -107,13 +110,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
             "can load: import loki_kernels.peft and call PeftModel.from_pretrained; its "
             "merge_and_unload() gives an ordinary model."
         )
-    handle = patch(
-        model,
-        RowSelection(config.rows),
-        rank=config.rank,
-        # a config names more, as PEFT writes it
-        modules_to_save=adapter_file.modules_of(saved.others),
-    )
+    # a config names more modules, as PEFT writes it
+    others = adapter_file.modules_of(saved.others)
+    # the first process alone may measure an adapter
+    handle = patch_alone(model, RowSelection(config.rows), config.rank, others)
     layers = dict(handle.named_layers())
     try:
         adapter_file.check_base(
@@ -145,6 +145,7 @@ def load_update(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
     return patch(model, folder)
 
 
+@made_on_cpu
 def export_lora(
     model: nn.Module, folder: str | os.PathLike[str], *, max_rank: int | None = None
 ) -> Path:

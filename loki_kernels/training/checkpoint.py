@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,8 @@ from . import adapter_file
 from .adapter_file import Layers, Parts
 from .rows import TRAINED, updated_rows
 from .targets import trained_whole
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -48,12 +51,23 @@ class SavePretrained:
         **kwargs: Any,
     ) -> Any:
         parts = adapter_file.parts_of(self.layers)
+        collected = state_dict is not None
         if state_dict is None:  # where the model is sharded, every process makes it
             state_dict = self.model.state_dict()
         whole = {n: state_dict[n] for n in trained_whole(self.model) if n in state_dict}
         others = adapter_file.other_tensors(whole)
+        named = self._names_every_update(state_dict)
         state_dict = self._merge_trained(state_dict, parts)
-        if kwargs.get("is_main_process", True):
+        if collected and not named and any(is_partitioned(x.frozen) for x in self.layers.values()):
+            # HF Trainer's way under ZeRO-3 where 16-bit weights are not to be gathered: the first
+            # process alone would wait for the others' parts.
+            logger.warning(
+                "the state dict that is saved has none of ZeRO-3's updates of rows, so no %s is "
+                "written; DeepSpeed's own checkpoint has them. Set "
+                "stage3_gather_16bit_weights_on_model_save for an ordinary checkpoint.",
+                adapter_file.SIDE_FILE,
+            )
+        elif kwargs.get("is_main_process", True):
             # before the class's own, which may upload the folder
             self._write_side_file(save_directory, parts, others)
         save = type(self.model).save_pretrained
@@ -84,6 +98,13 @@ class SavePretrained:
             parts[name] = (layer.gathered or {}) | parts[name]
         Path(folder).mkdir(parents=True, exist_ok=True)
         adapter_file.write_side_file(folder, self.layers, parts, others)
+
+    def _names_every_update(self, state_dict: dict[str, Tensor]) -> bool:
+        return all(
+            f"{name}.{part}" in state_dict
+            for name, layer in self.layers.items()
+            for part, _ in layer.trained_parameters()
+        )
 
     def _merge_trained(
         self, state_dict: dict[str, Tensor], parts: dict[str, Parts]

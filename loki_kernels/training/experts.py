@@ -90,8 +90,12 @@ class LokiExperts(LokiRows):
             return grouped_experts(self, self.experts, update, index, *args, **kwargs)
         held = {**self._parameters, **self._buffers, self.parameter: self.trained_weight()}
         names = {*self.experts._parameters, *self.experts._buffers}
-        own = {name: value for name, value in held.items() if name in names and value is not None}
-        return functional_call(self.experts, own, args, kwargs)
+        own = {
+            f"experts.{name}": value
+            for name, value in held.items()
+            if name in names and value is not None
+        }
+        return functional_call(_Bare(self.experts), own, args, kwargs)
 
     def trained_weight(self) -> Tensor:
         """The weight with the update in it, as a function of the update."""
@@ -116,6 +120,17 @@ class LokiExperts(LokiRows):
             f"form={'grouped' if self.why_whole is None else 'whole'}, "
             f"protected={self.protected}"
         )
+
+
+class _Bare(nn.Module):
+    """Experts without the hooks around them, which this layer has too."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.experts).forward(self.experts, *args, **kwargs)
 
 
 class _WrittenRows(torch.autograd.Function):

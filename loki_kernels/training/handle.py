@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..selection import RowSelection
 from ..sharding import is_partitioned, is_sharded, shard_like
+from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import SavedUpdate
 from .rows import LokiRows, write_into
@@ -149,7 +150,7 @@ class Patch:
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 
         self._check_active()
-        return SideFileCallback(self._layers)
+        return SideFileCallback(self._layers, self._load)
 
     def inference(self) -> AbstractContextManager[None]:
         """A context in which the rows are written once, not at every forward pass.
@@ -183,7 +184,8 @@ class Patch:
         reason = why_other_modules(self.model, saved.others)
         reason = reason or adapter_file.load_update(self._layers, saved)
         if reason is None:
-            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            named = self.model.named_parameters(remove_duplicate=False)
+            parameters = {plain_name(name): parameter for name, parameter in named}
             with torch.no_grad():
                 for name, values in saved.others.items():
                     parameter = parameters[name]

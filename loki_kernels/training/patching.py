@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ..attribution.cache import AnalysisOptions
+from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..gating import Gating, find_gating
 from ..ops._dispatch import warm_up
@@ -55,6 +56,7 @@ _NO_DTYPE = (
 )
 
 
+@made_on_cpu
 def patch(
     model: nn.Module,
     rows: Rows | None = None,
@@ -129,10 +131,22 @@ def patch(
     whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
     protection = protection_to_keep(model, structure, protect, tokenizer)
     selection = selection_to_train(model, structure, rows, tokenizer, quota, analysis)
-    handle = _patch_rows(structure, selection, whole, rank, protection, fuse_mlp=fuse_mlp)
+    handle = _patch_rows(
+        structure, selection, whole, rank, protection, fuse_mlp=fuse_mlp, together=True
+    )
     if saved is not None:
         _load(handle, saved)
     return handle
+
+
+def patch_alone(
+    model: nn.Module, selection: RowSelection, rank: int | None, modules_to_save: Sequence[str]
+) -> Patch:
+    """`patch` with these rows, in this process whatever the others do; training compares them."""
+    structure = find_structure(model)
+    check_patchable(structure)
+    whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
+    return _patch_rows(structure, selection, whole, rank, None, fuse_mlp=False, together=False)
 
 
 def _patch_rows(
@@ -143,11 +157,16 @@ def _patch_rows(
     protection: Protection | None,
     *,
     fuse_mlp: bool,
+    together: bool,
 ) -> Patch:
-    """Train these rows; undone if anything fails."""
+    """Train these rows; undone if anything fails.
+
+    ``together``: whether every process does, so that they can be compared now.
+    """
     # at 8B it reads a gigabyte, so once
     fingerprint = None if protection is None else protection.fingerprint
-    if is_distributed():
+    together = together and is_distributed()
+    if together:
         check_processes_agree(selection, fingerprint)
     by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
@@ -166,7 +185,7 @@ def _patch_rows(
             gating = gatings.get(down_proj.name)
             if isinstance(gating, Gating):
                 _replace_mlp(causal_lm, down_proj, gating, undo)
-        writer = _attach(structure, layers, undo)
+        writer = _attach(structure, layers, undo, agreed=together)
         trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
         report = replace(report, trainable=trained, notes=[*report.notes, *_whole_weights(layers)])
         logger.info("%s", report)
@@ -362,11 +381,11 @@ def _replace_mlp(
 
 
 def _attach(
-    structure: Structure, layers: dict[str, LokiRows], undo: contextlib.ExitStack
+    structure: Structure, layers: dict[str, LokiRows], undo: contextlib.ExitStack, *, agreed: bool
 ) -> RowWriter:
     """What a patched model needs outside its layers: for its decoder, its saving, and DDP."""
     model = structure.causal_lm
-    writer = RowWriter(model, layers, agreed=is_distributed())
+    writer = RowWriter(model, layers, agreed=agreed)
     for hook in writer.attach(structure.decoder):
         undo.callback(hook.remove)
     saver = SavePretrained.attach(model, layers)

@@ -45,6 +45,7 @@ class LokiRows(nn.Module):
     parameter: str
     axis: int
     rank: int | None
+    held = False  # whether they stay as they are, inside `Patch.inference`
     in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
     written = False  # whether the weight may hold an update
     merged_alone: Tensor | None = None  # rows of a merged weight that was loaded without its update
@@ -298,9 +299,14 @@ _MERGED_ALONE = (
 _BY_PRODUCTS = 0.02
 
 
-def same_rows(got: Tensor, want: Tensor, *, within: float = 1.0) -> bool:
-    """Whether rows are the same but for a rounding, or ``within`` one, to the coarser dtype."""
-    eps = max(torch.finfo(x.dtype).eps for x in (got, want))
+def same_rows(
+    got: Tensor, want: Tensor, *, within: float = 1.0, dtype: torch.dtype = torch.float32
+) -> bool:
+    """Whether rows are the same but for a rounding, or ``within`` one, to the coarser dtype.
+
+    ``dtype`` is one that either has been in before.
+    """
+    eps = max(torch.finfo(x).eps for x in (got.dtype, want.dtype, dtype))
     difference = got.float() - want.to(got.device).float()
     return float(difference.norm()) <= within * eps * float(want.float().norm())
 
@@ -337,8 +343,8 @@ def take_rows(weight: Tensor, index: Tensor, axis: int) -> Tensor:
 
 
 def write_into(weight: Tensor, rows: Tensor, index: Tensor, axis: int) -> None:
-    """The inverse of `take_rows`, in place."""
-    weight.index_copy_(axis, index, rows.movedim(-2, axis))
+    """The inverse of `take_rows`, in place; rounded where the weight is coarser."""
+    weight.index_copy_(axis, index, rows.movedim(-2, axis).to(weight.dtype))
 
 
 @torch.no_grad()
@@ -347,7 +353,9 @@ def write_rows(layers: Sequence[LokiRows]) -> None:
     groups: dict[Any, list[LokiRows]] = {}
     for layer in layers:
         layer.written = True
-        if layer.axis or layer.frozen.ndim > 2:
+        # DeepSpeed casts parameters and leaves buffers as they are.
+        cast_alone = layer.base_rows.dtype != layer.frozen.dtype
+        if layer.axis or layer.frozen.ndim > 2 or cast_alone:
             write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
             continue
         # The protected update is another tensor, at all rows as large as the weights in float32:

@@ -25,6 +25,7 @@ from ..structure import (
     DownProjection,
     Structure,
     in_float64,
+    plain_name,
     refuse_tensor_parallelism,
 )
 from .rows import TRAINED, LokiRows
@@ -308,7 +309,9 @@ def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, LokiRows)
         for part in TRAINED
     }
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and n not in own}
+    return {
+        plain_name(n): p for n, p in model.named_parameters() if p.requires_grad and n not in own
+    }
 
 
 def why_other_modules(model: nn.Module, saved: Mapping[str, Tensor]) -> str | None:
@@ -317,7 +320,8 @@ def why_other_modules(model: nn.Module, saved: Mapping[str, Tensor]) -> str | No
     A tied one may have any of its names, or several.
     """
     trained = {id(p): name for name, p in trained_whole(model).items()}
-    names = dict(model.named_parameters(remove_duplicate=False))
+    named = model.named_parameters(remove_duplicate=False)
+    names = {plain_name(name): parameter for name, parameter in named}
     found = {id(names[name]) for name in saved if name in names}
     if found != trained.keys() or saved.keys() - names.keys():
         return (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import check_folder
@@ -18,8 +20,8 @@ from .targets import refuse_efficient_loading
 class SideFileCallback(TrainerCallback):
     """What `Patch.trainer_callback` gives."""
 
-    def __init__(self, layers: Layers) -> None:
-        self.layers = layers
+    def __init__(self, layers: Layers, load: Callable[[SavedUpdate], str | None]) -> None:
+        self.layers, self.load = layers, load
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -78,7 +80,7 @@ class SideFileCallback(TrainerCallback):
                 continue
             saved = read_update(path)
             if _is_of_these_weights(saved, self.layers):
-                load_side_file(self.layers, path, saved)
+                load_side_file(self.layers, path, saved, self.load)
                 return
         raise RuntimeError(
             f"no {SIDE_FILE} of the checkpoint's weights was found in "
@@ -89,6 +91,8 @@ class SideFileCallback(TrainerCallback):
 
 def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
     """Whether the update gives the merged rows that the layers were just loaded with."""
+    was = None if saved.base_rows is None else getattr(torch, saved.base_rows.dtype or "", None)
+    dtype = was if isinstance(was, torch.dtype) else torch.float32
     for name, layer in layers.items():
         base = layer.base_rows.cpu()
         parts = update_of(saved.layers.get(name, {}), base)
@@ -101,6 +105,7 @@ def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
         if layer.passed_over:  # the checkpoint names experts otherwise; others tell
             continue
         rows = layer.merged_rows().cpu() if layer.merged_alone is None else layer.merged_alone
-        if not same_rows(updated_rows(base, *(f for f in factors if f is not None)), rows):
+        want = updated_rows(base, *(f for f in factors if f is not None))
+        if not same_rows(want, rows, dtype=dtype):
             return False
     return True

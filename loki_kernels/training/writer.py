@@ -114,9 +114,9 @@ class RowWriter:
         self.held = True
         try:
             for layer in layers:
-                layer.in_step = True
+                layer.in_step = layer.held = True
             yield
         finally:
             self.held = False
             for layer in layers:
-                layer.in_step = False
+                layer.in_step = layer.held = False

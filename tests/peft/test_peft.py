@@ -324,6 +324,18 @@ def test_small_updates_of_a_bfloat16_base_are_loaded(tmp_path, low_cpu_mem_usage
     assert torch.equal(down_proj(again).loki_update["default"], rows)
 
 
+def test_an_update_that_a_trainer_rounds_is_named(caplog):
+    model = peft.get_peft_model(build_model(dtype=torch.bfloat16), LokiConfig(rows=ROWS))
+    train(model, steps=1)
+    assert "rounded away" not in caplog.text
+    model = peft.get_peft_model(build_model(dtype=torch.bfloat16), LokiConfig(rows=ROWS))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # as TRL does over bitsandbytes
+            parameter.data = parameter.data.bfloat16()
+    train(model, steps=2)
+    assert caplog.text.count("rounded away") == 1
+
+
 def test_only_what_is_trained_requires_gradients(tmp_path):
     model = peft.get_peft_model(build_model(dtype=torch.bfloat16), LokiConfig(rows=ROWS))
     model.save_pretrained(tmp_path)

@@ -248,7 +248,11 @@ def trainer(case, out):
     if "zero3" in case:
         engine["deepspeed"] = {
             "train_micro_batch_size_per_gpu": "auto",
-            "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_gather_16bit_weights_on_model_save": "apart" not in case,
+                "stage3_param_persistence_threshold": 0,
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }

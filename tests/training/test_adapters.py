@@ -11,7 +11,7 @@ import transformers
 
 import loki_kernels as loki
 from loki_kernels.fingerprint import BaseRows
-from loki_kernels.training import adapter_file
+from loki_kernels.training import adapter_file, patching
 from tests.models import DEVICE, assert_unchanged, build_model, snapshot
 from tests.tiny_training import ROWS, logits, token_batch, train
 
@@ -290,3 +290,16 @@ def test_lora_export_names_a_rank_that_is_not_served(tmp_path, caplog, monkeypat
     monkeypatch.setattr("loki_kernels.training.adapters._LARGEST_SERVED", 2)
     loki.export_lora(model, tmp_path)
     assert "vLLM serves ranks up to 2" in caplog.text
+
+
+def test_an_adapter_is_loaded_in_one_process_alone(trained, monkeypatch):
+    """The first one may measure it; who trains it compares then."""
+    _, folder = trained
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(patching, "is_distributed", lambda: True)
+    monkeypatch.setattr(patching, "check_processes_agree", never)
+    handle = loki.load_adapter(build_model(), folder)
+    assert not handle._writer.agreed

@@ -31,6 +31,8 @@ TORCH = ["ddp", "ddp-peft", "ddp-protect", "fsdp2", "fsdp2-rank", "fsdp2-bf16", 
 TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
            "trainer-fsdp2-peft"]  # fmt: skip
 ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-protect"]
+# stage3_gather_16bit_weights_on_model_save is off, as by default
+APART = "trainer-zero3-apart"
 ZERO_TRAINER = ["trainer-zero3", "trainer-zero3-rank", "trainer-zero3-peft"]
 # what a patched model's state dict has beside a plain one's
 OWN = (".index", ".update", ".delta_a", ".delta_b")
@@ -61,7 +63,7 @@ def torch_engines(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
-    return launch_worker(tmp_path_factory.mktemp("zero"), ZERO + ZERO_TRAINER)
+    return launch_worker(tmp_path_factory.mktemp("zero"), [*ZERO, *ZERO_TRAINER, APART])
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +231,15 @@ def test_zero_saves_an_ordinary_checkpoint(alone, zero, case):
 @pytest.mark.parametrize("case", ZERO_TRAINER)
 def test_zero_trainers(alone, zero_trainers, case):
     assert_trainer(alone, zero_trainers, case)
+
+
+@deepspeed
+def test_zero_keeps_the_update_itself_where_weights_are_not_gathered(alone, zero):
+    """The Trainer saves in one process then, which would wait for the others' parts."""
+    assert_same_losses(alone, zero, APART)
+    for folder in ("last", "checkpoint-2"):
+        assert not list((zero / APART / folder).glob("loki_rows*"))
+        assert list((zero / APART / folder).glob("global_step*"))
 
 
 def assert_trainer(alone: Path, out: Path, case: str) -> None:

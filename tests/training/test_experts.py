@@ -129,6 +129,23 @@ def test_the_whole_form_has_the_gradients_of_dense_training():
         torch.testing.assert_close(ours(x), dense(x))
 
 
+def test_hooks_of_the_whole_form_run_once():
+    model = build_model("Llama4")
+    seen = []
+    before = logits(model)
+    for name, module in list(model.named_modules()):
+        if name.endswith("experts"):
+            module.register_forward_pre_hook(lambda *_: seen.append("before"))
+            module.register_forward_hook(lambda _m, _a, y: (seen.append("after"), 2 * y)[1])
+    doubled = logits(model)
+    assert not torch.equal(doubled, before)
+    count = len(seen)
+    loki.patch(model, ROWS)
+    assert any(m.why_whole for m in model.modules() if isinstance(m, LokiExperts))
+    torch.testing.assert_close(logits(model), doubled)
+    assert len(seen) == 2 * count
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_starts_as_the_module_it_replaces(family, dtype):
@@ -232,6 +249,23 @@ def test_a_resumed_trainer_goes_on_from_the_experts_rows(tmp_path, by):
         handle = loki.patch(model, folder / "checkpoint-3" if resume and by == "rows" else ROWS)
         callbacks = [handle.trainer_callback()] if by == "callback" else []
         tiny_trainer(model, folder, steps, callbacks).train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    straight = run(tmp_path / "a", 6)
+    run(tmp_path / "b", 3)
+    resumed = run(tmp_path / "b", 6, resume=True)
+    for name, tensor in straight.items():
+        torch.testing.assert_close(tensor, resumed[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_modules_trained_whole_are_resumed_under_other_names(tmp_path):
+    """Llava's files name all of its decoder otherwise, and a Trainer's loading passes it by."""
+
+    def run(folder, steps, resume=False):
+        model = build("LlavaForConditionalGeneration")
+        handle = loki.patch(model, ROWS, modules_to_save=["embed_tokens"])
+        run = tiny_trainer(model, folder, steps, [handle.trainer_callback()])
+        run.train(resume_from_checkpoint=resume)
         return model.state_dict()
 
     straight = run(tmp_path / "a", 6)

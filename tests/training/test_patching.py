@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
 import loki_kernels as loki
@@ -726,3 +727,70 @@ def test_a_patched_model_can_be_pickled(model, tmp_path):
         loaded = torch.load(tmp_path / "model.pt", weights_only=False)
         assert torch.equal(logits(loaded), logits(model))
         handle.unpatch()
+
+
+@pytest.mark.parametrize("protected", [False, True])
+def test_parameters_that_are_cast_alone(protected):
+    """DeepSpeed's bfloat16 engine leaves buffers as they are."""
+    model = build_model()
+    protect = loki.estimate_protection(model, [range(60)] * 8) if protected else None
+    handle = loki.patch(model, ROWS, protect=protect)
+    base = snapshot(model)["weights"]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    train(model)
+    for name, layer in handle.named_layers():
+        want = base[f"{name}.weight"].clone()
+        want[layer.index] += layer.formed_update()["update"].float()
+        torch.testing.assert_close(layer.merged_weight(), want.bfloat16(), rtol=1e-2, atol=1e-3)
+        assert layer.update.abs().max() > 0.01
+    trained = logits(model)
+    handle.merge()
+    torch.testing.assert_close(logits(model), trained)
+
+
+def test_resuming_in_a_wider_dtype(tmp_path):
+    """A checkpoint's rows are bfloat16's then, in float32 tensors."""
+    model = build_model(dtype=torch.bfloat16)
+    tiny_trainer(model, tmp_path, 3, [loki.patch(model, ROWS).trainer_callback()]).train()
+    wide = build_model(dtype=torch.bfloat16).float()
+    handle = loki.patch(wide, ROWS)
+    folder = tmp_path / "checkpoint-3"
+    wide.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"), strict=False)
+    handle.trainer_callback()._load_side_file([folder])
+    saved = loki.patch(build_model(dtype=torch.bfloat16), folder)
+    for (_, a), (_, b) in zip(handle.named_layers(), saved.named_layers(), strict=True):
+        assert torch.equal(a.update, b.update)
+
+
+def test_an_interrupted_step_is_none(model):
+    """torch calls no hook after KeyboardInterrupt."""
+    handle = loki.patch(model, ROWS)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(model)
+    hook.remove()
+    assert loki.drift(handle, texts=[{"input_ids": list(range(20))}]).overall.kl == 0
+    with handle.inference(), pytest.raises(ValueError, match="leave it first"):
+        loki.limit_drift(handle, 0.1, [{"input_ids": list(range(20))}])
+
+
+def test_checkpoint_wrappers_around_the_layers(model, tmp_path):
+    """What accelerate's ``activation_checkpointing`` does to a model that is patched."""
+    names = [name for name, _ in model.named_parameters()]
+    handle = loki.patch(model, ROWS, modules_to_save=["layers.2.input_layernorm"])
+    train(model)
+    want = logits(model)
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = checkpoint_wrapper(layer)
+    assert [name for name, _ in handle.merged_parameters()] == names
+    model.load_state_dict(dict(handle.merged_parameters()), strict=False)
+    loki.save_adapter(model, tmp_path / "adapter")
+    loki.export_lora(model, tmp_path / "lora")
+    other = build_model()
+    loki.load_adapter(other, tmp_path / "adapter")
+    torch.testing.assert_close(logits(other), want)
