@@ -13,6 +13,7 @@ from typing import Any, get_args
 from .options import (
     DEFAULT_CRITERION,
     DEFAULT_QUOTA,
+    DEFAULT_SAMPLES,
     Criterion,
     DefinitionName,
     Keep,
@@ -120,9 +121,8 @@ def _add_protection(commands: Any) -> None:
     )
     protection.add_argument("model", help="folder or hub name of a causal language model")
     protection.add_argument("out", help="file to write: .safetensors")
-    protection.add_argument(
-        "--texts", help="your own, .txt or .jsonl, as for drift (default: the model's samples)"
-    )
+    protection.add_argument("--texts", help=".txt or .jsonl (default: the model's own samples)")
+    protection.add_argument("--samples", type=int, default=DEFAULT_SAMPLES, help="to draw")
     protection.add_argument("--max-directions", type=int, help="of a layer (default: a fourteenth)")
     protection.add_argument("--share", type=float, help="of the inputs' energy, in place of that")
     protection.add_argument("--earlier", help="a protection whose energy is added")
@@ -307,6 +307,7 @@ def _protection(arguments: argparse.Namespace) -> None:
         _load_model(arguments.model, arguments.dtype),
         None if found is None else [encode(text, tokenizer).tolist() for text in found],
         tokenizer=tokenizer,
+        samples=arguments.samples,
         share=arguments.share,
         max_directions=arguments.max_directions,
         earlier=earlier,

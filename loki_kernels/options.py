@@ -19,6 +19,7 @@ EngineName = Literal["staircase", "decode", "reforward"]
 Keep = Literal["scores", "counts"]
 
 DEFAULT_QUOTA = 10.0  # percent
+DEFAULT_SAMPLES = 192  # that a protection is estimated from
 # Of SmolLM2-135M's rows the 10 % magnitude-lowest are missed less than random ones, the
 # signed-lowest far more: perplexity 42, 63 and 770,314 without them, 28 before
 # (benchmarks/forgetting).

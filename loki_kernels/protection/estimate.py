@@ -19,6 +19,7 @@ from ..attribution.result import model_settings
 from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..fingerprint import model_fingerprint
+from ..options import DEFAULT_SAMPLES
 from ..progress import progress_bar
 from ..sharding import is_partitioned, of_the_first
 from ..structure import Structure
@@ -46,6 +47,7 @@ def estimate_protection(
     texts: Iterable[str | Sequence[int]] | None = None,
     *,
     tokenizer: Any = None,
+    samples: int = DEFAULT_SAMPLES,
     share: float | None = None,
     max_directions: int | None = None,
     earlier: Protection | None = None,
@@ -64,7 +66,9 @@ def estimate_protection(
     Args:
         model: a transformers causal language model, patched or not.
         texts: strings, or lists of token ids; longer ones are cut into windows of 512 tokens. None
-            draws 192 samples of up to 256 tokens from the model itself.
+            draws ``samples`` of up to 256 tokens from the model itself.
+        samples: how many that are. A quarter of them, 48, takes a CPU a quarter of the minutes and
+            had 1.09 times the KL after training (SmolLM2-135M-Instruct, one seed).
         tokenizer: for strings and samples; by default the one of ``model.name_or_path``.
         share: as many directions as hold so much of the inputs' energy, the trace; in (0, 1).
         max_directions: of a layer, and of each expert, at most. Layers of more than 4,096 features
@@ -82,17 +86,18 @@ def estimate_protection(
         UnsupportedModelError: if the model has no FFN down-projections, or experts whose inputs
             cannot be told (those that transformers does not decorate).
     """
-    _check_options(texts, share, max_directions, batch_size)
+    _check_options(texts, samples, share, max_directions, batch_size)
     structure = find_structure(model)
     tokenizer = tokenizer_in(tokenizer)
     refuse_untold_inputs(structure)
     if earlier is not None:
         earlier.check(structure)
-    with on_accelerator(model), _evaluating(structure.causal_lm):
+    causal_lm = structure.causal_lm
+    with on_accelerator(model), _evaluating(causal_lm):
         own = texts is None
         if own:
-            tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
-            texts = draw_samples(structure.causal_lm, tokenizer, seed=seed, progress=progress)
+            tokenizer = tokenizer or find_tokenizer(causal_lm)
+            texts = draw_samples(causal_lm, tokenizer, samples, seed=seed, progress=progress)
         assert texts is not None
         windows = list(_windows(texts, tokenizer, structure))
         if not any(len(window) > 1 for window in windows):
@@ -103,7 +108,7 @@ def estimate_protection(
             parts[name] = top_eigenvectors(moment.matrix, share, max_directions)
             read[name] = moment.tokens
     info = {
-        "model": getattr(structure.causal_lm, "name_or_path", None),
+        "model": getattr(causal_lm, "name_or_path", None),
         "texts": "the model's own samples" if own else "given",
         "tokens": sum(len(window) - 1 for window in windows),
         "share": share,
@@ -111,16 +116,14 @@ def estimate_protection(
         "earlier": None if earlier is None else earlier.fingerprint,
         "loki_kernels": __version__,
     }
-    directions, energies, totals = (
-        {name: part[i] for name, part in parts.items()} for i in range(3)
-    )
+    directions, energies, totals = ({n: part[i] for n, part in parts.items()} for i in range(3))
     result = Protection(directions, energies, totals, info)  # type: ignore[arg-type]
     _warn_of_few(result, read)
     return result
 
 
 def _check_options(
-    texts: object, share: float | None, max_directions: int | None, batch_size: int
+    texts: object, samples: int, share: float | None, max_directions: int | None, batch_size: int
 ) -> None:
     if isinstance(texts, (str, os.PathLike)):
         raise TypeError(
@@ -129,8 +132,8 @@ def _check_options(
         )
     if share is not None and not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1); it is {share}.")
-    if batch_size < 1 or (max_directions is not None and max_directions < 1):
-        raise ValueError("max_directions and batch_size must be positive.")
+    if min(batch_size, samples, 1 if max_directions is None else max_directions) < 1:
+        raise ValueError("samples, max_directions and batch_size must be positive.")
 
 
 def _moments(

@@ -178,6 +178,34 @@ def test_samples_are_drawn_from_the_model():
     assert drawn != samples.draw_samples(model, tokenizer, 5, 12, seed=1)
 
 
+def test_fewer_samples_at_a_time_where_memory_is_short(monkeypatch):
+    model, tokenizer, sizes = build_model(), chat_tokenizer(), []
+    generate = samples._generate
+
+    def short(model, opening, count, length, end):
+        sizes.append(count)
+        if count > 2:
+            raise torch.OutOfMemoryError
+        return generate(model, opening, count, length, end)
+
+    monkeypatch.setattr(samples, "_generate", short)
+    assert len(samples.draw_samples(model, tokenizer, 16, 12)) == 16
+    assert sizes == [8, 4, *[2] * 8]
+    monkeypatch.setattr(samples, "_generate", lambda *_: exec("raise torch.OutOfMemoryError"))
+    with pytest.raises(torch.OutOfMemoryError):
+        samples.draw_samples(model, tokenizer, 16, 12)
+
+
+def test_as_many_samples_as_asked_for(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        estimate, "draw_samples", lambda _m, _t, count, **_: drawn.append(count) or [[1, 2, 3]] * 9
+    )
+    loki.estimate_protection(build_model(), tokenizer=chat_tokenizer(), samples=7)
+    loki.estimate_protection(build_model(), tokenizer=chat_tokenizer())
+    assert drawn == [7, 192]
+
+
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
