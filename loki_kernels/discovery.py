@@ -94,6 +94,12 @@ def find_structure(model: nn.Module) -> Structure:
                 f"decoder layers of {type(causal_lm).__name__} share one FFN's weight, so a row "
                 "has no layer of its own."
             )
+    config = getattr(getattr(model, "module", model), "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a prompt-learning adapter, whose virtual tokens the model "
+            "inside knows nothing of; pass model.get_base_model() to leave it out."
+        )
     return Structure(
         given=model,
         causal_lm=causal_lm,

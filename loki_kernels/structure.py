@@ -356,24 +356,13 @@ def plain_name(name: str) -> str:
 
 
 def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper.
-
-    Raises:
-        UnsupportedModelError: for prompt tuning and its kind, whose virtual tokens only PEFT's own
-            forward pass has.
-    """
+    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "get_base_model"):
-            config = getattr(model, "active_peft_config", None)
-            if getattr(config, "is_prompt_learning", False):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} has a prompt-learning adapter, which the model inside "
-                    "knows nothing of; pass model.get_base_model() to leave it out."
-                )
             model = model.get_base_model()
         else:
             return cast("PreTrainedModel", model)

@@ -15,7 +15,7 @@ import transformers
 import loki_kernels as loki
 from loki_kernels.cli import main
 from loki_kernels.errors import UnsupportedModelError
-from loki_kernels.forgetting import measure
+from loki_kernels.forgetting import measure, models
 from tests.models import assert_unchanged, build_model, save_base, snapshot
 from tests.tiny_training import ROWS, load_model, tiny_trainer, train
 
@@ -221,6 +221,68 @@ def test_pefts_adapters_of_any_method(kind, tmp_path):
         assert want.overall.kl == pytest.approx(float(kl), rel=1e-3)
 
 
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"bias": "lora_only"}])
+def test_adapters_that_write_to_their_base_need_one_of_their_own(options, tmp_path):
+    """PEFT does not take back what PiSSA subtracts, nor biases that were trained."""
+    torch.manual_seed(1)
+    base = build_model("qwen2")  # whose projections have biases
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **options)
+    around = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for parameter in around.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    want = loki.drift(base, around, texts())
+    around.save_pretrained(tmp_path / "adapter")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="name the base too"):
+        loki.drift(base, tmp_path / "adapter", texts())
+    assert_unchanged(base, before)
+    named = loki.drift(tmp_path / "base", tmp_path / "adapter", texts())
+    torch.testing.assert_close(named.token_kl, want.token_kl, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="is not its base"):
+        loki.drift(around, texts=texts())
+
+
+def test_a_base_forgets_the_adapter(tmp_path):
+    base = build_model()
+    peft.get_peft_model(build_model(), peft_config("lora")).save_pretrained(tmp_path)
+    loki.drift(base, tmp_path, texts())
+    assert not hasattr(base, "peft_config")
+
+
+def test_two_precisions_are_named(base_folder, tmp_path, caplog):
+    load_model(base_folder).to(torch.bfloat16).save_pretrained(tmp_path)
+    loki.drift(base_folder, tmp_path, texts())
+    assert "rounding counts as drift" in caplog.text
+    caplog.clear()
+    loki.drift(base_folder, tmp_path, texts(), dtype="float32")
+    assert not caplog.text
+
+
+def test_our_adapter_by_its_name_on_the_hub(base_folder, tmp_path, monkeypatch):
+    """Its config is fetched to know it, and then its weights."""
+    model = load_model(base_folder)
+    loki.patch(model, ROWS)
+    folder = loki.save_adapter(train(model), tmp_path / "snapshot")
+    weights = folder / "adapter_model.safetensors"
+    weights.rename(tmp_path / "remote")
+    fetched = []
+
+    def fetch(name, file):
+        fetched.append((name, file))
+        (tmp_path / "remote").rename(folder / file)
+
+    monkeypatch.setattr(
+        models, "find_adapter_config_file",
+        lambda name: str(folder / "adapter_config.json") if name == "user/rows" else None,
+    )  # fmt: skip
+    monkeypatch.setattr(models, "cached_file", fetch)
+    assert loki.drift(base_folder, "user/rows", texts()).overall.kl > 0
+    assert fetched == [("user/rows", "adapter_model.safetensors")]
+
+
 def test_an_adapter_that_does_not_fit_leaves_the_base(tmp_path):
     """PEFT puts its layers in before it finds out."""
     base, other = build_model(), build_model()
@@ -372,6 +434,11 @@ def test_models_that_cannot_be_compared(base_folder, words, tmp_path):
         loki.drift(base, moved(base), ["w1"])
     with pytest.raises(ValueError, match="outside the base's vocabulary"):
         loki.drift(base, moved(base), [{"input_ids": [99]}])
+    with (
+        loki.patch(base, ROWS) as handle,
+        pytest.raises(ValueError, match="outside the base's vocabulary"),
+    ):
+        loki.limit_drift(handle, 0.1, [{"input_ids": [5, 99]}])
     bigger = copy.deepcopy(base)
     bigger.resize_token_embeddings(101)
     with pytest.raises(ValueError, match="vocabulary of 97 tokens"):

@@ -18,7 +18,7 @@ from .measure import FORWARD, Base, compare, record
 from .meter import DEFAULT_LENGTH, DEFAULT_TOKENS, check_positive
 from .models import without_update
 from .result import summarize
-from .texts import read_texts, tokenize
+from .texts import check_ids, read_texts, tokenize
 
 
 class DriftCallback(TrainerCallback):
@@ -83,6 +83,7 @@ class DriftCallback(TrainerCallback):
             return
         model: Any = self._trainer.model
         resumed = state.global_step > 0
+        check_ids(model, self._corpus)
         try:
             with without_update(model) if resumed else contextlib.nullcontext():
                 self._base = record(model, self._corpus.batches(FORWARD), progress=False)

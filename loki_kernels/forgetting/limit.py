@@ -16,7 +16,7 @@ from .measure import FORWARD, compare, record
 from .meter import DEFAULT_LENGTH, DEFAULT_TOKENS, check_positive
 from .models import name_of, update_factors
 from .result import Drift, summarize
-from .texts import read_texts, tokenize
+from .texts import check_ids, read_texts, tokenize
 
 _ROUNDS = 8
 _NEAR = 0.95  # of the limit, which is near enough
@@ -81,6 +81,7 @@ def limit_drift(
         model = model.model
     factors = update_factors(model)
     corpus = tokenize(read_texts(texts), tokenizer, length, tokens)
+    check_ids(model, corpus)
     whole = [factor.detach().clone() for factor in factors]
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ from .models import (
     without_update,
 )
 from .result import Drift, summarize
-from .texts import Corpus, read_texts, tokenize
+from .texts import Corpus, check_ids, read_texts, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _measure(
     batches = corpus.batches(FORWARD)
     model: nn.Module | None = open_model(base, dtype, device)
     assert model is not None
-    _check_ids(model, corpus)
+    check_ids(model, corpus)
     try:
         if tuned is None:
             with without_update(model):
@@ -141,12 +141,19 @@ def _measure(
         changes = adapter is not None and changes_head(adapter)
         kept = record(model, batches, kept=changes, progress=progress)
         if adapter is not None:
-            with with_adapter(model, tuned, adapter) as moved:
+            with with_adapter(model, tuned, adapter, keeps=not is_name(base)) as moved:
                 return compare(kept, moved, progress=progress)
+        own = getattr(model, "dtype", None)
         if is_name(base):
             model = None  # but for its head
             _free()
-        return compare(kept, open_model(tuned, dtype, device), progress=progress)
+        second = open_model(tuned, dtype, device)
+        if dtype == "auto" and getattr(second, "dtype", None) != own:
+            logger.warning(
+                "the base is %s and the tuned model %s, whose rounding counts as drift too; dtype "
+                "(--dtype) loads both in one.", own, getattr(second, "dtype", None),
+            )  # fmt: skip
+        return compare(kept, second, progress=progress)
     except UnreadableHeadError as error:
         logger.info("%s Both models run side by side.", error)
         if tuned is None or (adapter is not None and not is_name(base)):
@@ -156,16 +163,8 @@ def _measure(
         first = open_model(base, dtype, device) if model is None else model
         second = open_model(tuned if adapter is None else base, dtype, device)
         if adapter is not None:
-            second = stack.enter_context(with_adapter(second, tuned, adapter))
+            second = stack.enter_context(with_adapter(second, tuned, adapter, keeps=False))
         return compare_whole(first, second, batches, progress=progress)
-
-
-def _check_ids(model: nn.Module, corpus: Corpus) -> None:
-    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    size = getattr(embedding, "num_embeddings", None)
-    largest = max(int(chunk.ids.max()) for chunk in corpus.chunks)
-    if isinstance(size, int) and largest >= size:
-        raise ValueError(f"token id {largest} is outside the base's vocabulary of {size}.")
 
 
 def _free() -> None:

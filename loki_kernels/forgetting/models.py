@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import explained
 from ..sharding import is_partitioned
 from ..structure import text_config, unwrap
 from ..training import load_adapter
+from ..training.adapter_file import ADAPTER_FILE
 from ..training.rows import LokiRows
 from ..training.targets import trained_whole
 
@@ -131,14 +133,18 @@ def changes_head(adapter: Path) -> bool:
 
 
 @contextlib.contextmanager
-def with_adapter(model: nn.Module, name: Any, adapter: Path) -> Iterator[nn.Module]:
+def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> Iterator[nn.Module]:
     """A base with an adapter of any method, of this name and config, which is taken off again.
 
+    ``keeps``: whether the base is used afterwards.
+
     Raises:
-        ValueError: if the adapter does not fit.
+        ValueError: if the adapter does not fit, or does not leave a base that is kept as it was.
         ImportError: if it is one of PEFT's, which is not installed.
     """
     if json.loads(adapter.read_text(encoding="utf-8")).get("peft_type") == "LOKI":
+        if not Path(os.fspath(name)).is_dir():  # of the hub the config alone is here so far
+            cached_file(os.fspath(name), ADAPTER_FILE)
         with load_adapter(model, adapter.parent) as handle:
             yield handle.model
         return
@@ -147,9 +153,16 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path) -> Iterator[nn.Modu
     except ImportError as error:
         message = f"{name} is an adapter of PEFT's: pip install 'loki-kernels[peft]'."
         raise explained(ImportError(message)) from error
+    config = peft.PeftConfig.from_pretrained(str(adapter.parent))
+    if keeps and _writes_to_base(config):
+        raise ValueError(
+            f"{name} changes values of its base when it is put on "
+            f"({_writes_to_base(config)}); name the base too, so that it is loaded for this alone."
+        )
     # PEFT's own unload() leaves modules that were trained whole, and some methods have none
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(module, dict(module._modules), module.training) for module in model.modules()]
+    known = "peft_config" in model.__dict__
     try:
         try:
             around = peft.PeftModel.from_pretrained(model, os.fspath(name))
@@ -163,6 +176,21 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path) -> Iterator[nn.Modu
             module.training = training
         for parameter, flag in required:
             parameter.requires_grad_(flag)
+        if not known:
+            model.__dict__.pop("peft_config", None)
+
+
+def _writes_to_base(config: Any) -> str | None:
+    """What of an adapter's config makes PEFT change the base's own values; None if nothing does."""
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _HARMLESS_STARTS:
+        return f"init_lora_weights={start!r}"
+    bias = getattr(config, "bias", "none")
+    return None if bias in (None, "none") else f"bias={bias!r}"
+
+
+# Of LoRA's starts those that draw its own factors and leave the base's weights.
+_HARMLESS_STARTS = ("gaussian", "orthogonal", "eva")
 
 
 @contextlib.contextmanager
@@ -173,6 +201,11 @@ def without_update(model: Any) -> Iterator[None]:
         ValueError: if it is neither, or trains modules whole beside the rows.
     """
     if hasattr(model, "disable_adapter"):
+        wrote = filter(None, map(_writes_to_base, model.peft_config.values()))
+        for what in wrote:
+            raise ValueError(
+                f"with its adapters off this model is not its base ({what}). Name a second model."
+            )
         with model.disable_adapter():
             yield
         return

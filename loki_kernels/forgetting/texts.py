@@ -98,6 +98,15 @@ class Corpus:
         return [*batches, _batch(members)]
 
 
+def check_ids(model: Any, corpus: Corpus) -> None:
+    """Raise ValueError for a token that the model does not have, before it meets an embedding."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embedding, "num_embeddings", None)
+    largest = max(int(chunk.ids.max()) for chunk in corpus.chunks)
+    if isinstance(size, int) and largest >= size:
+        raise ValueError(f"token id {largest} is outside the base's vocabulary of {size}.")
+
+
 def _batch(chunks: Sequence[Chunk]) -> Batch:
     ids = torch.zeros(len(chunks), len(chunks[0].ids), dtype=torch.int64)
     mask, measured = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))

@@ -97,11 +97,12 @@ def estimate_protection(
         own = texts is None
         if own:
             tokenizer = tokenizer or find_tokenizer(causal_lm)
-            texts = draw_samples(causal_lm, tokenizer, samples, seed=seed, progress=progress)
+            texts = draw_samples(causal_lm, tokenizer, count=samples, seed=seed, progress=progress)
         assert texts is not None
         windows = list(_windows(texts, tokenizer, structure))
         if not any(len(window) > 1 for window in windows):
             raise ValueError("there is no text of two tokens or more to estimate from.")
+        _check_tokens(windows, structure.vocab_size)
         parts: dict[str, tuple[Tensor, Tensor, float]] = {}
         read: dict[str, float] = {}
         for name, moment in _moments(structure, windows, batch_size, earlier, progress):
@@ -118,7 +119,8 @@ def estimate_protection(
     }
     directions, energies, totals = ({n: part[i] for n, part in parts.items()} for i in range(3))
     result = Protection(directions, energies, totals, info)  # type: ignore[arg-type]
-    _warn_of_few(result, read)
+    if earlier is None:  # else there is more than was read now
+        _warn_of_few(result, read)
     return result
 
 
@@ -134,6 +136,14 @@ def _check_options(
         raise ValueError(f"share must be in (0, 1); it is {share}.")
     if min(batch_size, samples, 1 if max_directions is None else max_directions) < 1:
         raise ValueError("samples, max_directions and batch_size must be positive.")
+
+
+def _check_tokens(windows: Sequence[list[int]], vocab_size: int) -> None:
+    for number in (min(map(min, windows)), max(map(max, windows))):
+        if not 0 <= number < vocab_size:
+            raise ValueError(
+                f"the texts hold token id {number}, outside the model's vocabulary of {vocab_size}."
+            )
 
 
 def _moments(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -48,10 +48,12 @@ def _room(device: torch.device) -> int:
     free = free_bytes(device)
     if free is not None:
         return free // 2
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return 8 * 10**9
+    # Few pages are free where files have been read, a model's for one, and most are available.
+    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024 // 2
+    return 8 * 10**9
 
 
 def default_directions(features: int) -> int:
@@ -142,15 +144,18 @@ def _read_inputs(module: nn.Module, kept: Tensor, x: Tensor) -> _Inputs:
 
 
 def refuse_untold_inputs(structure: Structure) -> None:
-    """Raise UnsupportedModelError for experts whose inputs cannot be told."""
+    """Raise UnsupportedModelError for experts whose inputs cannot be told, and offloaded layers."""
     for _, down_proj in structure.trainable():
+        if down_proj.weight.is_meta:
+            raise UnsupportedModelError(
+                f"{down_proj.name} is not in memory (offloaded, or on the meta device), and a "
+                "protection is estimated from a model that is; load it without offloading, in "
+                "bfloat16 on the CPU if a GPU has no room."
+            )
         if not down_proj.of_experts:
             continue
-        if down_proj.weight.is_meta:
-            reason: str | None = "their weights are not in memory"
-        else:
-            experts = _of_its_class(down_proj.module)
-            reason = why_not_grouped(experts, down_proj.parameter, down_proj.axis)
+        experts = _of_its_class(down_proj.module)
+        reason = why_not_grouped(experts, down_proj.parameter, down_proj.axis)
         if reason is not None:
             raise UnsupportedModelError(
                 f"{down_proj.name} holds experts, and what enters their down-projections cannot be "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -196,10 +197,34 @@ def test_fewer_samples_at_a_time_where_memory_is_short(monkeypatch):
         samples.draw_samples(model, tokenizer, 16, 12)
 
 
+@pytest.mark.parametrize("number", [-1, 97])
+def test_tokens_that_the_model_has_not(number):
+    with pytest.raises(ValueError, match=f"token id {number}, outside the model's vocabulary"):
+        loki.estimate_protection(build_model(), [[5, 6], [7, number]])
+
+
+def test_offloaded_layers_are_refused():
+    model = accelerate.cpu_offload(build_model(), execution_device="cpu")
+    with pytest.raises(loki.UnsupportedModelError, match="load it without offloading"):
+        loki.estimate_protection(model, texts())
+
+
+def test_few_texts_beside_an_earlier_protection_are_no_mistake(caplog):
+    model = build_model()
+    earlier = loki.estimate_protection(model, texts(40))
+    caplog.clear()
+    loki.estimate_protection(model, texts(2), earlier=earlier)
+    assert "fewer than two" not in caplog.text
+    loki.estimate_protection(model, texts(2))
+    assert "fewer than two" in caplog.text
+
+
 def test_as_many_samples_as_asked_for(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        estimate, "draw_samples", lambda _m, _t, count, **_: drawn.append(count) or [[1, 2, 3]] * 9
+        estimate,
+        "draw_samples",
+        lambda _m, _t, *, count, **_: drawn.append(count) or [[1, 2, 3]] * 9,
     )
     loki.estimate_protection(build_model(), tokenizer=chat_tokenizer(), samples=7)
     loki.estimate_protection(build_model(), tokenizer=chat_tokenizer())
@@ -271,8 +296,9 @@ def test_a_damaged_file_is_an_error(tmp_path_factory, cut, byte):
     one = {"a": torch.eye(5)[:, :2].clone()}
     Protection(one, {"a": torch.ones(2)}, {"a": 3.0}).save(path)
     content = bytearray(path.read_bytes())
-    content[cut % len(content)] = byte
-    path.write_bytes(content[: cut % len(content) + 1])
+    cut %= len(content) - 1  # the last byte is a number's, of which every value is one
+    content[cut] = byte
+    path.write_bytes(content[: cut + 1])
     with pytest.raises(ValueError, match=r"p\.safetensors"):
         Protection.load(path)
 
