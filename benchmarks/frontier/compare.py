@@ -72,12 +72,15 @@ class Comparison:
     def __init__(self, records: Iterable[dict[str, Any]], domains: Sequence[str] = DOMAINS) -> None:
         self.records = list(filter(is_finite, records))
         self.domains = domains
-        self.points: dict[tuple[str, int], list[tuple[float, Point]]] = defaultdict(list)
+        # by arm, seed and rate: what share of the update was merged, and its point
+        self.points: dict[tuple[str, int], dict[float, list[tuple[float, Point]]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         self.before: dict[int, float] = {}
         for record in self.records:
             self.before[record["seed"]] = record["before"]
             for point in record["points"]:
-                self.points[record["arm"], record["seed"]].append(
+                self.points[record["arm"], record["seed"]][record["rate"]].append(
                     (point["scale"], (point["loss"], log_divergence(point, domains)))
                 )
 
@@ -94,8 +97,24 @@ class Comparison:
 
     def frontier(self, arm: str, seed: int, scaled: bool = True) -> list[Point]:
         """Of every rate; with ``scaled`` also of every share of the update that is merged."""
-        points = self.points.get((arm, seed), [])
+        points = itertools.chain.from_iterable(self.points.get((arm, seed), {}).values())
         return frontier(point for scale, point in points if scaled or scale == 1.0)
+
+    def at(self, arm: str, seed: int, loss: float, scaled: bool = True) -> float | None:
+        """Log KL at a loss: of the rate whose update, scaled back, forgets least there.
+
+        Not on the frontier of all rates, whose lines lead from a low rate's whole update, above the
+        curve of a higher one's, to that curve: an arm would lose by having more rates. Without
+        shares there is no other line.
+        """
+        if not scaled:
+            return at_loss(self.frontier(arm, seed, scaled), loss)
+        curves = (
+            frontier(point for _, point in points)
+            for points in self.points.get((arm, seed), {}).values()
+        )
+        found = [at_loss(curve, loss) for curve in curves]
+        return min((kl for kl in found if kl is not None), default=None)
 
     def target(self, seed: int, share: float) -> float | None:
         """The loss at a share of full fine-tuning's best gain."""
@@ -112,7 +131,7 @@ class Comparison:
                 loss = pair.target(seed, share)
                 if loss is None:
                     continue
-                a, b = (at_loss(pair.frontier(arm, seed, scaled), loss) for arm in (ours, other))
+                a, b = (pair.at(arm, seed, loss, scaled) for arm in (ours, other))
                 if a is not None and b is not None:
                     found[seed] = b - a
             if found and len(found) == len(pair.seeds(ours)):

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from loki_kernels.demo.frontier import at_loss
 from loki_kernels.files import atomic_path
 from loki_kernels.plots import import_matplotlib
 
@@ -123,7 +122,7 @@ def _table(comparison: Comparison) -> Iterator[str]:
             for seed in seeds:
                 loss = comparison.target(seed, share)
                 if loss is not None:
-                    values.append(at_loss(comparison.frontier(arm, seed), loss))
+                    values.append(comparison.at(arm, seed, loss))
             reached = [v for v in values if v is not None]
             all_do = len(reached) == len(seeds)
             cells.append(f"{math.exp(sum(reached) / len(reached)):.4f}" if all_do else "-")

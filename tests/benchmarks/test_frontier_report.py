@@ -99,6 +99,28 @@ def test_a_pair_is_compared_where_both_get_with_every_seed():
     assert "lost" not in comparison.arms()
 
 
+def test_an_arm_does_not_lose_by_having_more_rates():
+    """A low rate's whole update is above what a higher one's is when scaled back to its loss."""
+
+    def record(rate, ends, divergences):
+        points = [
+            {"scale": s, "loss": loss, **dict.fromkeys(DOMAINS, kl)}
+            for s, loss, kl in zip((0.25, 0.5, 0.75, 1.0), ends, divergences, strict=True)
+        ]
+        return {"arm": "full", "seed": 0, "rate": rate, "before": 4.0, "points": points}
+
+    high = record(2, (3.6, 3.2, 2.9, 2.7), (0.01, 0.04, 0.09, 0.16))
+    low = record(1, (3.8, 3.6, 3.4, 3.25), (0.02, 0.04, 0.06, 0.041))
+    one, both = Comparison([high]), Comparison([high, low])
+    for loss in (3.3, 3.21, 3.0):
+        assert both.at("full", 0, loss) == one.at("full", 0, loss)
+    assert both.at("full", 0, 3.7) == pytest.approx(math.log(0.02 * 2**0.5))
+    assert both.at("full", 0, 2.6) is None
+    assert both.at("full", 0, 3.0, scaled=False) == pytest.approx(
+        math.log(0.16) + (3.0 - 2.7) / (3.25 - 2.7) * math.log(0.041 / 0.16)
+    )
+
+
 def test_seeds_compare_at_the_rates_of_all_of_them():
     def kept(*trainings):
         records = [
