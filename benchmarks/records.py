@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -37,9 +38,11 @@ def describe_machine() -> dict[str, Any]:
         device = torch.cuda.get_device_name()
     else:
         device = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
+    revision = ""
+    with contextlib.suppress(FileNotFoundError):  # a machine without git measures all the same
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
     described = {"device": device}
     if torch.cuda.is_available():
         described["driver"] = _driver()

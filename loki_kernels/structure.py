@@ -61,6 +61,20 @@ class Head:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
+    def logit(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """One token's logit of each hidden state, ``[tokens]``, in float32 or float64.
+
+        For hidden ``[tokens, D]`` and target ``[tokens]``: of the V products of `logits` one.
+        """
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logit = (hidden.to(wide) * self.weight.detach()[target].to(wide)).sum(-1)
+        if self.bias is not None:
+            logit = logit + self.bias.detach()[target].to(wide)
+        logit = logit * self.scale
+        if self.softcap is not None:
+            logit = self.softcap * torch.tanh(logit / self.softcap)
+        return logit
+
 
 @dataclass(frozen=True)
 class DownProjection:

@@ -19,18 +19,20 @@ from .data import DOMAINS
 from .runner import read_records
 
 _READING = """\
-Every training is measured at a quarter, half, three quarters and all of its update. An arm's
-frontier are the measurements of all its rates that no other beats in both task loss and KL; between
-them log KL is linear in the loss, and nothing is extrapolated. KL is that of the base's next-token
+Every training is measured at a quarter, half, three quarters and all of its update. Between these
+log KL is taken to be linear in the loss, nothing is extrapolated, and at a loss an arm has the rate
+that forgets least there. The plots' curves are the measurements of all rates that no other beats in
+both task loss and KL. KL is that of the base's next-token
 distribution from the tuned model's, a token, as the geometric mean over wikitext, code and chat
 (4,000 tokens each). The shares are of the best that full fine-tuning gains of the task's held-out
 loss, by seed. `-` says that an arm does not get there, or that a quarter of its update is beyond.
 Two arms are compared with the seeds that both and full fine-tuning have, at the rates that each has
 with all of these, and at the shares that both reach with every seed, which stand behind the ratio:
 a mean of log KL's differences over shares and seeds, with a 95 % interval of Student's t of more
-than one seed. The tables of arms and the plots are of the arms with the seed that most have, and
-of all seeds that these have in common. `alone` leaves out the shares of updates, so that only rates
-make the frontier."""
+than one seed. Trainings with the same texts, by the table above, share one draw of samples and
+answers: an interval is over the order of the training texts, and LoRA's factors, alone. The tables of arms and the plots are of the arms with the seed that most have, and
+of all seeds that these have in common. `alone` leaves out the shares of updates, so that rates
+make a frontier instead."""
 _SHOWN = (0.5, 0.7, 0.9)
 
 

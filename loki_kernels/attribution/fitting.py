@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..ops._dispatch import memory_is_full
 from ..structure import Structure, embedding_weight
 from .placement import free_bytes
 from .plan import PlannedBatch
@@ -93,8 +94,9 @@ class Fitting:
         """None if it did not fit, but half of it may."""
         try:
             return compute(part)
-        except torch.OutOfMemoryError as error:
-            if len(part.members) == 1:
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            # Triton and cuBLAS ask for memory of their own, and say so in other words.
+            if len(part.members) == 1 or not memory_is_full(error):
                 raise
             logger.warning(
                 "%d prompts of up to %d tokens do not fit into the device's memory at once: half "

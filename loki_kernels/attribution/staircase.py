@@ -236,23 +236,28 @@ class Staircase:
             position_ids=batch.last[:, None],
         )  # [B, 1 + len(layers) * m, hidden_size]
         samples, points, width = hidden.shape
-        outputs = target_probability(
-            hidden.reshape(samples * points, width).to(head.weight.device),
-            head.weight,
-            self.prefill.target.repeat_interleave(points).to(head.weight.device),
-            head.bias,
-            softcap=head.softcap,
-            logit_scale=head.scale,
-        )
-        objectives = {n: x.view(samples, points) for n, x in outputs._asdict().items()}
-        # The gradient of p is p times that of log p, which does not underflow in float16.
-        objective = self.integral.definition.objective
-        differentiated = objectives["logit" if objective == "logit" else "log_probability"]
+        rows = hidden.reshape(samples * points, width).to(head.weight.device)
+        target = self.prefill.target.repeat_interleave(points).to(head.weight.device)
+        if self.integral.definition.objective == "logit":
+            values = differentiated = head.logit(rows, target)
+        else:
+            outputs = target_probability(
+                rows,
+                head.weight,
+                target,
+                head.bias,
+                softcap=head.softcap,
+                logit_scale=head.scale,
+            )
+            values = outputs._asdict()[self.integral.definition.objective]
+            # The gradient of p is p times that of log p, which does not underflow in float16.
+            differentiated = outputs.log_probability
         gradients = torch.autograd.grad(
-            differentiated[:, 1:].sum(), [trace.leaves[layer] for layer in layers]
+            differentiated.view(samples, points)[:, 1:].sum(),
+            [trace.leaves[layer] for layer in layers],
         )
         trace.leaves.clear()
-        return hidden[:, 0].detach(), objectives[objective].detach(), gradients
+        return hidden[:, 0].detach(), values.detach().view(samples, points), gradients
 
     def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:
         """The unperturbed point must reproduce the prefill, or the model is refused.

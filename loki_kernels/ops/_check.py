@@ -37,11 +37,18 @@ def check_index(index: Tensor) -> int:
 def autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three as ``F.linear`` would take them: in the autocast dtype where autocast is on."""
+    """The three as ``F.linear`` would take them: in the autocast dtype where autocast is on.
+
+    Autocast leaves float64 as it is.
+    """
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -191,7 +191,15 @@ def _backend_why_not(backend: str, device: torch.device) -> str | None:
         return "triton is not installed (pip install 'triton>=3.6')."
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return _gpu_why_not(device)
+    return _gpu_why_not(device) or _triton_why_not()
+
+
+def _triton_why_not() -> str | None:
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # a library that it was built for is not here, or a folder's name
+        return f"triton cannot be imported ({type(error).__name__}: {error})."
+    return None
 
 
 def _gpu_why_not(device: torch.device) -> str | None:
@@ -288,7 +296,7 @@ def warm_up(ops: Iterable[str], device: torch.device, dtype: torch.dtype) -> Non
                 break
 
 
-def _memory_is_full(error: Exception) -> bool:
+def memory_is_full(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         words in str(error) for words in _MEMORY_FULL
     )
@@ -308,7 +316,7 @@ def _compare(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
             if not error <= allowed:
                 return f"result {i}: relative error {error:.2g}, allowed {allowed:.2g}"
     except Exception as error:  # a kernel that does not compile here must not end the training
-        if _memory_is_full(error):
+        if memory_is_full(error):
             raise
         return f"{type(error).__name__}: {error}"
     return None

@@ -115,7 +115,11 @@ def _why_loop(a: Tensor, b: Tensor) -> str | None:
     return None if a.device.type == "cpu" else f"it was not tried on {a.device.type}"
 
 
-@torch_library.custom_op("loki_kernels::grouped_products", mutates_args=())
+# They wait for the offsets, which no CUDA graph can record.
+_WAITS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch_library.custom_op("loki_kernels::grouped_products", mutates_args=(), tags=_WAITS)
 def _loop_products(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     y = x.new_zeros(len(x), matrices.shape[2])
     start = 0
@@ -131,7 +135,7 @@ def _(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(len(x), matrices.shape[2])
 
 
-@torch_library.custom_op("loki_kernels::grouped_outer_products", mutates_args=())
+@torch_library.custom_op("loki_kernels::grouped_outer_products", mutates_args=(), tags=_WAITS)
 def _loop_outer_products(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     outer = a.new_zeros(len(offsets), a.shape[1], b.shape[1])
     start = 0

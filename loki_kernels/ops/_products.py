@@ -47,10 +47,15 @@ def padded_rows(update: Tensor, dtype: torch.dtype) -> Tensor:
     return functional.pad(update.to(dtype), (0, 0, 0, missing)) if missing else update.to(dtype)
 
 
+def _sums_in_float32(dtype: torch.dtype) -> bool:
+    """Whether cuBLAS may: float16 can be allowed to sum in float16, and then has no float32 out."""
+    return dtype != torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
 def weight_gradient(selected: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``selected.T @ x``, summed in float32 and rounded once, to ``dtype``."""
     if dtype.itemsize <= selected.dtype.itemsize:
         return (selected.t() @ x).to(dtype)
-    if selected.is_cuda and dtype == torch.float32:
+    if selected.is_cuda and dtype == torch.float32 and _sums_in_float32(selected.dtype):
         return torch.mm(selected.t(), x, out_dtype=dtype)
     return selected.t().to(dtype) @ x.to(dtype)

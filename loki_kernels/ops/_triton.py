@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,14 +93,18 @@ def tuned(
     30 ms a config (unmeasured) and is kept on disk by triton.
     """
     if not interpreted:
-        tuner = triton.autotune(
-            list(configs),
-            key=list(key),
-            restore_value=list(restored) or None,
-            do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=20),
-            cache_results=True,
-        )
-        return _Locked(tuner(kernel))
+
+        def tune() -> Any:
+            tuner = triton.autotune(
+                list(configs),
+                key=list(key),
+                restore_value=list(restored) or None,
+                do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=20),
+                cache_results=True,
+            )
+            return tuner(kernel)
+
+        return _Locked(tune)
     first = configs[0].all_kwargs()
     constants = {n: first[n] for n in first if n in kernel.arg_names}
     return _Fixed(kernel, constants)
@@ -108,19 +112,24 @@ def tuned(
 
 @dataclass(frozen=True)
 class _Locked:
-    """A tuned kernel that threads launch one after the other.
+    """A tuned kernel that threads launch one after the other, one of each device.
 
     Triton's tuner keeps the arguments of the launch it is busy with, and what it will restore of
-    them, on itself.
+    them, on itself; and what it has chosen by the arguments alone, which another kind of GPU may
+    have no shared memory for.
     """
 
-    kernel: Any
+    tune: Callable[[], Any]
+    tuned: dict[int, Any] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*arguments: Any, **constants: Any) -> None:
+            device = torch.cuda.current_device()
             with self.lock:
-                self.kernel[grid](*arguments, **constants)
+                if device not in self.tuned:
+                    self.tuned[device] = self.tune()
+                self.tuned[device][grid](*arguments, **constants)
 
         return launch
 

@@ -55,6 +55,33 @@ def test_what_does_not_fit_is_halved_with_the_same_result(keep, room, caplog):
         torch.testing.assert_close(getattr(got, name), getattr(want, name))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+        "shapes do not fit",
+    ],
+)
+def test_full_memory_in_the_words_of_other_libraries(words, room, monkeypatch):
+    room["tokens"] = 13
+    crowded = job.attribute_batch
+
+    def other(engine, batch):
+        try:
+            return crowded(engine, batch)
+        except torch.OutOfMemoryError:
+            raise RuntimeError(words) from None
+
+    monkeypatch.setattr(job, "attribute_batch", other)
+    if "shapes" in words:
+        with pytest.raises(RuntimeError, match="do not fit"):
+            loki.attribute(build_model(device="cpu"), PROMPTS[:4], batch_size=4)
+    else:
+        loki.attribute(build_model(device="cpu"), PROMPTS[:4], batch_size=4)
+        assert (1, 8) in room["tried"]
+
+
 def test_what_did_not_fit_is_not_tried_again(room):
     room["tokens"] = 13
     loki.attribute(build_model(device="cpu"), PROMPTS[:4] * 3, batch_size=4)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.ops import compile_triton
 from loki_kernels.ops import _dispatch
@@ -79,7 +80,7 @@ def test_what_counts_as_a_failure(change, message):
     assert message is None or message in found[0]
 
 
-def test_a_tuned_kernel_is_launched_by_one_thread_at_a_time():
+def test_a_tuned_kernel_is_launched_by_one_thread_at_a_time(monkeypatch):
     from loki_kernels.ops._triton import _Locked
 
     busy, launched = threading.Lock(), []
@@ -94,7 +95,13 @@ def test_a_tuned_kernel_is_launched_by_one_thread_at_a_time():
 
             return launch
 
-    kernel = _Locked(Kernel())
+    made = []
+    kernel = _Locked(lambda: made.append(1) or Kernel())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: kernel[i](i, BLOCK=16), range(8)))
     assert sorted(launched) == [(i, (i,), {"BLOCK": 16}) for i in range(8)]
+    assert len(made) == 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)  # of another kind, perhaps
+    kernel[0](0)
+    assert len(made) == 2

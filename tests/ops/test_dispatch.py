@@ -185,6 +185,19 @@ def test_auto_leaves_unsupported_inputs_to_torch(accelerator):
     assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch
 
 
+def test_a_triton_that_cannot_be_imported_is_no_backend(monkeypatch):
+    """A broken library, or a folder of that name where Python looks first."""
+
+    def fails(name):
+        raise ImportError("libtriton.so")
+
+    monkeypatch.setattr(_dispatch, "_gpu_why_not", lambda _device: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_dispatch.importlib, "import_module", fails)
+    reason = _dispatch._backend_why_not.__wrapped__("triton", torch.device("cuda"))
+    assert "cannot be imported (ImportError: libtriton.so)" in reason
+
+
 def test_environment_variable_wins_over_auto(accelerator):
     accelerator.monkeypatch.setenv("LOKI_KERNELS_BACKEND", "torch")
     assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch

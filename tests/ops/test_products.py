@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loki_kernels import ops
+from loki_kernels.ops import _products
 from loki_kernels.ops._products import padded_rows, selected_columns
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -55,6 +58,15 @@ def test_selected_columns_of_tensors_without_numbers():
     assert selected_columns(x.to("meta"), index.to("meta")).shape == (6, 16)
     with FakeTensorMode() as mode:
         assert selected_columns(mode.from_tensor(x), mode.from_tensor(index)).shape == (6, 16)
+
+
+def test_float16_that_sums_in_float16_has_no_float32_product(monkeypatch):
+    """cuBLAS refuses it, so the gradient is rounded as the settings have it."""
+    assert _products._sums_in_float32(torch.float16)
+    settings = SimpleNamespace(allow_fp16_accumulation=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+    assert not _products._sums_in_float32(torch.float16)
+    assert _products._sums_in_float32(torch.bfloat16)
 
 
 def test_selected_columns_compile_whole():

@@ -120,6 +120,13 @@ def test_float32_delta_on_a_low_precision_weight(dtype):
     assert row_delta_linear(**inputs).dtype == dtype
 
 
+def test_autocast_leaves_float64():
+    inputs = make((5,), 30, 20, 4, 3, dtype=torch.float64)
+    want = row_delta_linear(**inputs)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        assert torch.equal(row_delta_linear(**inputs), want)
+
+
 def test_autocast():
     inputs = make((2, 4), 63, 129, 30, 4)
     upstream = torch.randn(2, 4, 129)
