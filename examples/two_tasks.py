@@ -53,12 +53,12 @@ else:
     general = [question.text() for question in loki.load_questions()]
 
 protection = loki.estimate_protection(model, general, tokenizer=tokenizer)
-handle = loki.patch(model, quota=100, protect=protection)
+handle = loki.patch(model, protect=protection)
 train(handle, first)
 model = handle.merge()
 
 protection = loki.estimate_protection(model, first, tokenizer=tokenizer, earlier=protection)
-handle = loki.patch(model, quota=100, protect=protection)
+handle = loki.patch(model, protect=protection)
 train(handle, second)
 print("the second task moved the model, on the first task's texts by")
 print(loki.drift(handle, texts=first, tokenizer=tokenizer).overall)

@@ -2,7 +2,7 @@
 
     plugins: [loki_kernels.axolotl.LokiPlugin]
     adapter: loki
-    loki_rows: rows.json  # leave it out, and the model is analysed first
+    loki_rows: rows.json  # or loki_quota: 10, which analyses the model first; else all, protected
     loki_rank: 8          # for LoKI*
     loki_protect: true    # or a protection's file
 
@@ -21,7 +21,6 @@ import peft
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from pydantic import BaseModel
 
-from .options import DEFAULT_QUOTA
 from .peft import LokiConfig
 from .training.adapters import task_type
 
@@ -31,7 +30,7 @@ class LokiArguments(BaseModel):
 
     loki_rows: str | None = None
     loki_positions: str | None = None  # the old name of loki_rows
-    loki_quota: float = DEFAULT_QUOTA
+    loki_quota: float | None = None
     loki_rank: int | None = None
     loki_protect: bool | str | None = None
 
@@ -60,10 +59,9 @@ class LokiPlugin(BasePlugin):
                 stacklevel=2,
             )
             rows = cfg.loki_positions
-        quota = DEFAULT_QUOTA if cfg.loki_quota is None else cfg.loki_quota
         config = LokiConfig(
             rows=rows,
-            quota=quota,
+            quota=cfg.loki_quota,
             rank=cfg.loki_rank,
             protect=cfg.loki_protect,
             modules_to_save=cfg.lora_modules_to_save or None,

@@ -11,7 +11,6 @@ from packaging.version import Version
 from peft import PeftConfig, PeftType, TaskType
 
 from ..errors import check_choice
-from ..options import DEFAULT_QUOTA
 from ..training.rows import check_rank
 from ..training.targets import as_selection
 
@@ -46,16 +45,18 @@ _add_peft_type()
 
 @dataclass
 class LokiConfig(PeftConfig):
-    """Train some rows of every FFN down-projection.
+    """Train rows of every FFN down-projection: all, protected, as `loki_kernels.patch` does.
 
     Args:
         rows: path of a row file, which is read at once and not needed again, or one list of rows a
-            layer. None analyses the model on the bundled questions, as `loki_kernels.patch` does.
-        quota: percentage of rows for that analysis; 100 are all rows, without one.
+            layer.
+        quota: percentage of rows that an analysis of the model on the bundled questions chooses;
+            100 are all rows, without one.
         rank: train an update of rank r (LoKI*).
-        protect: path of a `Protection`'s file, or True, which estimates one, as for
-            `loki_kernels.patch`. Training on needs the same again, from the file or the cache; what
-            is saved holds the update as it acts, and loading it needs none.
+        protect: path of a `Protection`'s file, True, which estimates one, or False; None is True
+            where neither rows nor a quota says what to train. Training on needs the same again,
+            from the file or the cache; what is saved holds the update as it acts, and loading it
+            needs none.
         quantized_merge: how to merge into a quantized base: ``"dequantize"`` makes the merged
             model an ordinary one, ``"requantize"`` rounds the merged weights as the base's were.
         modules_to_save: names of modules to train whole beside the rows, as for ``LoraConfig``; a
@@ -74,7 +75,7 @@ class LokiConfig(PeftConfig):
     """
 
     rows: str | list[list[int]] | None = None
-    quota: float = DEFAULT_QUOTA
+    quota: float | None = None
     rank: int | None = None
     protect: str | bool | None = None
     quantized_merge: str | None = None

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import TaskType
@@ -31,6 +31,7 @@ from ..training.targets import (
     protection_to_keep,
     refuse_efficient_loading,
     selection_to_train,
+    what_to_train,
 )
 from .config import LokiConfig
 from .layer import LokiLayer
@@ -65,6 +66,10 @@ class LokiModel(BaseTuner):
         *same, name = (name for name, config in self.peft_config.items() if config is peft_config)
         self._copied = same[0] if same else None
         self.peft_config[name] = peft_config = copy.copy(peft_config)
+        peft_config.quota, protect = what_to_train(
+            peft_config.rows, peft_config.quota, None, peft_config.protect
+        )
+        peft_config.protect = cast("str | bool | None", protect)
         structure = find_structure(self.model)
         _refuse_other_modules(structure)
         refuse_efficient_loading()

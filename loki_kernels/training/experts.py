@@ -62,6 +62,7 @@ class LokiExperts(LokiRows):
         self._train_rows(rows, parameter, axis, rank, directions)
         # For its class's methods and settings. Not a submodule: it would name all of this twice.
         self.__dict__["experts"] = experts
+        self.__dict__["bare"] = _Bare(experts)
         self.train(experts.training)
         self.why_whole = why_not_grouped(experts, parameter, axis)
 
@@ -95,7 +96,7 @@ class LokiExperts(LokiRows):
             for name, value in held.items()
             if name in names and value is not None
         }
-        return functional_call(_Bare(self.experts), own, args, kwargs)
+        return functional_call(self.__dict__["bare"], own, args, kwargs)
 
     def trained_weight(self) -> Tensor:
         """The weight with the update in it, as a function of the update."""

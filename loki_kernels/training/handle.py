@@ -38,6 +38,7 @@ class Report:
         not_fused: MLP name -> why not, of the others, if ``fuse_mlp`` was asked for.
         whole: module name -> dtype of those that are trained whole beside the rows.
         notes: what else a user should know.
+        protected: how many directions of its inputs a layer's update leaves alone, at most.
         trainable: trained parameters.
         total: parameters of the model, the trained rows counted once.
     """
@@ -48,6 +49,7 @@ class Report:
     not_fused: dict[str, str]
     whole: dict[str, str]
     notes: list[str]
+    protected: int
     trainable: int
     total: int
 
@@ -57,6 +59,8 @@ class Report:
             f"{len(self.patched)} down-projections patched, {self.trainable:,} of {self.total:,} "
             f"parameters trained ({share:.2f} %)"
         ]
+        if self.protected:
+            lines.append(f"updates leave alone up to {self.protected} directions of the inputs")
         lines += [f"{name} is trained whole, in {dtype}" for name, dtype in self.whole.items()]
         lines += self.notes
         lines += [f"skipped {name}: {why}" for name, why in self.skipped.items()]

@@ -21,7 +21,6 @@ from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..gating import Gating, find_gating
 from ..ops._dispatch import warm_up
-from ..options import DEFAULT_QUOTA
 from ..protection import Protection
 from ..selection import RowSelection
 from ..sharding import full_shape, heed_in_ddp, ignore_in_ddp, is_distributed, is_sharded
@@ -45,6 +44,7 @@ from .targets import (
     projection_names,
     protection_to_keep,
     selection_to_train,
+    what_to_train,
 )
 from .writer import RowWriter
 
@@ -62,7 +62,7 @@ def patch(
     rows: Rows | None = None,
     *,
     tokenizer: Any = None,
-    quota: float = DEFAULT_QUOTA,
+    quota: float | None = None,
     analysis: AnalysisOptions | None = None,
     rank: int | None = None,
     protect: Protect | None = None,
@@ -70,7 +70,10 @@ def patch(
     fuse_mlp: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Patch:
-    """Make a model train an update of some rows of its FFN down-projections.
+    """Make a model train an update of rows of its FFN down-projections.
+
+    ``patch(model)`` trains all rows, protected; ``patch(model, quota=10)`` is the paper's (arXiv
+    2505.22120), the 10 % that integrated gradients rank lowest, unprotected.
 
     Every ``down_proj`` of this instance becomes a `LokiLinear`, the experts of a mixture together a
     `LokiExperts` (row j of a layer is row j of every expert), whose update of its rows is trained
@@ -78,25 +81,24 @@ def patch(
     (``AutoModelForSequenceClassification``). Train with any trainer; ``save_pretrained`` gives an
     ordinary checkpoint, with the update in a file beside it.
 
+    Analyses and estimates are kept in ``$LOKI_KERNELS_CACHE`` (``~/.cache/loki_kernels``) and made
+    on the accelerator if the model fits there; in distributed training by the first process.
+
     Args:
         model: a transformers causal language model.
         rows: a `RowSelection`, one list of rows a layer, or the path of a row file; or a
             checkpoint's folder, to go on from the rows and the update saved there (``model`` is the
-            base). None analyses the model on the bundled questions (`attribute`, then `select`);
-            the result is kept in ``$LOKI_KERNELS_CACHE`` (``~/.cache/loki_kernels``) by a
-            fingerprint of the weights, and a model that lies on the CPU is on the accelerator
-            meanwhile, if it fits there. In distributed training the first process's selection
-            reaches all.
-        tokenizer: for that analysis; by default the one of ``model.name_or_path``.
-        quota: percentage of rows for that analysis; 100 are all rows, without one.
+            base). None trains all rows, or with a ``quota`` below 100 or ``analysis`` analyses the
+            model on the bundled questions (`attribute`, then `select`).
+        tokenizer: for an analysis or a protection; by default the one of ``model.name_or_path``.
+        quota: percentage of rows that an analysis chooses; 100 are all rows, without one.
         analysis: arguments of `attribute` for it, such as ``{"batch_size": 8}``,
             ``{"chat_template_kwargs": {"enable_thinking": False}}`` or ``prompts`` of one's own.
         rank: train an update of rank r instead (LoKI*).
         protect: keep the update out of the directions in which general text drives each
-            down-projection, so that less is forgotten: a `Protection`, the path of its file, or
-            True, which estimates one from the model's own samples (kept in the cache as the
-            analysis is; in distributed training the first process's reaches all). With it more rows
-            forget hardly more, up to ``quota=100``.
+            down-projection, so that less is forgotten: a `Protection`, the path of its file, True,
+            which estimates one from the model's own samples, or False. None is True where no rows,
+            quota or analysis says what to train, else False.
         modules_to_save: names of modules to train whole beside the rows, in the checkpoint's own
             dtype, such as ``["embed_tokens"]`` for new tokens; as in PEFT, the end of a name is
             enough.
@@ -120,15 +122,13 @@ def patch(
         warnings.warn(_NO_DTYPE, FutureWarning, stacklevel=2)
     structure = find_structure(model)
     check_patchable(structure)
-    if isinstance(modules_to_save, str):
-        raise ValueError(f"modules_to_save must be a list of names; it is {modules_to_save!r}.")
-    if rows is not None and analysis:
-        raise ValueError("analysis= is for rows=None; rows that are given need none.")
+    _check_arguments(rows, analysis, modules_to_save)
     saved = _saved_update(rows)
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
         modules_to_save = [*modules_to_save, *adapter_file.modules_of(saved.others)]
     whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
+    quota, protect = what_to_train(rows, quota, analysis, protect)
     protection = protection_to_keep(model, structure, protect, tokenizer)
     selection = selection_to_train(model, structure, rows, tokenizer, quota, analysis)
     handle = _patch_rows(
@@ -137,6 +137,15 @@ def patch(
     if saved is not None:
         _load(handle, saved)
     return handle
+
+
+def _check_arguments(
+    rows: Rows | None, analysis: AnalysisOptions | None, modules_to_save: Sequence[str]
+) -> None:
+    if isinstance(modules_to_save, str):
+        raise ValueError(f"modules_to_save must be a list of names; it is {modules_to_save!r}.")
+    if rows is not None and analysis:
+        raise ValueError("analysis= is for rows=None; rows that are given need none.")
 
 
 def patch_alone(
@@ -172,7 +181,7 @@ def _patch_rows(
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
     causal_lm = structure.causal_lm
-    report = _plan(structure, by_layer, gatings, whole)
+    report = _plan(structure, by_layer, gatings, whole, protection)
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
         _freeze(causal_lm, undo, but=whole)
         kept = {} if protection is None else protection.directions
@@ -198,6 +207,7 @@ def _plan(
     by_layer: list[tuple[DownProjection, Tensor]],
     gatings: dict[str, Gating | str],
     whole: dict[str, nn.Module],
+    protection: Protection | None,
 ) -> Report:
     """What will be done, of a model that is not yet changed; ``trainable`` is counted later."""
     mlps = {
@@ -222,6 +232,9 @@ def _plan(
         not_fused={name: g for name, g in mlps.items() if isinstance(g, str)},
         whole=_dtypes(whole),
         notes=notes,
+        protected=0
+        if protection is None
+        else max((x.shape[-1] for x in protection.directions.values()), default=0),
         trainable=0,
         total=sum(math.prod(full_shape(p)) for p in structure.causal_lm.parameters()),
     )

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..attribution.cache import AnalysisOptions, cached_attribution
 from ..errors import UnsupportedModelError, explained
+from ..options import DEFAULT_QUOTA
 from ..protection import Protection
 from ..protection.estimate import cached_protection
 from ..ranking import rows_per_layer
@@ -52,6 +53,22 @@ def as_selection(rows: Rows) -> RowSelection:
             "down_proj.weight; only rows (site='down_proj') can be trained so far."
         )
     return selection
+
+
+def what_to_train(
+    rows: Rows | None,
+    quota: float | None,
+    analysis: AnalysisOptions | None,
+    protect: Protect | None,
+) -> tuple[float, Protect | None]:
+    """``quota`` and ``protect`` where they are None.
+
+    Where nothing says what to train it is all rows, protected, which forgot least on both models
+    of the study (docs/forgetting.md); else the paper's quota, unprotected.
+    """
+    if rows is None and quota is None and not analysis:
+        return 100.0, True if protect is None else protect
+    return DEFAULT_QUOTA if quota is None else quota, protect
 
 
 def selection_to_train(

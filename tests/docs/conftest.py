@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from loki_kernels.protection.samples import draw_samples
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CHAT_TEMPLATE = (
@@ -40,4 +43,9 @@ def reader(
     monkeypatch.chdir(tmp_path)
     cache = tmp_path_factory.getbasetemp() / "pages-cache"
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(cache))
+    monkeypatch.setattr("loki_kernels.protection.estimate.draw_samples", _few_samples)
     return tmp_path
+
+
+def _few_samples(model: Any, tokenizer: Any, **_: Any) -> list[list[int]]:
+    return draw_samples(model, tokenizer, count=4, length=16, progress=False)

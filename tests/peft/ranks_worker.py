@@ -27,7 +27,8 @@ OWN_ROWS = [[1, 5, 40 + RANK], [0], [7, 3]]
 
 
 def make(rows=OWN_ROWS, protect=None):
-    return peft.get_peft_model(build_model(), LokiConfig(rows=rows, protect=protect))
+    config = LokiConfig(rows=rows, quota=10, protect=protect)  # of an analysis, without rows
+    return peft.get_peft_model(build_model(), config)
 
 
 def protected(path):

@@ -11,6 +11,7 @@ from loki_kernels.peft import LokiConfig
 from loki_kernels.protection import estimate
 from loki_kernels.training import targets
 from tests.models import build_model
+from tests.protection.test_estimate import chat_tokenizer
 from tests.tiny_training import ROWS, load_model, logits, train
 from tests.training.test_protect import protection_of
 
@@ -139,3 +140,14 @@ def test_an_adapter_of_patch_names_its_protection(file, tmp_path):
     again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
     torch.testing.assert_close(logits(again), logits(model))
     train(again)
+
+
+def test_all_rows_protected_unless_something_says_what_to_train(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(estimate, "find_tokenizer", lambda model: chat_tokenizer())
+    want = loki.estimate_protection(build_model(), tokenizer=chat_tokenizer())
+    config = peft.get_peft_model(build_model(), LokiConfig()).peft_config["default"]
+    assert [len(rows) for rows in config.rows] == [48] * 3
+    assert config.protection == want.fingerprint
+    config = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)).peft_config["default"]
+    assert config.protection is None

@@ -303,7 +303,7 @@ def ranks(case):
         return torch.randn(4, 3, 48, generator=torch.Generator().manual_seed(rank))
 
     real, targets.cached_attribution = targets.cached_attribution, scores_of_this_process
-    handle = loki.patch(build_model())
+    handle = loki.patch(build_model(), quota=10)
     targets.cached_attribution = real
     chosen = [rows.tolist() for rows in handle.rows]
     layers = [layer.index.tolist() for _, layer in handle.named_layers()]

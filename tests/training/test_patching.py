@@ -361,11 +361,11 @@ def test_a_failure_in_the_middle_changes_nothing(model, monkeypatch, step):
     step_itself = operator.attrgetter(step)(patching)
     calls = []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(arguments)
         if len(calls) == (3 if "replace" in step else 1):
             raise KeyboardInterrupt
-        return step_itself(*arguments)
+        return step_itself(*arguments, **options)
 
     monkeypatch.setattr(f"loki_kernels.training.patching.{step}", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -442,7 +442,7 @@ def test_suppress(name):
 
 
 def test_three_lines(model, tmp_path, monkeypatch):
-    """`patch(model, tokenizer=...)` analyses, selects, and keeps the analysis."""
+    """`patch(model, tokenizer=..., quota=...)` analyses, selects, and keeps the analysis."""
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path / "cache"))
     handle = loki.patch(model, tokenizer=WordTokenizer(), quota=25)
     assert handle.rows.counts == [12, 12, 12]
@@ -460,13 +460,13 @@ def test_three_lines(model, tmp_path, monkeypatch):
     again.unpatch()
     model.config.rms_norm_eps *= 10  # the same weights, another function
     with pytest.raises(AttributeError):
-        loki.patch(model, tokenizer=tokenizer)
+        loki.patch(model, tokenizer=tokenizer, quota=25)
     model.config.rms_norm_eps /= 10
     assert loki.patch(model, tokenizer=tokenizer, quota=25).unpatch() is model
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
     with pytest.raises(AttributeError):  # the fingerprint changed: it would analyse again
-        loki.patch(model, tokenizer=tokenizer)
+        loki.patch(model, tokenizer=tokenizer, quota=25)
     assert calls == [1, 1]
 
 

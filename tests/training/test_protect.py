@@ -16,7 +16,16 @@ from loki_kernels.protection import estimate
 from loki_kernels.training.adapters import load_update
 from loki_kernels.training.linear import LokiLinear
 from tests.models import build_model, to_device
-from tests.tiny_training import ROWS, load_model, logits, tiny_trainer, token_batch, train
+from tests.protection.test_estimate import chat_tokenizer
+from tests.tiny_training import (
+    ROWS,
+    WordTokenizer,
+    load_model,
+    logits,
+    tiny_trainer,
+    token_batch,
+    train,
+)
 
 
 def protection_of(model, seed=0, share=0.7):
@@ -299,3 +308,25 @@ def test_a_checkpoint_is_an_ordinary_one(protection, tmp_path):
     assert not any(isinstance(m, LokiLinear) for m in plain.modules())
     with safetensors.safe_open(tmp_path / "loki_rows.safetensors", framework="pt") as file:
         assert file.metadata()["protection"] == protection.fingerprint
+
+
+@pytest.mark.parametrize("analysed", [{"quota": 10}, {"analysis": {"steps": 3}}])
+def test_all_rows_protected_unless_something_says_what_to_train(tmp_path, monkeypatch, analysed):
+    model = build_model()
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path / "cache"))
+    asked = {"tokenizer": chat_tokenizer()}
+    want = loki.estimate_protection(model, **asked)
+    with loki.patch(model, **asked) as handle:
+        assert handle.rows.counts == [48] * 3
+        assert {layer.protection for _, layer in handle.named_layers()} == {want.fingerprint}
+        assert handle.report.protected == 8  # a fourteenth of 112
+        assert "8 directions" in str(handle.report)
+    with loki.patch(model, protect=False) as handle:
+        assert handle.rows.counts == [48] * 3
+        assert handle.report.protected == 0
+    asked = {"tokenizer": WordTokenizer()}
+    with loki.patch(model, **asked, **analysed) as handle:  # the paper's
+        assert handle.rows.counts == [4] * 3
+        assert handle.report.protected == 0
+    with loki.patch(model, ROWS) as handle:
+        assert handle.report.protected == 0
