@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import loki_kernels as loki
-from loki_kernels.attribution.plan import WINDOW, BatchLimits, windows
-from loki_kernels.attribution.prompts import Tokens
+from loki_kernels.attribution.plan import BatchLimits, windows
+from loki_kernels.attribution.prompts import WINDOW, Tokens
 from loki_kernels.team import share_out
 
 from .shapes import build

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoTokenizer
 from .attribution.attribute import attribute
 from .attribution.definitions import PathIntegral
 from .attribution.fitting import points_that_fit
-from .attribution.plan import WINDOW, BatchLimits, windows
-from .attribution.prompts import tokenize_prompts
+from .attribution.plan import BatchLimits, rotary_border, windows
+from .attribution.prompts import WINDOW, tokenize_prompts
 from .discovery import find_structure
 from .inspection import build_model, dtype_named
 from .options import DefinitionName, EngineName
@@ -207,7 +207,7 @@ def estimate(
     integral = PathIntegral.resolve(definition, {}, steps)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     room = points_that_fit(structure, device, beside=weights)
-    limits = BatchLimits.of(device, batch_size, gpus, room)
+    limits = BatchLimits.of(device, batch_size, gpus, room, rotary_border(model))
     engine = _engine(config, device, chosen)
     shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
     prompts = load_questions() if prompts is None else prompts

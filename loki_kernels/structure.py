@@ -56,7 +56,10 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """``[tokens, V]`` for hidden ``[tokens, D]``."""
         hidden = hidden.to(self.weight.device)
-        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return self._scaled(nn.functional.linear(hidden, self.weight, self.bias))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
@@ -70,10 +73,7 @@ class Head:
         logit = (hidden.to(wide) * self.weight.detach()[target].to(wide)).sum(-1)
         if self.bias is not None:
             logit = logit + self.bias.detach()[target].to(wide)
-        logit = logit * self.scale
-        if self.softcap is not None:
-            logit = self.softcap * torch.tanh(logit / self.softcap)
-        return logit
+        return self._scaled(logit)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,16 @@ def tiny_trainer(model, folder, steps, callbacks=(), **options):
     )
 
 
+def straight_and_resumed(run, folder):
+    """State dicts of ``run(folder, steps, resume)``: of six steps at once, and of three and three.
+
+    What runs has to save after three.
+    """
+    straight = run(folder / "a", 6)
+    run(folder / "b", 3)
+    return straight, run(folder / "b", 6, resume=True)
+
+
 class WordTokenizer:
     """Words to ids; enough for the bundled questions."""
 

@@ -28,8 +28,8 @@ from .answers import Target, check_answers, with_answers
 from .definitions import Overrides, PathIntegral
 from .fitting import points_that_fit
 from .job import Job
-from .plan import WINDOW, BatchLimits, rotary_border, windows
-from .prompts import tokenize_prompts
+from .plan import BatchLimits, rotary_border, windows
+from .prompts import WINDOW, tokenize_prompts
 from .result import Attribution, AttributionCounts, describe_run
 from .scores import Counter
 

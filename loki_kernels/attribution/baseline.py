@@ -12,9 +12,9 @@ from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..options import Site
 from ..progress import progress_bar
-from .plan import WINDOW, BatchLimits, rotary_border, windows
+from .plan import BatchLimits, rotary_border, windows
 from .prefill import keep_site
-from .prompts import tokenize_prompts
+from .prompts import WINDOW, tokenize_prompts
 from .steering import borrowed, hooking
 
 

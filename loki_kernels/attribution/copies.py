@@ -246,15 +246,19 @@ class Copies:
     def _run(self, prompt: _Prompt, rows: int = 1) -> Tensor:
         """Logits at the tail of copies of a prompt, without a cache: ``[rows, n, V]``."""
         media = {name: torch.cat([x] * rows) for name, x in prompt.media.items()}
-        options: dict[str, Any] = {"use_cache": False, **media}
-        if "logits_to_keep" in self._arguments:
-            # As places: with a number Gemma-4 computes its later layers at the tail alone.
-            options["logits_to_keep"] = prompt.tail_positions
+        options: dict[str, Any] = {"use_cache": False, **media, **self._keeping(prompt)}
         ids = prompt.ids.expand(rows, -1)
         with rerunning(self.structure):
             output: Any = self.structure.run(input_ids=ids, **options)
         logits: Tensor = output.logits[:, -prompt.tail :]
         return logits
+
+    def _keeping(self, prompt: _Prompt) -> dict[str, Tensor]:
+        """What asks for the tail's logits alone, if the model can: of 32k tokens they take
+        gigabytes. As places: with a number Gemma-4 computes its later layers at the tail alone."""
+        if "logits_to_keep" not in self._arguments:
+            return {}
+        return {"logits_to_keep": prompt.tail_positions}
 
     def _prefill(self, prompt: _Prompt) -> Any:
         """The model's own cache of the tokens before the tail.
@@ -263,9 +267,7 @@ class Copies:
             UnsupportedModelError: if it returns none.
         """
         earlier = prompt.earlier()
-        options: dict[str, Any] = {"use_cache": True, **earlier.media}
-        if "logits_to_keep" in self._arguments:  # of 32k tokens they would take gigabytes
-            options["logits_to_keep"] = earlier.tail_positions
+        options: dict[str, Any] = {"use_cache": True, **earlier.media, **self._keeping(earlier)}
         output: Any = self.structure.run(input_ids=earlier.ids, **options)
         caches = (getattr(output, name, None) for name in _CACHES)
         cache = next((cache for cache in caches if cache is not None), None)

@@ -94,7 +94,7 @@ class Fitting:
         """None if it did not fit, but half of it may."""
         try:
             return compute(part)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             # Triton and cuBLAS ask for memory of their own, and say so in other words.
             if len(part.members) == 1 or not memory_is_full(error):
                 raise

@@ -15,8 +15,6 @@ from ..structure import text_config
 from .prefill import Batch
 from .prompts import Tokens
 
-# Prompts of a stream that are held at a time: of 1,000 tokens each 32 MiB.
-WINDOW = 4096
 _POINTS = 16_384  # on a GPU, where nothing says how many fit
 
 
@@ -90,11 +88,12 @@ def rotary_border(model: nn.Module) -> int | None:
 
     LongRoPE's (Phi-3) and dynamic ones go by the longest sequence of a batch.
     """
-    parameters = getattr(text_config(model), "rope_parameters", None) or {}
+    config = text_config(model)
+    parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)]
     borders = [
         kind.get("original_max_position_embeddings")
-        or getattr(text_config(model), "max_position_embeddings", None)
+        or getattr(config, "max_position_embeddings", None)
         for kind in kinds
         if kind.get("rope_type") in ("longrope", "dynamic")
     ]

@@ -19,6 +19,9 @@ from ..questions import Question, text_of
 
 logger = logging.getLogger(__name__)
 
+# Prompts of a stream that are held at a time: of 1,000 tokens each 32 MiB.
+WINDOW = 4096
+
 # What lies beside token ids in a mapping and is not for the model.
 _BESIDE = frozenset(
     {
@@ -69,7 +72,6 @@ class Tokens:
         return b"".join(parts)
 
 
-_FEW = 4096  # prompts that are read before any is computed
 _NO_CHAT = "chat_template_kwargs is given, but no prompt is a chat."
 _OURS = frozenset({"tokenize", "return_dict", "return_tensors", "tokenizer_kwargs"})
 
@@ -126,7 +128,7 @@ def tokenize_prompts(
     if not i:
         raise ValueError("prompts is empty; there is nothing to attribute.")
     if options and not chats:
-        if i > _FEW:  # of a stream hours have been computed by now
+        if i > WINDOW:  # of a stream hours have been computed by now
             logger.warning(_NO_CHAT)
         else:
             raise ValueError(_NO_CHAT)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..default_device import made_on_cpu
 from ..errors import UnsupportedModelError
+from ..inspection import dtype_named
 from ..training import Patch
 from .measure import (
     FORWARD,
@@ -92,8 +93,8 @@ def drift(
         UnsupportedModelError: if one model in memory is both and its head cannot be read alone.
     """
     check_positive(length=length, tokens=tokens, top=top)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype {dtype} is not a torch dtype.")
+    if dtype != "auto":
+        dtype_named(dtype)  # before a model is read
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA

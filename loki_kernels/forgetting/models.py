@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import explained
+from ..inspection import dtype_named
 from ..sharding import is_partitioned
 from ..structure import text_config, unwrap
 from ..training import load_adapter
@@ -120,7 +121,7 @@ def open_model(model: Any, dtype: str, device: str | None) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        os.fspath(model), dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        os.fspath(model), dtype=dtype if dtype == "auto" else dtype_named(dtype)
     )
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return loaded  # type: ignore[no-any-return]
@@ -153,11 +154,11 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
     except ImportError as error:
         message = f"{name} is an adapter of PEFT's: pip install 'loki-kernels[peft]'."
         raise explained(ImportError(message)) from error
-    config = peft.PeftConfig.from_pretrained(str(adapter.parent))
-    if keeps and _writes_to_base(config):
+    written = _writes_to_base(peft.PeftConfig.from_pretrained(str(adapter.parent)))
+    if keeps and written is not None:
         raise ValueError(
-            f"{name} changes values of its base when it is put on "
-            f"({_writes_to_base(config)}); name the base too, so that it is loaded for this alone."
+            f"{name} changes values of its base when it is put on ({written}); name the base too, "
+            "so that it is loaded for this alone."
         )
     # PEFT's own unload() leaves modules that were trained whole, and some methods have none
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -201,10 +202,11 @@ def without_update(model: Any) -> Iterator[None]:
         ValueError: if it is neither, or trains modules whole beside the rows.
     """
     if hasattr(model, "disable_adapter"):
-        wrote = filter(None, map(_writes_to_base, model.peft_config.values()))
-        for what in wrote:
+        written = next(filter(None, map(_writes_to_base, model.peft_config.values())), None)
+        if written is not None:
             raise ValueError(
-                f"with its adapters off this model is not its base ({what}). Name a second model."
+                f"with its adapters off this model is not its base ({written}). Name a second "
+                "model."
             )
         with model.disable_adapter():
             yield

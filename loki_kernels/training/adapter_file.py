@@ -285,18 +285,15 @@ def why_other_protection(saved: str | None, present: str | None) -> str | None:
 
 
 def load_side_file(
-    layers: Layers,
-    path: Path,
-    saved: SavedUpdate,
-    load: Callable[[SavedUpdate], str | None] | None = None,
+    layers: Layers, path: Path, saved: SavedUpdate, load: Callable[[SavedUpdate], str | None]
 ) -> None:
-    """Copy what was read from ``path`` into layers, by `load_update` or what does more than it.
+    """Load what was read from ``path`` by ``load``, which says why it cannot.
 
     Raises:
         ValueError: if it is of other rows, another base or protection; nothing is changed then.
     """
     reason = why_other_protection(saved.protection, protection_of(layers))
-    reason = reason or (load_update(layers, saved) if load is None else load(saved))
+    reason = reason or load(saved)
     if reason is not None:
         raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
 

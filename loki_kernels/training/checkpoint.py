@@ -51,14 +51,13 @@ class SavePretrained:
         **kwargs: Any,
     ) -> Any:
         parts = adapter_file.parts_of(self.layers)
-        collected = state_dict is not None
         if state_dict is None:  # where the model is sharded, every process makes it
             state_dict = self.model.state_dict()
         whole = {n: state_dict[n] for n in trained_whole(self.model) if n in state_dict}
         others = adapter_file.other_tensors(whole)
-        named = self._names_every_update(state_dict)
+        lacks = self._lacks_partitioned(state_dict)
         state_dict = self._merge_trained(state_dict, parts)
-        if collected and not named and any(is_partitioned(x.frozen) for x in self.layers.values()):
+        if lacks:
             # HF Trainer's way under ZeRO-3 where 16-bit weights are not to be gathered: the first
             # process alone would wait for the others' parts.
             logger.warning(
@@ -99,10 +98,12 @@ class SavePretrained:
         Path(folder).mkdir(parents=True, exist_ok=True)
         adapter_file.write_side_file(folder, self.layers, parts, others)
 
-    def _names_every_update(self, state_dict: dict[str, Tensor]) -> bool:
-        return all(
-            f"{name}.{part}" in state_dict
+    def _lacks_partitioned(self, state_dict: dict[str, Tensor]) -> bool:
+        """Whether a state dict has not every update that ZeRO-3 looks after."""
+        return any(
+            f"{name}.{part}" not in state_dict
             for name, layer in self.layers.items()
+            if is_partitioned(layer.frozen)
             for part, _ in layer.trained_parameters()
         )
 

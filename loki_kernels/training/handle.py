@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from ..selection import RowSelection
 from ..sharding import is_partitioned, is_sharded, shard_like
-from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import SavedUpdate
 from .rows import LokiRows, write_into
 from .serving import merged_parameters
-from .targets import trained_whole, why_other_modules
+from .targets import parameters_of, trained_whole, why_other_modules
 from .writer import RowWriter
 
 if TYPE_CHECKING:
@@ -188,8 +187,7 @@ class Patch:
         reason = why_other_modules(self.model, saved.others)
         reason = reason or adapter_file.load_update(self._layers, saved)
         if reason is None:
-            named = self.model.named_parameters(remove_duplicate=False)
-            parameters = {plain_name(name): parameter for name, parameter in named}
+            parameters = parameters_of(self.model)
             with torch.no_grad():
                 for name, values in saved.others.items():
                     parameter = parameters[name]

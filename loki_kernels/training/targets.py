@@ -331,14 +331,18 @@ def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by their names in state dicts, tied ones by each."""
+    return {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+
+
 def why_other_modules(model: nn.Module, saved: Mapping[str, Tensor]) -> str | None:
     """Why parameters that were saved are not those that a patched model trains whole.
 
     A tied one may have any of its names, or several.
     """
     trained = {id(p): name for name, p in trained_whole(model).items()}
-    named = model.named_parameters(remove_duplicate=False)
-    names = {plain_name(name): parameter for name, parameter in named}
+    names = parameters_of(model)
     found = {id(names[name]) for name in saved if name in names}
     if found != trained.keys() or saved.keys() - names.keys():
         return (

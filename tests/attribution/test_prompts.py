@@ -58,7 +58,7 @@ def test_options_for_chats_where_none_comes(monkeypatch, caplog):
     options = {"enable_thinking": False}
     with pytest.raises(ValueError, match="no prompt is a chat"):
         list(tokenize_prompts(["a"] * 3, tokenizer(), 97, options))
-    monkeypatch.setattr(prompts, "_FEW", 2)
+    monkeypatch.setattr(prompts, "WINDOW", 2)
     assert len(list(tokenize_prompts(["a"] * 3, tokenizer(), 97, options))) == 3
     assert "no prompt is a chat" in caplog.text
 

@@ -22,6 +22,7 @@ from tests.tiny_training import (
     WordTokenizer,
     load_model,
     logits,
+    straight_and_resumed,
     tiny_trainer,
     token_batch,
     train,
@@ -369,9 +370,7 @@ def test_trainer_resumes_bit_exactly(tmp_path):
         tiny_trainer(model, folder, steps).train(resume_from_checkpoint=resume)
         return {n: p.detach().clone() for n, p in model.named_parameters() if "loki_" in n}
 
-    straight = run(tmp_path / "a", 6)
-    run(tmp_path / "b", 3)
-    resumed = run(tmp_path / "b", 6, resume=True)
+    straight, resumed = straight_and_resumed(run, tmp_path)
     assert straight
     for name, tensor in straight.items():
         assert torch.equal(tensor, resumed[name]), name

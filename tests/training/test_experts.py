@@ -20,7 +20,7 @@ from loki_kernels.peft import LokiConfig
 from loki_kernels.training.adapters import load_update
 from loki_kernels.training.experts import LokiExperts
 from tests.models import assert_unchanged, snapshot
-from tests.tiny_training import logits, tiny_trainer, train
+from tests.tiny_training import logits, straight_and_resumed, tiny_trainer, train
 from tests.zoo.build import build
 
 # (experts in one tensor, how they lie): with a shared expert, biased and transposed, of their own
@@ -251,9 +251,7 @@ def test_a_resumed_trainer_goes_on_from_the_experts_rows(tmp_path, by):
         tiny_trainer(model, folder, steps, callbacks).train(resume_from_checkpoint=resume)
         return model.state_dict()
 
-    straight = run(tmp_path / "a", 6)
-    run(tmp_path / "b", 3)
-    resumed = run(tmp_path / "b", 6, resume=True)
+    straight, resumed = straight_and_resumed(run, tmp_path)
     for name, tensor in straight.items():
         torch.testing.assert_close(tensor, resumed[name], rtol=1e-6, atol=1e-7, msg=name)
 
@@ -268,9 +266,7 @@ def test_modules_trained_whole_are_resumed_under_other_names(tmp_path):
         run.train(resume_from_checkpoint=resume)
         return model.state_dict()
 
-    straight = run(tmp_path / "a", 6)
-    run(tmp_path / "b", 3)
-    resumed = run(tmp_path / "b", 6, resume=True)
+    straight, resumed = straight_and_resumed(run, tmp_path)
     for name, tensor in straight.items():
         torch.testing.assert_close(tensor, resumed[name], rtol=1e-6, atol=1e-7, msg=name)
 

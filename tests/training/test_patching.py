@@ -24,6 +24,7 @@ from tests.tiny_training import (
     WordTokenizer,
     load_model,
     logits,
+    straight_and_resumed,
     tiny_trainer,
     token_batch,
     train,
@@ -137,9 +138,7 @@ def test_trainer_resumes_bit_exactly(tmp_path, options, by):
         run.train(resume_from_checkpoint=resume)
         return model.state_dict()
 
-    straight = run(tmp_path / "a", 6)
-    run(tmp_path / "b", 3)
-    resumed = run(tmp_path / "b", 6, resume=True)
+    straight, resumed = straight_and_resumed(run, tmp_path)
     for name, tensor in straight.items():
         assert torch.equal(tensor, resumed[name]), name
     start = build_model("llama_mlp_bias").state_dict()["model.layers.0.mlp.down_proj.weight"]
@@ -158,9 +157,7 @@ def test_trainer_resumes_what_a_checkpoint_rounds(tmp_path, rank, by):
         tiny_trainer(model, folder, steps, callbacks).train(resume_from_checkpoint=resume)
         return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-    straight = run(tmp_path / "a", 6)
-    run(tmp_path / "b", 3)
-    resumed = run(tmp_path / "b", 6, resume=True)
+    straight, resumed = straight_and_resumed(run, tmp_path)
     assert straight
     for name, tensor in straight.items():
         assert torch.equal(tensor, resumed[name]), name
