@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "adapter", help="write an untrained adapter, for programs that continue one"
     )
     adapter.add_argument("model", help="folder or hub name of the base model")
-    adapter.add_argument("rows", help="row file, or 'all'")
+    adapter.add_argument("rows", help="row file, or 'all', which --protect protects")
     adapter.add_argument("out", help="folder to write the adapter to")
     adapter.add_argument("--rank", type=int, help="of LoKI*")
     adapter.add_argument("--protect", help="file of a protection that it is trained with")

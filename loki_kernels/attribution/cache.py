@@ -1,4 +1,4 @@
-"""The analysis `patch(model)` runs by itself, kept by a fingerprint of the model."""
+"""The analysis that `patch(model, quota=10)` runs, kept by a fingerprint of the model."""
 
 from __future__ import annotations
 

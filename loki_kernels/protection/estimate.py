@@ -73,7 +73,7 @@ def estimate_protection(
         share: as many directions as hold so much of the inputs' energy, the trace; in (0, 1).
         max_directions: of a layer, and of each expert, at most. Layers of more than 4,096 features
             are done by subspace iteration if it is at most a quarter of them, which takes seconds
-            where all eigenvectors of 14,336 take half a minute on a GPU.
+            where all eigenvectors of 14,336 take half a minute on a GPU, by count.
         earlier: a protection whose energy is added, to protect an earlier task too (``texts``).
         batch_size: texts at a time.
         seed: of the samples.

@@ -88,7 +88,7 @@ def patch(
         model: a transformers causal language model.
         rows: a `RowSelection`, one list of rows a layer, or the path of a row file; or a
             checkpoint's folder, to go on from the rows and the update saved there (``model`` is the
-            base). None trains all rows, or with a ``quota`` below 100 or ``analysis`` analyses the
+            base; an update that was protected needs the same ``protect``). None trains all rows, or with a ``quota`` below 100 or ``analysis`` analyses the
             model on the bundled questions (`attribute`, then `select`).
         tokenizer: for an analysis or a protection; by default the one of ``model.name_or_path``.
         quota: percentage of rows that an analysis chooses; 100 are all rows, without one.
