@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._deprecated import moved
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from .errors import UnsupportedModelError
     from .forgetting import Drift, DriftCallback, drift, limit_drift
     from .ops._dispatch import backends
-    from .ops.row_masked_linear import row_masked_linear
     from .protection import Protection, estimate_protection
     from .questions import PromptStream, load_questions, read_questions
     from .selection import RowSelection, select
@@ -58,7 +56,6 @@ __all__ = [
     "ops",
     "patch",
     "read_questions",
-    "row_masked_linear",
     "save_adapter",
     "select",
     "suppress",
@@ -88,19 +85,17 @@ _MODULES = {
     "mean_activations": "attribution.baseline",
     "patch": "training",
     "read_questions": "questions",
-    "row_masked_linear": "ops",
     "save_adapter": "training",
     "select": "selection",
     "suppress": "training",
 }
-_moved = moved(__name__, {"LoKILinear": "loki_kernels:LokiLinear"}, depth=3)
 
 
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module(".ops", __name__)
     if name not in _MODULES:
-        return _moved(name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -14,7 +14,6 @@ missing.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import peft
@@ -29,7 +28,6 @@ class LokiArguments(BaseModel):
     """What the plugin adds to Axolotl's configuration."""
 
     loki_rows: str | None = None
-    loki_positions: str | None = None  # the old name of loki_rows
     loki_quota: float | None = None
     loki_rank: int | None = None
     loki_protect: bool | str | None = None
@@ -49,18 +47,8 @@ class LokiPlugin(BasePlugin):
     ) -> tuple[Any, LokiConfig] | None:
         if cfg.adapter != "loki":
             return None
-        rows = cfg.loki_rows
-        if cfg.loki_positions is not None:
-            if rows is not None:
-                raise ValueError("give loki_rows or its old name loki_positions, not both.")
-            warnings.warn(
-                "write loki_rows: for loki_positions:, which goes with the next release.",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            rows = cfg.loki_positions
         config = LokiConfig(
-            rows=rows,
+            rows=cfg.loki_rows,
             quota=cfg.loki_quota,
             rank=cfg.loki_rank,
             protect=cfg.loki_protect,

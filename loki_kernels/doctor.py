@@ -145,7 +145,7 @@ def _peft() -> str:
 
 
 def _cache() -> str:
-    """Whether an analysis or a protection can be kept; `patch` works without, but anew each time."""
+    """Whether analyses and protections can be kept; `patch` works without, but anew each time."""
     folder = cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     check_folder(existing)

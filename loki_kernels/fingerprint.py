@@ -52,14 +52,14 @@ class BaseRows:
         fingerprint: of their bfloat16 values, leaving out the smallest, so that it does not depend
             on whether the model was loaded in float32, bfloat16 or (from a bfloat16 checkpoint)
             float16.
-        dtype: ``"float32"``, ``"bfloat16"``, ...; ``"quantized"``. None in files of version 0.1.
+        dtype: ``"float32"``, ``"bfloat16"``, ...; ``"quantized"``.
         sketch: of each layer's rows, four sums of all numbers with fixed signs. Those of two copies
-            differ in relative size as much as the rows do. None in files of version 0.1.
+            differ in relative size as much as the rows do.
     """
 
     fingerprint: str
-    dtype: str | None = None
-    sketch: list[list[float]] | None = None
+    dtype: str
+    sketch: list[list[float]]
 
     @classmethod
     def of(cls, layers: Sequence[Tensor], *, quantized: bool = False) -> BaseRows:
@@ -73,7 +73,7 @@ class BaseRows:
             return None
         # two quantizations of one model are two roundings of it
         same = self.dtype == present.dtype != "quantized"
-        if self.sketch is None or present.sketch is None or same:
+        if same:
             return "the rows that the update is added to have other values in this model"
         ours, theirs = torch.tensor(self.sketch), torch.tensor(present.sketch)
         if ours.shape != theirs.shape:

@@ -68,18 +68,3 @@ def test_another_adapter_is_left_alone():
     assert (made.rank, made.modules_to_save, made.task_type) == (2, ["lm_head"], "CAUSAL_LM")
     assert made.trainable_token_indices is None
     assert made.protect is True
-
-
-def test_the_old_name_of_loki_rows(tmp_path):
-    from axolotl.utils.dict import DictDefault
-
-    from loki_kernels.axolotl import LokiPlugin
-
-    path = tmp_path / "rows.json"
-    path.write_text("[[1, 5], [0]]")
-    config = DictDefault({"adapter": "loki", "loki_positions": str(path)})
-    with pytest.warns(DeprecationWarning, match="write loki_rows"):
-        _, made = LokiPlugin().load_adapter(None, config, config_only=True)
-    assert made.rows == [[1, 5], [0]]
-    with pytest.raises(ValueError, match="not both"):
-        LokiPlugin().load_adapter(None, config | {"loki_rows": str(path)}, config_only=True)

@@ -7,7 +7,6 @@ plain PyTorch that every faster implementation is tested against. An op with ker
 `swiglu_row_masked_linear` are composed of such ops and of dense products.
 """
 
-from .._deprecated import moved
 from .count_lowest import count_lowest
 from .gated_product import gated_product
 from .integrate_path import integrate_path
@@ -32,14 +31,3 @@ __all__ = [
     "sync_rows",
     "target_probability",
 ]
-
-__getattr__ = moved(
-    __name__,
-    {
-        "expand_path": "loki_kernels.attribution.path:path_points",
-    },
-    gone={
-        "count_lowest_integrated": "integrate_path of every layer, then one count_lowest.",
-        "gather_columns": "x.index_select(-1, index).",
-    },
-)

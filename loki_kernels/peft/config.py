@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 
 import peft
 from packaging.version import Version
@@ -66,11 +65,10 @@ class LokiConfig(PeftConfig):
             ``base_sketch`` (of `BaseRows`) are filled in by themselves, and checked when the
             adapter is loaded onto a model, which may be of another dtype, quantized or not.
         protection: fingerprint of the protection, filled in likewise.
-        positions: the old name of ``rows`` for a path; it goes with the next release.
 
     Raises:
         ValueError: for a damaged row file, rows that are negative, duplicated or of FFN neurons,
-            both ``rows`` and ``positions``, a rank below 1, an unknown ``quantized_merge``, or
+            a rank below 1, an unknown ``quantized_merge``, or
             ``modules_to_save`` that are no list.
     """
 
@@ -86,10 +84,8 @@ class LokiConfig(PeftConfig):
     base_sketch: list[list[float]] | None = field(default=None, repr=False)
     protection: str | None = None
     target_modules: set[str] | None = field(default=None, repr=False)
-    # no field: of what older versions saved it is read, and null there
-    positions: InitVar[str | None] = None
 
-    def __post_init__(self, positions: str | None) -> None:
+    def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType("LOKI")
         self.task_type = self.task_type or TaskType.CAUSAL_LM
@@ -102,14 +98,5 @@ class LokiConfig(PeftConfig):
             raise ValueError(
                 f"modules_to_save must be a list of names; it is {self.modules_to_save!r}."
             )
-        if positions is not None:
-            if self.rows is not None:
-                raise ValueError("give rows or its old name positions, not both.")
-            warnings.warn(
-                "write LokiConfig(rows=...) for positions=, which goes with the next release.",
-                DeprecationWarning,
-                stacklevel=3,
-            )
-            self.rows = positions
         if self.rows is not None:
             self.rows = [layer.tolist() for layer in as_selection(self.rows)]

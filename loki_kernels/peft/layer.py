@@ -215,15 +215,6 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         """The weight's rows with an adapter's update, in the weight's dtype."""
         return updated_rows(weight[self.loki_index[name]], *self._update_factors(name, whole=True))
 
-    @torch.no_grad()
-    def update_from_rows(self, name: str, trained: Tensor) -> Tensor:
-        """The update that turns the base's rows into the ones that version 0.1 kept."""
-        base = self.base_rows(self.loki_index[name])
-        if self.quantization_backend is not None:
-            base = base.to(self.dequantized_dtype)  # what version 0.1 started from
-        wide = self.loki_update[name].dtype
-        return trained.to(wide) - base.to(trained.device, wide)
-
     def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
         """The adapters that `merge` would merge; raises what it would raise."""
         names = self._adapters_here(check_adapters_to_merge(self, adapter_names))

@@ -107,7 +107,7 @@ class LokiModel(BaseTuner):
             peft_config.base_model_name_or_path,
             getattr(self.model, "name_or_path", None),
         )
-        if trained_on is None or trained_on.sketch is None:
+        if trained_on is None:
             vars(peft_config).update(base_rows_content(present))
         peft_config.target_modules = set(self._added)
         return peft_config
@@ -307,30 +307,16 @@ def _check_training(model: LokiModel, _inputs: Any) -> None:
 
 
 def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict of other rows: PEFT loads one into an adapter without its config.
-
-    Rows that version 0.1 kept are turned into an update of the base's.
-    """
+    """Refuse a state dict of other rows: PEFT loads one into an adapter without its config."""
     layers = [(f"{prefix}{n}", m) for n, m in model.named_modules() if isinstance(m, LokiLayer)]
-    saved = [
-        (name, layer, adapter)
-        for name, layer in layers
-        for adapter in layer.loki_index
-        if f"{name}.loki_index.{adapter}" in state_dict
-    ]
-    for name, layer, adapter in saved:
-        other = state_dict[f"{name}.loki_index.{adapter}"]
-        if not torch.equal(other.cpu(), layer.loki_index[adapter].cpu()):
-            raise ValueError(
-                f"{name.removeprefix(prefix)} trains other rows in adapter {adapter!r} than those "
-                "that were saved; load them as an adapter of their own."
-            )
-    for name, layer, adapter in saved:
-        # peft 0.18 puts the adapter's name to this key, 0.21 does not
-        for key in (f"{name}.loki_rows.{adapter}", f"{name}.loki_rows"):
-            if key in state_dict and adapter in layer.loki_update:
-                update = layer.update_from_rows(adapter, state_dict.pop(key))
-                state_dict[f"{name}.loki_update.{adapter}"] = update
+    for name, layer in layers:
+        for adapter, index in layer.loki_index.items():
+            other = state_dict.get(f"{name}.loki_index.{adapter}", index)
+            if not torch.equal(other.cpu(), index.cpu()):
+                raise ValueError(
+                    f"{name.removeprefix(prefix)} trains other rows in adapter {adapter!r} than "
+                    "those that were saved; load them as an adapter of their own."
+                )
 
 
 register_peft_method(name="loki", config_cls=LokiConfig, model_cls=LokiModel)

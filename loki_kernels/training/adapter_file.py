@@ -25,10 +25,8 @@ CONFIG_FILE = "adapter_config.json"
 # with a config transformers would load that by itself.
 SIDE_FILE = "loki_rows.safetensors"
 
-# Version 0.1 kept the rows themselves and no update of them.
-_ABSOLUTE = "rows"
 _PREFIX = "base_model.model."
-_KEY = re.compile(rf"(.+)\.loki_(index|{'|'.join((*TRAINED, _ABSOLUTE))})")
+_KEY = re.compile(rf"(.+)\.loki_(index|{'|'.join(TRAINED)})")
 
 # PEFT saves a resized embedding that is trained whole under its own name and under these.
 _PEFT_COPY = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -108,10 +106,10 @@ def base_rows_of(content: Mapping[str, Any]) -> BaseRows | None:
     """What a config, or the metadata of a side file, says of the rows an update is added to."""
     if content.get("fingerprint") is None:
         return None
-    sketch = content.get("base_sketch")
+    sketch = content["base_sketch"]
     if isinstance(sketch, str):  # metadata are strings
         sketch = json.loads(sketch)
-    return BaseRows(content["fingerprint"], content.get("base_dtype"), sketch)
+    return BaseRows(content["fingerprint"], content["base_dtype"], sketch)
 
 
 def base_rows_content(base: BaseRows | None) -> dict[str, Any]:
@@ -259,13 +257,9 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
     if not layers:
         raise ValueError(f"{path} is not a LoKI adapter: it holds no trained rows.")
     for name, parts in layers.items():
-        whole = {"index", "update"}, {"index", "delta_a", "delta_b"}, {"index", _ABSOLUTE}
-        if set(parts) not in whole:
+        if set(parts) not in ({"index", "update"}, {"index", "delta_a", "delta_b"}):
             raise ValueError(f"{path} is not whole: of {name} it has {', '.join(sorted(parts))}.")
-    # rows are the same on any base
-    absolute = any(_ABSOLUTE in parts for parts in layers.values())
-    base = None if absolute else base_rows_of(metadata)
-    return SavedUpdate(layers, others, base, metadata.get("protection"))
+    return SavedUpdate(layers, others, base_rows_of(metadata), metadata.get("protection"))
 
 
 def protection_of(layers: Layers) -> str | None:
@@ -302,9 +296,8 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
     """Copy what was saved into layers of the same rows; else change nothing and say why not."""
     if saved.layers.keys() != layers.keys():
         return "it has rows of other layers"
-    updates = {name: update_of(saved.layers[name], layers[name].base_rows) for name in layers}
     for name, layer in layers.items():
-        held, parts = layer_parts(layer), updates[name]
+        held, parts = layer_parts(layer), saved.layers[name]
         if not torch.equal(parts["index"], layer.index.cpu()):
             return f"{name} has other rows there"
         if held.keys() != parts.keys() or any(
@@ -318,18 +311,10 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
     with torch.no_grad():
         for name, layer in layers.items():
             for part, parameter in layer.trained_parameters():
-                parameter.copy_(shard_like(updates[name][part].to(parameter.dtype), parameter))
+                values = saved.layers[name][part].to(parameter.dtype)
+                parameter.copy_(shard_like(values, parameter))
             layer.mark_read()
     return None
-
-
-def update_of(parts: Parts, rows: Tensor) -> Parts:
-    """Parts of a layer that version 0.1 wrote turned into an update of its base rows."""
-    trained = parts.get(_ABSOLUTE)
-    if trained is None or trained.shape != rows.shape:
-        return parts
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return {"index": parts["index"], "update": trained.to(wide) - rows.to(trained.device, wide)}
 
 
 def base_rows(layers: Layers) -> BaseRows:

@@ -93,7 +93,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
 
     ``merge()`` of the handle that is returned makes a plain model of it, ``unpatch()`` undoes it.
     The base may be in another dtype than the one that was trained on, or whole where that was
-    quantized. Adapters of version 0.1, which hold rows, are read too.
+    quantized.
 
     Raises:
         FileNotFoundError: if the folder is not an adapter.

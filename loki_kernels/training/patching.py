@@ -6,13 +6,11 @@ import contextlib
 import logging
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -50,11 +48,6 @@ from .writer import RowWriter
 
 logger = logging.getLogger(__name__)
 
-_NO_DTYPE = (
-    "patch(dtype=...) is read no more and goes with the next release: what is trained is a float32 "
-    "update, whatever the weights are."
-)
-
 
 @made_on_cpu
 def patch(
@@ -68,7 +61,6 @@ def patch(
     protect: Protect | None = None,
     modules_to_save: Sequence[str] = (),
     fuse_mlp: bool = False,
-    dtype: torch.dtype | None = None,
 ) -> Patch:
     """Make a model train an update of rows of its FFN down-projections.
 
@@ -88,8 +80,9 @@ def patch(
         model: a transformers causal language model.
         rows: a `RowSelection`, one list of rows a layer, or the path of a row file; or a
             checkpoint's folder, to go on from the rows and the update saved there (``model`` is the
-            base; an update that was protected needs the same ``protect``). None trains all rows, or with a ``quota`` below 100 or ``analysis`` analyses the
-            model on the bundled questions (`attribute`, then `select`).
+            base; an update that was protected needs the same ``protect``). None trains all rows, or
+            with a ``quota`` below 100 or ``analysis`` analyses the model on the bundled questions
+            (`attribute`, then `select`).
         tokenizer: for an analysis or a protection; by default the one of ``model.name_or_path``.
         quota: percentage of rows that an analysis chooses; 100 are all rows, without one.
         analysis: arguments of `attribute` for it, such as ``{"batch_size": 8}``,
@@ -105,7 +98,6 @@ def patch(
         fuse_mlp: where the MLP is ``down_proj(act(gate(x)) * up(x))`` with SiLU or
             tanh-approximated GELU, keep gate and up alone for the backward pass, not act(gate) and
             the product: half of the MLP's activation memory. The report says where.
-        dtype: read no more, since every update is float32; it goes with the next release.
 
     Returns:
         A `Patch` handle.
@@ -118,8 +110,6 @@ def patch(
             another model; processes with different rows or protections. The model is unchanged.
         UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
     """
-    if dtype is not None:
-        warnings.warn(_NO_DTYPE, FutureWarning, stacklevel=2)
     structure = find_structure(model)
     check_patchable(structure)
     _check_arguments(rows, analysis, modules_to_save)

@@ -280,8 +280,8 @@ class LokiRows(nn.Module):
 
 _READ_IT = (
     "Read the update beside the checkpoint: with handle.trainer_callback() for HF Trainer, "
-    "loki_kernels.patch(model, rows=<checkpoint folder>), of a protected run with the same protect=, or "
-    "handle.load_state(<checkpoint folder>)."
+    "loki_kernels.patch(model, rows=<checkpoint folder>), of a protected run with the same "
+    "protect=, or handle.load_state(<checkpoint folder>)."
 )
 _PASSED_OVER = (
     "a state dict of this model's layers was loaded that has nothing of these rows under their "

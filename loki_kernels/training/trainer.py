@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..files import check_folder
 from ..sharding import full_shape
-from .adapter_file import SIDE_FILE, Layers, SavedUpdate, load_side_file, read_update, update_of
+from .adapter_file import SIDE_FILE, Layers, SavedUpdate, load_side_file, read_update
 from .rows import same_rows, updated_rows
 from .targets import refuse_efficient_loading
 
@@ -91,11 +91,11 @@ class SideFileCallback(TrainerCallback):
 
 def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
     """Whether the update gives the merged rows that the layers were just loaded with."""
-    was = None if saved.base_rows is None else getattr(torch, saved.base_rows.dtype or "", None)
+    was = None if saved.base_rows is None else getattr(torch, saved.base_rows.dtype, None)
     dtype = was if isinstance(was, torch.dtype) else torch.float32
     for name, layer in layers.items():
         base = layer.base_rows.cpu()
-        parts = update_of(saved.layers.get(name, {}), base)
+        parts = saved.layers.get(name, {})
         factors = [parts.get(part) for part, _ in layer.trained_parameters()]
         if any(
             factor is None or tuple(factor.shape) != full_shape(p)

@@ -1,17 +1,14 @@
-"""Adapters of version 0.1, of bases in another dtype, and what a layer keeps and calls."""
+"""Adapters of bases in another dtype, and what a layer keeps and calls."""
 
 from __future__ import annotations
 
-import json
 import math
 
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import loki_kernels as loki
-from loki_kernels.fingerprint import BaseRows
 from loki_kernels.peft import LokiConfig
 from tests.models import build_model, to_device
 from tests.tiny_training import ROWS, load_model, logits, token_batch, train
@@ -28,84 +25,6 @@ def checkpoint(tmp_path):
 def down_projs(model):
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return [layer.mlp.down_proj for layer in model.model.layers]
-
-
-def write_old_adapter(folder, base, *, dtype, rank=None):
-    """As version 0.1 did: rows, not an update of them; their fingerprint alone. Returns them."""
-    generator = torch.Generator().manual_seed(0)
-    tensors, trained, replaced = {}, [], []
-    for i, (rows, linear) in enumerate(zip(SORTED, down_projs(base), strict=True)):
-        original = linear.weight[rows].detach().cpu()
-        prefix = f"base_model.model.model.layers.{i}.mlp.down_proj.loki_"
-        a = 0.1 * torch.randn(len(rows), rank or original.shape[1], generator=generator)
-        b = torch.randn(rank or 1, original.shape[1], generator=generator)
-        tensors[prefix + "index"] = torch.tensor(rows)
-        if rank is None:
-            tensors[prefix + "rows"] = (original.float() + a).to(dtype)
-            trained.append(tensors[prefix + "rows"])
-        else:
-            tensors |= {prefix + "delta_a": a.to(dtype), prefix + "delta_b": b.to(dtype)}
-            trained.append(original.float() + a @ b)
-        replaced.append(original)
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = {
-        "peft_type": "LOKI", "task_type": "CAUSAL_LM", "base_model_name_or_path": "a model",
-        "inference_mode": True, "rows": SORTED, "rank": rank, "positions": None, "quota": 10,
-        "quantized_merge": None, "target_modules": None,
-        "fingerprint": BaseRows.of(replaced).fingerprint,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return trained
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [None, 2])
-def test_an_adapter_of_version_0_1(tmp_path, rank, dtype, low_cpu_mem_usage):
-    def base():
-        return build_model(dtype=dtype)
-
-    trained = write_old_adapter(tmp_path / "old", base(), dtype=torch.float32, rank=rank)
-    model = peft.PeftModel.from_pretrained(
-        base(), str(tmp_path / "old"), low_cpu_mem_usage=low_cpu_mem_usage
-    )
-    assert not any(p.requires_grad for p in model.parameters())
-    want = logits(model)
-    assert not torch.equal(want, logits(base()))
-    for layer, linear, rows, wanted in zip(
-        down_projs(model), down_projs(base()), SORTED, trained, strict=True
-    ):
-        if rank is None:
-            update = wanted - linear.weight[rows].float().cpu()
-            assert torch.equal(layer.loki_update["default"].cpu(), update)
-    model.save_pretrained(tmp_path / "new")
-    again = peft.PeftModel.from_pretrained(base(), str(tmp_path / "new"))
-    torch.testing.assert_close(logits(again), want)
-    assert again.peft_config["default"].base_sketch is not None
-    for linear, rows, wanted in zip(
-        down_projs(model.merge_and_unload()), SORTED, trained, strict=True
-    ):
-        torch.testing.assert_close(linear.weight[rows].float().cpu(), wanted.to(dtype).float())
-
-
-def test_an_adapter_of_version_0_1_in_16_bits(tmp_path):
-    base = build_model(dtype=torch.bfloat16)
-    trained = write_old_adapter(tmp_path / "old", base, dtype=torch.bfloat16)
-    model = peft.PeftModel.from_pretrained(base, str(tmp_path / "old")).merge_and_unload()
-    for linear, rows, wanted in zip(down_projs(model), SORTED, trained, strict=True):
-        assert torch.equal(linear.weight[rows].cpu(), wanted)
-
-
-def test_an_adapter_of_version_0_1_goes_on(tmp_path):
-    """Read into an adapter that is there, as a Trainer does that resumes."""
-    write_old_adapter(tmp_path / "old", build_model(), dtype=torch.float32)
-    want = logits(peft.PeftModel.from_pretrained(build_model(), str(tmp_path / "old")))
-    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
-    model.load_adapter(str(tmp_path / "old"), "default", is_trainable=True)
-    assert torch.equal(logits(model), want)
-    assert not torch.equal(want, logits(build_model()))
-    assert not torch.equal(logits(train(model)), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -6,7 +6,6 @@ import copy
 import json
 import subprocess
 import sys
-import warnings
 
 import peft
 import pytest
@@ -234,20 +233,6 @@ def test_bad_configs(options, message):
     with pytest.raises(ValueError, match=message):
         peft.get_peft_model(model, LokiConfig(**options))
     assert not any(isinstance(m, LokiLayer) for m in model.modules())
-
-
-def test_positions_is_the_old_name_of_rows(row_file, tmp_path):
-    with pytest.warns(DeprecationWarning, match=r"write LokiConfig\(rows="):
-        old = LokiConfig(positions=str(row_file))
-    new = LokiConfig(rows=str(row_file))
-    assert old.rows == new.rows == [sorted(layer) for layer in ROWS]
-    assert old.to_dict() == new.to_dict()
-    # as older versions wrote it
-    content = {**new.to_dict(), "positions": None, "target_modules": None}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert peft.PeftConfig.from_pretrained(str(tmp_path)).rows == new.rows
 
 
 def test_a_row_file_of_neurons_is_refused(tmp_path):

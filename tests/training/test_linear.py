@@ -8,7 +8,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
-import loki_kernels
 from loki_kernels import LokiLinear
 from tests import models
 
@@ -309,8 +308,3 @@ def test_bad_rows(rows, rank, message):
     assert linear.weight.requires_grad
     with pytest.raises(TypeError, match="not a Conv1d"):
         LokiLinear.from_linear(nn.Conv1d(1, 1, 1), [0])
-
-
-def test_the_old_name_is_the_same_class():
-    with pytest.warns(DeprecationWarning, match=r"loki_kernels\.LokiLinear now"):
-        assert loki_kernels.LoKILinear is LokiLinear

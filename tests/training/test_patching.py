@@ -307,12 +307,6 @@ def test_an_update_fits_the_base_in_another_dtype(tmp_path, dtype):
     assert_unchanged(other, before)
 
 
-def test_the_dtype_of_version_0_1_is_named_and_not_read(model):
-    with pytest.warns(FutureWarning, match="a float32 update"):
-        handle = loki.patch(model, ROWS, dtype=torch.bfloat16)
-    assert handle.named_layers()[0][1].update.dtype == torch.float32
-
-
 def test_empty_layers_are_skipped(model):
     report = loki.patch(model, [[1], [], [2]]).report
     assert list(report.skipped) == ["model.layers.1.mlp.down_proj"]
