@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -25,13 +26,16 @@ from .options import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 1 after a message on what was wrong."""
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # tokens of any script, into any console or file
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger(f"{__package__}.attribution").setLevel(logging.INFO)  # how long it takes
     try:
         arguments.run(arguments)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except Exception as error:  # transformers' and safetensors' own are of no common kind
         notes = getattr(error, "__notes__", [])
-        print(f"loki-kernels {arguments.command}: {error}", *notes, sep="\n", file=sys.stderr)
+        said = str(error) or type(error).__name__
+        print(f"loki-kernels {arguments.command}: {said}", *notes, sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -74,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "merge", help="put the rows of an adapter, or of a checkpoint's side file, into their base"
     )
     merge.add_argument("base", help="folder or hub name of the model that was patched")
-    merge.add_argument("checkpoint", help="adapter, or folder with loki_rows.safetensors")
+    merge.add_argument("checkpoint", help="adapter, or folder with loki_rows.update")
     merge.add_argument("out", help="folder to write the merged model to")
     merge.add_argument("--dtype", default="float32", help="of the merged model")
     merge.add_argument(
@@ -206,16 +210,6 @@ def questions_of(arguments: argparse.Namespace) -> Any:
     return None
 
 
-def _load_model(name: str, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    from .inspection import dtype_named
-
-    return AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype if dtype == "auto" else dtype_named(dtype)
-    )
-
-
 def _join_processes() -> bool:
     """Join those that torchrun has started; whether this is the first of all."""
     import torch
@@ -223,7 +217,7 @@ def _join_processes() -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")  # what is exchanged is on the CPU
     return torch.distributed.get_rank() == 0
@@ -236,6 +230,7 @@ def _attribute(arguments: argparse.Namespace) -> None:
     from .attribution import Attribution, attribute
     from .attribution.result import check_suffix
     from .files import check_writable
+    from .inspection import load_model
     from .plots import import_matplotlib
     from .questions import load_questions
 
@@ -246,9 +241,10 @@ def _attribute(arguments: argparse.Namespace) -> None:
         import_matplotlib()
     if arguments.keep == "counts" and (arguments.heatmap or suffix != ".safetensors"):
         raise ValueError("--keep counts writes .safetensors and has no scores for a heatmap.")
-    questions = questions_of(arguments) or load_questions()
+    questions = questions_of(arguments)
+    questions = load_questions() if questions is None else questions
     first = _join_processes()
-    model = _load_model(arguments.model, arguments.dtype)
+    model = load_model(arguments.model, arguments.dtype)
     model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     result = attribute(
@@ -296,6 +292,7 @@ def _protection(arguments: argparse.Namespace) -> None:
 
     from .files import check_writable
     from .forgetting.texts import encode, read_texts
+    from .inspection import load_model
     from .protection import Protection, estimate_protection
 
     if check_writable(arguments.out).suffix != ".safetensors":
@@ -304,7 +301,7 @@ def _protection(arguments: argparse.Namespace) -> None:
     earlier = Protection.load(arguments.earlier) if arguments.earlier else None
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     result = estimate_protection(
-        _load_model(arguments.model, arguments.dtype),
+        load_model(arguments.model, arguments.dtype),
         None if found is None else [encode(text, tokenizer).tolist() for text in found],
         tokenizer=tokenizer,
         samples=arguments.samples,
@@ -324,6 +321,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from .forgetting import limit_drift
     from .forgetting.limit import check_limit
     from .forgetting.texts import read_texts
+    from .inspection import load_model
     from .training.adapters import load_update
 
     out = check_folder(arguments.out)
@@ -335,7 +333,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     else:
         check_limit(arguments.max_kl)
         read_texts(arguments.texts)
-    handle = load_update(_load_model(arguments.base, arguments.dtype), arguments.checkpoint)
+    handle = load_update(load_model(arguments.base, arguments.dtype), arguments.checkpoint)
     if arguments.max_kl is not None:
         handle.model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = AutoTokenizer.from_pretrained(arguments.base)
@@ -357,6 +355,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _adapter(arguments: argparse.Namespace) -> None:
     from .files import check_folder
+    from .inspection import load_model
     from .selection import RowSelection
     from .training.adapters import save_adapter
     from .training.patching import patch
@@ -364,7 +363,7 @@ def _adapter(arguments: argparse.Namespace) -> None:
     check_folder(arguments.out)
     every = arguments.rows == "all"
     chosen: Any = {"quota": 100} if every else {"rows": RowSelection.load(arguments.rows)}
-    model = _load_model(arguments.model, "auto")
+    model = load_model(arguments.model, "auto")
     handle = patch(model, rank=arguments.rank, protect=arguments.protect, **chosen)
     folder = save_adapter(handle.model, arguments.out, protect=arguments.protect)
     print(f"{handle.report}\n{handle.rows} -> {folder}")

@@ -153,8 +153,16 @@ def _find_layers(causal_lm: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleL
     It is the innermost module around the token embedding that holds a list of modules with mixers
     inside: a vision or audio tower has no token embedding.
     """
-    weight = embedding_weight(causal_lm)
-    name = next(n for n, m in causal_lm.named_modules() if getattr(m, "weight", None) is weight)
+    weight, embedding = embedding_weight(causal_lm), causal_lm.get_input_embeddings()
+    # PEFT's wrapper of trained tokens gives another weight at every access
+    name = next(
+        (
+            n
+            for n, m in causal_lm.named_modules()
+            if m is embedding or getattr(m, "weight", None) is weight
+        ),
+        "",
+    )
     while name:
         name = name.rpartition(".")[0]
         tower = causal_lm.get_submodule(name)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,15 @@ from .attribution.fitting import points_that_fit
 from .attribution.plan import BatchLimits, rotary_border, windows
 from .attribution.prompts import WINDOW, tokenize_prompts
 from .discovery import find_structure
+from .errors import UnsupportedModelError
 from .inspection import build_model, dtype_named
 from .options import DefinitionName, EngineName
 from .questions import load_questions
 from .structure import Structure, text_config
 from .team import share_out
 
-# Layers of the two random models that are timed: what one has more is what layers take.
-_TIMED = (1, 3)
 _ROUNDS = 3
+_RARE = 0.1  # of the layers: a kind that fewer are of is not timed, as the first, dense ones
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Shape:
     @classmethod
     def of(cls, structure: Structure) -> Shape:
         config = text_config(structure.causal_lm)
-        chosen = _experts_per_token(config)
+        chosen = experts_per_token(config)
         matrices = (
             # of the experts, those that a token passes
             p.numel() if p.ndim == 2 else p.numel() // len(p) * min(chosen, len(p))
@@ -180,7 +180,7 @@ def estimate(
     """What `attribute` will take, without the model's weights.
 
     Operations are counted on the meta device. Time and memory come from attributing the prompts of
-    one batch, on ``device``, with two random models of one and of three of the layers.
+    one batch, on ``device``, with two random models of a few of the layers.
 
     Args:
         name: folder or hub name; its config and tokenizer are read.
@@ -208,7 +208,8 @@ def estimate(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     room = points_that_fit(structure, device, beside=weights)
     limits = BatchLimits.of(device, batch_size, gpus, room, rotary_border(model))
-    engine = _engine(config, device, chosen)
+    cut = Cut.find(config, structure)
+    engine = _engine(config, cut, device, chosen)
     shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
     prompts = load_questions() if prompts is None else prompts
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -225,7 +226,7 @@ def estimate(
         owners = share_out([planned.cost(points) for planned in plan], loads)
         for (members, longest), owner in zip(sizes, owners, strict=True):
             costs[owner] += shape.cost(members, longest, integral, engine)
-    speed = _Speed.measure(config, device, chosen, shape, largest, definition, steps, engine)
+    speed = _Speed.measure(config, cut, device, chosen, shape, largest, definition, steps, engine)
     return Estimate(
         prompts=count,
         tokens=tokens,
@@ -235,9 +236,81 @@ def estimate(
         activations=speed.memory,
         seconds=max(map(speed.seconds, costs)),
         gpus=gpus,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU",
+        device=_name_of(device),
         engine=engine,
     )
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"this {device.type.upper()}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Layers of a model that stand for all: the fewest in a row that have every kind but rare ones.
+
+    Attributes:
+        start: the first of them.
+        count: how many; 1 where all are alike.
+    """
+
+    start: int
+    count: int
+
+    @classmethod
+    def find(cls, config: Any, structure: Structure) -> Cut:
+        """Of a model on the meta device.
+
+        Raises:
+            UnsupportedModelError: if its config does not say how to build a few layers alone.
+        """
+        kinds = [_kind_of(layer) for layer in structure.layers]
+        usual = {kind for kind in kinds if kinds.count(kind) >= _RARE * len(kinds)}
+        for count in range(len(usual), len(kinds) + 1):
+            for start in range(len(kinds) - count + 1):
+                part = kinds[start : start + count]
+                if usual <= set(part) and cls(start, count)._builds(config, part):
+                    return cls(start, count)
+        raise UnsupportedModelError(
+            f"a {type(config).__name__} does not say how to build a few of its layers alone, which "
+            "are what is timed."
+        )
+
+    @property
+    def timed(self) -> tuple[int, int]:
+        """Layers of the two models that are timed: what one has more is what layers take."""
+        return (1, 3) if self.count == 1 else (self.count, 2 * self.count)
+
+    def of(self, config: Any, layers: int) -> Any:
+        """A config of these layers, repeated up to so many."""
+        config = copy.deepcopy(config)
+        text = config.get_text_config()
+        whole = text.num_hidden_layers
+        for name, value in list(vars(text).items()):  # a few derive what kind a layer is of
+            if isinstance(value, list) and len(value) == whole and not name.endswith("_id"):
+                part = value[self.start : self.start + self.count]
+                setattr(text, name, (part * -(-layers // self.count))[:layers])
+        text.num_hidden_layers = layers
+        if getattr(text, "first_k_dense_replace", None):
+            text.first_k_dense_replace = max(0, text.first_k_dense_replace - self.start)
+        if getattr(text, "num_kv_shared_layers", None):
+            text.num_kv_shared_layers = 0
+        return config
+
+    def _builds(self, config: Any, kinds: list[Any]) -> bool:
+        try:
+            built = build_model(self.of(config, self.count), torch.device("meta"))
+            return [_kind_of(layer) for layer in find_structure(built).layers] == kinds
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return False
+
+
+def _kind_of(layer: nn.Module) -> Any:
+    """What a layer is made of: layers of one kind take the same."""
+    modules = tuple((name, type(module)) for name, module in layer.named_modules())
+    return modules, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
 
 
 @dataclass(frozen=True)
@@ -260,6 +333,7 @@ class _Speed:
     def measure(
         cls,
         config: Any,
+        cut: Cut,
         device: torch.device,
         dtype: torch.dtype,
         shape: Shape,
@@ -274,8 +348,8 @@ class _Speed:
         """
         prompts, tokens = batch
         times, costs, peaks = [], [], []
-        for layers in _TIMED:
-            model = build_model(_shortened(config, layers), device, dtype).eval()
+        for layers in cut.timed:
+            model = build_model(cut.of(config, layers), device, dtype).eval()
             more = max(1, round(steps * shape.layers / layers))
             part = replace(shape, layers=layers)
             integral = PathIntegral.resolve(definition, {}, more)
@@ -293,88 +367,11 @@ class _Speed:
         (short, long), head = (cost.layers for cost in costs), costs[0].head
         of_layers = max(0.0, times[1] - times[0]) / (long - short)
         of_head = max(0.0, times[0] - of_layers * short) / head
-        return cls(of_layers, of_head, _whole_peak(peaks, shape, prompts * tokens * dtype.itemsize))
+        prefix = shape.prefix * prompts * tokens * dtype.itemsize
+        return cls(of_layers, of_head, _whole_peak(peaks, cut.timed, shape.layers, prefix))
 
 
-Way = Literal["device_map", "fsdp2", "offloaded"]
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """Bytes of the device that has the most, by count, as the staircase attributes a batch.
-
-    Attributes:
-        weights: that stay there.
-        gathered: weights that are there for a time.
-        prefix: the prompts' keys and values.
-        points: what is kept for the backward pass.
-    """
-
-    weights: float
-    gathered: float
-    prefix: float
-    points: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gathered + self.prefix + self.points
-
-
-def device_memory(
-    config: Any,
-    way: Way,
-    devices: int = 1,
-    *,
-    prompts: int = 16,
-    tokens: int = 128,
-    steps: int = 7,
-    dtype: torch.dtype = torch.bfloat16,
-) -> DeviceMemory:
-    """What a batch takes of a model of equal layers with gated FFNs, split in one of three ways.
-
-    Args:
-        config: transformers'.
-        way: ``"device_map"``, whole layers on each device; ``"fsdp2"``, each process a batch of its
-            own; ``"offloaded"`` to CPU or disk.
-        devices: how many there are.
-        prompts, tokens: of the batch.
-        steps: path points of a layer.
-        dtype: of weights and activations.
-    """
-    text, size = config.get_text_config(), dtype.itemsize
-    count = text.num_hidden_layers
-    model = build_model(_shortened(config, 1), torch.device("meta"), dtype)
-    structure = find_structure(model)
-    shape, (ffn,) = Shape.of(structure), structure.present().values()
-    layer = sum(p.nbytes for p in structure.layers[0].parameters())
-    outside = sum(p.nbytes for p in model.parameters()) - layer
-    neurons = sum(
-        down.in_features * (_experts_per_token(text) if down.of_experts else 1)
-        for down in ffn.projections
-    )
-    # Of a token: the input of both norms, in float32; queries, keys, values and what attention
-    # gives; gate, up and their product.
-    inner = 8 * shape.width + size * (2 * shape.queries + shape.prefix + 3 * neurons)
-    here = -(-count // devices) if way == "device_map" else count  # the last layers have the most
-    top = 1 + steps * count
-    passed = sum(1 + steps * (i + 1) for i in range(count - here, count))
-    if way == "device_map":  # below the lowest layer's FFN nothing is differentiated
-        points = (passed - (1 + steps if here == count else 0)) * inner
-    else:  # a layer keeps its input, and one of them runs again
-        points = passed * shape.width * size + top * inner
-    points += top * shape.width * size  # the gradient that the head has computed
-    whole = count * layer + outside
-    weights, gathered = {
-        "device_map": (here * layer + outside / min(devices, 2), 0),
-        # this layer, the one that comes next, and what it is gathered in
-        "fsdp2": (whole / devices, outside + 3 * layer),
-        "offloaded": (0, layer + outside),
-    }[way]
-    prefix = prompts * tokens * here * shape.prefix * size
-    return DeviceMemory(weights, gathered, prefix, prompts * points)
-
-
-def _experts_per_token(config: Any) -> int:
+def experts_per_token(config: Any) -> int:
     """How many experts a token passes; 1 where there are none, or the config says it otherwise."""
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
         value = getattr(config, name, None)
@@ -383,26 +380,13 @@ def _experts_per_token(config: Any) -> int:
     return 1
 
 
-def _engine(config: Any, device: torch.device, dtype: torch.dtype) -> EngineName:
+def _engine(config: Any, cut: Cut, device: torch.device, dtype: torch.dtype) -> EngineName:
     """Which engine attributes such a model."""
-    model = build_model(_shortened(config, _TIMED[-1]), device, dtype).eval()
+    model = build_model(cut.of(config, cut.timed[0]), device, dtype).eval()
     prompt = [{"input_ids": torch.arange(1, 9) % text_config(model).vocab_size}]
     result = attribute(model, prompt, steps=1, share=False, progress=False)
     engine: EngineName = result.run["engine"]
     return engine
-
-
-def _shortened(config: Any, layers: int) -> Any:
-    """A config of the first layers alone."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    for name in ("layer_types", "mlp_layer_types"):
-        if vars(text).get(name):  # a few derive it
-            setattr(text, name, getattr(text, name)[:layers])
-    if getattr(text, "first_k_dense_replace", None):  # what most layers are
-        text.first_k_dense_replace = 0
-    return config
 
 
 def _time(run: Callable[[], None]) -> float:
@@ -433,18 +417,17 @@ def _peak(run: Callable[[], None], model: nn.Module, device: torch.device) -> in
     return sum(kept.values())
 
 
-def _whole_peak(peaks: list[int], shape: Shape, token_bytes: int) -> float:
-    """That of all layers, from those of `_TIMED`, which have as many points.
+def _whole_peak(peaks: list[int], timed: tuple[int, int], layers: int, prefix: int) -> float:
+    """That of all layers, from those of the timed ones, which have as many points.
 
     The points of layer l are kept in every layer from l on, but for the lowest, below which nothing
-    is differentiated; keys and values of the prompts are kept in every one.
+    is differentiated; keys and values of the prompts, ``prefix`` bytes, are kept in every one.
     """
 
-    def kept(layers: int) -> float:
+    def kept(count: int) -> float:
         """How often each point is kept, on average."""
-        return (layers + 1) / 2 - 1 / layers
+        return (count + 1) / 2 - 1 / count
 
-    prefix = shape.prefix * token_bytes
-    few, many = (peak - layers * prefix for peak, layers in zip(peaks, _TIMED, strict=True))
-    each = (many - few) / (kept(_TIMED[1]) - kept(_TIMED[0]))
-    return few + each * (kept(shape.layers) - kept(_TIMED[0])) + shape.layers * prefix
+    few, many = (peak - count * prefix for peak, count in zip(peaks, timed, strict=True))
+    each = (many - few) / (kept(timed[1]) - kept(timed[0]))
+    return few + each * (kept(layers) - kept(timed[0])) + layers * prefix

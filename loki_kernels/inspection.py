@@ -27,7 +27,8 @@ def inspect_model(name: str | os.PathLike[str]) -> str:
         ValueError: if transformers knows no language model of this config.
         OSError: if there is no config.
     """
-    model = build_model(transformers.AutoConfig.from_pretrained(name), torch.device("meta"))
+    config = transformers.AutoConfig.from_pretrained(name)
+    model = build_model(config, torch.device("meta"))
     kind = type(model).__name__
     try:
         decoder, _, layers = examine(model)
@@ -39,6 +40,13 @@ def inspect_model(name: str | os.PathLike[str]) -> str:
         f"{kind}: {len(layers)} decoder layers, hidden_size {text_config(model).hidden_size}",
         f"attribution: {attribution}, if it reproduces the model's logits when it first runs",
     ]
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized if isinstance(quantized, dict) else vars(quantized)
+        lines.append(
+            f"quantized ({method.get('quant_method', 'of an unknown method')}): what follows is of "
+            "the model without; patch wants it so, LokiConfig takes what PEFT can read"
+        )
     numbered = enumerate(layers)
     for text, group in itertools.groupby(numbered, lambda item: _describe(*item)):
         numbers = [i for i, _ in group]
@@ -53,13 +61,39 @@ def build_model(config: Any, device: torch.device, dtype: torch.dtype | None = N
     Raises:
         ValueError: if transformers knows no language model of this config.
     """
+    kind = _class_for(config)
+    if kind is None:
+        raise ValueError(f"transformers knows no language model of a {type(config).__name__}.")
+    with device:
+        return kind.from_config(config, dtype=dtype)
+
+
+def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
+    """A language model of a folder or hub name, as it was saved: with its images' tower, if any.
+
+    Raises:
+        ValueError: for an unknown dtype, or a config of which transformers knows no language model.
+        OSError: if there is no such model.
+    """
+    chosen = dtype if dtype == "auto" else dtype_named(dtype)
+    try:
+        kind = _class_for(transformers.AutoConfig.from_pretrained(name))
+    except OSError:  # an adapter's folder, whose base transformers finds
+        kind = None
+    return (kind or transformers.AutoModelForCausalLM).from_pretrained(name, dtype=chosen)
+
+
+def _class_for(config: Any) -> Any:
+    """The auto class that gives what the config was saved of, else the first that knows it."""
     names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
     classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    for kind in classes:
-        if type(config) in kind._model_mapping:
-            with device:
-                return kind.from_config(config, dtype=dtype)
-    raise ValueError(f"transformers knows no language model of a {type(config).__name__}.")
+    known = [kind for kind in classes if type(config) in kind._model_mapping]
+    for kind in known:
+        made = kind._model_mapping[type(config)]
+        made = made if isinstance(made, (list, tuple)) else (made,)
+        if {each.__name__ for each in made} & set(config.architectures or ()):
+            return kind
+    return next(iter(known), None)
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops._grouped import grouped_linear
+from .ops._grouped import Update, grouped_linear
 from .structure import TOLERANCE, in_float64
 
 
@@ -53,8 +53,7 @@ def routed_inputs(
 def grouped_experts(
     held: nn.Module,
     experts: nn.Module,
-    update: Tensor | None,
-    index: Tensor | None,
+    update: Update | None,
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -63,8 +62,7 @@ def grouped_experts(
 
     Args:
         held: as in `routed_inputs`, and so are ``experts``, ``hidden_states``, ``top_k_index``.
-        update: ``[E, k, in_features]`` of the rows ``index``, or None.
-        index: int64 ``[k]``, or None.
+        update: of rows of their down-projections, or None.
         top_k_weights: ``[tokens, K]``, the shares of each token's experts.
 
     Returns:
@@ -73,7 +71,7 @@ def grouped_experts(
     x, offsets, expert, order = routed_inputs(held, experts, hidden_states, top_k_index)
     down: Tensor = held.down_proj  # type: ignore[assignment]
     weight = down.transpose(1, 2) if experts.is_transposed else down
-    y = grouped_linear(x, weight, offsets, update, index)
+    y = grouped_linear(x, weight, offsets, update)
     if experts.has_bias:
         y = y + held.down_proj_bias[expert]  # type: ignore[index]
     if getattr(experts, "has_post_expert_norm", False):
@@ -106,7 +104,7 @@ def why_not_grouped(experts: nn.Module, parameter: str, axis: int) -> str | None
     given = (x.to(weight), chosen.to(weight.device), shares.to(weight))
     with torch.no_grad():
         want = in_float64(type(experts).forward(experts, *given))
-        got = in_float64(grouped_experts(experts, experts, None, None, *given))
+        got = in_float64(grouped_experts(experts, experts, None, *given))
     if float((got - want).norm()) <= TOLERANCE[weight.dtype] * float(want.norm()):
         return None
     return "it does not compute what use_experts_implementation stands for"

@@ -79,22 +79,6 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     return questions
 
 
-def read_dataset(name: str, split: str = "test") -> list[Question]:
-    """Questions of a Hugging Face dataset with MMLU's columns (``question, choices, answer``).
-
-    Args:
-        name: a hub name or a local folder, with ``:CONFIG`` where it has several, such as
-            ``cais/mmlu:all``.
-        split: the split to read.
-
-    Raises:
-        ImportError: without the ``datasets`` extra.
-        ValueError: if its records are not questions.
-    """
-    dataset = _load_dataset(name, split)
-    return [_checked(dict(r), f"{name}, record {i}") for i, r in enumerate(dataset)]
-
-
 class PromptStream(Iterable[Any]):
     """Prompts of a file or a dataset, read whenever they are gone through and never held.
 
@@ -124,14 +108,22 @@ class PromptStream(Iterable[Any]):
 
     @classmethod
     def of_dataset(cls, name: str, split: str = "test") -> PromptStream:
-        """Of a Hugging Face dataset, as `read_dataset` names it.
+        """Of a Hugging Face dataset.
+
+        Args:
+            name: a hub name or a local folder, with ``:CONFIG`` where it has several, such as
+                ``cais/mmlu:all``.
+            split: the split to read.
 
         Raises:
             ImportError: without the ``datasets`` extra.
-            ValueError: if a record is no prompt.
+            ValueError: if it has no record, or one that is no prompt.
         """
         dataset = _load_dataset(name, split)
-        return cls(lambda: ((f"{name}, record {i}", dict(r)) for i, r in enumerate(dataset)))
+        stream = cls(lambda: ((f"{name}, record {i}", dict(r)) for i, r in enumerate(dataset)))
+        if not len(stream):
+            raise ValueError(f"{name} has no record in its split {split!r}.")
+        return stream
 
     def __iter__(self) -> Iterator[Any]:
         for where, record in self._records():
@@ -144,7 +136,8 @@ class PromptStream(Iterable[Any]):
 
 def text_of(record: Mapping[str, Any]) -> Any:
     """The chat or the text of a record in the columns that datasets have; None without one."""
-    return next((record[name] for name in ("messages", "prompt", "text") if name in record), None)
+    columns = ("messages", "prompt", "text")  # of mixed records some are null
+    return next((record[name] for name in columns if record.get(name) is not None), None)
 
 
 def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -180,7 +173,8 @@ def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _load_dataset(name: str, split: str) -> Any:
-    path, _, config = name.partition(":")
+    folder = Path(name).exists()  # on Windows it may have a colon
+    path, _, config = (name, "", "") if folder else name.partition(":")
     return _import_datasets().load_dataset(path, config or None, split=split)
 
 

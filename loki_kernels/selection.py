@@ -20,7 +20,7 @@ from .default_device import made_on_cpu
 from .errors import check_choice, explained
 from .files import atomic_path
 from .options import DEFAULT_CRITERION, DEFAULT_QUOTA, Criterion, Strategy
-from .ranking import count_extreme, most_frequent, rows_per_layer
+from .ranking import count_extreme, in_parts, most_frequent, rows_per_layer
 
 _FORMAT = "loki-kernels-rows"
 
@@ -146,7 +146,7 @@ def _check_layer(rows: Sequence[int] | Tensor, layer: int) -> Tensor:
     for low, high in itertools.pairwise(ordered):
         if low == high:
             raise ValueError(f"layer {layer} has row {low} twice.")
-    return torch.tensor(ordered, dtype=torch.int64)
+    return torch.tensor(ordered, dtype=torch.int64, device="cpu")
 
 
 @made_on_cpu
@@ -209,10 +209,10 @@ def select(
         return RowSelection(_but([most_frequent(layer, k) for layer in counts], run), info)
     without = run.get("without_ffn", ())
     present = [layer for layer in range(layers) if layer not in without]
-    if without:
-        scores = scores[:, present]
-    flat = scores.reshape(len(scores), 1, len(present) * width)
-    counts = count_extreme(flat, len(present) * k, strategy.endswith("highest"), criterion)
+    counts = torch.zeros(1, len(present) * width, dtype=torch.int64, device=scores.device)
+    for part in in_parts(scores):  # what has no FFN left out of each: the whole may be a large file
+        flat = (part[:, present] if without else part).reshape(len(part), 1, -1)
+        counts += count_extreme(flat, len(present) * k, strategy.endswith("highest"), criterion)
     chosen = most_frequent(counts[0], len(present) * k)
     found = {layer: chosen[chosen // width == i] % width for i, layer in enumerate(present)}
     return RowSelection([found.get(layer, []) for layer in range(layers)], info)

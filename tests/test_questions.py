@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loki_kernels import load_questions, read_questions
-from loki_kernels.questions import Question, read_dataset
+from loki_kernels.questions import PromptStream, Question, text_of
 
 few = settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -283,20 +283,37 @@ def fake_datasets(monkeypatch, rows):
 def test_dataset_rows_are_questions(monkeypatch):
     calls = fake_datasets(monkeypatch, [GOOD | {"answer": 2, "subject": "law"}])
     want = [Question("q", ("a", "b", "c", "d"), 2, "law")]
-    assert read_dataset("cais/mmlu:all", split="dev") == want
+    assert list(PromptStream.of_dataset("cais/mmlu:all", split="dev")) == want
     assert calls == [(("cais/mmlu", "all"), {"split": "dev"})]
 
 
 def test_dataset_of_other_rows_raises(monkeypatch):
-    fake_datasets(monkeypatch, [GOOD, {"text": "q"}])
+    fake_datasets(monkeypatch, [GOOD, {"words": "q"}])
     with pytest.raises(ValueError, match="some/set, record 1 has no question"):
-        read_dataset("some/set")
+        PromptStream.of_dataset("some/set")
+    fake_datasets(monkeypatch, [])
+    with pytest.raises(ValueError, match="some/set has no record in its split 'test'"):
+        PromptStream.of_dataset("some/set")
+
+
+def test_a_null_column_is_none(monkeypatch):
+    """As `datasets` makes it of records that do not all have one."""
+    rows = [{"messages": None, "prompt": "p"}, {"messages": None, "prompt": None, "text": "t"}]
+    fake_datasets(monkeypatch, rows)
+    assert [text_of(record) for record in PromptStream.of_dataset("some/set")] == ["p", "t"]
+
+
+def test_a_folder_with_a_colon_is_a_folder(monkeypatch, tmp_path):
+    (tmp_path / "c:data").mkdir()
+    calls = fake_datasets(monkeypatch, [GOOD])
+    PromptStream.of_dataset(str(tmp_path / "c:data"))
+    assert calls == [((str(tmp_path / "c:data"), None), {"split": "test"})]
 
 
 def test_dataset_without_the_extra_raises(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"loki-kernels\[datasets\]"):
-        read_dataset("cais/mmlu")
+        PromptStream.of_dataset("cais/mmlu")
 
 
 # MMLU itself
@@ -319,15 +336,15 @@ def test_no_bundled_question_is_in_mmlu(shared_data):
     assert not [q for q in load_questions() if words(q.question) in mmlu]
 
 
-def test_read_dataset_from_a_folder(tmp_path):
+def test_a_dataset_of_a_folder(tmp_path):
     rows = [
         {"question": f"Is it {i}?", "choices": ["a", "b", "c", "d"], "answer": i, "subject": "x"}
         for i in range(4)
     ]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    questions = read_dataset(str(tmp_path))
+    questions = list(PromptStream.of_dataset(str(tmp_path)))
     assert [q.answer for q in questions] == [0, 1, 2, 3]
     assert questions[2] == Question("Is it 2?", ("a", "b", "c", "d"), 2, "x")
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0] | {"choices": ["a"]}) + "\n")
     with pytest.raises(ValueError, match="record 0 must have four choices"):
-        read_dataset(str(tmp_path))
+        PromptStream.of_dataset(str(tmp_path))

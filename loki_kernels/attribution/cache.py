@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import torch
 from torch import nn
 
 from .._version import __version__
 from ..errors import explained
 from ..fingerprint import model_fingerprint
+from ..ops._dispatch import memory_is_full
 from ..options import DefinitionName, EngineName
 from ..questions import load_questions
 from ..structure import Structure
@@ -169,7 +169,9 @@ def _analyse(
         try:
             with on_accelerator(model):
                 return run(size)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not memory_is_full(error):
+                raise
             logger.warning("the analysis ran out of memory (batch_size=%s): %s", size, error)
             if size == sizes[-1] and any(p.device.type != "cpu" for p in model.parameters()):
                 raise
@@ -187,7 +189,8 @@ def find_tokenizer(model: nn.Module) -> Any:
             return AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"no tokenizer was found under {name!r} ({error}); pass tokenizer=..."
+                f"no tokenizer was found under {name!r} ({error}); pass tokenizer=..., or save it "
+                "there (tokenizer.save_pretrained), which is how LokiConfig finds it"
             ) from error
     message = "the model has no name to find its tokenizer by; pass tokenizer=..."
     raise explained(ValueError(message))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,7 +105,8 @@ class Attribution:
             tensors, run = read_parquet(path)
             return cls(run=run, **tensors)
         tensors, metadata = read_safetensors(path, _FORMAT)
-        return cls(run=json.loads(metadata["run"]), **tensors)
+        with _of_a_whole_file(path):
+            return cls(run=json.loads(metadata["run"]), **tensors)
 
     @classmethod
     def _load_hdf5(cls, path: Path) -> Attribution:
@@ -189,8 +191,18 @@ class AttributionCounts:
             ValueError: if the file is damaged or is something else.
         """
         tensors, metadata = read_safetensors(Path(path), _COUNTS_FORMAT)
-        fields: dict[str, Any] = json.loads(metadata["counted"]) | tensors
-        return cls(run=json.loads(metadata["run"]), **fields)
+        with _of_a_whole_file(path):
+            fields: dict[str, Any] = json.loads(metadata["counted"]) | tensors
+            return cls(run=json.loads(metadata["run"]), **fields)
+
+
+@contextlib.contextmanager
+def _of_a_whole_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What is missing in a file, or too much, is a ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}.") from error
 
 
 def check_suffix(path: str | os.PathLike[str]) -> str:

@@ -22,7 +22,9 @@ from .texts import check_ids, read_texts, tokenize
 
 
 class DriftCallback(TrainerCallback):
-    """Log how far a Trainer's model has moved from what it was at step 0, as `drift` measures it.
+    """Log how far a Trainer's model has moved from its base, as `drift` measures it.
+
+    That is a patched or PEFT's model without its update, and else what it was at step 0.
 
     ``trainer.add_callback(DriftCallback(trainer, "texts.jsonl", every=100))`` logs ``drift/kl``
     (nats a token) and ``drift/perplexity`` at step 0, at every evaluation or ``every`` steps, and
@@ -32,8 +34,7 @@ class DriftCallback(TrainerCallback):
     texts are kept on the host, and a copy of its output head if that is trained. In distributed
     training every process measures the same texts.
 
-    A resumed run starts from a model that is no base any more: a patched or PEFT's model is then
-    compared with its own base, and another raises ValueError.
+    A resumed run of a model that holds no base raises ValueError.
     """
 
     def __init__(
@@ -82,19 +83,18 @@ class DriftCallback(TrainerCallback):
         if self._base is not None:
             return
         model: Any = self._trainer.model
-        resumed = state.global_step > 0
         check_ids(model, self._corpus)
-        try:
-            with without_update(model) if resumed else contextlib.nullcontext():
-                self._base = record(model, self._corpus.batches(FORWARD), progress=False)
-        except ValueError as error:
-            if not resumed:
-                raise
-            raise ValueError(
-                "a resumed run does not start from the base, so that DriftCallback cannot measure "
-                f"it: {error} Measure its checkpoints by loki-kernels drift."
-            ) from error
-        if not resumed:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(without_update(model))
+            except ValueError as error:
+                if state.global_step:
+                    raise ValueError(
+                        "a resumed run does not start from the base, so that DriftCallback cannot "
+                        f"measure it: {error} Measure its checkpoints by loki-kernels drift."
+                    ) from error
+            self._base = record(model, self._corpus.batches(FORWARD), progress=False)
+        if not state.global_step:
             self._measure(state, control)
 
     def on_step_end(

@@ -14,7 +14,7 @@ from ..team import Team
 from ..training import Patch
 from .measure import FORWARD, compare, record
 from .meter import DEFAULT_LENGTH, DEFAULT_TOKENS, check_positive
-from .models import name_of, update_factors
+from .models import copies_of, name_of, update_factors
 from .result import Drift, summarize
 from .texts import check_ids, read_texts, tokenize
 
@@ -82,12 +82,12 @@ def limit_drift(
     factors = update_factors(model)
     corpus = tokenize(read_texts(texts), tokenizer, length, tokens)
     check_ids(model, corpus)
-    whole = [factor.detach().clone() for factor in factors]
+    whole = copies_of(factors)
 
     @torch.no_grad()
     def keep(share: float) -> None:
         for factor, value in zip(factors, whole, strict=True):
-            factor.copy_(value * share)
+            factor.copy_(value).mul_(share)
 
     def measure(share: float) -> Drift:
         keep(share)

@@ -171,8 +171,10 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
     if isinstance(record, Mapping):
         if record.get("domain") is not None:
             domain = str(record["domain"])
-        content = next((record[k] for k in ("text", "messages", "input_ids") if k in record), None)
-        if "input_ids" in record and content is record["input_ids"]:
+        columns = ("text", "messages", "input_ids")  # of mixed records some are null
+        column = next((name for name in columns if record.get(name) is not None), None)
+        content = None if column is None else record[column]
+        if column == "input_ids":
             return Text(_token_ids(content, where), domain, where)
     if isinstance(content, str):
         if not content.strip():
@@ -187,7 +189,10 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
 
 
 def _token_ids(value: Any, where: str) -> Tensor:
-    ids = torch.as_tensor(value).cpu()
+    try:
+        ids = torch.as_tensor(value).cpu()
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise ValueError(f"input_ids of {where} must be integers [T]: {error}.") from error
     if ids.ndim != 1 or not ids.numel() or ids.is_floating_point():
         raise ValueError(f"input_ids of {where} must be integers [T], T at least 1.")
     if ids.min() < 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,15 +10,27 @@ from torch import library as torch_library
 from torch.nn import functional
 
 from ._check import check_first_derivative
+from ._directions import leave_out
 from ._products import padded_rows, selected_columns
 
 
+class Update(NamedTuple):
+    """An update of the same rows of every group's matrix.
+
+    Attributes:
+        values: ``[E, k, in_features]`` of any floating dtype.
+        rows: int64 ``[k]`` in [0, out_features), distinct.
+        directions: orthonormal columns ``[E, in_features, r]`` that it leaves alone: what acts is
+            ``values (I - U U^T)``; or None.
+    """
+
+    values: Tensor
+    rows: Tensor
+    directions: Tensor | None = None
+
+
 def grouped_linear(
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    update: Tensor | None = None,
-    index: Tensor | None = None,
+    x: Tensor, weight: Tensor, offsets: Tensor, update: Update | None = None
 ) -> Tensor:
     """``x[t] @ (W[g] + scatter(index, update[g])).T`` of every token t, g being its group.
 
@@ -31,13 +43,12 @@ def grouped_linear(
         x: ``[tokens, in_features]``, sorted by group.
         weight: ``[E, out_features, in_features]``, of x's dtype and any strides.
         offsets: int32 ``[E]``, where each group ends; the last one is ``tokens``.
-        update: ``[E, k, in_features]`` of any floating dtype, or None.
-        index: int64 ``[k]`` in [0, out_features), distinct; None without an update.
+        update: or None.
 
     Returns:
-        ``[tokens, out_features]`` in x's dtype, differentiable in x and update.
+        ``[tokens, out_features]`` in x's dtype, differentiable in x and the update's values.
     """
-    y: Tensor = _GroupedLinear.apply(x, weight, offsets, update, index)
+    y: Tensor = _GroupedLinear.apply(x, weight, offsets, *(update or (None, None, None)))
     return y
 
 
@@ -50,13 +61,16 @@ class _GroupedLinear(torch.autograd.Function):
         offsets: Tensor,
         update: Tensor | None,
         index: Tensor | None,
+        directions: Tensor | None,
     ) -> Tensor:
         # only the gradient of an update needs x
-        ctx.save_for_backward(None if update is None else x, weight, offsets, update, index)
+        kept = None if update is None else x
+        ctx.save_for_backward(kept, weight, offsets, update, index, directions)
         y = _products(x, weight.transpose(1, 2), offsets)
         if update is not None:
             assert index is not None
-            delta = _products(x, padded_rows(update, x.dtype).transpose(1, 2), offsets)
+            acting = padded_rows(leave_out(update, directions), x.dtype)
+            delta = _products(x, acting.transpose(1, 2), offsets)
             # compiled by torch 2.11, a result that was written in place has no gradient
             add = y.index_add if torch.compiler.is_compiling() else y.index_add_
             y = add(1, index, delta[:, : len(index)])
@@ -65,19 +79,20 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        x, weight, offsets, update, index = ctx.saved_tensors
-        needs_x, _, _, needs_update, _ = ctx.needs_input_grad
+        x, weight, offsets, update, index, directions = ctx.saved_tensors
+        needs_x, _, _, needs_update, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = _products(grad, weight, offsets) if needs_x else None
         grad_update = None
         if update is not None and (needs_x or needs_update):
             selected = selected_columns(grad, index)
             if grad_x is not None:
-                grad_x += _products(selected, padded_rows(update, grad.dtype), offsets)
+                acting = leave_out(update, directions)  # formed anew rather than kept
+                grad_x += _products(selected, padded_rows(acting, grad.dtype), offsets)
             if needs_update:
                 outer = _outer_products(selected, x, offsets)
-                grad_update = outer[:, : len(index)].to(update.dtype)
-        return grad_x, None, None, grad_update, None
+                grad_update = leave_out(outer[:, : len(index)].to(update.dtype), directions)
+        return grad_x, None, None, grad_update, None, None
 
 
 def _products(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:

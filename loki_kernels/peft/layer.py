@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..errors import UnsupportedModelError, check_choice
 from ..ops import row_delta_linear
-from ..protection.result import leave_out
+from ..ops._directions import acting_factors, leave_out
 from ..sharding import full_values, is_partitioned, is_sharded, shard_like
 from ..structure import has_hooks
 from ..training.rows import initial_factors, updated_rows
@@ -31,7 +31,10 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         loki_delta_a: ``[k, r]`` instead of it, zero at first (LoKI*).
         loki_delta_b: ``[r, in_features]`` (LoKI*).
         loki_directions: protected ones ``[in_features, r]`` by adapter, in float32 or the base's
-            dtype.
+            dtype; of those that are trained.
+        loki_protection: uint8 ``[32]`` by adapter, the fingerprint of what it is protected with,
+            by which a state dict is known to be of the same.
+        formed: inside `LokiModel.generate` the protected factors by adapter, formed once.
     """
 
     adapter_layer_names = ("loki_update", "loki_delta_a", "loki_delta_b")
@@ -48,6 +51,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self.loki_delta_b = nn.ParameterDict()
         self.loki_index = BufferDict(persistent=True)
         self.loki_directions = BufferDict(persistent=False)
+        self.loki_protection = BufferDict(persistent=True)
+        self.formed: dict[str, tuple[Tensor, Tensor | None]] | None = None
         self.register_state_dict_post_hook(_save_what_acts)  # type: ignore[no-untyped-call]
         self.configs: dict[str, LokiConfig] = {}
         self.merged_adapters: list[str] = []
@@ -68,6 +73,9 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self.loki_index[adapter_name] = index
         if directions is not None:
             self.loki_directions[adapter_name] = directions.to(index.device)
+        if config.protection is not None:
+            digest = torch.tensor(list(bytes.fromhex(config.protection)), dtype=torch.uint8)
+            self.loki_protection[adapter_name] = digest.to(index.device)
         if config.rank is None:
             update = torch.zeros(len(index), self.in_features, dtype=dtype, device=index.device)
             self.loki_update[adapter_name] = nn.Parameter(update)
@@ -107,10 +115,9 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         return weight[rows.to(weight.device)]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.loki_index:
-            del self.loki_index[adapter_name]
-        if adapter_name in self.loki_directions:
-            del self.loki_directions[adapter_name]
+        for buffers in (self.loki_index, self.loki_directions, self.loki_protection):
+            if adapter_name in buffers:
+                del buffers[adapter_name]
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
@@ -120,7 +127,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self.loki_index:
             return
         device = device or next(self.get_base_layer().parameters()).device
-        for buffers in (self.loki_index, self.loki_directions):
+        for buffers in (self.loki_index, self.loki_directions, self.loki_protection):
             if adapter_name in buffers:
                 buffers[adapter_name] = buffers[adapter_name].to(device)
         for held in (self.loki_update, self.loki_delta_a, self.loki_delta_b):
@@ -167,11 +174,13 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         for name in names:
             self._check_engine(name)
         if len(names) == 1 and self._is_plain(base):
-            a, b = self._update_factors(names[0])
-            return row_delta_linear(x, base.weight, a, b, self.loki_index[names[0]], base.bias)
+            a, b, directions = self._update_factors(names[0], x.dtype)
+            index = self.loki_index[names[0]]
+            return row_delta_linear(x, base.weight, a, b, index, base.bias, directions=directions)
         y: Tensor = base(x, *args, **kwargs)
         for name in names:
-            a, b = self._update_factors(name)
+            a, b, directions = self._update_factors(name, x.dtype)
+            a, b = acting_factors(a, b, directions)
             u = x if b is None else functional.linear(x, b.to(x.dtype))
             y = y.index_add(-1, self.loki_index[name], functional.linear(u, a.to(u.dtype)).to(y))
         return y
@@ -190,17 +199,30 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             and not has_hooks(base)
         )
 
-    def _update_factors(self, name: str, whole: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The update of an adapter's rows: a product, or the update itself and None.
+    def _update_factors(
+        self, name: str, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(a, b, directions) of an adapter: its update is a @ b, or a, less the directions.
 
-        With ``whole``, all of a sharded one, detached.
+        While the model generates they are left out once and not at every token.
         """
-        directions = dict(self.loki_directions.items()).get(name)  # BufferDict has no get
-        read = full_values if whole else _as_it_is
-        if name in self.loki_delta_a:
-            b = read(self.loki_delta_b[name])
-            return read(self.loki_delta_a[name]), leave_out(b, directions)
-        return leave_out(read(self.loki_update[name]), directions), None
+        directions = self._directions(name)
+        low_rank = name in self.loki_delta_a
+        a = self.loki_delta_a[name] if low_rank else self.loki_update[name]
+        b = self.loki_delta_b[name] if low_rank else None
+        if self.formed is None or directions is None or torch.is_grad_enabled():
+            return a, b, directions
+        if name not in self.formed:
+            a, b = acting_factors(a, b, directions)
+            self.formed[name] = a.to(dtype), None if b is None else b.to(dtype)
+        return *self.formed[name], None
+
+    def _directions(self, name: str) -> Tensor | None:
+        return dict(self.loki_directions.items()).get(name)  # BufferDict has no get
+
+    def is_protected_as_named(self, name: str) -> bool:
+        """Whether an adapter that names a protection leaves its directions alone."""
+        return name not in self.loki_protection or name in self.loki_directions
 
     def _whole_weight(self) -> Tensor:
         """The base's weight; of a quantized one in the model's dtype."""
@@ -213,7 +235,10 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _merged_rows(self, name: str, weight: Tensor) -> Tensor:
         """The weight's rows with an adapter's update, in the weight's dtype."""
-        return updated_rows(weight[self.loki_index[name]], *self._update_factors(name, whole=True))
+        held = (self.loki_update, self.loki_delta_a, self.loki_delta_b)
+        a, *b = (full_values(part[name]) for part in held if name in part)
+        a, last = acting_factors(a, b[0] if b else None, self._directions(name))
+        return updated_rows(weight[self.loki_index[name]], a, last)
 
     def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
         """The adapters that `merge` would merge; raises what it would raise."""
@@ -290,10 +315,6 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 self._put_rows(self.loki_index[name], rows.to(self._base_weight))
         self._replaced.clear()
         self.merged_adapters.clear()
-
-
-def _as_it_is(parameter: Tensor) -> Tensor:
-    return parameter
 
 
 def _save_what_acts(layer: LokiLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

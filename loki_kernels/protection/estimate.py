@@ -22,7 +22,7 @@ from ..fingerprint import model_fingerprint
 from ..options import DEFAULT_SAMPLES
 from ..progress import progress_bar
 from ..sharding import is_partitioned, of_the_first
-from ..structure import Structure
+from ..structure import Structure, refuse_tensor_parallelism
 from ..team import Team
 from .moments import (
     FEATURES_A_DIRECTION,
@@ -89,6 +89,7 @@ def estimate_protection(
     _check_options(texts, samples, share, max_directions, batch_size)
     structure = find_structure(model)
     tokenizer = tokenizer_in(tokenizer)
+    refuse_tensor_parallelism(structure)
     refuse_untold_inputs(structure)
     if earlier is not None:
         earlier.check(structure)

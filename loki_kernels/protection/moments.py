@@ -25,6 +25,14 @@ _SHARE = 0.9
 _EXACT = 4096
 _MOST_ITERATED = 0.25
 _ITERATIONS = 4
+# A container's limit of memory and what it uses, in versions 2 and 1 of cgroups.
+_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
 
 
 def layers_at_a_time(layers: Sequence[DownProjection]) -> Iterator[list[DownProjection]]:
@@ -49,11 +57,16 @@ def _room(device: torch.device) -> int:
     if free is not None:
         return free // 2
     # Few pages are free where files have been read, a model's for one, and most are available.
+    room = 16 * 10**9
     with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024 // 2
-    return 8 * 10**9
+        room = int(available.split()[1]) * 1024
+    for limit, used in _CONTAINER:  # a container's own, which meminfo does not know
+        with contextlib.suppress(OSError, ValueError):  # "max" is none
+            own = [int(Path(path).read_text(encoding="ascii")) for path in (limit, used)]
+            room = min(room, max(0, own[0] - own[1]))
+    return room // 2
 
 
 def default_directions(features: int) -> int:

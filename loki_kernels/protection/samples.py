@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..ops._dispatch import memory_is_full
 from ..options import DEFAULT_SAMPLES
 from ..progress import progress_bar
 
@@ -40,7 +41,11 @@ def draw_samples(
         ValueError: if the model cannot generate, or the tokenizer has no token to start from.
     """
     if not hasattr(model, "generate") or not model.can_generate():
-        raise ValueError(f"{type(model).__name__} generates no text; give texts of your own.")
+        raise ValueError(
+            f"{type(model).__name__} generates no text to estimate a protection from. Name a file "
+            "(protect=FILE, by `loki-kernels protection BASE FILE` of the language model it is "
+            "built on), give estimate_protection texts, or train without (protect=False)."
+        )
     openings = openings_of(tokenizer)
     samples: list[list[int]] = []
     size = _BATCH_GPU if model.device.type == "cuda" else _BATCH_CPU
@@ -50,9 +55,9 @@ def draw_samples(
             while left:
                 try:
                     drawn = _generate(model, opening, min(left, size), length, end)
-                except torch.OutOfMemoryError:
+                except Exception as error:
                     size = min(left, size) // 2
-                    if not size:
+                    if not memory_is_full(error) or not size:
                         raise
                     continue
                 samples += drawn
@@ -72,15 +77,20 @@ def _seeded(model: Any, seed: int) -> Iterator[None]:
     """Generators where the model lies, seeded; all go on afterwards as they would have."""
     devices = {p.device for p in model.parameters()}
     on_cuda = sorted(device.index for device in devices if device.type == "cuda")
+    others = {device.type for device in devices} - {"cpu", "cuda", "meta"}  # mps, xpu
+    states = {kind: torch.get_device_module(kind).get_rng_state() for kind in others}
     with torch.random.fork_rng(on_cuda):
-        if {device.type for device in devices} <= {"cpu", "cuda", "meta"}:
-            # torch.manual_seed would seed devices too that are not put back
-            torch.default_generator.manual_seed(seed)
-            for index in on_cuda:
-                torch.cuda.default_generators[index].manual_seed(seed)
-        else:
-            torch.manual_seed(seed)
-        yield
+        # torch.manual_seed would seed devices too that are not put back
+        torch.default_generator.manual_seed(seed)
+        for index in on_cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        try:
+            for kind in others:
+                torch.get_device_module(kind).manual_seed(seed)
+            yield
+        finally:
+            for kind, state in states.items():
+                torch.get_device_module(kind).set_rng_state(state)
 
 
 def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
@@ -117,7 +127,10 @@ def _user_turn(tokenizer: Any) -> str:
         return rendered
 
     question, answer, mark = "0123456789", "9876543210", "5678901234"
-    first, found, _ = render(question).partition(question)
+    try:
+        first, found, _ = render(question).partition(question)
+    except jinja2.TemplateError:  # none by a user alone
+        return ""
     if not found:
         return ""
     try:

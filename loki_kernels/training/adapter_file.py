@@ -16,14 +16,16 @@ from torch import Tensor
 from ..errors import explained
 from ..files import atomic_path, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
+from ..selection import RowSelection
 from ..sharding import full_shape, full_values, shard_like
 from .rows import TRAINED, LokiRows
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-# Beside a merged checkpoint, which does not hold the update exactly. Not `ADAPTER_FILE`: together
-# with a config transformers would load that by itself.
-SIDE_FILE = "loki_rows.safetensors"
+# Beside a merged checkpoint, which does not hold the update exactly. A safetensors file, but not by
+# its name: vLLM reads every *.safetensors of a folder without an index as weights. Nor is it
+# `ADAPTER_FILE`: together with a config transformers would load that by itself.
+SIDE_FILE = "loki_rows.update"
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"(.+)\.loki_(index|{'|'.join(TRAINED)})")
@@ -78,14 +80,14 @@ class AdapterConfig:
                 raise explained(ValueError(message))
             return cls(
                 content.get("base_model_name_or_path"),
-                content["rows"],
+                [layer.tolist() for layer in RowSelection(content["rows"])],
                 content.get("rank"),
                 base_rows_of(content),
                 content.get("modules_to_save"),
                 content.get("protection"),
                 content.get("protect"),
             )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not an adapter's config: {error!r}.") from error
 
     def content(self) -> dict[str, Any]:
@@ -250,6 +252,8 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
         if name == key:
             raise ValueError(f"{path} is not a LoKI adapter: it holds {key}.")
         match = _KEY.fullmatch(name)
+        if name.endswith(".loki_protection"):  # the config's, or the metadata's, again
+            continue
         if match is not None:
             layers.setdefault(match[1], {})[match[2]] = tensor
         elif not _PEFT_COPY.search(name):
@@ -260,6 +264,15 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
         if set(parts) not in ({"index", "update"}, {"index", "delta_a", "delta_b"}):
             raise ValueError(f"{path} is not whole: of {name} it has {', '.join(sorted(parts))}.")
     return SavedUpdate(layers, others, base_rows_of(metadata), metadata.get("protection"))
+
+
+def protection_tensors(layers: Layers, protection: str) -> dict[str, Tensor]:
+    """Its fingerprint as PEFT's adapters hold it, of each layer."""
+    digest = list(bytes.fromhex(protection))
+    return {
+        f"{_PREFIX}{name}.loki_protection": torch.tensor(digest, dtype=torch.uint8)
+        for name in layers
+    }
 
 
 def protection_of(layers: Layers) -> str | None:

@@ -70,6 +70,8 @@ def save_adapter(
     others = trained_whole(structure.causal_lm)
     tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers))
     tensors |= adapter_file.other_tensors(others)
+    if protection is not None:
+        tensors |= adapter_file.protection_tensors(layers, protection)
     config = AdapterConfig(
         base=_base_name(structure),
         rows=[
@@ -153,7 +155,8 @@ def export_lora(
 
     An update of k rows is the matrix that puts row i in place S_i times the k differences:
     ``lora_B`` ``[out_features, k]`` of zeros and ones and ``lora_A`` ``[k, in_features]``, of rank
-    k and scale 1. With LoKI* it has the rank of LoKI*. All layers have one rank, the largest of
+    k and scale 1; of rank in_features where that is less, as of all rows of many experts. With
+    LoKI* it has the rank of LoKI*. All layers have one rank, the largest of
     them, since servers divide one ``lora_alpha`` by it; the others are filled up with zeros. In
     float32; the base must be the one that was trained.
 
@@ -177,7 +180,10 @@ def export_lora(
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank must be positive; it is {max_rank}.")
     path = check_folder(folder)
-    exact = {name: layer.rank or len(layer.index) for name, layer in layers.items()}
+    exact = {
+        name: layer.rank or min(len(layer.index), layer.base_rows.shape[-1])
+        for name, layer in layers.items()
+    }
     ranks = {name: min(rank, max_rank or rank) for name, rank in exact.items()}
     rank = max(ranks.values())
     others = trained_whole(structure.causal_lm)
@@ -236,6 +242,9 @@ def _lora_factors(layer: LokiRows) -> tuple[Tensor, Tensor]:
     parts = {name: tensor.float().cpu() for name, tensor in layer.formed_update().items()}
     if layer.rank is None:
         update = parts["update"]
+        k, width = update.shape[-2:]
+        if width < k:
+            return torch.eye(width).expand(*update.shape[:-2], -1, -1), placement @ update
         return update, placement.expand(*update.shape[:-2], -1, -1)
     return parts["delta_b"], placement @ parts["delta_a"]
 

@@ -10,6 +10,8 @@ from torch.func import functional_call
 
 from ..errors import UnsupportedModelError
 from ..mixture import grouped_experts, why_not_grouped
+from ..ops._directions import acting_factors, leave_out
+from ..ops._grouped import Update
 from ..sharding import full_shape, is_partitioned
 from .rows import LokiRows, take_rows
 
@@ -86,9 +88,14 @@ class LokiExperts(LokiRows):
             raise UnsupportedModelError(
                 "ZeRO-3 cannot train rows of experts; use ZeRO-2 or FSDP2 (fully_shard)."
             )
+        if self.why_whole is None and self.held:
+            return grouped_experts(self, self.experts, None, *args, **kwargs)
         if self.why_whole is None:
-            update, index = self.update_of_weight(), self.index
-            return grouped_experts(self, self.experts, update, index, *args, **kwargs)
+            a, b, directions = self._update_factors()
+            if b is not None:
+                a, directions = a @ leave_out(b, directions), None
+            update = Update(a, self.index, directions)
+            return grouped_experts(self, self.experts, update, *args, **kwargs)
         held = {**self._parameters, **self._buffers, self.parameter: self.trained_weight()}
         names = {*self.experts._parameters, *self.experts._buffers}
         own = {
@@ -101,7 +108,9 @@ class LokiExperts(LokiRows):
     def trained_weight(self) -> Tensor:
         """The weight with the update in it, as a function of the update."""
         if not self.writes_rows:
-            update = self.update_of_weight()
+            a, b, directions = self._update_factors()
+            a, b = acting_factors(a, b, directions)
+            update = a if b is None else a @ b
             rows = self.take_rows(self.frozen.detach()).to(update.dtype)
             return self.put_rows(self.frozen, rows + update)
         self._write_rows()
@@ -109,11 +118,6 @@ class LokiExperts(LokiRows):
             self._written_update(), self.frozen, self.index, self.axis
         )
         return weight
-
-    def update_of_weight(self) -> Tensor:
-        """What has to be added to the rows of the weight as it is, a function of the update."""
-        a, b = self._update_factors()
-        return a if b is None else a @ b
 
     def extra_repr(self) -> str:
         return (

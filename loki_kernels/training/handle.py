@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..protection import Protection
 from ..selection import RowSelection
 from ..sharding import is_partitioned, is_sharded, shard_like
 from . import adapter_file
@@ -79,11 +80,14 @@ class Patch:
         model: the model that was patched.
         rows: the selection it trains.
         report: what was patched and what was not.
+        protection: what the update is protected with, or None. What ``protect=True`` estimated is
+            in this machine's cache alone: ``handle.protection.save(FILE)`` takes it elsewhere.
     """
 
     model: nn.Module
     rows: RowSelection
     report: Report
+    protection: Protection | None
     _layers: dict[str, LokiRows] = field(repr=False)
     _writer: RowWriter = field(repr=False)
     _undo: ExitStack = field(repr=False)  # puts everything back but the rows
@@ -158,8 +162,9 @@ class Patch:
     def inference(self) -> AbstractContextManager[None]:
         """A context in which the rows are written once, not at every forward pass.
 
-        For generation, a token a pass. What changes the update inside, training above all, is not
-        seen; a training step raises RuntimeError.
+        For a loop of your own that generates, a token a pass; ``model.generate`` enters it by
+        itself. What changes the update inside, training above all, is not seen; a training step
+        raises RuntimeError.
         """
         self._check_active()
         return self._writer.hold()

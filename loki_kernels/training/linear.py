@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear
@@ -108,11 +109,14 @@ class LokiLinear(LokiRows):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_loaded()
+        weight = self.weight.t() if self.axis else self.weight
+        if self.held:
+            return functional.linear(x, weight, self.bias)
         if not self.writes_rows:
-            weight = self.weight.t() if self.axis else self.weight
-            return row_delta_linear(x, weight, *self._update_factors(), self.index, self.bias)
+            a, b, directions = self._update_factors()
+            return row_delta_linear(x, weight, a, b, self.index, self.bias, directions=directions)
         self._write_rows()
-        return row_masked_linear(x, self.weight, self._written_update(), self.index, self.bias)
+        return row_masked_linear(x, weight, self._written_update(), self.index, self.bias)
 
     def forward_gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """``self(act(gate) * up)`` without keeping the product, where the layer ``writes_rows``."""

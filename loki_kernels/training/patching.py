@@ -20,6 +20,7 @@ from ..discovery import find_structure
 from ..gating import Gating, find_gating
 from ..ops._dispatch import warm_up
 from ..protection import Protection
+from ..ranking import rows_per_layer
 from ..selection import RowSelection
 from ..sharding import full_shape, heed_in_ddp, ignore_in_ddp, is_distributed, is_sharded
 from ..structure import DownProjection, Structure, embedding_weight
@@ -30,7 +31,7 @@ from .experts import LokiExperts
 from .handle import Patch, Report
 from .linear import LokiLinear
 from .mlp import FusedMLP
-from .rows import LokiRows
+from .rows import LokiRows, check_rank
 from .targets import (
     Protect,
     Rows,
@@ -44,7 +45,7 @@ from .targets import (
     selection_to_train,
     what_to_train,
 )
-from .writer import RowWriter
+from .writer import Generate, RowWriter
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def patch(
     """
     structure = find_structure(model)
     check_patchable(structure)
-    _check_arguments(rows, analysis, modules_to_save)
+    _check_arguments(rows, quota, analysis, rank, modules_to_save)
     saved = _saved_update(rows)
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
@@ -130,8 +131,16 @@ def patch(
 
 
 def _check_arguments(
-    rows: Rows | None, analysis: AnalysisOptions | None, modules_to_save: Sequence[str]
+    rows: Rows | None,
+    quota: float | None,
+    analysis: AnalysisOptions | None,
+    rank: int | None,
+    modules_to_save: Sequence[str],
 ) -> None:
+    """What can be told before minutes of estimating or analysing."""
+    check_rank(rank)
+    if quota is not None:
+        rows_per_layer(quota, 1)
     if isinstance(modules_to_save, str):
         raise ValueError(f"modules_to_save must be a list of names; it is {modules_to_save!r}.")
     if rows is not None and analysis:
@@ -189,7 +198,7 @@ def _patch_rows(
         report = replace(report, trainable=trained, notes=[*report.notes, *_whole_weights(layers)])
         logger.info("%s", report)
         _warm_up(layers, fused=any(isinstance(gating, Gating) for gating in gatings.values()))
-        return Patch(causal_lm, selection, report, layers, writer, undo.pop_all())
+        return Patch(causal_lm, selection, report, protection, layers, writer, undo.pop_all())
 
 
 def _plan(
@@ -394,6 +403,9 @@ def _attach(
     saver = SavePretrained.attach(model, layers)
     if saver is not None:
         undo.callback(saver.detach)
+    generate = Generate.attach(model, writer)
+    if generate is not None:
+        undo.callback(generate.detach)
     kept = ("index", "base_rows", "directions")
     buffers = [f"{name}.{buffer}" for name in layers for buffer in kept]
     ignore_in_ddp(model, buffers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import explained
 from ..ops import sync_rows
-from ..protection.result import LeaveOutOfGradient, leave_out
+from ..ops._directions import LeaveOutOfGradient, leave_out
 from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_sharded, shard_like
 
 # Names of the parameters that are trained; a merged state dict has none of them.
@@ -110,14 +110,18 @@ class LokiRows(nn.Module):
         ):
             raise explained(RuntimeError(_MERGED_ALONE))
 
-    def _update_factors(self) -> tuple[Tensor, Tensor | None]:
-        """The update of what the weight holds: a product, or the difference itself and None."""
+    def _update_factors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The update of what the weight holds: (a, b, directions), a @ b or a if b is None.
+
+        Less the directions, which the product that needs it leaves out: formed here, a protected
+        update of all rows would be kept for the backward pass, 7.5 GB at 8B.
+        """
         if self.rank is not None:
-            return self.delta_a, leave_out(self.delta_b, self.directions)
-        update = leave_out(self.update, self.directions)
+            return self.delta_a, self.delta_b, self.directions
         if self.written:
-            return update + (self.base_rows.to(update) - self._weight_rows()), None
-        return update, None
+            update = leave_out(self.update, self.directions)
+            return update + (self.base_rows.to(update) - self._weight_rows()), None, None
+        return self.update, None, self.directions
 
     def _written_update(self) -> Tensor:
         """What stands for the update in a product with a weight that holds it."""
@@ -186,15 +190,24 @@ class LokiRows(nn.Module):
         return weight.index_copy(self.axis, self.index.to(weight.device), along)
 
     def _write_rows(self) -> None:
-        if not self.in_step:
+        # A layer that gradient checkpointing runs again, inside the backward pass, is as its
+        # forward pass left it.
+        again = self.written and torch._C._current_graph_task_id() != -1
+        if not self.in_step and not again:
             write_rows([self])
 
     def reset_rows(self) -> None:
         """Put the rows back to what they were before training."""
         with torch.no_grad():
             (self.update if self.rank is None else self.delta_a).zero_()
-            write_into(self.frozen.data, self.base_rows, self.index, self.axis)
-        self.written, self.merged_alone = False, None
+            self.write_base()
+        self.merged_alone = None
+
+    @torch.no_grad()
+    def write_base(self) -> None:
+        """Put the rows of the weight back to what they were before training."""
+        write_into(self.frozen.data, self.base_rows, self.index, self.axis)
+        self.written = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -336,6 +349,17 @@ def updated_rows(base: Tensor, delta_a: Tensor, delta_b: Tensor | None = None) -
     wide = torch.promote_types(torch.promote_types(base.dtype, delta_a.dtype), torch.float32)
     delta = delta_a if delta_b is None else delta_a.to(wide) @ delta_b.to(delta_a.device, wide)
     return (base.to(wide) + delta.to(base.device)).to(base.dtype)
+
+
+def coarse_dtype(parameters: Iterable[Tensor]) -> str | None:
+    """The dtype of updates that a trainer has rounded; None where small steps are kept.
+
+    DeepSpeed rounds too and keeps a float32 copy, and FSDP2 rounds for a product alone.
+    """
+    for p in parameters:
+        if p.requires_grad and p.element_size() < 4 and not is_sharded(p):
+            return None if hasattr(p, "_hp_mapping") else str(p.dtype).removeprefix("torch.")
+    return None
 
 
 def take_rows(weight: Tensor, index: Tensor, axis: int) -> Tensor:

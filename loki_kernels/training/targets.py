@@ -123,8 +123,7 @@ def check_patchable(structure: Structure) -> None:
     if adapter is not None:
         raise ValueError(
             f"the model has a PEFT adapter ({adapter}), which patching would freeze; call "
-            "merge_and_unload() or unload() on it first, or train rows beside other adapters with "
-            "loki_kernels.peft.LokiConfig."
+            "merge_and_unload() or unload() on it first."
         )
     refuse_tensor_parallelism(structure)
     refuse_efficient_loading()
@@ -308,7 +307,7 @@ def new_heads(structure: Structure) -> list[str]:
     unless it is trained.
     """
     model = structure.causal_lm
-    if model.get_output_embeddings() is not None:
+    if model.get_output_embeddings() is not None or structure.decoder is model:
         return []
     return [
         name

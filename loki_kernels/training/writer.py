@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..sharding import is_distributed, shards_its_weights
 from .adapter_file import protection_of
-from .rows import TRAINED, LokiRows, write_rows
+from .rows import TRAINED, LokiRows, coarse_dtype, write_rows
 from .targets import check_processes_agree
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,6 +32,7 @@ class RowWriter:
     model: nn.Module
     named_layers: Mapping[str, LokiRows]
     agreed: bool = False  # whether the processes train the same rows in the same directions
+    warned: bool = field(default=False, init=False)  # whether small steps were looked into
     held: bool = field(default=False, init=False)  # whether the rows stay as they were written
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
 
@@ -95,13 +99,31 @@ class RowWriter:
             raise RuntimeError(
                 "the rows of this patched model are frozen: something (get_peft_model, "
                 "prepare_model_for_kbit_training, requires_grad_(False)) has frozen all parameters "
-                "after loki_kernels.patch. Patch last, or use one method: rows beside another "
-                "adapter are trained with loki_kernels.peft.LokiConfig."
+                "after loki_kernels.patch. Patch last, and use one method."
             )
+        if not self.warned:
+            self._warn_of_coarse_updates()
         if not self.agreed and is_distributed():
             rows = (layer.index for layer in self.layers)
             check_processes_agree(rows, protection_of(self.named_layers))
             self.agreed = True
+
+    def _warn_of_coarse_updates(self) -> None:
+        """Say once that small steps are lost, where something has rounded the update."""
+        self.warned = True
+        if shards_its_weights(self.model):
+            return
+        own = (p for layer in self.layers for _, p in layer.trained_parameters())
+        dtype = coarse_dtype(own)
+        if dtype is not None:
+            logger.warning(
+                "something has made the update of rows %s (model.to(dtype), model.half(), "
+                "Lightning's bf16-true, bf16_full_eval), in which an optimizer's small steps are "
+                "rounded away. Before the optimizer is made: for name, p in "
+                "model.named_parameters(): if name.endswith(('update', 'delta_a', 'delta_b')): "
+                "p.data = p.data.float()",
+                dtype,
+            )
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -109,7 +131,7 @@ class RowWriter:
         if self.held or shards_its_weights(self.model):
             yield
             return
-        layers = [layer for layer in self.layers if layer.can_write]
+        layers = [layer for layer in self.layers if layer.rank is None]
         write_rows(layers)
         self.held = True
         try:
@@ -120,3 +142,32 @@ class RowWriter:
             self.held = False
             for layer in layers:
                 layer.in_step = layer.held = False
+                if not layer.can_write:
+                    layer.write_base()
+
+
+@dataclass(eq=False)
+class Generate:
+    """An instance's ``generate``, in which the rows are written once and not at every token.
+
+    Protected rows are formed before they are written: of all rows at every token that would take
+    40 times the token itself (SmolLM2-135M, by count). It lies in the model's ``__dict__`` and is
+    copied and pickled with it.
+    """
+
+    model: Any  # a module whose class has a ``generate``
+    writer: RowWriter
+
+    @classmethod
+    def attach(cls, model: nn.Module, writer: RowWriter) -> Generate | None:
+        if not hasattr(type(model), "generate") or "generate" in model.__dict__:
+            return None
+        model.__dict__["generate"] = generate = cls(model, writer)
+        return generate
+
+    def detach(self) -> None:
+        self.model.__dict__.pop("generate", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.writer.hold():
+            return type(self.model).generate(self.model, *args, **kwargs)

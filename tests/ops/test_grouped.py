@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loki_kernels.ops import _grouped
-from loki_kernels.ops._grouped import grouped_linear
+from loki_kernels.ops._grouped import Update, grouped_linear
 from tests.ops.tolerance import assert_as_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -22,8 +22,10 @@ SHAPES = [
 ]
 
 
-def reference(x, weight, offsets, update, index):
+def reference(x, weight, offsets, update, index, directions=None):
     """In plain torch, with the sum that is never formed."""
+    if directions is not None:
+        update = update - update @ directions @ directions.mT
     merged = weight.index_add(1, index, update.to(weight.dtype))
     starts = [0, *offsets.tolist()[:-1]]
     parts = zip(merged, starts, offsets.tolist(), strict=True)
@@ -41,6 +43,17 @@ def make(in_features, out_features, k, tokens, dtype=torch.float32, transposed=F
         "update": torch.randn(len(tokens), k, in_features).to(dtype),
         "index": torch.randperm(out_features)[:k],
     }
+
+
+def ours(x, weight, offsets, update, index, directions=None):
+    return grouped_linear(x, weight, offsets, Update(update, index, directions))
+
+
+def protected(inputs, count):
+    """The same with that many directions of each expert left alone."""
+    experts, _, width = inputs["weight"].shape
+    basis = torch.linalg.qr(torch.randn(experts, width, count, dtype=torch.float64))[0]
+    return inputs | {"directions": basis.to(inputs["x"].dtype)}
 
 
 def run(op, inputs, upstream, dtype=None):
@@ -62,7 +75,28 @@ def test_is_the_dense_product(dtype, shape, transposed, loop, monkeypatch):
     upstream = torch.randn(len(inputs["x"]), shape[1]).to(dtype)
     exact = run(reference, inputs, upstream, torch.float64)
     same = run(reference, inputs, upstream)
-    assert_as_close(run(grouped_linear, inputs, upstream), same, exact, 1e-6)
+    assert_as_close(run(ours, inputs, upstream), same, exact, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_protected_directions(shape, dtype):
+    inputs = protected(make(*shape, dtype=dtype), 3)
+    upstream = torch.randn(len(inputs["x"]), shape[1]).to(dtype)
+    exact = run(reference, inputs, upstream, torch.float64)
+    same = run(reference, inputs, upstream)
+    assert_as_close(run(ours, inputs, upstream), same, exact, 1e-5)
+
+
+def test_a_protected_update_is_not_kept_for_the_backward_pass():
+    inputs = protected(make(16, 24, 5, [3, 4]), 3)
+    inputs["update"].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ours(**inputs)
+    own = {t.data_ptr() for t in inputs.values()}
+    assert kept
+    assert all(t.data_ptr() in own for t in kept)
 
 
 def test_uses_torchs_product_where_it_can():
@@ -76,7 +110,7 @@ def test_uses_torchs_product_where_it_can():
 def test_a_float32_update_of_16_bit_weights_has_a_float32_gradient():
     inputs = make(16, 24, 5, [3, 4], torch.bfloat16)
     update = inputs["update"].float().requires_grad_()
-    y = grouped_linear(**(inputs | {"update": update}))
+    y = ours(**(inputs | {"update": update}))
     assert y.dtype == torch.bfloat16
     y.sum().backward()  # of an expanded gradient, which torch's product refuses
     assert update.grad.dtype == torch.float32
@@ -119,22 +153,23 @@ def test_never_forms_a_gradient_of_all_rows(loop, monkeypatch):
     inputs = make(16, 40, 16, [1] * 64)
     wanted = [inputs[name].requires_grad_() for name in ("x", "update")]
     with Largest() as forward:
-        y = grouped_linear(**inputs)
+        y = ours(**inputs)
     with Largest() as backward:
         y.backward(torch.randn_like(y))
     assert all(w.grad is not None for w in wanted)
     assert max(forward.elements, backward.elements) == 64 * 16 * 16 < inputs["weight"].numel()
 
 
+@pytest.mark.parametrize("directions", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiles_to_one_graph(dtype):
+def test_compiles_to_one_graph(dtype, directions):
     torch._dynamo.reset()
     inputs = make(16, 24, 5, [3, 0, 4], dtype)
+    if directions:
+        inputs = protected(inputs, directions)
     upstream = torch.randn(7, 24).to(dtype)
-    compiled = torch.compile(grouped_linear, fullgraph=True, backend="aot_eager")
-    for got, want in zip(
-        run(compiled, inputs, upstream), run(grouped_linear, inputs, upstream), strict=True
-    ):
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(compiled, inputs, upstream), run(ours, inputs, upstream), strict=True):
         torch.testing.assert_close(
             got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6
         )
@@ -142,6 +177,6 @@ def test_compiles_to_one_graph(dtype):
 
 def test_has_first_derivatives_only():
     inputs = make(16, 24, 5, [3, 4])
-    y = grouped_linear(**(inputs | {"x": inputs["x"].requires_grad_()}))
+    y = ours(**(inputs | {"x": inputs["x"].requires_grad_()}))
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)

@@ -158,6 +158,49 @@ def test_dense_delta_gradcheck():
     )
 
 
+def protected(inputs, count):
+    """The same with that many directions left alone."""
+    width = inputs["x"].shape[-1]
+    basis = torch.linalg.qr(torch.randn(width, count, dtype=torch.float64))[0]
+    return inputs | {"directions": basis.to(inputs["x"].dtype)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dense", [False, True])
+def test_protected_directions(dense, dtype):
+    inputs = make((2, 5), 63, 129, 30, 4, dtype=dtype)
+    if dense:
+        delta = torch.randn(30, 63).to(dtype)
+        inputs |= {"delta_a": delta, "delta_b": None}
+    assert_two_references(protected(inputs, 9), 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_protected_gradcheck(dense):
+    inputs = protected(make((2, 3), 5, 7, 3, 2, dtype=torch.float64), 2)
+    if dense:
+        inputs |= {"delta_a": torch.randn(3, 5, dtype=torch.float64), "delta_b": None}
+    wanted = [inputs[n].requires_grad_() for n in GRADIENTS if inputs[n] is not None]
+
+    def run_it(*leaves):
+        named = dict(zip((n for n in GRADIENTS if inputs[n] is not None), leaves, strict=True))
+        return row_delta_linear(**(inputs | named))
+
+    assert torch.autograd.gradcheck(run_it, wanted)
+
+
+def test_a_protected_update_is_not_kept_for_the_backward_pass():
+    """But the parameter itself: of all rows what is formed is as large as the weights."""
+    inputs = protected(make((8,), 63, 129, 30, 4), 9)
+    inputs |= {"delta_a": torch.randn(30, 63, requires_grad=True), "delta_b": None}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        row_delta_linear(**inputs)
+    own = {t.data_ptr() for t in inputs.values() if isinstance(t, torch.Tensor)}
+    assert inputs["delta_a"].data_ptr() in {t.data_ptr() for t in kept}
+    assert all(t.data_ptr() in own for t in kept)
+
+
 @pytest.mark.parametrize("wanted", [("delta_a",), ("delta_b",), ("x",), ("bias",)])
 def test_any_subset_of_gradients(wanted):
     inputs = make((4,), 63, 129, 30, 4, dtype=torch.float64)
@@ -168,12 +211,15 @@ def test_any_subset_of_gradients(wanted):
     torch.testing.assert_close(got, whole[wanted[0]])
 
 
+@pytest.mark.parametrize("directions", [0, 9])
 @pytest.mark.parametrize("dense", [False, True])
-def test_compiles_whole(dense):
+def test_compiles_whole(dense, directions):
     torch._dynamo.reset()
     inputs = make((4,), 63, 129, 30, 4)
     if dense:
         inputs |= {"delta_a": torch.randn(30, 63), "delta_b": None}
+    if directions:
+        inputs = protected(inputs, directions)
     compiled = torch.compile(row_delta_linear, fullgraph=True, backend="aot_eager")
     upstream = torch.randn(4, 129)
     got = run(compiled, inputs, upstream)
@@ -200,10 +246,13 @@ def test_weight_is_not_written():
         ("bias", (6,)),
         ("delta_a", (3,)),
         ("delta_b", None),
+        ("directions", (4, 1)),
+        ("directions", (5,)),
     ],
 )
 def test_shapes_that_do_not_fit_raise(name, shape):
     inputs = make((4,), 5, 7, 3, 2)
-    inputs[name] = None if shape is None else torch.zeros(shape, dtype=inputs[name].dtype)
+    like = inputs.get(name, inputs["x"])
+    inputs[name] = None if shape is None else torch.zeros(shape, dtype=like.dtype)
     with pytest.raises(ValueError, match=r"fit|must be"):
         row_delta_linear(**inputs)

@@ -217,15 +217,17 @@ def test_analyses_by_itself(tmp_path, monkeypatch):
         assert model.peft_config["default"].rows == [layer.tolist() for layer in handle.rows]
 
 
+OTHER_BASE = {"fingerprint": "0", "base_dtype": "float32", "base_sketch": [[0.0] * 4] * 3}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rows": [[1], [2]]}, "2 layers, the model 3"),
         ({"rows": [[48], [1], [1]]}, "row 48 of layer 0 is out of range"),
-        ({"rows": ROWS, "positions": "rows.json"}, "not both"),
         ({"rows": ROWS, "quantized_merge": "somehow"}, "quantized_merge='somehow' is unknown"),
         ({"rows": ROWS, "rank": 0}, "rank"),
-        ({"rows": ROWS, "fingerprint": "0"}, "another base"),
+        ({"rows": ROWS} | OTHER_BASE, "another base"),
     ],
 )
 def test_bad_configs(options, message):

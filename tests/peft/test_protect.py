@@ -8,11 +8,12 @@ import torch
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
+from loki_kernels.peft import layer as layer_module
 from loki_kernels.protection import estimate
 from loki_kernels.training import targets
 from tests.models import build_model
 from tests.protection.test_estimate import chat_tokenizer
-from tests.tiny_training import ROWS, load_model, logits, train
+from tests.tiny_training import ROWS, load_model, logits, token_batch, train
 from tests.training.test_protect import protection_of
 
 
@@ -151,3 +152,65 @@ def test_all_rows_protected_unless_something_says_what_to_train(tmp_path, monkey
     assert config.protection == want.fingerprint
     config = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)).peft_config["default"]
     assert config.protection is None
+
+
+@pytest.mark.parametrize("resumed", ["another", "none", "one where there was none"])
+def test_a_state_dict_of_another_protection_is_refused(resumed, file, tmp_path):
+    """As HF Trainer resumes: into an adapter that is there, whose config PEFT does not read."""
+    first = LokiConfig(rows=ROWS, protect=None if "was none" in resumed else str(file))
+    model = peft.get_peft_model(build_model(), first)
+    train(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if resumed == "another":
+        protection_of(build_model(), seed=5).save(file)
+    config = LokiConfig(rows=ROWS, protect=None if resumed == "none" else str(file))
+    again = peft.get_peft_model(build_model(), config)
+    want = logits(again)
+    reason = {"another": "with another protection", "none": "with a protection"}
+    message = f"patched otherwise: it was trained {reason.get(resumed, 'without a protection')}"
+    with pytest.raises(ValueError, match=message):
+        again.load_adapter(str(tmp_path / "checkpoint"), "default", is_trainable=True)
+    with pytest.raises(ValueError, match=message):
+        again.load_state_dict(state)
+    assert torch.equal(logits(again), want)
+    same = peft.get_peft_model(build_model(), first) if resumed != "another" else None
+    if same is not None:
+        same.load_adapter(str(tmp_path / "checkpoint"), "default", is_trainable=True)
+        torch.testing.assert_close(logits(same), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_loaded_to_be_used_is_not_trained_without_its_protection(file, tmp_path):
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(build_model(), tmp_path / "adapter")
+    want = logits(loaded)
+    loaded.save_pretrained(tmp_path / "again")  # as it was
+    again = peft.PeftModel.from_pretrained(build_model(), tmp_path / "again", is_trainable=True)
+    train(again)
+    loaded.set_adapter("default")  # PEFT lets it be trained by this
+    with pytest.raises(RuntimeError, match="loaded without it"):
+        train(loaded.train())
+    loaded.eval()
+    assert torch.equal(logits(loaded), want)
+
+
+def test_generating_forms_a_protected_update_once(file, monkeypatch):
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    train(model)
+    model.eval()
+    prompt = {"input_ids": token_batch()[:, :4], "pad_token_id": 0}
+    options = {"do_sample": False, "max_new_tokens": 6}
+    want = model.get_base_model().generate(**prompt, **options)
+    formed = []
+    real = layer_module.acting_factors
+    monkeypatch.setattr(
+        layer_module, "acting_factors", lambda *given: formed.append(1) or real(*given)
+    )
+    assert torch.equal(model.generate(**prompt, **options), want)
+    layers = [m for m in model.modules() if isinstance(m, layer_module.LokiLayer)]
+    assert len(formed) == len(layers)
+    assert all(layer.formed is None for layer in layers)
+    train(model)
+    assert not torch.equal(logits(model), want)

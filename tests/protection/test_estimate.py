@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import loki_kernels as loki
+from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import Protection, estimate, moments, samples
-from loki_kernels.protection.result import leave_out
 from tests.models import DEVICE, assert_unchanged, build_model, snapshot
 from tests.test_demo import word_tokenizer
 

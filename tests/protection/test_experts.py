@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loki_kernels as loki
+from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import moments
-from loki_kernels.protection.result import leave_out
 from loki_kernels.training.adapters import load_update
 from loki_kernels.training.experts import LokiExperts
 from tests.models import assert_unchanged, snapshot

@@ -130,7 +130,7 @@ def test_checkpoint_at_the_end_is_ordinary(alone, torch_engines, case):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert_same_weights(alone, case, model.state_dict())
-    assert (folder / "loki_rows.safetensors").exists()
+    assert (folder / "loki_rows.update").exists()
 
 
 @pytest.mark.parametrize(

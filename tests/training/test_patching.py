@@ -95,7 +95,7 @@ def test_checkpoint_is_ordinary(tmp_path):
     loki.patch(model, ROWS)
     want = logits(train(model))
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "loki_rows.safetensors").exists()
+    assert (tmp_path / "loki_rows.update").exists()
     torch.save(want, tmp_path / "want.pt")
     script = f"""
         import sys, torch, transformers
@@ -282,7 +282,7 @@ def test_a_side_file_of_version_0_1_is_read(tmp_path):
     for name, layer in handle.named_layers():
         key = f"base_model.model.{name}.loki_"
         old |= {f"{key}index": layer.index, f"{key}rows": layer.merged_rows()}
-    safetensors.torch.save_file(old, tmp_path / "loki_rows.safetensors", {"format": "pt"})
+    safetensors.torch.save_file(old, tmp_path / "loki_rows.update", {"format": "pt"})
     again = build_model()
     loki.patch(again, tmp_path)
     torch.testing.assert_close(logits(again), logits(model))
@@ -480,11 +480,11 @@ def test_plain_llama_structure_is_kept(model, tmp_path):
 def test_a_handle_does_nothing_once_it_is_undone(model, tmp_path, call):
     handle = loki.patch(model, ROWS)
     handle.save_state(tmp_path)
-    before = (tmp_path / "loki_rows.safetensors").read_bytes()
+    before = (tmp_path / "loki_rows.update").read_bytes()
     handle.unpatch()
     with pytest.raises(RuntimeError, match="no longer patched"):
         getattr(handle, call)(*([tmp_path] if call.endswith("state") else []))
-    assert (tmp_path / "loki_rows.safetensors").read_bytes() == before
+    assert (tmp_path / "loki_rows.update").read_bytes() == before
 
 
 def test_data_parallel_is_refused(model):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import loki_kernels as loki
 from loki_kernels.attribution import cache
 from loki_kernels.protection import estimate
+from loki_kernels.training import writer
 from loki_kernels.training.adapters import load_update
 from loki_kernels.training.linear import LokiLinear
 from tests.models import build_model, to_device
@@ -306,7 +307,7 @@ def test_a_checkpoint_is_an_ordinary_one(protection, tmp_path):
     model.save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not any(isinstance(m, LokiLinear) for m in plain.modules())
-    with safetensors.safe_open(tmp_path / "loki_rows.safetensors", framework="pt") as file:
+    with safetensors.safe_open(tmp_path / "loki_rows.update", framework="pt") as file:
         assert file.metadata()["protection"] == protection.fingerprint
 
 
@@ -330,3 +331,37 @@ def test_all_rows_protected_unless_something_says_what_to_train(tmp_path, monkey
         assert handle.report.protected == 0
     with loki.patch(model, ROWS) as handle:
         assert handle.report.protected == 0
+
+
+def test_the_handle_has_what_an_update_is_protected_with(protection, tmp_path):
+    """What `protect=True` estimated, for another machine, whose cache has none."""
+    handle = loki.patch(build_model(), ROWS, protect=protection)
+    handle.protection.save(tmp_path / "protection.safetensors")
+    train(handle.model)
+    handle.model.save_pretrained(tmp_path / "out")
+    again = build_model()
+    loki.patch(again, tmp_path / "out", protect=tmp_path / "protection.safetensors")
+    train(again)
+    assert loki.patch(build_model(), ROWS).protection is None
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_generating_forms_a_protected_update_once(rank, protection, monkeypatch):
+    model = build_model()
+    handle = loki.patch(model, ROWS, rank=rank, protect=protection)
+    train(model)
+    model.eval()
+    prompt = {"input_ids": token_batch()[:, :4], "pad_token_id": 0}
+    want = type(model).generate(model, **prompt, do_sample=False, max_new_tokens=6)
+    written = []
+    real = writer.write_rows
+    monkeypatch.setattr(writer, "write_rows", lambda layers: written.append(1) or real(layers))
+    got = model.generate(**prompt, do_sample=False, max_new_tokens=6)
+    assert torch.equal(got, want)
+    assert len(written) == 1
+    assert not any(layer.held or layer.in_step for _, layer in handle.named_layers())
+    copied = copy.deepcopy(model)
+    train(copied)
+    assert torch.equal(model.generate(**prompt, do_sample=False, max_new_tokens=6), want)
+    handle.unpatch()
+    assert "generate" not in vars(model)

@@ -58,7 +58,7 @@ def hub(monkeypatch):
 
 
 FILES = {
-    "patch": {"config.json", "model.safetensors", "loki_rows.safetensors"},
+    "patch": {"config.json", "model.safetensors", "loki_rows.update"},
     "peft": {"adapter_config.json", "adapter_model.safetensors"},
 }
 

@@ -15,6 +15,7 @@ from .._check import (
     check_shape,
     without_autocast,
 )
+from .._directions import acting_factors, leave_out
 from .._dispatch import Backend, check_backend
 from .._products import as_matrix, dense_linear, padded_rows, selected_columns, weight_gradient
 from ..scatter_add_columns import scatter_add_columns
@@ -28,6 +29,7 @@ def row_delta_linear(
     index: Tensor,
     bias: Tensor | None = None,
     *,
+    directions: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """``linear(x, weight + scatter(index, delta), bias)`` without forming the sum.
@@ -44,6 +46,10 @@ def row_delta_linear(
         delta_b: ``[r, in_features]``, or None.
         index: ``[k]`` int64 in [0, out_features), distinct.
         bias: ``[out_features]`` or None.
+        directions: orthonormal columns U ``[in_features, r]`` of any floating dtype that the update
+            leaves alone: delta is ``delta_a @ delta_b (I - U U^T)``, or ``delta_a (I - U U^T)``. It
+            is formed anew in the backward pass: kept, a protected update of all rows takes as much
+            memory as the weights do in float32.
         backend: of `scatter_add_columns`.
 
     Returns:
@@ -61,8 +67,10 @@ def row_delta_linear(
     rank = in_features if delta_b is None else delta_a.shape[1]
     check_shape("delta_a", delta_a, check_index(index), rank)
     check_shape("delta_b", delta_b, rank, in_features)
+    if directions is not None and (directions.ndim != 2 or len(directions) != in_features):
+        raise ValueError(f"directions must be [{in_features}, r]; it is {list(directions.shape)}.")
     x, weight, bias = autocast(x, weight, bias)
-    return _RowDeltaLinear.apply(x, weight, delta_a, delta_b, index, bias, backend)
+    return _RowDeltaLinear.apply(x, weight, delta_a, delta_b, index, bias, directions, backend)
 
 
 class _RowDeltaLinear(torch.autograd.Function):
@@ -75,10 +83,11 @@ class _RowDeltaLinear(torch.autograd.Function):
         delta_b: Tensor | None,
         index: Tensor,
         bias: Tensor | None,
+        directions: Tensor | None,
         backend: str | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, delta_a, delta_b, index)
-        ctx.backend = backend
+        ctx.save_for_backward(x, weight, delta_a, delta_b, index, directions)
+        delta_a, delta_b = acting_factors(delta_a, delta_b, directions)
         with without_autocast(x):
             y = dense_linear(x, weight, bias)
             u = as_matrix(x)
@@ -93,10 +102,11 @@ class _RowDeltaLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        x, weight, delta_a, delta_b, index = ctx.saved_tensors
-        needs_x, _, needs_a, needs_b, _, needs_bias, _ = ctx.needs_input_grad
+        x, weight, delta_a, delta_b, index, directions = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, _, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_bias = None
         if needs_x or needs_a or needs_b:
+            delta_a, delta_b = acting_factors(delta_a, delta_b, directions)
             selected, flat = selected_columns(grad, index), as_matrix(x)
             if needs_a:
                 u = flat if delta_b is None else flat @ delta_b.to(x.dtype).t()
@@ -113,4 +123,8 @@ class _RowDeltaLinear(torch.autograd.Function):
                 grad_x = (as_matrix(grad) @ weight).addmm_(left, right).view(x.shape)
         if needs_bias:
             grad_bias = as_matrix(grad).sum(0)
-        return grad_x, None, grad_a, grad_b, None, grad_bias, None
+        if delta_b is None and grad_a is not None:
+            grad_a = leave_out(grad_a, directions)
+        if grad_b is not None:
+            grad_b = leave_out(grad_b, directions)
+        return grad_x, None, grad_a, grad_b, None, grad_bias, None, None

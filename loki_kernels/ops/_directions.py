@@ -1,0 +1,49 @@
+"""Protected directions: what an update leaves alone of a layer's inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._check import without_autocast
+
+
+def leave_out(delta: Tensor, directions: Tensor | None) -> Tensor:
+    """``delta (I - U U^T)`` for delta ``[..., in_features]`` and U ``[in_features, r]``.
+
+    For delta ``[E, k, in_features]`` of experts with U ``[E, in_features, r]`` each one's.
+
+    The products are of U's dtype, the difference of delta's: a bfloat16 U leaves some .4 % of what
+    is removed, 2e-5 of its energy.
+    """
+    if directions is None:
+        return delta
+    with without_autocast(delta):
+        held = delta.to(directions.dtype) @ directions
+        return delta - (held @ directions.mT).to(delta.dtype)
+
+
+def acting_factors(
+    a: Tensor, b: Tensor | None, directions: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The factors of an update ``a @ b`` (``a``) without the directions that it leaves alone."""
+    return (leave_out(a, directions), None) if b is None else (a, leave_out(b, directions))
+
+
+class LeaveOutOfGradient(torch.autograd.Function):
+    """Passes an update on as it is, and its gradient without the protected directions.
+
+    For a product whose weight holds the protected update already.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, update: Tensor, directions: Tensor) -> Tensor:
+        ctx.save_for_backward(directions)
+        return update.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (directions,) = ctx.saved_tensors
+        return leave_out(grad, directions), None
