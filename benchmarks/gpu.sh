@@ -107,7 +107,7 @@ check() {
   local tool workers=$((MAX_JOBS > 4 ? MAX_JOBS - 3 : 1)) options=() jobs=400
   [ -n "$dry" ] && jobs=1
   build
-  section environment 10 "$PYTHON" -m loki_kernels.cli env
+  section environment 10 "$PYTHON" -m loki_kernels env
   section self_check 45 "$PYTHON" -m benchmarks.ops.self_check
   # a sanitizer of nothing passes too
   if section library 10 "$PYTHON" -c "$live" "$backend"; then

@@ -442,7 +442,3 @@ def _doctor(_arguments: argparse.Namespace) -> None:
             failed.append(check.name)
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

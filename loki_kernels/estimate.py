@@ -78,15 +78,14 @@ class Shape:
             for p in layer.parameters()
             if p.ndim in (2, 3)
         )
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        pairs = getattr(config, "num_key_value_heads", None) or heads
         count = len(structure.layers)
+        view = getattr(config, "per_layer_config", None)  # Gemma 4's heads have two widths
+        sizes = [_attention_sizes(config if view is None else view[i]) for i in range(count)]
         return cls(
             layers=count,
             weights=sum(matrices) // count,
-            queries=heads * width,
-            prefix=2 * pairs * width,
+            queries=sum(queries for queries, _ in sizes) // count,
+            prefix=sum(prefix for _, prefix in sizes) // count,
             head=structure.hidden_size * structure.vocab_size,
             width=structure.hidden_size,
         )
@@ -208,7 +207,7 @@ def estimate(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     room = points_that_fit(structure, device, beside=weights)
     limits = BatchLimits.of(device, batch_size, gpus, room, rotary_border(model))
-    cut = Cut.find(config, structure)
+    cut = Cut.find(config)
     engine = _engine(config, cut, device, chosen)
     shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
     prompts = load_questions() if prompts is None else prompts
@@ -260,13 +259,14 @@ class Cut:
     count: int
 
     @classmethod
-    def find(cls, config: Any, structure: Structure) -> Cut:
-        """Of a model on the meta device.
+    def find(cls, config: Any) -> Cut:
+        """Of a model of this config; where layers share keys and values, of one that does not.
 
         Raises:
             UnsupportedModelError: if its config does not say how to build a few layers alone.
         """
-        kinds = [_kind_of(layer) for layer in structure.layers]
+        count = config.get_text_config().num_hidden_layers
+        kinds = _kinds_of(cls(0, count).of(config, count))
         usual = {kind for kind in kinds if kinds.count(kind) >= _RARE * len(kinds)}
         for count in range(len(usual), len(kinds) + 1):
             for start in range(len(kinds) - count + 1):
@@ -301,16 +301,20 @@ class Cut:
 
     def _builds(self, config: Any, kinds: list[Any]) -> bool:
         try:
-            built = build_model(self.of(config, self.count), torch.device("meta"))
-            return [_kind_of(layer) for layer in find_structure(built).layers] == kinds
+            return _kinds_of(self.of(config, self.count)) == kinds
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             return False
 
 
-def _kind_of(layer: nn.Module) -> Any:
-    """What a layer is made of: layers of one kind take the same."""
-    modules = tuple((name, type(module)) for name, module in layer.named_modules())
-    return modules, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+def _kinds_of(config: Any) -> list[Any]:
+    """What each layer of a model is made of: layers of one kind take the same."""
+    return [
+        (
+            tuple((name, type(module)) for name, module in layer.named_modules()),
+            tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()),
+        )
+        for layer in find_structure(build_model(config, torch.device("meta"))).layers
+    ]
 
 
 @dataclass(frozen=True)
@@ -369,6 +373,14 @@ class _Speed:
         of_head = max(0.0, times[0] - of_layers * short) / head
         prefix = shape.prefix * prompts * tokens * dtype.itemsize
         return cls(of_layers, of_head, _whole_peak(peaks, cut.timed, shape.layers, prefix))
+
+
+def _attention_sizes(config: Any) -> tuple[int, int]:
+    """``queries`` and ``prefix`` of a `Shape`, of one layer's config."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pairs = getattr(config, "num_key_value_heads", None) or heads
+    return heads * width, 2 * pairs * width
 
 
 def experts_per_token(config: Any) -> int:

@@ -148,13 +148,10 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
     return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
-def reshard(modules: Iterable[nn.Module]) -> None:
-    """Free what FSDP2 has gathered of the weights that it looks after in these modules."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered of a model's weights."""
+    for part in _fsdp_modules(model):
+        part.reshard()
 
 
 def ignore_in_ddp(model: nn.Module, names: Collection[str]) -> None:

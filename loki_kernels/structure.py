@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
+from .head import Head, logit_scale_and_softcap
 from .sharding import (
     DTensor,
     fsdp_device,
@@ -42,38 +44,6 @@ def same_rows(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
     got, want = in_float64(got), in_float64(want)
     error, size = (got - want).norm(dim=-1), want.norm(dim=-1)
     return bool((error <= TOLERANCE[dtype] * size).all())
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output projection: ``logits = softcap(scale * (hidden @ weight.T + bias))``."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[tokens, V]`` for hidden ``[tokens, D]``."""
-        hidden = hidden.to(self.weight.device)
-        return self._scaled(nn.functional.linear(hidden, self.weight, self.bias))
-
-    def _scaled(self, logits: Tensor) -> Tensor:
-        logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-    def logit(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """One token's logit of each hidden state, ``[tokens]``, in float32 or float64.
-
-        For hidden ``[tokens, D]`` and target ``[tokens]``: of the V products of `logits` one.
-        """
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logit = (hidden.to(wide) * self.weight.detach()[target].to(wide)).sum(-1)
-        if self.bias is not None:
-            logit = logit + self.bias.detach()[target].to(wide)
-        return self._scaled(logit)
 
 
 @dataclass(frozen=True)
@@ -335,16 +305,6 @@ def refuse_tensor_parallelism(structure: Structure) -> None:
         )
 
 
-def logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
-    """What a text config says is done with the output head's products."""
-    scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
-        scale = float(config.logit_scale)
-    elif getattr(config, "logits_scaling", None) is not None:  # Granite divides
-        scale = 1.0 / float(config.logits_scaling)
-    return scale, getattr(config, "final_logit_softcapping", None)
-
-
 def text_config(model: nn.Module) -> Any:
     """The text part of a Hugging Face config.
 
@@ -369,17 +329,36 @@ def plain_name(name: str) -> str:
     return name.replace(f"{WRAPPED}.", "")
 
 
-def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper."""
+def without_engines(model: Any) -> nn.Module:
+    """A model without ``torch.compile`` and DDP around it; PEFT's own stays."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
         else:
-            return cast("PreTrainedModel", model)
+            return cast(nn.Module, model)
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper."""
+    model = without_engines(model)
+    while hasattr(model, "get_base_model"):
+        model = without_engines(model.get_base_model())
+    return cast("PreTrainedModel", model)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and then in its own again, module by module."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        if training:  # of 450 modules that need no change, eval() sets the flags in 2 ms
+            model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
@@ -435,14 +414,3 @@ def has_hooks(module: nn.Module) -> bool:
 def in_float64(tensor: Tensor) -> Tensor:
     """``tensor`` in float64, on the CPU if its device has none (Apple's)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
-
-
-def first_non_finite(model: nn.Module) -> str | None:
-    """The name of the first parameter holding NaN or infinity, of those in this process."""
-    for name, parameter in model.named_parameters():
-        values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if values.is_meta or not values.is_floating_point():
-            continue
-        if not torch.isfinite(values).all():
-            return name
-    return None

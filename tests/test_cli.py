@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,9 @@ import transformers
 import loki_kernels as loki
 from loki_kernels import launch
 from loki_kernels.cli import main
+from loki_kernels.inspection import load_model
+from tests import architectures
+from tests.architectures import internvl
 from tests.models import build_model
 from tests.tiny_training import train
 
@@ -132,7 +137,7 @@ def test_errors_are_one_line(command, message, capsys, tmp_path, monkeypatch):
 
 def test_hdf5_without_h5py_fails_before_the_analysis(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    monkeypatch.setattr("loki_kernels.cli._load_model", lambda *_: pytest.fail("it loaded"))
+    monkeypatch.setattr("loki_kernels.inspection.load_model", lambda *_: pytest.fail("it loaded"))
     assert main(["attribute", str(folder / "model"), str(folder / "scores.h5")]) == 1
     assert "need h5py" in capsys.readouterr().err
 
@@ -191,3 +196,75 @@ def test_launch_registers_before_the_program_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["launch", "-x"])
     with pytest.raises(SystemExit, match="usage:"):
         launch.main()
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        (["--strategy", "random", "--seed", "3"], {"strategy": "random", "seed": 3}),
+        (["--strategy", "global_lowest"], {"strategy": "global_lowest"}),
+        (["--criterion", "signed"], {"criterion": "signed"}),
+    ],
+)
+def test_how_to_select(options, chosen, folder):
+    attribution = loki.attribute(build_model(), [{"input_ids": [3, 4, 5]}] * 3, steps=2)
+    attribution.save(folder / "scores.safetensors")
+    scores, rows = str(folder / "scores.safetensors"), folder / "rows.json"
+    assert main(["select", scores, str(rows), "--quota", "25", *options]) == 0
+    assert loki.RowSelection.load(rows) == loki.select(attribution, 25, **chosen)
+    assert loki.RowSelection.load(rows) != loki.select(attribution, 25)
+
+
+def test_a_dataset_and_another_site(folder):
+    records = [{"text": "Is it " + "so " * n} for n in range(1, 5)]
+    (folder / "data").mkdir()
+    (folder / "data" / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    out = folder / "scores.safetensors"
+    command = ["attribute", str(folder / "model"), str(out), "--steps", "1"]
+    assert main([*command, "--dataset", str(folder / "data"), "--site", "ffn_neurons"]) == 0
+    assert loki.Attribution.load(out).scores.shape == (4, 3, 112)
+
+
+def test_an_adapter_of_low_rank(base_folder, tmp_path):
+    out = tmp_path / "identity"
+    assert main(["adapter", str(base_folder), "all", str(out), "--rank", "2"]) == 0
+    assert json.loads((out / "adapter_config.json").read_text())["rank"] == 2
+
+
+def test_a_model_of_images_is_loaded_as_it_was_saved(base_folder, tmp_path):
+    """`AutoModelForCausalLM` knows none of them, or gives its text model under other names."""
+    shutil.copytree(base_folder, tmp_path, dirs_exist_ok=True)
+    model = internvl()
+    model.save_pretrained(tmp_path)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("w1 w2 w3 w4\n\nw5 w6 w7")
+    out = tmp_path / "protection.safetensors"
+    assert main(["protection", str(tmp_path), str(out), "--texts", str(texts)]) == 0
+    protection = loki.Protection.load(out)
+    names = [f"model.language_model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert list(protection.directions) == names
+    loki.patch(model, [[1], [2], [3]], protect=protection)
+
+
+@pytest.mark.parametrize("name", ["qwen_vl", "gemma4"])
+def test_the_class_is_the_one_that_was_saved(name, tmp_path):
+    model = getattr(architectures, name)()
+    model.save_pretrained(tmp_path)
+    assert type(load_model(tmp_path)) is type(model)
+
+
+def test_any_failure_is_one_line(folder, capsys, monkeypatch):
+    """safetensors' own errors are of no common kind, and consoles lack letters."""
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert main(["attribute", str(folder / "model"), str(folder / "s.safetensors")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("loki-kernels attribute: ")
+    assert "Traceback" not in error
+
+
+def test_a_console_without_the_letters(tmp_path):
+    script = "import sys; from loki_kernels import cli; cli.main(['env']); print('\ufffd \u4e16')"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    run = subprocess.run([sys.executable, "-c", script], **PIPES, env=environment, check=True)
+    assert "\\ufffd \\u4e16" in run.stdout

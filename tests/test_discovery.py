@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 import transformers
@@ -98,3 +99,29 @@ def test_inspect_reads_the_config_alone(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "layer 1-2      mlp.experts.down_proj [4, 48, 24], rows along axis 1; " in text
     assert "mlp.shared_experts.down_proj.weight [48, 24], rows along axis 0" in text
+
+
+def test_a_quantized_checkpoint_is_named(tmp_path, capsys):
+    config = transformers.LlamaConfig(**TINY)
+    config.quantization_config = {"quant_method": "fp8"}
+    config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "quantized (fp8): what follows is of the model without" in capsys.readouterr().out
+
+
+def test_a_layer_whose_down_projection_cannot_be_told_is_refused():
+    """gate_proj and up_proj have the shape of down_proj where the widths are equal."""
+    config = transformers.LlamaConfig(**(TINY | {"intermediate_size": TINY["hidden_size"]}))
+    model = transformers.LlamaForCausalLM(config)
+    before = snapshot(model)
+    with pytest.raises(loki.UnsupportedModelError, match="could be the FFN's"):
+        loki.patch(model, [[1]] * 3)
+    assert_unchanged(model, before)
+
+
+def test_trained_tokens_of_an_adapter_hide_no_embedding():
+    """PEFT's wrapper of them gives another weight at every access."""
+    options = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}
+    wrapped = peft.get_peft_model(build_model(), peft.LoraConfig(**options))
+    names = [down_proj.name for _, down_proj in find_structure(wrapped).trainable()]
+    assert names == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]

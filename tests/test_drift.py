@@ -390,6 +390,11 @@ def test_a_head_that_cannot_be_read_runs_side_by_side(tmp_path):
         ("{", "line 1 is not JSON"),
         ('{"text": " "}', "line 1 is blank"),
         ('{"words": "a"}', "is no text"),
+        ('{"input_ids": null}', "is no text"),
+        ('{"input_ids": {"a": 1}}', "must be integers"),
+        ('{"input_ids": [[1], [2, 3]]}', "must be integers"),
+        ('{"input_ids": [1.5]}', "must be integers"),
+        ('{"input_ids": [-1]}', "the token id -1"),
     ],
 )
 def test_bad_texts_are_refused_before_a_model_is_loaded(content, message, tmp_path, monkeypatch):
@@ -496,6 +501,19 @@ def test_the_callback_logs_what_drift_says(kind, tmp_path):
     assert not any("drift/kl" in line for line in lines)
     assert all("epoch" in logs for _, logs in reported)
     assert model.training
+
+
+def test_a_model_that_has_moved_is_measured_from_its_base(tmp_path):
+    """As in a notebook whose cell is run again, or a run that goes on from a checkpoint."""
+    base, model = build_model(), build_model()
+    loki.patch(model, ROWS)
+    train(model)
+    trainer = tiny_trainer(model, tmp_path, 1)
+    trainer.add_callback(loki.DriftCallback(trainer, texts()))
+    trainer.train()
+    first, last = (e["drift/kl"] for e in trainer.state.log_history if "drift/kl" in e)
+    assert first > 0.01
+    assert last == pytest.approx(loki.drift(base, model, texts()).overall.kl, rel=1e-6)
 
 
 def test_the_callback_changes_no_training_and_follows_evaluations(tmp_path):

@@ -19,10 +19,11 @@ from loki_kernels.attribution.definitions import PathIntegral
 from loki_kernels.cli import main
 from loki_kernels.discovery import find_structure
 from loki_kernels.errors import UnsupportedModelError
-from loki_kernels.estimate import Shape, _peak, _Speed, _whole_peak, estimate
+from loki_kernels.estimate import Cut, Shape, _kinds_of, _peak, _Speed, _whole_peak, estimate
 from loki_kernels.structure import Structure
 from tests.architectures import falcon_h1, glm_moe
 from tests.models import build_model
+from tests.zoo.build import build as zoo_build
 
 PROMPTS, TOKENS, STEPS = 3, 11, 4
 
@@ -190,3 +191,34 @@ def gpu_table():
 def test_the_table_in_the_documentation_is_this_count():
     text = (Path(__file__).parents[1] / "docs" / "analysis.md").read_text()
     assert "\n".join(gpu_table()) in text
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("Qwen3NextForCausalLM", "decode"),
+        ("JambaForCausalLM", "decode"),
+        ("NemotronHForCausalLM", "decode"),
+        ("Lfm2ForCausalLM", "decode"),
+        ("Gemma4ForCausalLM", None),
+        ("Glm4MoeForCausalLM", "staircase"),
+    ],
+)
+def test_what_is_timed_has_layers_of_every_kind(name, engine, base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path, dirs_exist_ok=True)
+    model = zoo_build(name)
+    model.config.save_pretrained(tmp_path)
+    cut = Cut.find(model.config)
+    whole = _kinds_of(Cut(0, len(model.model.layers)).of(model.config, len(model.model.layers)))
+    for layers in cut.timed:
+        kinds = _kinds_of(cut.of(model.config, layers))
+        assert len(kinds) == layers
+        assert set(kinds) == set(whole)
+    result = estimate(tmp_path, [{"input_ids": [1, 2, 3]}] * 2, device="cpu", steps=1)
+    assert engine in (None, result.engine)
+
+
+def test_a_config_that_cannot_be_cut_is_refused(monkeypatch):
+    monkeypatch.setattr(Cut, "_builds", lambda *_: False)
+    with pytest.raises(UnsupportedModelError, match="does not say how to build a few"):
+        Cut.find(build_model().config)

@@ -158,7 +158,7 @@ def test_a_merge_from_the_command_line(base_folder, tmp_path, capsys, monkeypatc
     assert main([*command, "--device", "cpu"]) == 1
     assert "belong to --max-kl" in capsys.readouterr().err
     with monkeypatch.context() as patched:  # before a weight is read
-        patched.setattr("loki_kernels.cli._load_model", None)
+        patched.setattr("loki_kernels.inspection.load_model", None)
         assert main([*command, "--max-kl", "-1"]) == 1
         assert main([*command, "--max-kl", "1", "--texts", "no.txt"]) == 1
     with monkeypatch.context() as patched:

@@ -205,7 +205,6 @@ def _check_attributable(structure: Structure, engine: EngineName | None) -> None
     if model.get_output_embeddings() is not None or not model.can_generate():
         # raises; a model that generates has logits, with a linear head or not
         structure.head_module()
-    structure.present()
 
 
 def _make_counter(

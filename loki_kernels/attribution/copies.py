@@ -15,7 +15,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,13 +25,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..discovery import is_mixer
 from ..errors import UnsupportedModelError
+from ..head import check_logits
 from ..options import EngineName
 from ..structure import FFN, Structure, embedding_weight
 from .definitions import PathIntegral
 from .integration import guard_tolerance, integrate, relative_error
 from .path import path_points
 from .placement import free_bytes
-from .prefill import Batch, check_logits, keep_site
+from .prefill import Batch, keep_site
 from .scores import Scores
 from .steering import OUT_OF_PLACE, hook_site, hooking, like, refusing, rerunning
 
@@ -110,10 +111,10 @@ class Copies:
     integral: PathIntegral
     cached: bool
     numbered: Literal["all", "text", "none"] = "text"
-    name: EngineName = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", "decode" if self.cached else "reforward")
+    @property
+    def name(self) -> EngineName:
+        return "decode" if self.cached else "reforward"
 
     def attribute(self, batch: Batch) -> Scores:
         """Scores of every prompt and layer.
@@ -143,7 +144,7 @@ class Copies:
                     )
             cached = self.cached and prompt.length > prompt.tail
             cache = self._prefill(prompt) if cached else None
-        check_logits(structure, logits)
+        check_logits(structure.causal_lm, logits)
         answer = logits.argmax(-1) if prompt.answer is None else prompt.answer.to(logits.device)
         parts = []
         for layers in self._chunks(list(nodes), prompt.length, cache):

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from ..errors import UnsupportedModelError, explained
-from ..structure import Structure, first_non_finite
+from ..errors import UnsupportedModelError
+from ..structure import Structure
 from .definitions import PathIntegral
 from .steering import hook_layer_input, hook_site, hooking, refusing
 
@@ -160,8 +160,8 @@ def _keys_and_values(structure: Structure, cache: DynamicCache, tokens: int) -> 
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.ndim != 4 or keys.shape[2] != tokens:
             raise UnsupportedModelError(
-                f"layer {i} of {name} keeps no keys and values of every token; attribution needs "
-                "attention in every layer so far."
+                f"layer {i} of {name} keeps no keys and values of every token; the staircase "
+                "needs attention in every layer."
             )
         prefix[i] = keys, values
     if not prefix:
@@ -169,14 +169,6 @@ def _keys_and_values(structure: Structure, cache: DynamicCache, tokens: int) -> 
             f"{name} puts no keys and values into its cache, so they cannot be captured."
         )
     return prefix
-
-
-def check_logits(structure: Structure, logits: Tensor) -> None:
-    """Raise ValueError if they are NaN."""
-    if torch.isnan(logits).any():
-        parameter = first_non_finite(structure.causal_lm)
-        reason = f"; its parameter {parameter} is not finite" if parameter else " for these prompts"
-        raise explained(ValueError(f"the model's logits are NaN{reason}."))
 
 
 def keep_site(

@@ -24,12 +24,13 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
+from ..head import Head, check_logits
 from ..ops import shared_prefix_attention, target_probability
-from ..structure import Head, Structure
+from ..structure import Structure
 from .definitions import PathIntegral
 from .integration import guard_tolerance, integrate, relative_error
 from .path import path_points, steps_for
-from .prefill import Batch, Prefill, Prefix, check_logits
+from .prefill import Batch, Prefill, Prefix
 from .scores import Scores
 from .steering import (
     Attend,
@@ -109,7 +110,7 @@ class Staircase:
             ):
                 hidden, values, gradients = self._differentiate(layers, trace)
         except UnsupportedModelError:
-            check_logits(self.structure, self.prefill.logits)  # NaN can be why
+            check_logits(self.structure.causal_lm, self.prefill.logits)  # NaN can be why
             raise
         self.structure.gather()  # the backward pass has put the head away
         ends = [trace.ends[layer] for layer in layers]
@@ -270,7 +271,7 @@ class Staircase:
         error = relative_error(self.head.logits(hidden), self.prefill.logits)
         if error <= tolerance:
             return
-        check_logits(self.structure, self.prefill.logits)
+        check_logits(self.structure.causal_lm, self.prefill.logits)
         name = type(self.structure.causal_lm).__name__
         pairs = itertools.pairwise(
             relative_error(got, want)

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
 from ..sharding import settle
-from ..structure import FFN, Structure
+from ..structure import FFN, Structure, evaluating
 
 ATTENTION_NAME = "loki_kernels"
 
@@ -116,19 +116,16 @@ def borrowed(structure: Structure) -> Iterator[None]:
             )
         for config in configs:
             setattr(config, _ATTEND, None)
-    modules = list(model.modules())
-    training = [module for module in modules if module.training]
     required = [
         (module, name)
-        for module in modules
+        for module in model.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     ]
     try:
-        if training:  # of 450 modules that need no change, eval() sets the flags in 2 ms
-            model.eval()
         _require_grad(required, False)
         with (
+            evaluating(model),
             _exact_products(),
             torch.inference_mode(False),
             torch.no_grad(),
@@ -141,8 +138,6 @@ def borrowed(structure: Structure) -> Iterator[None]:
     finally:
         settle(structure.given)
         _require_grad(required, True)
-        for module in training:
-            module.training = True
         for config in configs:
             delattr(config, _ATTEND)
 

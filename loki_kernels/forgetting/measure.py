@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UnsupportedModelError
+from ..head import check_logits, logit_scale_and_softcap, scaled_and_capped
 from ..progress import progress_bar
 from ..sharding import full_values, is_sharded, reshard, shards_its_weights
 from ..structure import (
     embedding_weight,
-    first_non_finite,
+    evaluating,
     is_plain_linear,
-    logit_scale_and_softcap,
     text_config,
     unwrap,
+    without_engines,
 )
 from .texts import UNKNOWN, Batch
 
@@ -66,12 +66,8 @@ class Readout:
 
     def logits(self, hidden: Tensor, project: Project | None = None) -> Tensor:
         """Float32 logits ``[tokens, V]`` of hidden ``[tokens, D]``."""
-        logits = (project or self.head.forward)(hidden).float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        products = (project or self.head.forward)(hidden).float()
+        return scaled_and_capped(products, self.scale, self.softcap)
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
@@ -271,10 +267,7 @@ def _run(
     def hook(head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         hidden: Tensor = args[0][:, -length:]  # PEFT's prompt tuning puts tokens before the text's
         wanted.append(own.logits(hidden[:, :1], head.forward))
-        if torch.isnan(wanted[0]).any():
-            parameter = first_non_finite(model)
-            reason = f"its parameter {parameter} is not finite" if parameter else "for these texts"
-            raise ValueError(f"the logits of {name} are NaN: {reason}.")
+        check_logits(unwrap(model), wanted[0])
         visit(hidden[batch.measured.to(hidden.device)], head.forward)
         return (hidden[:, :1],)
 
@@ -304,23 +297,11 @@ def _forward(model: nn.Module, batch: Batch) -> Tensor:
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     device = _device(model)
     mask = None if batch.mask.all() else batch.mask.to(device, torch.int64)
-    output: Any = _plain(model)(
+    output: Any = without_engines(model)(
         input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False
     )
     logits: Tensor = output.logits
     return logits
-
-
-def _plain(model: Any) -> nn.Module:
-    """The model without ``torch.compile`` and DDP around it; PEFT's own stays."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, DistributedDataParallel):
-            model = model.module
-        else:
-            plain: nn.Module = model
-            return plain
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -329,14 +310,10 @@ def _device(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and then in its own again, module by module."""
-    training = [(module, module.training) for module in model.modules()]
+    """The model in evaluation mode and without gradients, and then in its own mode again."""
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
-        for module, flag in training:
-            module.training = flag
         if shards_its_weights(model):  # FSDP2 leaves what the root holds gathered
-            reshard([module for module, _ in training])
+            reshard(model)

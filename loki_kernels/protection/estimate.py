@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -22,7 +21,7 @@ from ..fingerprint import model_fingerprint
 from ..options import DEFAULT_SAMPLES
 from ..progress import progress_bar
 from ..sharding import is_partitioned, of_the_first
-from ..structure import Structure, refuse_tensor_parallelism
+from ..structure import Structure, evaluating, refuse_tensor_parallelism
 from ..team import Team
 from .moments import (
     FEATURES_A_DIRECTION,
@@ -94,7 +93,7 @@ def estimate_protection(
     if earlier is not None:
         earlier.check(structure)
     causal_lm = structure.causal_lm
-    with on_accelerator(model), _evaluating(causal_lm):
+    with on_accelerator(model), evaluating(causal_lm):
         own = texts is None
         if own:
             tokenizer = tokenizer or find_tokenizer(causal_lm)
@@ -118,8 +117,7 @@ def estimate_protection(
         "earlier": None if earlier is None else earlier.fingerprint,
         "loki_kernels": __version__,
     }
-    directions, energies, totals = ({n: part[i] for n, part in parts.items()} for i in range(3))
-    result = Protection(directions, energies, totals, info)  # type: ignore[arg-type]
+    result = _of_parts(parts, info)
     if earlier is None:  # else there is more than was read now
         _warn_of_few(result, read)
     return result
@@ -235,6 +233,12 @@ def _cached_or_estimated(model: nn.Module, structure: Structure, tokenizer: Any)
     return result
 
 
+def _of_parts(parts: dict[str, tuple[Tensor, Tensor, float]], info: dict[str, Any]) -> Protection:
+    """Of each layer's directions, energies and total."""
+    directions, energies, totals = ({n: part[i] for n, part in parts.items()} for i in range(3))
+    return Protection(directions, energies, totals, info)  # type: ignore[arg-type]
+
+
 def _of_the_first(found: Protection | None, names: Sequence[str]) -> Protection:
     """The first process's, in all of them; a layer at a time, of which one takes .4 GB at 8B."""
     parts: dict[str, Any] = {
@@ -243,20 +247,7 @@ def _of_the_first(found: Protection | None, names: Sequence[str]) -> Protection:
         )
         for name in names
     }
-    directions, energies, totals = ({n: part[i] for n, part in parts.items()} for i in range(3))
-    info: Any = of_the_first(found and found.info)
-    return Protection(directions, energies, totals, info)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return _of_parts(parts, of_the_first(found and found.info))  # type: ignore[arg-type]
 
 
 def _windows(

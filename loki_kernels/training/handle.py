@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..protection import Protection
 from ..selection import RowSelection
-from ..sharding import is_partitioned, is_sharded, shard_like
+from ..sharding import full_values, is_partitioned, is_sharded, shard_like
+from ..structure import plain_name
 from . import adapter_file
-from .adapter_file import SavedUpdate
-from .rows import LokiRows, write_into
-from .serving import merged_parameters
+from .adapter_file import Layers, SavedUpdate
+from .rows import TRAINED, LokiRows, write_into
 from .targets import parameters_of, trained_whole, why_other_modules
 from .writer import RowWriter
 
@@ -181,7 +181,7 @@ class Patch:
             RuntimeError: if the model was already merged or unpatched.
         """
         self._check_active()
-        return merged_parameters(self.model, self._layers)
+        return _merged_parameters(self.model, self._layers)
 
     def named_layers(self) -> list[tuple[str, LokiRows]]:
         """(name in the model, layer) of every patched layer."""
@@ -239,3 +239,15 @@ class Patch:
         self._undo.close()
         self._active = False
         return self.model
+
+
+def _merged_parameters(model: nn.Module, layers: Layers) -> Iterator[tuple[str, Tensor]]:
+    """What `Patch.merged_parameters` gives, which raises when it is called and not when read."""
+    updates = {f"{name}.{part}" for name in layers for part in TRAINED}
+    merged = {f"{name}.{layer.parameter}": layer for name, layer in layers.items()}
+    for wrapped, parameter in model.named_parameters():
+        name = plain_name(wrapped)
+        if name in merged:
+            yield name, full_values(merged[name].merged_weight())
+        elif name not in updates:
+            yield name, full_values(parameter)

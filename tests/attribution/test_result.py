@@ -10,10 +10,13 @@ import struct
 import sys
 
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import loki_kernels as loki
-from loki_kernels import Attribution, files, ranking
+from loki_kernels import Attribution, AttributionCounts, files, ranking
 from loki_kernels.attribution import table
 
 
@@ -160,3 +163,38 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"loki-kernels\[parquet\]"):
         make_result().save(tmp_path / "a.parquet")
     assert list(tmp_path.iterdir()) == []
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lacks=st.sets(st.sampled_from(["scores", "targets", "value", "counts", "run", "counted"])),
+    more=st.booleans(),
+    run=st.sampled_from(["{}", "nonsense", "[" * 100_000]),
+)
+@pytest.mark.parametrize("kind", [Attribution, AttributionCounts])
+def test_a_file_that_lacks_parts_or_has_more_is_damaged(kind, lacks, more, run, tmp_path):
+    parts = {"targets": torch.zeros(2, dtype=torch.int64), "value": torch.zeros(2)}
+    if kind is Attribution:
+        result = kind(scores=torch.zeros(2, 3, 4), **parts)
+    else:
+        counts = torch.zeros(3, 4, dtype=torch.int64)
+        result = kind(counts=counts, quota=10.0, criterion="magnitude", **parts)
+    path = tmp_path / "scores.safetensors"
+    result.save(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {"run": run}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    whole = run == "{}" and not more and lacks.isdisjoint({*tensors, *metadata})
+    tensors |= {"more": torch.zeros(1)} if more else {}
+    safetensors.torch.save_file(
+        {n: x for n, x in tensors.items() if n not in lacks} or {"none": torch.zeros(1)},
+        path,
+        {n: x for n, x in metadata.items() if n not in lacks},
+    )
+    if whole:
+        assert torch.equal(kind.load(path).targets, parts["targets"])
+    else:
+        with pytest.raises(ValueError, match=r"scores\.safetensors"):
+            kind.load(path)

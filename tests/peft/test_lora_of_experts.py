@@ -40,6 +40,10 @@ def trained(family, rows=ROWS, rank=None, protect=None):
     return train(model)
 
 
+def named_experts(model):
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, LokiExperts)]
+
+
 def tensors_of(folder):
     return load_file(folder / "adapter_model.safetensors")
 
@@ -101,3 +105,17 @@ def test_without_peft_nothing_is_written(tmp_path, monkeypatch):
         loki.export_lora(model, tmp_path)
     assert_unchanged(model, before)
     assert not list(tmp_path.iterdir())
+
+
+def test_all_rows_of_narrow_experts_have_the_rank_of_their_width(tmp_path):
+    """An expert's update is [32, 24]: of rank 24, not 32."""
+    every = [list(range(32))] * 4
+    want = logits(model := trained("Qwen3Moe", rows=every))
+    widths = {layer.base_rows.shape[-1] for _, layer in named_experts(model)}
+    assert widths == {24}
+    loki.export_lora(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {config["r"], *config["rank_pattern"].values()} == widths
+    lora = peft.PeftModel.from_pretrained(copy.deepcopy(built("Qwen3Moe")), str(tmp_path))
+    got = logits(lora.merge_and_unload())
+    assert (got - want).norm() <= 1e-5 * want.norm()

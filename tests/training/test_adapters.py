@@ -58,26 +58,6 @@ def test_an_adapter_fits_a_copy_in_another_dtype(trained, dtype):
     assert torch.equal(merged, want)
 
 
-def test_an_adapter_of_version_0_1_is_read(trained):
-    """It holds the rows themselves, and a fingerprint alone of what they replaced."""
-    model, folder = trained
-    file = folder / "adapter_model.safetensors"
-    tensors = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, loki.LokiLinear):
-            continue
-        key = f"base_model.model.{name}.loki_"
-        tensors |= {f"{key}index": layer.index, f"{key}rows": layer.merged_rows()}
-    adapter_file.write_tensors(file, tensors)
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    for new in ("base_dtype", "base_sketch", "modules_to_save"):
-        del config[new]
-    path.write_text(json.dumps(config))
-    handle = loki.load_adapter(build_model(), folder)
-    torch.testing.assert_close(logits(handle.model), logits(model))
-
-
 def test_a_new_head_goes_with_the_adapter(tmp_path):
     config = build_model().config
     torch.manual_seed(0)

@@ -17,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
+from loki_kernels.training import patching
 from loki_kernels.training.adapters import load_update
 from loki_kernels.training.experts import LokiExperts
 from tests.models import assert_unchanged, snapshot
-from tests.tiny_training import logits, straight_and_resumed, tiny_trainer, train
+from tests.tiny_training import logits, straight_and_resumed, tiny_trainer, token_batch, train
 from tests.zoo.build import build
 
 # (experts in one tensor, how they lie): with a shared expert, biased and transposed, of their own
@@ -446,3 +447,44 @@ def test_a_subclass_that_is_no_linear_layer_is_refused():
     model.transformer.h[1].mlp.dense_4h_to_h.__class__ = Scaled
     with pytest.raises(loki.UnsupportedModelError, match="something else than a linear"):
         loki.patch(model, ROWS)
+
+
+@pytest.mark.parametrize("protected", [False, True])
+@pytest.mark.parametrize("family", ["Mixtral", "Llama4"])
+def test_generating_writes_the_rows_once_and_takes_them_out_again(family, protected, monkeypatch):
+    """Of the grouped form, which trains beside the base's weight, and of the whole one."""
+    model = build_model(family)
+    ids = token_batch()[:, :4]
+    protect = None
+    if protected and family == "Mixtral":
+        texts = [list(range(3, 60)), list(range(70, 5, -1))]
+        protect = loki.estimate_protection(model, texts, share=0.7)
+    bases = {name: module.down_proj.detach().clone() for name, module in stacks(model)}
+    handle = loki.patch(model, ROWS, protect=protect)
+    train(model)
+    model.eval()
+    prompt = {"input_ids": ids, "pad_token_id": 0, "do_sample": False, "max_new_tokens": 5}
+    want = type(model).generate(model, **prompt)
+    formed = []
+    real = LokiExperts._update_factors
+    monkeypatch.setattr(
+        LokiExperts, "_update_factors", lambda layer: formed.append(1) or real(layer)
+    )
+    assert torch.equal(model.generate(**prompt), want)
+    assert not formed
+    for name, layer in handle.named_layers():
+        if isinstance(layer, LokiExperts) and layer.why_whole is None:
+            assert torch.equal(layer.down_proj, bases[name])
+    before = logits(model)
+    with handle.inference():
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    train(model)
+    handle.unpatch()
+    assert all(torch.equal(m.down_proj, bases[name]) for name, m in stacks(model))
+
+
+def test_a_rank_of_none_is_refused_before_anything_is_estimated(monkeypatch):
+    monkeypatch.setattr(patching, "protection_to_keep", lambda *_: pytest.fail("it estimates"))
+    for options in ({"rank": 0}, {"quota": 0, "protect": True}):
+        with pytest.raises(ValueError, match="must be"):
+            loki.patch(build_model(), **options)

@@ -273,21 +273,6 @@ def test_side_file_restores_what_the_checkpoint_rounds(tmp_path, rank):
     assert "save_pretrained" not in model.__dict__
 
 
-def test_a_side_file_of_version_0_1_is_read(tmp_path):
-    """It holds the rows themselves."""
-    model = build_model()
-    handle = loki.patch(model, ROWS)
-    train(model)
-    old = {}
-    for name, layer in handle.named_layers():
-        key = f"base_model.model.{name}.loki_"
-        old |= {f"{key}index": layer.index, f"{key}rows": layer.merged_rows()}
-    safetensors.torch.save_file(old, tmp_path / "loki_rows.update", {"format": "pt"})
-    again = build_model()
-    loki.patch(again, tmp_path)
-    torch.testing.assert_close(logits(again), logits(model))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_update_fits_the_base_in_another_dtype(tmp_path, dtype):
     model = build_model(dtype=torch.bfloat16)
@@ -785,3 +770,22 @@ def test_checkpoint_wrappers_around_the_layers(model, tmp_path):
     other = build_model()
     loki.load_adapter(other, tmp_path / "adapter")
     torch.testing.assert_close(logits(other), want)
+
+
+def test_an_update_that_is_cast_is_named(caplog):
+    model = build_model(dtype=torch.bfloat16)
+    loki.patch(model, ROWS)
+    train(model, steps=2)
+    assert "rounded away" not in caplog.text
+    model = build_model()
+    loki.patch(model, ROWS)
+    train(model.train().to(torch.bfloat16), steps=2)
+    assert caplog.text.count("rounded away") == 1
+
+
+def test_a_bare_decoder_has_no_new_head():
+    """An embedding model: nothing beside the decoder."""
+    model = build_model().model
+    handle = loki.patch(model, ROWS)
+    model(input_ids=token_batch()).last_hidden_state.sum().backward()
+    assert all(layer.update.grad.abs().sum() > 0 for _, layer in handle.named_layers())
