@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -44,8 +43,6 @@ def test_help_imports_neither_torch_nor_transformers():
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'slow'"
     )
-    start = time.perf_counter()
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "attribute" in run.stdout
-    assert time.perf_counter() - start < 5  # 0.25 s on a quiet machine

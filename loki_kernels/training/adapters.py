@@ -26,7 +26,7 @@ from .adapter_file import ADAPTER_FILE, CONFIG_FILE, AdapterConfig
 from .handle import Patch
 from .patching import patch, patch_alone
 from .rows import LokiRows
-from .targets import projection_names, trained_whole
+from .targets import parameters_of, projection_names, trained_whole
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,9 @@ def export_lora(
     }
     ranks = {name: min(rank, max_rank or rank) for name, rank in exact.items()}
     rank = max(ranks.values())
-    others = trained_whole(structure.causal_lm)
+    whole = {id(p) for p in trained_whole(structure.causal_lm).values()}
+    # a tied one under all its names: PEFT trains a copy of each
+    others = {n: p for n, p in parameters_of(structure.causal_lm).items() if id(p) in whole}
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": _base_name(structure),
@@ -221,7 +223,7 @@ def export_lora(
             "the adapter of rank %d holds an update of rank %d but for a relative error of %.2g.",
             rank, max(exact.values()), (lost / total) ** 0.5,
         )  # fmt: skip
-    tensors |= adapter_file.other_tensors(others)
+    tensors |= {n: x.clone() for n, x in adapter_file.other_tensors(others).items()}
     adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
     return path
 

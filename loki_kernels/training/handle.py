@@ -147,7 +147,8 @@ class Patch:
 
         At the start it raises OSError if ``output_dir`` cannot be written; on a resumed run and for
         ``load_best_model_at_end`` it reads the update beside the checkpoint's merged weights, so
-        that training goes on bit for bit. A checkpoint outside ``output_dir`` it finds only if
+        that training goes on bit for bit (of a protected update, but for the rounding of what its
+        directions hold). A checkpoint outside ``output_dir`` it finds only if
         ``TrainingArguments`` names it too (``resume_from_checkpoint``). Without it, resuming raises
         RuntimeError, unless the model was patched with ``rows=<checkpoint folder>``. Uploads of
         checkpoints hold the update too. A trainer of TRL that would send the parameters to vLLM

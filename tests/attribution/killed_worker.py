@@ -40,6 +40,9 @@ def run_child(out: Path, keep: str, number: int) -> int:
     enough = lines(folder) + random.randint(3, 9)
     while lines(folder) < enough:
         time.sleep(0.001)
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:  # before it was sent anything: the assertion says with what
+            return os.waitstatus_to_exitcode(status)
     os.kill(child, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

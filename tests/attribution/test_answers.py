@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,6 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Prepend, Replace, Sequence
 
 import loki_kernels as loki
+from loki_kernels.attribution.prompts import Tokens
 from tests.architectures import lfm2, mixtral
 from tests.models import build_model
 
@@ -133,6 +135,11 @@ def test_the_difference_of_two_answers(objective):
     two, down = naive(model, IDS, [12], objective=objective)
     close(got.scores[0], one - two, 1e-3)
     close(got.change[0], up - down, 1e-3)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([IDS])).logits[0, -1]
+    values = {"logit": logits, "log_probability": logits.log_softmax(-1)}
+    value = values.get(objective, logits.softmax(-1))
+    torch.testing.assert_close(got.value[0], value[11] - value[12], rtol=1e-4, atol=1e-6)
     error = got.scores.sum(-1) - got.change
     assert torch.allclose(got.completeness, error, atol=1e-6)
     if objective != "logit":
@@ -194,3 +201,38 @@ def test_they_are_part_of_what_a_log_continues(tmp_path):
 def test_bad_answers(options, error, message):
     with pytest.raises(error, match=message):
         loki.attribute(build_model(), [PROMPT], **options)
+
+
+@pytest.mark.parametrize("engine", ["decode", "reforward"])
+def test_an_answer_from_the_activations_of_token_zero(engine):
+    """The path starts at the prompt's last token, not at one of the answer's."""
+    model = build_model()
+    kept = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _m, _a, y: kept.append(y[0, -1].detach()))
+        for layer in model.model.layers
+    ]
+    model(input_ids=torch.zeros(1, len(IDS), dtype=torch.long))
+    for hook in hooks:
+        hook.remove()
+    answer = [11, 12, 13]
+    got = loki.attribute(
+        model, [PROMPT], target=[answer], baseline="token_zero", steps=STEPS, engine=engine
+    )
+    want, changes = naive(model, IDS, answer, start=kept)
+    for layer in range(len(want)):
+        close(got.scores[0, layer], want[layer])
+    close(got.change[0], changes, 1e-3)
+
+
+def test_everything_of_a_prompt_is_in_its_hash():
+    ids = np.array(IDS)
+    one, two = np.array([1, 2]), np.array([1, 3])
+    media = [{"pixel_values": torch.full((1, 2), value)} for value in (0.0, 1.0)]
+    prompts = [
+        Tokens(ids), Tokens(ids[:-1]), Tokens(ids, answer=one), Tokens(ids, answer=two),
+        Tokens(ids, contrast=one), Tokens(ids, answer=one, contrast=one),
+        Tokens(ids, answer=one, contrast=two), Tokens(ids, media[0]), Tokens(ids, media[1]),
+    ]  # fmt: skip
+    assert len({prompt.content() for prompt in prompts}) == len(prompts)
+    assert Tokens(ids.copy(), dict(media[0])).content() == prompts[7].content()

@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate import cpu_offload, dispatch_model
 from accelerate.utils import OffloadedWeightsLoader
+from packaging.version import Version
 
 import loki_kernels as loki
 from loki_kernels.structure import Structure
@@ -59,10 +60,12 @@ def test_scores_have_the_bits_of_a_model_in_memory(name, engine, definition, tmp
     own = {"glm_moe": glm_moe, "falcon_h1": falcon_h1}
     build = own.get(name, lambda: build_model(name, device="cpu"))
     options = {"definition": definition, "engine": engine, "steps": 3}
-    try:
-        want = loki.attribute(build(), PROMPTS, **options)
-    except loki.UnsupportedModelError:
-        pytest.skip("refused in memory too, by transformers 5.0")
+    if Version(transformers.__version__) < Version("5.1") and (name, engine) == (
+        "gemma2",
+        "decode",
+    ):
+        pytest.skip("refused in memory too")
+    want = loki.attribute(build(), PROMPTS, **options)
     model = offloaded(build(), tmp_path, stay=("model.layers.1",))
     model.model.layers[2].requires_grad_(False)
     before = flags_and_hooks(model)

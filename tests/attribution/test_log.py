@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,7 @@ def trained(model):
         ({"prompts": [*PROMPTS[:-1], {"input_ids": [9] * 6}]}, "differs in: prompts"),
         ({"prompts": [{"input_ids": [8, 9]}]}, "differs in: prompts"),
         ({"target": list(range(8))}, "differs in: prompts"),
+        ({"target": list(range(8)), "contrast": [3] * 8}, "differs in: prompts"),
     ],
 )
 def test_another_run_is_refused_and_the_first_goes_on(
@@ -367,3 +369,12 @@ def test_adapters_in_force_are_known(tmp_path):
     inner.model.layers[0].mlp.up_proj.set_scale("b", 0.5)
     found.add(model_settings(inner))
     assert len(found) == 5
+
+
+def test_in_another_thread_the_handler_of_sigterm_is_left_alone(model, out):
+    before = signal.getsignal(signal.SIGTERM)
+    want = attribute(model, PROMPTS, **OPTIONS)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(attribute, model, PROMPTS, out=out, **OPTIONS).result()
+    assert_same(got, want)
+    assert signal.getsignal(signal.SIGTERM) is before

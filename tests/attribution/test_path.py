@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loki_kernels.attribution.definitions import path_rule
 from loki_kernels.attribution.path import path_points
 from tests.ops.tolerance import relative
 
@@ -107,3 +108,24 @@ def test_empty(batch, width, m, kind):
     points = path_points(z, alphas, baseline)
     assert points.shape == (batch, m, width)
     assert points.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("rule", "alphas", "weights"),
+    [
+        ("left", [0, 1 / 3, 2 / 3], [1 / 3] * 3),
+        ("right", [1 / 3, 2 / 3, 1], [1 / 3] * 3),
+        ("midpoint", [1 / 6, 1 / 2, 5 / 6], [1 / 3] * 3),
+        ("trapezoid", [0, 1 / 2, 1], [1 / 4, 1 / 2, 1 / 4]),
+        ("captum_trapezoid", [0, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 6]),
+        (
+            "gauss-legendre",
+            [(1 - 0.6**0.5) / 2, 1 / 2, (1 + 0.6**0.5) / 2],
+            [5 / 18, 4 / 9, 5 / 18],
+        ),
+    ],
+)
+def test_the_rules_of_three_points(rule, alphas, weights):
+    got = path_rule(rule, 3)
+    for found, want in zip(got, (alphas, weights), strict=True):
+        torch.testing.assert_close(found, torch.tensor(want, dtype=torch.float64))

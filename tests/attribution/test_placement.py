@@ -228,3 +228,27 @@ def test_one_target_for_all_is_reported(model, caplog):
     assert (targets != targets[0]).any()
     loki.attribute(model, same + others)
     assert len(caplog.records) == 1
+
+
+def test_a_damaged_analysis_in_the_cache_is_made_again(model, analysed, caplog, tmp_path):
+    def rows():
+        with loki.patch(model, quota=25, analysis={"prompts": PROMPTS}) as handle:
+            return handle.rows
+
+    want = rows()
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4])
+    assert rows() == want
+    assert "it is made again" in caplog.text
+    assert rows() == want
+    assert len(analysed.calls) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(model, analysed, caplog, monkeypatch):
+    def full(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(loki.Attribution, "save", full)
+    with loki.patch(model, quota=25, analysis={"prompts": PROMPTS}) as handle:
+        assert handle.rows.counts == [12, 12, 12]
+    assert "could not be written: no space" in caplog.text

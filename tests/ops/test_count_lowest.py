@@ -197,3 +197,16 @@ def test_compiles_whole():
 
     compiled = torch.compile(count, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**inputs), count_lowest_reference(**inputs))
+
+
+@pytest.mark.parametrize("criterion", ["signed", "magnitude"])
+def test_threads_that_count_into_one_layer(criterion):
+    """The C++ kernel's threads share a layer's counts where there are more of them than layers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        scores = tied_scores((256, 1, 500))
+        got = count_lowest(scores, 100, criterion=criterion)
+        assert torch.equal(got, count_lowest_reference(scores, 100, criterion=criterion))
+    finally:
+        torch.set_num_threads(threads)

@@ -312,12 +312,24 @@ def test_warm_up_checks_what_the_first_call_would(accelerator, clock):
 
 
 def test_warm_up_does_nothing_where_auto_has_torch_alone(monkeypatch):
-    def fails(*_):
-        raise AssertionError("nothing is to be checked")
-
-    monkeypatch.setattr(_dispatch, "_compare", fails)
+    calls = []
+    monkeypatch.delenv("LOKI_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_checks", {})
+    monkeypatch.setattr(_dispatch, "_postponed", {})
+    monkeypatch.setattr(_dispatch, "_compare", lambda *checked: calls.append(checked))
     _dispatch.warm_up([OP, "count_lowest"], torch.device("meta"), torch.float32)
     _dispatch.warm_up([OP], torch.device("cpu"), torch.float32)
+    assert calls == []
+
+
+def test_the_first_of_several_backends_is_cuda(accelerator):
+    accelerator.monkeypatch.setattr(_dispatch, "_backend_why_not", lambda *_: None)
+    accelerator.monkeypatch.setattr(_dispatch, "_module", lambda _, backend: backend_of(backend))
+    assert _dispatch.choose("count_lowest", None, inputs("meta")).name == "cuda"
+
+
+def backend_of(name):
+    return SimpleNamespace(name=name, unsupported=lambda *_: None)
 
 
 def test_self_check_has_none_of_the_callers_state(accelerator):

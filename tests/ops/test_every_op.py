@@ -7,6 +7,7 @@ import importlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loki_kernels import ops
 from loki_kernels.ops import _dispatch
@@ -58,3 +59,35 @@ def test_computes_the_same_under_autocast(op, backend):
     with torch.autocast(device.type, torch.bfloat16):
         got = evaluate()
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_what_a_compiler_is_told_of_the_results_is_so(op, dtype):
+    """Their shapes and dtypes, by the fake implementations."""
+    if op == "count_lowest":
+        pytest.skip("it looks for NaN first, and its counts are int64 whatever the scores")
+    device = torch.get_default_device()
+    inputs, _ = _dispatch.example(op, device, dtype)
+    want = getattr(ops, op)(**inputs)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+
+        def fake(value):
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(fake, value))
+            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+        inputs, _ = _dispatch.example(op, device, dtype)
+        got = getattr(ops, op)(**{name: fake(value) for name, value in inputs.items()})
+    for a, b in zip(_tensors(got), _tensors(want), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+def _tensors(results):
+    results = results if isinstance(results, (list, tuple)) else [results]
+    return [x for x in results if isinstance(x, torch.Tensor)]
+
+
+def test_an_unknown_backend_is_named_before_anything_is_computed(op):
+    inputs, _ = _dispatch.example(op, torch.get_default_device(), torch.float32)
+    with pytest.raises(ValueError, match="'cublas'"):
+        getattr(ops, op)(**inputs, backend="cublas")

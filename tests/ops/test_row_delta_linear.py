@@ -256,3 +256,8 @@ def test_shapes_that_do_not_fit_raise(name, shape):
     inputs[name] = None if shape is None else torch.zeros(shape, dtype=like.dtype)
     with pytest.raises(ValueError, match=r"fit|must be"):
         row_delta_linear(**inputs)
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="'cublas'"):
+        row_delta_linear(**make((4,), 6, 5, 3, 2), backend="cublas")

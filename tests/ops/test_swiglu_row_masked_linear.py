@@ -178,3 +178,8 @@ def test_shapes_that_do_not_fit_raise(name, shape):
     inputs[name] = torch.zeros(shape, dtype=inputs[name].dtype)
     with pytest.raises(ValueError, match=r"fit|must be"):
         swiglu_row_masked_linear(**inputs)
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="'cublas'"):
+        swiglu_row_masked_linear(**make((4,), 6, 5, 3), backend="cublas")

@@ -37,11 +37,11 @@ def test_equals_reference(weight_dtype, update_dtype):
 
 
 def test_a_small_update_survives_a_coarse_weight():
-    """2^-12 of 1 is lost in bfloat16 at each of a thousand steps, and not in their sum."""
-    weight, base = torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(1, 8, dtype=torch.bfloat16)
-    update = torch.full((1, 8), 1000 * 2.0**-12)
+    """The sum with the base is formed in float32 and rounded once."""
+    weight, base = torch.zeros(1, 8, dtype=torch.bfloat16), torch.ones(1, 8, dtype=torch.bfloat16)
+    update = torch.full((1, 8), 2.0**-8 + 2.0**-17)  # bfloat16's 2^-8, with which 1 rounds to 1
     sync_rows([weight], [base], [update], [torch.zeros(1, dtype=torch.int64)])
-    assert torch.equal(weight, torch.full_like(weight, 1.2441))
+    assert torch.equal(weight, torch.full_like(weight, 1 + 2.0**-7))
 
 
 def test_more_layers_than_a_launch_takes():

@@ -203,5 +203,7 @@ def test_ungated_and_low_rank_are_reported():
     bloom = loki.patch(BloomForCausalLM(config), ROWS, fuse_mlp=True).report
     assert len(bloom.not_fused) == 3  # its MLP takes the residual as a second argument
     low_rank = loki.patch(build_model(), ROWS, rank=2, fuse_mlp=True).report
+    assert not low_rank.fused
+    assert len(low_rank.not_fused) == 3
     assert all("low-rank" in why for why in low_rank.not_fused.values())
     assert not loki.patch(build_model(), ROWS).report.not_fused

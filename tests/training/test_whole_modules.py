@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 
@@ -96,3 +97,11 @@ def test_tied_weights_have_any_of_their_names(tmp_path):
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     loaded = loki.load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded.model), logits(model))
+
+
+def test_a_lora_of_them_gives_the_trained_logits(trained):
+    """Of a tied embedding PEFT would copy one of the two, and the head would be the base's."""
+    folder, model, _ = trained
+    loki.export_lora(model, folder / "lora")
+    exported = peft.PeftModel.from_pretrained(load_model(folder / "base"), str(folder / "lora"))
+    torch.testing.assert_close(logits(exported), logits(model), rtol=1e-4, atol=1e-4)
