@@ -30,6 +30,7 @@ class Capabilities:
 
 @pytest.fixture
 def module(monkeypatch):
+    pytest.importorskip("pydantic")  # Axolotl's own
     base = types.ModuleType("axolotl.integrations.base")
     base.AdapterCapabilities, base.BasePlugin = Capabilities, object
     for name in ("axolotl", "axolotl.integrations"):
