@@ -171,3 +171,18 @@ def test_a_merge_from_the_command_line(base_folder, tmp_path, capsys, monkeypatc
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     left = loki.drift(base_folder, merged, words).overall.kl
     assert 0.4 * whole < left <= whole / 2 * 1.001
+
+
+def test_the_limit_holds_in_the_process_that_has_moved_most():
+    """Whose device rounds otherwise: all take one share, by the largest KL of any."""
+
+    class Others:
+        def tell(self, mine, *_):
+            return [mine, repr(2 * float(mine))]
+
+    def measure(share):
+        return SimpleNamespace(overall=SimpleNamespace(kl=share**2), share=share)
+
+    share, found = limit._search(measure, 0.5, Others())
+    assert found.share == share
+    assert 0.8 * 0.5 <= 2 * share**2 <= 0.5

@@ -112,6 +112,7 @@ def estimate_protection(
         "model": getattr(causal_lm, "name_or_path", None),
         "texts": "the model's own samples" if own else "given",
         "tokens": sum(len(window) - 1 for window in windows),
+        "seed": seed if own else None,
         "share": share,
         "max_directions": max_directions,
         "earlier": None if earlier is None else earlier.fingerprint,

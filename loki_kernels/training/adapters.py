@@ -158,7 +158,7 @@ def export_lora(
     k and scale 1; of rank in_features where that is less, as of all rows of many experts. With
     LoKI* it has the rank of LoKI*. All layers have one rank, the largest of
     them, since servers divide one ``lora_alpha`` by it; the others are filled up with zeros. In
-    float32; the base must be the one that was trained.
+    float32; the base must be the one that was trained. Every process calls it, the first one writes.
 
     Of a mixture of experts every expert has its factors, and all down-projections are PEFT's
     ``target_parameters``, each of its own rank (``rank_pattern``). Such an adapter is several times
@@ -224,7 +224,8 @@ def export_lora(
             rank, max(exact.values()), (lost / total) ** 0.5,
         )  # fmt: skip
     tensors |= {n: x.clone() for n, x in adapter_file.other_tensors(others).items()}
-    adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
+    if not is_distributed() or torch.distributed.get_rank() == 0:
+        adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
     return path
 
 

@@ -569,3 +569,13 @@ def test_memory_does_not_grow_with_samples(tmp_path):
 def test_staircase_compiles_whole():
     """The points forward and back to the leaves, every hook included, without a graph break."""
     check_compiled(build_model(), 7)
+
+
+def test_weights_that_zero3_has_split_are_refused():
+    model = build_model()
+    before = snapshot(model)
+    model.lm_head.weight.ds_id = 0  # as every parameter has then
+    with pytest.raises(loki.UnsupportedModelError, match="ZeRO-3"):
+        attribute(model, [{"input_ids": [1, 2, 3]}])
+    del model.lm_head.weight.ds_id
+    assert_unchanged(model, before)
