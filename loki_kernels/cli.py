@@ -236,8 +236,7 @@ def _attribute(arguments: argparse.Namespace) -> None:
 
     suffix = check_suffix(check_writable(arguments.out))
     if arguments.heatmap:
-        if check_writable(arguments.heatmap).suffix != ".png":
-            raise ValueError(f"{arguments.heatmap} must end in .png.")
+        check_writable(arguments.heatmap, ".png")
         import_matplotlib()
     if arguments.keep == "counts" and (arguments.heatmap or suffix != ".safetensors"):
         raise ValueError("--keep counts writes .safetensors and has no scores for a heatmap.")
@@ -295,8 +294,7 @@ def _protection(arguments: argparse.Namespace) -> None:
     from .inspection import load_model
     from .protection import Protection, estimate_protection
 
-    if check_writable(arguments.out).suffix != ".safetensors":
-        raise ValueError(f"{arguments.out} must end in .safetensors.")
+    check_writable(arguments.out, ".safetensors")
     found = read_texts(arguments.texts) if arguments.texts else None
     earlier = Protection.load(arguments.earlier) if arguments.earlier else None
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -375,8 +373,8 @@ def _drift(arguments: argparse.Namespace) -> None:
     from .plots import import_matplotlib
 
     for path, suffix in ((arguments.out, ".json"), (arguments.plot, ".png")):
-        if path and check_writable(path).suffix != suffix:
-            raise ValueError(f"{path} must end in {suffix}.")
+        if path:
+            check_writable(path, suffix)
     if arguments.plot:
         import_matplotlib()
     result = drift(

@@ -192,7 +192,11 @@ def _fine_tune() -> str:
             losses.append(loss.item())
         if not losses[-1] < 0.9 * losses[0]:
             raise RuntimeError(f"the loss went from {losses[0]:.2f} to {losses[-1]:.2f}.")
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad(), _without_bars():
+        with (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+            torch.no_grad(),
+            _without_bars(),
+        ):
             model.save_pretrained(folder)
             saved: Any = AutoModelForCausalLM.from_pretrained(folder)
             saved.to(device)

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +21,11 @@ from torch import Tensor
 from .errors import explained
 
 
-def check_writable(path: str | os.PathLike[str]) -> Path:
-    """Raise before any work is done if ``path`` cannot be created."""
+def check_writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
+    """Raise before any work is done if ``path`` cannot be created, or ends in none of these."""
     path = Path(path)
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{path} must end in {' or '.join(suffixes)}.")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it.")
     if not path.parent.is_dir():
@@ -152,7 +154,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600, which a colleague cannot read
+        with suppress(OSError):  # some network folders know no modes
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600, which a colleague cannot read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

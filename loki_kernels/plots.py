@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import explained
-from .files import atomic_path
+from .files import atomic_path, check_writable
 from .ranking import count_extreme, rows_per_layer
 
 _COLORS = ("#3b6ea5", "#c1622d")
@@ -36,22 +36,16 @@ def plot_heatmap(
         ValueError: for another suffix or a quota out of range.
         ImportError: without the ``plot`` extra.
     """
-    if Path(path).suffix != ".png":
-        raise ValueError(f"{path}: the heatmap is a .png file.")
-    figure_canvas, figure_class = import_matplotlib()
     samples, _, width = scores.shape
     k = rows_per_layer(quota, width)
-    panels = {
-        f"among the {quota:g} % {kind}": shares_of(
-            count_extreme(scores, k, kind == "highest", "signed"), samples, without_ffn
-        )
-        for kind in ("highest", "lowest")
-    }
-    figure = figure_class(figsize=(10, 6), layout="constrained")
-    figure_canvas(figure)
-    draw_heatmap(figure, panels)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with picture(path, 10, 6, dpi=150) as figure:
+        panels = {
+            f"among the {quota:g} % {kind}": shares_of(
+                count_extreme(scores, k, kind == "highest", "signed"), samples, without_ffn
+            )
+            for kind in ("highest", "lowest")
+        }
+        draw_heatmap(figure, panels)
 
 
 def shares_of(counts: Tensor, samples: int, without_ffn: Sequence[int]) -> Tensor:
@@ -61,15 +55,31 @@ def shares_of(counts: Tensor, samples: int, without_ffn: Sequence[int]) -> Tenso
     return shares
 
 
-def import_matplotlib() -> tuple[Any, Any]:
-    """matplotlib's canvas without a screen and its figure, or where to get them."""
+def import_matplotlib() -> Any:
+    """matplotlib's figure, which needs no screen, or where to get it."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         message = "pictures need matplotlib: pip install 'loki-kernels[plot]'."
         raise explained(ImportError(message)) from error
-    return FigureCanvasAgg, Figure
+    return Figure
+
+
+@contextlib.contextmanager
+def picture(
+    path: str | os.PathLike[str], width: float, height: float, dpi: int = 120
+) -> Iterator[Any]:
+    """An empty figure of so many inches, which is written to ``path`` at the end.
+
+    Raises:
+        ValueError: if the path does not end in ``.png``.
+        ImportError: without the ``plot`` extra.
+    """
+    check_writable(path, ".png")
+    figure = import_matplotlib()(figsize=(width, height), layout="constrained")
+    yield figure
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
 
 
 def draw_heatmap(figure: Any, shares: Mapping[str, Tensor]) -> None:
@@ -156,26 +166,20 @@ def plot_drift(
         ValueError: for another suffix.
         ImportError: without the ``plot`` extra.
     """
-    if Path(path).suffix != ".png":
-        raise ValueError(f"{path}: the picture is a .png file.")
-    figure_canvas, figure_class = import_matplotlib()
-    figure = figure_class(figsize=(11, max(4, 1.2 + 0.19 * len(bars))), layout="constrained")
-    figure_canvas(figure)
-    left, right = figure.subplots(1, 2)
-    names, means, errors = zip(*bars, strict=True)
-    left.barh(range(len(bars)), means, xerr=errors, color="#3b6ea5", ecolor="black", capsize=2)
-    left.set_yticks(range(len(bars)), names, fontsize=8)
-    left.set_ylim(len(bars) - 0.5, -0.5)
-    left.set_xlim(left=0)
-    left.set_xlabel("KL to the base, nats a token (± standard error)")
-    least = 1e-8  # below it float32 tells nothing
-    kl = token_kl.clamp_min(least)
-    high = max(float(kl.max()), 1e-3)
-    edges = torch.logspace(math.log10(least), math.log10(high), 61).tolist()
-    right.hist(kl.numpy(), bins=[*edges[:-1], high * 1.001], color="#3b6ea5")
-    right.set_xscale("log")
-    right.set_xlabel("KL at a token, nats (those below 1e-8 are drawn there)")
-    right.set_ylabel("tokens")
-    figure.suptitle(title, fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with picture(path, 11, max(4, 1.2 + 0.19 * len(bars)), dpi=150) as figure:
+        left, right = figure.subplots(1, 2)
+        names, means, errors = zip(*bars, strict=True)
+        left.barh(range(len(bars)), means, xerr=errors, color="#3b6ea5", ecolor="black", capsize=2)
+        left.set_yticks(range(len(bars)), names, fontsize=8)
+        left.set_ylim(len(bars) - 0.5, -0.5)
+        left.set_xlim(left=0)
+        left.set_xlabel("KL to the base, nats a token (± standard error)")
+        least = 1e-8  # below it float32 tells nothing
+        kl = token_kl.clamp_min(least)
+        high = max(float(kl.max()), 1e-3)
+        edges = torch.logspace(math.log10(least), math.log10(high), 61).tolist()
+        right.hist(kl.numpy(), bins=[*edges[:-1], high * 1.001], color="#3b6ea5")
+        right.set_xscale("log")
+        right.set_xlabel("KL at a token, nats (those below 1e-8 are drawn there)")
+        right.set_ylabel("tokens")
+        figure.suptitle(title, fontsize=10)

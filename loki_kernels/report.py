@@ -89,9 +89,7 @@ def plot_files(
             files of another number of layers.
         ImportError: without the ``plot`` extra.
     """
-    suffix = check_writable(out).suffix
-    if suffix not in (".png", ".html"):
-        raise ValueError(f"{out} must end in .png or .html.")
+    suffix = check_writable(out, ".png", ".html").suffix
     import_matplotlib()
     rows_per_layer(quota, 1)
     if not files:
@@ -213,10 +211,8 @@ def _overlap_by_chance(a: Sequence[int], b: Sequence[int], width: int) -> float:
 
 def _png(figures: Sequence[tuple[str, _Picture]]) -> bytes:
     """Pictures, each with its title, below each other."""
-    figure_canvas, figure_class = import_matplotlib()
     heights = [picture.height for _, picture in figures]
-    figure = figure_class(figsize=(_WIDTH, sum(heights)), layout="constrained")
-    figure_canvas(figure)
+    figure = import_matplotlib()(figsize=(_WIDTH, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(figures), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, picture) in zip(parts, figures, strict=True):
         if title:

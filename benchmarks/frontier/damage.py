@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loki_kernels.files import atomic_path
-from loki_kernels.plots import import_matplotlib
+from loki_kernels.plots import picture
 
 from .compare import is_finite, log_divergence
 
@@ -68,28 +67,24 @@ def damage_table(damages: Sequence[Damage]) -> Iterator[str]:
 
 
 def plot_damages(damages: Sequence[Damage], path: Path) -> None:
-    canvas, figure_class = import_matplotlib()
-    figure = figure_class(figsize=(7, 6), layout="constrained")
-    canvas(figure)
-    axes = figure.subplots()
-    by_arm = defaultdict(list)
-    for damage in damages:
-        by_arm[damage.arm].append(damage)
-    for number, (name, own) in enumerate(sorted(by_arm.items())):
-        axes.plot(
-            [math.exp(d.predicted) for d in own],
-            [math.exp(d.measured) for d in own],
-            "ov^s"[number // 10 % 4],
-            color=f"C{number % 10}",
-            markersize=3,
-            label=name,
-        )
-    ends = [math.exp(f(d.predicted for d in damages)) for f in (min, max)]
-    axes.plot(ends, ends, color="grey", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("predicted: ½ Σ s δᵀ E[xxᵀ] δ, nats a token (grey: equal)")
-    axes.set_ylabel("measured KL from the base, nats a token")
-    axes.legend(fontsize=6, ncols=2)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with picture(path, 7, 6) as figure:
+        axes = figure.subplots()
+        by_arm = defaultdict(list)
+        for damage in damages:
+            by_arm[damage.arm].append(damage)
+        for number, (name, own) in enumerate(sorted(by_arm.items())):
+            axes.plot(
+                [math.exp(d.predicted) for d in own],
+                [math.exp(d.measured) for d in own],
+                "ov^s"[number // 10 % 4],
+                color=f"C{number % 10}",
+                markersize=3,
+                label=name,
+            )
+        ends = [math.exp(f(d.predicted for d in damages)) for f in (min, max)]
+        axes.plot(ends, ends, color="grey", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("predicted: ½ Σ s δᵀ E[xxᵀ] δ, nats a token (grey: equal)")
+        axes.set_ylabel("measured KL from the base, nats a token")
+        axes.legend(fontsize=6, ncols=2)

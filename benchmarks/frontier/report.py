@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loki_kernels.files import atomic_path
-from loki_kernels.plots import import_matplotlib
+from loki_kernels.plots import picture
 
 from ..forgetting.compare import estimate
 from .arms import ARMS
@@ -200,27 +200,23 @@ _DRAWN = (
 
 
 def _plot(comparisons: dict[str, Comparison], path: Path) -> None:
-    canvas, figure_class = import_matplotlib()
-    figure = figure_class(figsize=(6 * len(comparisons), 5), layout="constrained")
-    canvas(figure)
-    panels = figure.subplots(1, len(comparisons), squeeze=False)[0]
-    for axes, (task, comparison) in zip(panels, comparisons.items(), strict=True):
-        for number, arm in enumerate(name for name in _DRAWN if name in comparison.arms()):
-            front = comparison.frontier(arm, comparison.seeds(arm)[0])
-            style = "o-" if "protected" in arm else ".--"
-            axes.plot(
-                [loss for loss, _ in front],
-                [math.exp(kl) for _, kl in front],
-                style,
-                color=f"C{number}",
-                markersize=4,
-                label=arm,
-            )
-        axes.axvline(comparison.before[min(comparison.before)], color="grey", linewidth=0.8)
-        axes.set_yscale("log")
-        axes.set_xlabel("held-out task loss, nats a token (grey: before training)")
-        axes.set_title(f"{task}: lower left is better")
-    panels[0].set_ylabel(f"KL from the base, nats a token ({', '.join(DOMAINS)})")
-    panels[-1].legend(fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with picture(path, 6 * len(comparisons), 5) as figure:
+        panels = figure.subplots(1, len(comparisons), squeeze=False)[0]
+        for axes, (task, comparison) in zip(panels, comparisons.items(), strict=True):
+            for number, arm in enumerate(name for name in _DRAWN if name in comparison.arms()):
+                front = comparison.frontier(arm, comparison.seeds(arm)[0])
+                style = "o-" if "protected" in arm else ".--"
+                axes.plot(
+                    [loss for loss, _ in front],
+                    [math.exp(kl) for _, kl in front],
+                    style,
+                    color=f"C{number}",
+                    markersize=4,
+                    label=arm,
+                )
+            axes.axvline(comparison.before[min(comparison.before)], color="grey", linewidth=0.8)
+            axes.set_yscale("log")
+            axes.set_xlabel("held-out task loss, nats a token (grey: before training)")
+            axes.set_title(f"{task}: lower left is better")
+        panels[0].set_ylabel(f"KL from the base, nats a token ({', '.join(DOMAINS)})")
+        panels[-1].legend(fontsize=8)

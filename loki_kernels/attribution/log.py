@@ -408,9 +408,7 @@ def check_out(out: str | os.PathLike[str]) -> Path:
         OSError: if nothing can be written there.
         ValueError: for another suffix.
     """
-    path = check_writable(out)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"out={os.fspath(out)!r} must end in .safetensors.")
+    path = check_writable(out, ".safetensors")
     return path
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..errors import explained
-from ..files import atomic_path, read_safetensors, write_safetensors
+from ..files import atomic_path, check_writable, read_safetensors, write_safetensors
 from ..options import DEFAULT_QUOTA, Criterion
 from ..structure import text_config
 from .definitions import PathIntegral
@@ -176,8 +176,7 @@ class AttributionCounts:
         Raises:
             ValueError: for another suffix.
         """
-        if Path(path).suffix != ".safetensors":
-            raise ValueError(f"{path}: save to .safetensors, not {Path(path).suffix!r}.")
+        check_writable(path, ".safetensors")
         tensors = {"counts": self.counts} | _present(self)
         metadata = counts_metadata(self.run, self.quota, self.criterion)
         write_safetensors(path, tensors, metadata)

@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..files import atomic_path
-from ..plots import import_matplotlib
+from ..plots import picture
 
 Point = tuple[float, float]  # task loss, log KL
 
@@ -62,17 +61,13 @@ def plot_frontier(
         methods: (task loss, KL) by name, by falling share of the update.
         before: the base's loss.
     """
-    canvas, figure_class = import_matplotlib()
-    figure = figure_class(figsize=(7, 5), layout="constrained")
-    canvas(figure)
-    axes = figure.subplots()
-    for name, points in methods.items():
-        losses, divergences = zip(*points, strict=True)
-        axes.plot(losses, divergences, "o-", markersize=5, label=name)
-    axes.set_yscale("log")
-    axes.set_xlabel(f"loss on held-out calls, nats a token ({before:.2f} before training)")
-    axes.set_ylabel("KL from the base on general text and questions, nats a token")
-    axes.set_title("what is forgotten for what is learned: lower left is better", fontsize=10)
-    axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with picture(path, 7, 5) as figure:
+        axes = figure.subplots()
+        for name, points in methods.items():
+            losses, divergences = zip(*points, strict=True)
+            axes.plot(losses, divergences, "o-", markersize=5, label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel(f"loss on held-out calls, nats a token ({before:.2f} before training)")
+        axes.set_ylabel("KL from the base on general text and questions, nats a token")
+        axes.set_title("what is forgotten for what is learned: lower left is better", fontsize=10)
+        axes.legend()

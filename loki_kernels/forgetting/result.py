@@ -8,13 +8,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files import atomic_path
+from ..files import atomic_path, check_writable
 from ..plots import plot_drift
 from .measure import Moves
 from .texts import UNKNOWN, Corpus
@@ -126,8 +125,7 @@ class Drift:
             ValueError: for another suffix.
             OSError: if it cannot be written.
         """
-        if Path(path).suffix != ".json":
-            raise ValueError(f"{path}: a drift is saved as .json.")
+        check_writable(path, ".json")
         with atomic_path(path) as temporary:
             text = json.dumps(self.content(), indent=1, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")

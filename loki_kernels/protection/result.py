@@ -102,7 +102,8 @@ class Protection:
             totals, info = json.loads(metadata["totals"]), json.loads(metadata["info"])
             for key, tensor in tensors.items():
                 part, _, name = key.partition(":")
-                parts[part][name] = tensor
+                # not mapped: Windows lets nobody replace a file that is
+                parts[part][name] = tensor.clone()
             directions, energies = parts["directions"], parts["energies"]
             whole = directions.keys() == energies.keys() == totals.keys() and all(
                 directions[name].ndim in (2, 3)

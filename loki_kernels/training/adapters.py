@@ -156,9 +156,9 @@ def export_lora(
     An update of k rows is the matrix that puts row i in place S_i times the k differences:
     ``lora_B`` ``[out_features, k]`` of zeros and ones and ``lora_A`` ``[k, in_features]``, of rank
     k and scale 1; of rank in_features where that is less, as of all rows of many experts. With
-    LoKI* it has the rank of LoKI*. All layers have one rank, the largest of
-    them, since servers divide one ``lora_alpha`` by it; the others are filled up with zeros. In
-    float32; the base must be the one that was trained. Every process calls it, the first one writes.
+    LoKI* it has the rank of LoKI*. All layers have one rank, the largest of them, since servers
+    divide one ``lora_alpha`` by it; the others are filled up with zeros. In float32; the base must
+    be the one that was trained. Every process calls it, and the first one writes.
 
     Of a mixture of experts every expert has its factors, and all down-projections are PEFT's
     ``target_parameters``, each of its own rank (``rank_pattern``). Such an adapter is several times
