@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+import loki_kernels as loki
 from tests import models
 
 ROWS = [[1, 5, 40], [0], [7, 3]]
@@ -24,6 +27,15 @@ def token_batch(count=1):
 
 def load_model(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options).to(models.DEVICE)
+
+
+def protection_file(folder):
+    """A protection of the model in a folder, in a file beside it."""
+    path = Path(folder).with_name(f"{Path(folder).name}-protection.safetensors")
+    if not path.exists():
+        texts = [[3 + (7 * i + j * j) % 90 for j in range(20)] for i in range(8)]
+        loki.estimate_protection(load_model(folder), texts, max_directions=20).save(path)
+    return str(path)
 
 
 def train(model, steps=3, lr=0.05):

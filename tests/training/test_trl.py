@@ -21,11 +21,11 @@ from transformers import (
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
 from tests.models import DEVICE, changed_rows
-from tests.tiny_training import ROWS, load_model, logits, train
+from tests.tiny_training import ROWS, load_model, logits, protection_file, train
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-WAYS = ["patch", "peft"]
+WAYS = ["patch", "peft", "patch, protected", "peft, protected"]
 COMMON = {
     "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.02, "report_to": "none",
     "use_cpu": DEVICE.type == "cpu", "disable_tqdm": True, "bf16": False, "save_strategy": "no",
@@ -93,16 +93,17 @@ def start(way, folder, kind=AutoModelForCausalLM, **config):
     """(what a trainer takes as model, its other arguments) of a model to be trained in ROWS."""
     options = {"num_labels": 1} if "Sequence" in kind.__name__ else {}
     model = kind.from_pretrained(folder, **options).to(DEVICE)
-    if way == "patch":
-        loki.patch(model, ROWS)
+    protect = protection_file(folder) if "protected" in way else None
+    if way.startswith("patch"):
+        loki.patch(model, ROWS, protect=protect)
         return model, {}
-    return model, {"peft_config": LokiConfig(rows=ROWS, **config)}
+    return model, {"peft_config": LokiConfig(rows=ROWS, protect=protect, **config)}
 
 
 def assert_rows_trained(way, trainer, base_folder, out):
     """A checkpoint, or an adapter of the base, with the selected rows changed and no others."""
     trainer.save_model(str(out))
-    if way == "peft":
+    if way.startswith("peft"):
         model = PeftModel.from_pretrained(load_model(base_folder), out).merge_and_unload()
         model.save_pretrained(out / "merged")
         out = out / "merged"
@@ -153,7 +154,7 @@ def test_dpo(way, reference, base_folder, tmp_path):
     if reference == "given":
         arguments["ref_model"] = load_model(base_folder)
     elif reference == "of a loaded adapter":  # TRL adds a second one, "ref"
-        if way == "patch":
+        if way.startswith("patch"):
             pytest.skip("PEFT's way alone")
         model = get_peft_model(model, arguments.pop("peft_config"))
         for name, parameter in model.named_parameters():  # as another training has left it
@@ -262,7 +263,7 @@ def test_merged_parameters_are_what_a_server_loads(rank, base_folder, tmp_path):
 def test_sync_ref_model_is_refused(way, base_folder, tmp_path):
     model = load_model(base_folder)
     options = {"peft_config": LokiConfig(rows=ROWS)}
-    if way == "patch":
+    if way.startswith("patch"):
         options = {"callbacks": [loki.patch(model, ROWS).trainer_callback()]}
     with pytest.raises((RuntimeError, ValueError), match="sync_ref_model"):
         grpo(model, tmp_path, False, {"sync_ref_model": True, "beta": 0.1}, **options)
