@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import torch
 
+from loki_kernels.cut import Cut
 from loki_kernels.discovery import find_structure
-from loki_kernels.estimate import Cut, Shape, experts_per_token
+from loki_kernels.estimate import Shape, experts_per_token
 from loki_kernels.inspection import build_model
 
 Way = Literal["device_map", "fsdp2", "offloaded"]

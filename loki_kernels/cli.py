@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except Exception as error:  # transformers' and safetensors' own are of no common kind
         notes = getattr(error, "__notes__", [])
-        said = str(error) or type(error).__name__
+        expected = isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError))
+        said = error if expected else f"{type(error).__name__}: {error}"
+        logging.getLogger(__name__).debug("%s", error, exc_info=True)
         print(f"loki-kernels {arguments.command}: {said}", *notes, sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -320,6 +322,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from .forgetting.limit import check_limit
     from .forgetting.texts import read_texts
     from .inspection import load_model
+    from .training.adapter_file import read_saved
     from .training.adapters import load_update
 
     out = check_folder(arguments.out)
@@ -331,7 +334,8 @@ def _merge(arguments: argparse.Namespace) -> None:
     else:
         check_limit(arguments.max_kl)
         read_texts(arguments.texts)
-    handle = load_update(load_model(arguments.base, arguments.dtype), arguments.checkpoint)
+    layers = read_saved(arguments.checkpoint).layers
+    handle = load_update(load_model(arguments.base, arguments.dtype, layers), arguments.checkpoint)
     if arguments.max_kl is not None:
         handle.model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = AutoTokenizer.from_pretrained(arguments.base)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import time
@@ -19,8 +18,8 @@ from .attribution.definitions import PathIntegral
 from .attribution.fitting import points_that_fit
 from .attribution.plan import BatchLimits, rotary_border, windows
 from .attribution.prompts import WINDOW, tokenize_prompts
+from .cut import Cut
 from .discovery import find_structure
-from .errors import UnsupportedModelError
 from .inspection import build_model, dtype_named
 from .options import DefinitionName, EngineName
 from .questions import load_questions
@@ -28,7 +27,6 @@ from .structure import Structure, text_config
 from .team import share_out
 
 _ROUNDS = 3
-_RARE = 0.1  # of the layers: a kind that fewer are of is not timed, as the first, dense ones
 
 
 @dataclass(frozen=True)
@@ -244,77 +242,6 @@ def _name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"this {device.type.upper()}"
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Layers of a model that stand for all: the fewest in a row that have every kind but rare ones.
-
-    Attributes:
-        start: the first of them.
-        count: how many; 1 where all are alike.
-    """
-
-    start: int
-    count: int
-
-    @classmethod
-    def find(cls, config: Any) -> Cut:
-        """Of a model of this config; where layers share keys and values, of one that does not.
-
-        Raises:
-            UnsupportedModelError: if its config does not say how to build a few layers alone.
-        """
-        count = config.get_text_config().num_hidden_layers
-        kinds = _kinds_of(cls(0, count).of(config, count))
-        usual = {kind for kind in kinds if kinds.count(kind) >= _RARE * len(kinds)}
-        for count in range(len(usual), len(kinds) + 1):
-            for start in range(len(kinds) - count + 1):
-                part = kinds[start : start + count]
-                if usual <= set(part) and cls(start, count)._builds(config, part):
-                    return cls(start, count)
-        raise UnsupportedModelError(
-            f"a {type(config).__name__} does not say how to build a few of its layers alone, which "
-            "are what is timed."
-        )
-
-    @property
-    def timed(self) -> tuple[int, int]:
-        """Layers of the two models that are timed: what one has more is what layers take."""
-        return (1, 3) if self.count == 1 else (self.count, 2 * self.count)
-
-    def of(self, config: Any, layers: int) -> Any:
-        """A config of these layers, repeated up to so many."""
-        config = copy.deepcopy(config)
-        text = config.get_text_config()
-        whole = text.num_hidden_layers
-        for name, value in list(vars(text).items()):  # a few derive what kind a layer is of
-            if isinstance(value, list) and len(value) == whole and not name.endswith("_id"):
-                part = value[self.start : self.start + self.count]
-                setattr(text, name, (part * -(-layers // self.count))[:layers])
-        text.num_hidden_layers = layers
-        if getattr(text, "first_k_dense_replace", None):
-            text.first_k_dense_replace = max(0, text.first_k_dense_replace - self.start)
-        if getattr(text, "num_kv_shared_layers", None):
-            text.num_kv_shared_layers = 0
-        return config
-
-    def _builds(self, config: Any, kinds: list[Any]) -> bool:
-        try:
-            return _kinds_of(self.of(config, self.count)) == kinds
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return False
-
-
-def _kinds_of(config: Any) -> list[Any]:
-    """What each layer of a model is made of: layers of one kind take the same."""
-    return [
-        (
-            tuple((name, type(module)) for name, module in layer.named_modules()),
-            tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()),
-        )
-        for layer in find_structure(build_model(config, torch.device("meta"))).layers
-    ]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -61,15 +62,21 @@ def build_model(config: Any, device: torch.device, dtype: torch.dtype | None = N
     Raises:
         ValueError: if transformers knows no language model of this config.
     """
-    kind = _class_for(config)
-    if kind is None:
+    kinds = _classes_for(config)
+    if not kinds:
         raise ValueError(f"transformers knows no language model of a {type(config).__name__}.")
     with device:
-        return kind.from_config(config, dtype=dtype)
+        return kinds[0].from_config(config, dtype=dtype)
 
 
-def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
-    """A language model of a folder or hub name, as it was saved: with its images' tower, if any.
+def load_model(
+    name: str | os.PathLike[str], dtype: str = "auto", holding: Collection[str] = ()
+) -> Any:
+    """A language model of a folder or hub name, by the first auto class that knows it.
+
+    Of a model of images that is transformers' class for text, if there is one: its modules are then
+    named otherwise than in the whole model. ``holding`` names modules that it must have, as those
+    of an update, else the next class is tried.
 
     Raises:
         ValueError: for an unknown dtype, or a config of which transformers knows no language model.
@@ -77,23 +84,27 @@ def load_model(name: str | os.PathLike[str], dtype: str = "auto") -> Any:
     """
     chosen = dtype if dtype == "auto" else dtype_named(dtype)
     try:
-        kind = _class_for(transformers.AutoConfig.from_pretrained(name))
+        config = transformers.AutoConfig.from_pretrained(name)
     except OSError:  # an adapter's folder, whose base transformers finds
-        kind = None
-    return (kind or transformers.AutoModelForCausalLM).from_pretrained(name, dtype=chosen)
+        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
+    kinds = _classes_for(config) or [transformers.AutoModelForCausalLM]
+    fitting = (kind for kind in kinds if _has_modules(kind, config, holding))
+    return next(fitting, kinds[0]).from_pretrained(name, dtype=chosen)
 
 
-def _class_for(config: Any) -> Any:
-    """The auto class that gives what the config was saved of, else the first that knows it."""
+def _classes_for(config: Any) -> list[Any]:
+    """The auto classes that know a config."""
     names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
     classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    known = [kind for kind in classes if type(config) in kind._model_mapping]
-    for kind in known:
-        made = kind._model_mapping[type(config)]
-        made = made if isinstance(made, (list, tuple)) else (made,)
-        if {each.__name__ for each in made} & set(config.architectures or ()):
-            return kind
-    return next(iter(known), None)
+    return [kind for kind in classes if type(config) in kind._model_mapping]
+
+
+def _has_modules(kind: Any, config: Any, names: Collection[str]) -> bool:
+    if not names:
+        return True
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    return set(names) <= {name for name, _ in model.named_modules()}
 
 
 def dtype_named(name: str) -> torch.dtype:

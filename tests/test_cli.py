@@ -13,11 +13,13 @@ import transformers
 import loki_kernels as loki
 from loki_kernels import launch
 from loki_kernels.cli import main
+from loki_kernels.discovery import find_structure
 from loki_kernels.inspection import load_model
 from tests import architectures
 from tests.architectures import internvl
 from tests.models import build_model
 from tests.tiny_training import train
+from tests.zoo.build import build
 
 PIPES = {"capture_output": True, "text": True}
 
@@ -232,7 +234,7 @@ def test_an_adapter_of_low_rank(base_folder, tmp_path):
 
 
 def test_a_model_of_images_is_loaded_as_it_was_saved(base_folder, tmp_path):
-    """`AutoModelForCausalLM` knows none of them, or gives its text model under other names."""
+    """`AutoModelForCausalLM` knows none of this kind."""
     shutil.copytree(base_folder, tmp_path, dirs_exist_ok=True)
     model = internvl()
     model.save_pretrained(tmp_path)
@@ -246,11 +248,40 @@ def test_a_model_of_images_is_loaded_as_it_was_saved(base_folder, tmp_path):
     loki.patch(model, [[1], [2], [3]], protect=protection)
 
 
-@pytest.mark.parametrize("name", ["qwen_vl", "gemma4"])
-def test_the_class_is_the_one_that_was_saved(name, tmp_path):
-    model = getattr(architectures, name)()
-    model.save_pretrained(tmp_path)
-    assert type(load_model(tmp_path)) is type(model)
+def test_the_class_is_the_first_that_knows_the_config(tmp_path):
+    """Or the first whose modules are those of an update."""
+    for make in (architectures.qwen_vl, architectures.gemma4, zoo_qwen):
+        model = make()
+        model.save_pretrained(tmp_path / type(model).__name__)
+        names = [down.name for _, down in find_structure(model).trainable()]
+        loaded = load_model(tmp_path / type(model).__name__, holding=names)
+        assert type(loaded) is type(model)
+        first = load_model(tmp_path / type(model).__name__)
+        assert "lm_head" in dict(first.named_modules())
+
+
+def zoo_qwen():
+    """Of which transformers has a class for text too, whose layers have other names."""
+    return build("Qwen3_5ForConditionalGeneration")
+
+
+def test_a_whole_model_s_update_is_merged_into_the_whole_model(base_folder, tmp_path):
+    model = zoo_qwen()
+    folder = tmp_path / "base"
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base_folder / name, folder)
+    loki.patch(model, [[1], [2], [3], [0]])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("update"):
+                parameter.normal_()
+    loki.save_adapter(model, tmp_path / "adapter")
+    out = tmp_path / "merged"
+    assert main(["merge", str(folder), str(tmp_path / "adapter"), str(out)]) == 0
+    merged = type(model).from_pretrained(out).state_dict()
+    trained = model.state_dict()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in merged.items())
 
 
 def test_any_failure_is_one_line(folder, capsys, monkeypatch):

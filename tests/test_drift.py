@@ -603,3 +603,16 @@ def test_sharded_weights():
     finally:
         torch.distributed.destroy_process_group()
     torch.testing.assert_close(got.kl, want.token_kl)
+
+
+def test_what_is_frozen_of_an_adapter_stays_frozen():
+    """PEFT enables all of an active adapter when it turns it on again."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(build_model(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:  # as LoRA-FA trains it
+            parameter.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert True in flags.values()
+    loki.drift(model, texts=texts())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags

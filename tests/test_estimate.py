@@ -17,9 +17,10 @@ from loki_kernels import attribute
 from loki_kernels.attribution import steering
 from loki_kernels.attribution.definitions import PathIntegral
 from loki_kernels.cli import main
+from loki_kernels.cut import Cut, _kinds_of
 from loki_kernels.discovery import find_structure
 from loki_kernels.errors import UnsupportedModelError
-from loki_kernels.estimate import Cut, Shape, _kinds_of, _peak, _Speed, _whole_peak, estimate
+from loki_kernels.estimate import Shape, _peak, _Speed, _whole_peak, estimate
 from loki_kernels.structure import Structure
 from tests.architectures import falcon_h1, glm_moe
 from tests.models import build_model
@@ -202,23 +203,49 @@ def test_the_table_in_the_documentation_is_this_count():
         ("Lfm2ForCausalLM", "decode"),
         ("Gemma4ForCausalLM", None),
         ("Glm4MoeForCausalLM", "staircase"),
+        ("Llama4ForCausalLM", "staircase"),
     ],
 )
 def test_what_is_timed_has_layers_of_every_kind(name, engine, base_folder, tmp_path):
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
     shutil.copytree(base_folder, tmp_path, dirs_exist_ok=True)
     model = zoo_build(name)
     model.config.save_pretrained(tmp_path)
     cut = Cut.find(model.config)
-    whole = _kinds_of(Cut(0, len(model.model.layers)).of(model.config, len(model.model.layers)))
-    for layers in cut.timed:
-        kinds = _kinds_of(cut.of(model.config, layers))
-        assert len(kinds) == layers
+    layers = len(find_structure(model).layers)
+    whole = _kinds_of(Cut(0, layers).of(model.config, layers))
+    for few in cut.timed:
+        kinds = _kinds_of(cut.of(model.config, few))
+        assert len(kinds) == few
         assert set(kinds) == set(whole)
     result = estimate(tmp_path, [{"input_ids": [1, 2, 3]}] * 2, device="cpu", steps=1)
     assert engine in (None, result.engine)
 
 
+def test_a_cut_has_the_shares_of_the_whole():
+    """Of layers as large hybrids have them: 3 to 1, and attention in 4 of 40."""
+    small = zoo_build("Qwen3NextForCausalLM").config
+    small.num_hidden_layers = 16
+    small.layer_types = (["linear_attention"] * 3 + ["full_attention"]) * 4
+    assert Cut.find(small) == Cut(0, 4)
+    hybrid = zoo_build("NemotronHForCausalLM").config
+    rest = ["linear_attention", "moe"]
+    hybrid.layers_block_type = [*rest, *rest, "full_attention", *rest, *rest, *rest] * 4
+    cut = Cut.find(hybrid)
+    assert "full_attention" in cut.of(hybrid, cut.count).layers_block_type
+    assert cut.count > 3
+
+
+def test_dense_first_layers_are_not_timed():
+    config = zoo_build("Glm4MoeForCausalLM").config
+    config.num_hidden_layers, config.first_k_dense_replace = 30, 1
+    cut = Cut.find(config)
+    assert cut.count == 1
+    assert cut.start >= 1
+
+
 def test_a_config_that_cannot_be_cut_is_refused(monkeypatch):
-    monkeypatch.setattr(Cut, "_builds", lambda *_: False)
+    monkeypatch.setattr(Cut, "_builds", lambda *_, **__: False)
     with pytest.raises(UnsupportedModelError, match="does not say how to build a few"):
         Cut.find(build_model().config)

@@ -38,7 +38,7 @@ def run_launched(*arguments, torchrun=0):
 def test_trains_and_exports(base_folder, tmp_path, processes):
     (tmp_path / "rows.json").write_text(json.dumps([[1, 5, 40], [0], [7, 3]]))
     adapter, out = tmp_path / "adapter", tmp_path / "out"
-    run_launched("loki_kernels.cli", "adapter", base_folder, tmp_path / "rows.json", adapter)
+    run_launched("loki_kernels", "adapter", base_folder, tmp_path / "rows.json", adapter)
     chats = [{"instruction": "w1 w2 w3", "input": "", "output": f"w{i}"} for i in range(8)]
     (tmp_path / "chats.json").write_text(json.dumps(chats))
     (tmp_path / "dataset_info.json").write_text(json.dumps({"chats": {"file_name": "chats.json"}}))

@@ -165,15 +165,18 @@ def _analyse(
         result: Attribution = attribute(model, prompts, tokenizer=tokenizer, **sized)
         return result
 
+    home = next(model.parameters()).data_ptr()
     for size in sizes:
+        moved = False
         try:
             with on_accelerator(model):
+                moved = next(model.parameters()).data_ptr() != home
                 return run(size)
         except Exception as error:
             if not memory_is_full(error):
                 raise
             logger.warning("the analysis ran out of memory (batch_size=%s): %s", size, error)
-            if size == sizes[-1] and any(p.device.type != "cpu" for p in model.parameters()):
+            if size == sizes[-1] and not moved:
                 raise
     logger.warning("the accelerator has no room for the analysis; the CPU does it")
     return run(chosen)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -321,12 +321,34 @@ class Copies:
 _CACHES = ("cache", "past_key_values", "cache_params")
 
 
-def _mutable(cache: Any) -> AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _mutable(cache: Any) -> Iterator[None]:
     """Where a recurrent state may be written in place, also in the step that is differentiated."""
     layers = [] if cache is None else getattr(cache, "layers", [None])
     if all(type(layer) in OUT_OF_PLACE for layer in layers):
-        return contextlib.nullcontext()
-    return torch.autograd.graph.allow_mutation_on_saved_tensors()
+        yield
+        return
+    with torch.autograd.graph.allow_mutation_on_saved_tensors() as saved:
+        saved.original = _Kept()
+        yield
+
+
+class _Kept(weakref.WeakKeyDictionary[Any, Tensor]):
+    """What torch's context keeps of saved tensors, none of which it frees before its end.
+
+    It tells saved tensors apart by Python's id, address and version (torch 2.11 to 2.13), and frees
+    what it has cloned before a write: a later tensor in that place is taken for it, and its
+    gradient is of other values, or fails for their shape. Of a product that is saved and then
+    written, 30 times over, 9 of 20 gradients were wrong (`tests/attribution/test_engines.py`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.freed: list[Tensor] = []
+
+    def __delitem__(self, key: Any) -> None:
+        self.freed.append(self[key])
+        super().__delitem__(key)
 
 
 def _size(cache: Any) -> int:

@@ -17,7 +17,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import explained
 from ..inspection import load_model
-from ..sharding import is_partitioned, is_sharded
+from ..sharding import is_partitioned, is_sharded, settle
 from ..structure import text_config, unwrap
 from ..training import load_adapter
 from ..training.adapter_file import ADAPTER_FILE
@@ -206,8 +206,14 @@ def without_update(model: Any) -> Iterator[None]:
                 f"with its adapters off this model is not its base ({written}). Name a second "
                 "model."
             )
-        with model.disable_adapter():
-            yield
+        settle(model)  # FSDP2 asks once which weights are trained, and none is for a moment
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            with model.disable_adapter():
+                yield
+        finally:  # PEFT enables all of an active adapter, also what was frozen of it
+            for parameter, flag in trained:
+                parameter.requires_grad_(flag)
         return
     try:
         factors = update_factors(model)

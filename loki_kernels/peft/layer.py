@@ -210,12 +210,13 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         low_rank = name in self.loki_delta_a
         a = self.loki_delta_a[name] if low_rank else self.loki_update[name]
         b = self.loki_delta_b[name] if low_rank else None
-        if self.formed is None or directions is None or torch.is_grad_enabled():
+        formed = self.formed
+        if formed is None or directions is None or torch.is_grad_enabled():
             return a, b, directions
-        if name not in self.formed:
+        if name not in formed:
             a, b = acting_factors(a, b, directions)
-            self.formed[name] = a.to(dtype), None if b is None else b.to(dtype)
-        return *self.formed[name], None
+            formed[name] = a.to(dtype), None if b is None else b.to(dtype)
+        return *formed[name], None
 
     def _directions(self, name: str) -> Tensor | None:
         return dict(self.loki_directions.items()).get(name)  # BufferDict has no get

@@ -25,13 +25,11 @@ _SHARE = 0.9
 _EXACT = 4096
 _MOST_ITERATED = 0.25
 _ITERATIONS = 4
-# A container's limit of memory and what it uses, in versions 2 and 1 of cgroups.
+# A container's limit of memory and what it uses, and what its files in memory begin with, which are
+# among it: in versions 2 and 1 of cgroups.
 _CONTAINER = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 
 
@@ -62,10 +60,13 @@ def _room(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable:"))
         room = int(available.split()[1]) * 1024
-    for limit, used in _CONTAINER:  # a container's own, which meminfo does not know
+    for folder, limit, used, total in _CONTAINER:  # a container's own, which meminfo does not know
         with contextlib.suppress(OSError, ValueError):  # "max" is none
-            own = [int(Path(path).read_text(encoding="ascii")) for path in (limit, used)]
-            room = min(room, max(0, own[0] - own[1]))
+            own = [int(Path(folder, name).read_text(encoding="ascii")) for name in (limit, used)]
+            lines = Path(folder, "memory.stat").read_text(encoding="ascii").splitlines()
+            stat = dict(line.split() for line in lines)
+            files = sum(int(stat.get(f"{total}{kind}_file", 0)) for kind in ("active", "inactive"))
+            room = min(room, max(0, own[0] - own[1] + files))
     return room // 2
 
 

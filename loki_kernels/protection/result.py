@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,8 +103,8 @@ class Protection:
             totals, info = json.loads(metadata["totals"]), json.loads(metadata["info"])
             for key, tensor in tensors.items():
                 part, _, name = key.partition(":")
-                # not mapped: Windows lets nobody replace a file that is
-                parts[part][name] = tensor.clone()
+                # Windows lets nobody replace a file that is mapped
+                parts[part][name] = tensor.clone() if sys.platform == "win32" else tensor
             directions, energies = parts["directions"], parts["energies"]
             whole = directions.keys() == energies.keys() == totals.keys() and all(
                 directions[name].ndim in (2, 3)

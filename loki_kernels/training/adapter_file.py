@@ -275,6 +275,19 @@ def protection_tensors(layers: Layers, protection: str) -> dict[str, Tensor]:
     }
 
 
+def read_saved(folder: str | os.PathLike[str]) -> SavedUpdate:
+    """Read the update in an adapter's folder, or beside a checkpoint.
+
+    Raises:
+        FileNotFoundError: if the folder has neither.
+        ValueError: if it is damaged, or another method's.
+    """
+    whole = (Path(folder) / CONFIG_FILE).is_file()
+    if whole:
+        AdapterConfig.load(Path(folder))
+    return read_update(Path(folder) / (ADAPTER_FILE if whole else SIDE_FILE))
+
+
 def protection_of(layers: Layers) -> str | None:
     """The fingerprint of what the layers are protected with; None if they protect nothing."""
     return next((x.protection for x in layers.values() if x.protection is not None), None)

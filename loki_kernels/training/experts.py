@@ -88,7 +88,7 @@ class LokiExperts(LokiRows):
             raise UnsupportedModelError(
                 "ZeRO-3 cannot train rows of experts; use ZeRO-2 or FSDP2 (fully_shard)."
             )
-        if self.why_whole is None and self.held:
+        if self.why_whole is None and self.held and not torch.is_grad_enabled():
             return grouped_experts(self, self.experts, None, *args, **kwargs)
         if self.why_whole is None:
             a, b, directions = self._update_factors()

@@ -163,9 +163,10 @@ class Patch:
     def inference(self) -> AbstractContextManager[None]:
         """A context in which the rows are written once, not at every forward pass.
 
-        For a loop of your own that generates, a token a pass; ``model.generate`` enters it by
-        itself. What changes the update inside, training above all, is not seen; a training step
-        raises RuntimeError.
+        What runs are the merged weights, as they are saved, in the model's dtype. For a loop of
+        your own that generates, a token a pass; ``model.generate`` enters it by itself. What
+        changes the update inside, training above all, is not seen; a training step raises
+        RuntimeError.
         """
         self._check_active()
         return self._writer.hold()
@@ -223,6 +224,8 @@ class Patch:
 
     def _restore(self, *, trained: bool) -> nn.Module:
         self._check_active()
+        if self._writer.held:
+            raise RuntimeError("the model is inside handle.inference(); leave it first.")
         if any(is_sharded(layer.frozen) for layer in self._layers.values()):
             raise RuntimeError(
                 "the model's weights are sharded; save the checkpoint (model.state_dict() holds "

@@ -110,7 +110,7 @@ class LokiLinear(LokiRows):
     def forward(self, x: Tensor) -> Tensor:
         self.check_loaded()
         weight = self.weight.t() if self.axis else self.weight
-        if self.held:
+        if self.held and not torch.is_grad_enabled():
             return functional.linear(x, weight, self.bias)
         if not self.writes_rows:
             a, b, directions = self._update_factors()

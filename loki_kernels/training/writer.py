@@ -33,8 +33,13 @@ class RowWriter:
     named_layers: Mapping[str, LokiRows]
     agreed: bool = False  # whether the processes train the same rows in the same directions
     warned: bool = field(default=False, init=False)  # whether small steps were looked into
-    held: bool = field(default=False, init=False)  # whether the rows stay as they were written
+    holders: int = field(default=0, init=False)  # who want the rows to stay as they were written
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
+
+    @property
+    def held(self) -> bool:
+        """Whether the rows stay as they were written."""
+        return self.holders > 0
 
     @property
     def layers(self) -> Collection[LokiRows]:
@@ -63,6 +68,9 @@ class RowWriter:
         sharded = shards_its_weights(self.model)
         written = [layer for layer in self.layers if layer.can_write and not sharded]
         write_rows(written)
+        for layer in self.layers:  # a state dict was made of it; what it adds to is the base
+            if layer.written and not layer.can_write and not sharded:
+                layer.write_base()
         for layer in self.layers:
             layer.sharded = sharded
         for layer in written:
@@ -128,19 +136,20 @@ class RowWriter:
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """The rows are written now, and not again at every forward pass."""
-        if self.held or shards_its_weights(self.model):
+        if shards_its_weights(self.model):
             yield
             return
         layers = [layer for layer in self.layers if layer.rank is None]
-        write_rows(layers)
-        self.held = True
+        if not self.holders:
+            write_rows(layers)
+        self.holders += 1  # one may generate inside another, or two threads at once
         try:
             for layer in layers:
                 layer.in_step = layer.held = True
             yield
         finally:
-            self.held = False
-            for layer in layers:
+            self.holders -= 1
+            for layer in () if self.holders else layers:
                 layer.in_step = layer.held = False
                 if not layer.can_write:
                     layer.write_base()

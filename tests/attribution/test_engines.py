@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -320,3 +322,21 @@ def test_a_chat_with_an_image_needs_a_processor_that_reads_it():
     broken = [{"role": "user", "content": [{"type": "image", "image": 3}]}]
     with pytest.raises(ValueError, match="refused by the processor"):
         loki.attribute(llava(), [broken], tokenizer=processor(llava))
+
+
+def test_what_is_saved_and_then_written_has_its_own_gradient():
+    """torch's own context takes tensors for others that lie where earlier ones were freed."""
+    state = SimpleNamespace(layers=[None])  # none that is known to be left as it is
+    want = sum(2.0 * scale**2 for scale in range(1, 31))
+    for _ in range(20):
+        leaf = torch.ones(64, requires_grad=True)
+        with copies._mutable(state):
+            total = torch.zeros(())
+            for scale in range(1, 31):
+                scaled = leaf * scale
+                product = scaled * scaled
+                scaled.mul_(0)
+                total = total + product.sum()
+                del scaled, product
+            (gradient,) = torch.autograd.grad(total, leaf)
+        assert torch.equal(gradient, torch.full_like(gradient, want))

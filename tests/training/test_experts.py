@@ -488,3 +488,26 @@ def test_a_rank_of_none_is_refused_before_anything_is_estimated(monkeypatch):
     for options in ({"rank": 0}, {"quota": 0, "protect": True}):
         with pytest.raises(ValueError, match="must be"):
             loki.patch(build_model(), **options)
+
+
+def test_after_a_checkpoint_the_update_is_added_to_the_base_again():
+    """A state dict holds the merged weight; kept so, every step would form the difference anew."""
+    model = build_model("Mixtral")
+    handle = loki.patch(model, ROWS)
+    train(model)
+    before = logits(model)
+    model.state_dict()
+    layers = [x for _, x in handle.named_layers() if isinstance(x, LokiExperts)]
+    assert all(layer.written for layer in layers)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+    assert not any(layer.written for layer in layers)
+    assert all(torch.equal(layer.take_rows(layer.frozen), layer.base_rows) for layer in layers)
+
+
+def test_merging_inside_inference_is_refused():
+    model = build_model("Mixtral")
+    handle = loki.patch(model, ROWS)
+    train(model)
+    with handle.inference(), pytest.raises(RuntimeError, match="leave it first"):
+        handle.merge()
+    handle.merge()
