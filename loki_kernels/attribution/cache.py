@@ -165,12 +165,10 @@ def _analyse(
         result: Attribution = attribute(model, prompts, tokenizer=tokenizer, **sized)
         return result
 
-    home = next(model.parameters()).data_ptr()
     for size in sizes:
         moved = False
         try:
-            with on_accelerator(model):
-                moved = next(model.parameters()).data_ptr() != home
+            with on_accelerator(model) as moved:
                 return run(size)
         except Exception as error:
             if not memory_is_full(error):

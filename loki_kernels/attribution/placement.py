@@ -51,15 +51,17 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 @contextlib.contextmanager
-def on_accelerator(model: nn.Module) -> Iterator[None]:
+def on_accelerator(model: nn.Module) -> Iterator[bool]:
     """A model that lies on the CPU, on the accelerator if it fits there; put back whatever happens.
+
+    It gives whether the model is there.
 
     The tensors on the CPU are kept and put back as they were, so that whatever shares them still
     does. A model that something else has placed, split or quantized stays where it is.
     """
     device = _device_for(model)
     if device is None:
-        yield
+        yield False
         return
     homes = [(tensor, tensor.data) for tensor in _tensors(model)]
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
@@ -69,7 +71,7 @@ def on_accelerator(model: nn.Module) -> Iterator[None]:
         for tensor, home in homes:
             tensor.data = _copy(home, device)
         with current:
-            yield
+            yield True
     finally:
         for tensor, home in homes:
             tensor.data = home
