@@ -155,3 +155,17 @@ def test_what_is_wrong_raises_before_anything_is_written(files, tmp_path, monkey
     with pytest.raises(ImportError, match=r"loki-kernels\[plot\]"):
         report.plot_files(files, out)
     assert not out.exists()
+
+
+def test_the_heatmap_shows_the_highest_and_the_lowest(tmp_path, monkeypatch):
+    """By sorting; what is drawn of it is a picture."""
+    drawn = {}
+    monkeypatch.setattr(plots, "draw_heatmap", lambda _figure, shares: drawn.update(shares))
+    scores = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
+    plots.plot_heatmap(scores, tmp_path / "map.png", 25.0, without_ffn=[1])
+    order = scores.argsort(-1)
+    for shares, chosen in zip(drawn.values(), (order[..., -2:], order[..., :2]), strict=True):
+        want = torch.zeros(5, 3, 8).scatter_(-1, chosen, 1.0).mean(0)
+        want[1] = float("nan")
+        torch.testing.assert_close(shares, want, equal_nan=True)
+    assert ["highest" in title for title in drawn] == [True, False]

@@ -236,3 +236,22 @@ def test_everything_of_a_prompt_is_in_its_hash():
     ]  # fmt: skip
     assert len({prompt.content() for prompt in prompts}) == len(prompts)
     assert Tokens(ids.copy(), dict(media[0])).content() == prompts[7].content()
+
+
+def test_a_baseline_of_the_neurons_mean_activations():
+    """Of the inputs of the down-projections."""
+    model = build_model()
+    texts = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7, 8]}]
+    mean = loki.mean_activations(model, texts, site="ffn_neurons", batch_size=2)
+    assert mean.shape == (3, 112)
+    for layer in range(3):
+        kept = []
+        handle = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(
+            lambda _m, args, kept=kept: kept.append(args[0][0])
+        )
+        for text in texts:
+            model(input_ids=torch.tensor([text["input_ids"]]))
+        handle.remove()
+        assert torch.allclose(mean[layer], torch.cat(kept).mean(0), atol=1e-6)
+    got = loki.attribute(model, [PROMPT], site="ffn_neurons", baseline=mean, steps=40)
+    assert (got.completeness.abs() < 0.1 * got.change.abs().clamp_min(1e-4)).all()
