@@ -100,9 +100,7 @@ def estimate_protection(
             texts = draw_samples(causal_lm, tokenizer, count=samples, seed=seed, progress=progress)
         assert texts is not None
         windows = list(_windows(texts, tokenizer, structure))
-        if not any(len(window) > 1 for window in windows):
-            raise ValueError("there is no text of two tokens or more to estimate from.")
-        _check_tokens(windows, structure.vocab_size)
+        _check_windows(windows, structure.vocab_size)
         parts: dict[str, tuple[Tensor, Tensor, float]] = {}
         read: dict[str, float] = {}
         for name, moment in _moments(structure, windows, batch_size, earlier, progress):
@@ -138,7 +136,9 @@ def _check_options(
         raise ValueError("samples, max_directions and batch_size must be positive.")
 
 
-def _check_tokens(windows: Sequence[list[int]], vocab_size: int) -> None:
+def _check_windows(windows: Sequence[list[int]], vocab_size: int) -> None:
+    if not any(len(window) > 1 for window in windows):
+        raise ValueError("there is no text of two tokens or more to estimate from.")
     for number in (min(map(min, windows)), max(map(max, windows))):
         if not 0 <= number < vocab_size:
             raise ValueError(

@@ -51,7 +51,7 @@ def test_counts_file_round_trip(model, prompts, tmp_path):
     assert select(loaded) == select(counted)
     with pytest.raises(ValueError, match="not a loki-kernels-attribution file"):
         Attribution.load(path)
-    with pytest.raises(ValueError, match=r"not '\.json'"):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         counted.save(tmp_path / "counts.json")
 
 
