@@ -2,7 +2,8 @@
 
 One layer of SmolLM2-135M's shape, forward and backward, with as many of its input directions
 protected as `loki_kernels.estimate_protection` takes, against the same rows unprotected and the
-layer trained in full.
+layer trained in full. And generating with all rows of SmolLM2-135M protected, whose update is
+formed once, against forming it at every token.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from loki_kernels import LokiLinear
+from loki_kernels import LokiLinear, Protection, patch
+from loki_kernels.demo.model import load_smollm2
+from loki_kernels.discovery import find_structure
 from loki_kernels.protection.moments import default_directions
 from loki_kernels.ranking import rows_per_layer
 
@@ -49,11 +52,32 @@ def run(tokens: Sequence[int], quotas: Sequence[float], rounds: int) -> Iterator
             yield from pair("protected_linear", case, times)
 
 
+def generate(tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a prompt of 8 tokens and so many after it, by how often the update is formed."""
+    model = load_smollm2()[0].to(DEVICE)
+    directions = {
+        down.name: torch.linalg.qr(torch.randn(IN, PROTECTED))[0]
+        for _, down in find_structure(model).trainable()
+    }
+    energies = {name: torch.ones(PROTECTED) for name in directions}
+    protection = Protection(directions, energies, dict.fromkeys(directions, 2.0 * PROTECTED))
+    patch(model, quota=100, protect=protection)
+    ids = torch.arange(8, 16, device=DEVICE)[None]
+    given = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    ways = {
+        "once": lambda: model.generate(ids, **given),
+        "each": lambda: type(model).generate(model, ids, **given),
+    }
+    return interleave(ways, rounds)
+
+
 def main() -> None:
     for record in run((1024, 8192), (10.0, 100.0), 15):
         case = " ".join(f"{name}={value}" for name, value in record["case"].items())
         ours, peer = (1e3 * record[f"{who}_s"]["p50"] for who in ("ours", "peer"))
         print(f"{case}: protected {ours:.1f} ms, {record['peer']} {peer:.1f} ms", flush=True)
+    times = {way: torch.tensor(seconds).median() for way, seconds in generate(16, 5).items()}
+    print("16 tokens generated, update formed", *(f"{w}: {t:.2f} s" for w, t in times.items()))
 
 
 if __name__ == "__main__":
