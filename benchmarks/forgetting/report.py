@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loki_kernels.files import atomic_path
+from loki_kernels.plots import picture
 
 from . import metrics
 from .compare import at_equal_loss, common_loss, difference
@@ -208,27 +209,24 @@ def _plot(
     path: Path,
 ) -> None:
     """Every checkpoint a point, one curve a method: perplexity against task loss."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
+    with picture(path, 8, 5) as figure:
+        from matplotlib import colormaps
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_prop_cycle(color=colormaps["tab20"].colors)
-    axes.axhline(before["perplexity"], color="grey", linewidth=0.8, label="before")
-    for name, seeds in runs.items():
-        if not seeds:
-            continue
-        points = list(zip(*(run["curve"] for run in seeds.values()), strict=True))
-        loss = [statistics.mean(p["loss"] for p in point) for point in points]
-        forgotten = [statistics.mean(p["perplexity"] for p in point) for point in points]
-        axes.plot(loss, forgotten, marker="o", label=f"{name} ({len(seeds)} seeds)")
-    axes.set_xlabel("task loss on held-out records, nats a token")
-    axes.set_ylabel("wikitext-2 perplexity")
-    axes.invert_xaxis()
-    axes.set_title(f"{stage.name}: lower right is better")
-    figure.legend(loc="outside right upper")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        axes = figure.subplots()
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
+        axes.axhline(before["perplexity"], color="grey", linewidth=0.8, label="before")
+        for name, seeds in runs.items():
+            if not seeds:
+                continue
+            points = list(zip(*(run["curve"] for run in seeds.values()), strict=True))
+            loss = [statistics.mean(p["loss"] for p in point) for point in points]
+            forgotten = [statistics.mean(p["perplexity"] for p in point) for point in points]
+            axes.plot(loss, forgotten, marker="o", label=f"{name} ({len(seeds)} seeds)")
+        axes.set_xlabel("task loss on held-out records, nats a token")
+        axes.set_ylabel("wikitext-2 perplexity")
+        axes.invert_xaxis()
+        axes.set_title(f"{stage.name}: lower right is better")
+        figure.legend(loc="outside right upper")
 
 
 def _suppression(study: Study, results: Results) -> Iterator[str]:

@@ -68,11 +68,10 @@ class RowWriter:
         sharded = shards_its_weights(self.model)
         written = [layer for layer in self.layers if layer.can_write and not sharded]
         write_rows(written)
-        for layer in self.layers:  # a state dict was made of it; what it adds to is the base
-            if layer.written and not layer.can_write and not sharded:
-                layer.write_base()
         for layer in self.layers:
             layer.sharded = sharded
+            if layer.written and not layer.can_write and not sharded:
+                layer.write_base()  # a state dict was made of it; what it adds to is the base
         for layer in written:
             layer.in_step = True
 
