@@ -317,6 +317,7 @@ def test_warm_up_does_nothing_where_auto_has_torch_alone(monkeypatch):
     monkeypatch.setattr(_dispatch, "_checks", {})
     monkeypatch.setattr(_dispatch, "_postponed", {})
     monkeypatch.setattr(_dispatch, "_compare", lambda *checked: calls.append(checked))
+    monkeypatch.setattr(_dispatch, "_backend_why_not", lambda *_: "it is not here.")
     _dispatch.warm_up([OP, "count_lowest"], torch.device("meta"), torch.float32)
     _dispatch.warm_up([OP], torch.device("cpu"), torch.float32)
     assert calls == []
