@@ -323,7 +323,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from .forgetting.texts import read_texts
     from .inspection import load_model
     from .training.adapter_file import read_saved
-    from .training.adapters import load_update
+    from .training.patching import patch_saved
 
     out = check_folder(arguments.out)
     if out.exists() and any(out.iterdir()):
@@ -334,8 +334,8 @@ def _merge(arguments: argparse.Namespace) -> None:
     else:
         check_limit(arguments.max_kl)
         read_texts(arguments.texts)
-    layers = read_saved(arguments.checkpoint).layers
-    handle = load_update(load_model(arguments.base, arguments.dtype, layers), arguments.checkpoint)
+    saved = read_saved(arguments.checkpoint)
+    handle = patch_saved(load_model(arguments.base, arguments.dtype, saved.layers), saved)
     if arguments.max_kl is not None:
         handle.model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = AutoTokenizer.from_pretrained(arguments.base)
@@ -367,7 +367,7 @@ def _adapter(arguments: argparse.Namespace) -> None:
     chosen: Any = {"quota": 100} if every else {"rows": RowSelection.load(arguments.rows)}
     model = load_model(arguments.model, "auto")
     handle = patch(model, rank=arguments.rank, protect=arguments.protect, **chosen)
-    folder = save_adapter(handle.model, arguments.out, protect=arguments.protect)
+    folder = save_adapter(handle.model, arguments.out)
     print(f"{handle.report}\n{handle.rows} -> {folder}")
 
 

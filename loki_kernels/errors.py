@@ -21,7 +21,7 @@ ENTRIES = (
     "this process trains other rows than another one",
     "is not a row file",
     "belongs to a model patched otherwise",
-    "the adapter was trained on another base",
+    "was trained on another base",
     "cannot be trained with FSDP1",
     "is split by tensor parallelism",
     "which a PEFT adapter of LoKI does not support",

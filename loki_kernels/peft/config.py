@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import peft
 from packaging.version import Version
 from peft import PeftConfig, PeftType, TaskType
 
 from ..errors import check_choice
+from ..protection import Protection
+from ..training.adapter_file import PROTECTION_FILE, write_protection
 from ..training.rows import check_rank
 from ..training.targets import as_selection
 
@@ -53,9 +57,8 @@ class LokiConfig(PeftConfig):
             100 are all rows, without one.
         rank: train an update of rank r (LoKI*).
         protect: path of a `Protection`'s file, True, which estimates one, or False; None is True
-            where neither rows nor a quota says what to train. Training on needs the same again,
-            from the file or the cache; what is saved holds the update as it acts, and loading it
-            needs none.
+            where neither rows nor a quota says what to train. What is saved holds the update as it
+            acts, and the protection in a file beside it, which training on takes and nothing else.
         quantized_merge: how to merge into a quantized base: ``"dequantize"`` makes the merged
             model an ordinary one, ``"requantize"`` rounds the merged weights as the base's were.
         modules_to_save: names of modules to train whole beside the rows, as for ``LoraConfig``; a
@@ -100,3 +103,23 @@ class LokiConfig(PeftConfig):
             )
         if self.rows is not None:
             self.rows = [layer.tolist() for layer in as_selection(self.rows)]
+        self.kept: Protection | None = None  # what ``protection`` is the fingerprint of
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, and the protection beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.kept is not None or self.protection is None:  # loaded to be used, none is kept
+            write_protection(save_directory, self.kept)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> LokiConfig:
+        """PEFT's, with the protection that lies in the folder, wherever it lay before."""
+        config: LokiConfig = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder, **kwargs
+        )
+        beside = Path(pretrained_model_name_or_path, subfolder or "", PROTECTION_FILE)
+        if config.protection is not None and beside.is_file():
+            config.protect = str(beside)
+        return config

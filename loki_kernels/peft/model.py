@@ -21,6 +21,7 @@ from ..protection import Protection
 from ..sharding import ignore_in_ddp, is_distributed, shards_its_weights
 from ..structure import Structure
 from ..training.adapter_file import (
+    PROTECTION_FILE,
     base_rows_content,
     base_rows_of,
     check_base,
@@ -158,7 +159,7 @@ class LokiModel(BaseTuner):
                 continue
             held = {n: getattr(layer, "loki_directions", {}) for n, layer in layers.items()}
             if all(name in directions for directions in held.values()):
-                config.protection = other.protection
+                config.protection, config.kept = other.protection, other.kept
                 return {n: directions[name] for n, directions in held.items()}
         raise ValueError(
             "protect=True estimates from the base alone, and the model has an adapter "
@@ -175,9 +176,9 @@ class LokiModel(BaseTuner):
             if trained and not layer.is_protected_as_named(name):
                 raise RuntimeError(
                     f"adapter {name!r} was trained with a protection and loaded without it, to be "
-                    "used; to train on, load it with is_trainable=True, and with "
-                    "config=LokiConfig.from_pretrained(FOLDER) whose protect names the "
-                    "protection's file."
+                    "used; to train on, load it with is_trainable=True, from a folder that has its "
+                    f"{PROTECTION_FILE}, or with config=LokiConfig.from_pretrained(FOLDER) whose "
+                    "protect names such a file."
                 )
 
     def check_ranks(self) -> None:
@@ -305,11 +306,14 @@ def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
     present = None if protection is None else protection.fingerprint
     if config.protection not in (None, present):
         if protection is None:
-            message = "the adapter was trained with a protection; name its file (protect=)."
+            message = (
+                "the adapter was trained with a protection, and its folder has no "
+                f"{PROTECTION_FILE}; name a file of it (protect=)."
+            )
             raise explained(ValueError(message))
         named = "is estimated here" if config.protect is True else f"{config.protect} holds"
         raise ValueError(f"the adapter was trained with another protection than {named}.")
-    config.protection = present
+    config.protection, config.kept = present, protection
     return protection
 
 
@@ -378,6 +382,8 @@ def _check_protection(layer: LokiLayer, adapter: str, saved: Tensor | None) -> N
     )
     if reason is not None:
         message = f"what was saved of {adapter!r} belongs to a model patched otherwise: {reason}."
+        if saved is not None:
+            message += f" The folder that it was saved in has it in {PROTECTION_FILE}."
         raise explained(ValueError(message))
 
 

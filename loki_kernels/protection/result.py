@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -69,7 +70,7 @@ class Protection:
                     f"{_of_inputs(shape)}, and {_of_inputs(held.shape[:-1])} there."
                 )
 
-    @property
+    @functools.cached_property  # at 8B it reads a gigabyte
     def fingerprint(self) -> str:
         """A hash of the directions, the same in bfloat16, which a checkpoint names."""
         return tensors_fingerprint(self.directions[name] for name in sorted(self.directions))

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import explained
 from ..files import atomic_path, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
-from ..selection import RowSelection
+from ..protection import Protection
 from ..sharding import full_shape, full_values, shard_like
 from .rows import TRAINED, LokiRows
 
@@ -26,6 +26,9 @@ CONFIG_FILE = "adapter_config.json"
 # its name: vLLM reads every *.safetensors of a folder without an index as weights. Nor is it
 # `ADAPTER_FILE`: together with a config transformers would load that by itself.
 SIDE_FILE = "loki_rows.update"
+# What a protected update was trained with, a `Protection`'s file, beside it or in an adapter's
+# folder: training on takes it, reading does not.
+PROTECTION_FILE = "loki_rows.protection"
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"(.+)\.loki_(index|{'|'.join(TRAINED)})")
@@ -37,71 +40,6 @@ _PEFT_COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 Layers = Mapping[str, LokiRows]
 # What is kept of a layer: "index", and "update" or "delta_a" and "delta_b".
 Parts = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """``adapter_config.json``, as far as it is ours.
-
-    Attributes:
-        base: name or path of the model the rows were trained on.
-        rows: the rows of each layer.
-        rank: of LoKI*, or None.
-        base_rows: what the update is added to.
-        modules_to_save: modules that were trained whole beside the rows.
-        protection: fingerprint of the one that the update was trained with.
-        protect: the path of its file, for PEFT to train on with.
-    """
-
-    base: str | None
-    rows: list[list[int]]
-    rank: int | None
-    base_rows: BaseRows | None
-    modules_to_save: list[str] | None = None
-    protection: str | None = None
-    protect: str | None = None
-
-    @classmethod
-    def load(cls, folder: Path) -> AdapterConfig:
-        """Read it from an adapter's folder.
-
-        Raises:
-            FileNotFoundError: if the folder has none.
-            ValueError: if it is damaged, or of another PEFT method.
-        """
-        path = folder / CONFIG_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not an adapter: it has no {CONFIG_FILE}.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            method = content["peft_type"]
-            if method != "LOKI":
-                message = f"{path} is an adapter of type {method}; load it with PEFT."
-                raise explained(ValueError(message))
-            return cls(
-                content.get("base_model_name_or_path"),
-                [layer.tolist() for layer in RowSelection(content["rows"])],
-                content.get("rank"),
-                base_rows_of(content),
-                content.get("modules_to_save"),
-                content.get("protection"),
-                content.get("protect"),
-            )
-        except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not an adapter's config: {error!r}.") from error
-
-    def content(self) -> dict[str, Any]:
-        """What `load` reads."""
-        return {
-            "peft_type": "LOKI",
-            "base_model_name_or_path": self.base,
-            "rows": self.rows,
-            "rank": self.rank,
-            "modules_to_save": self.modules_to_save,
-            "protection": self.protection,
-            "protect": self.protect,
-            **base_rows_content(self.base_rows),
-        }
 
 
 def base_rows_of(content: Mapping[str, Any]) -> BaseRows | None:
@@ -132,14 +70,16 @@ class SavedUpdate:
     Attributes:
         layers: layer name -> its parts.
         others: name in the model -> a parameter that was trained whole beside the rows.
-        base_rows: what the update is added to, in a side file; an adapter has it in its config.
-        protection: fingerprint of the one that the update was trained with, likewise.
+        base_rows: what the update is added to.
+        protection: fingerprint of the one that the update was trained with.
+        base: name or path of the model it was trained on, where an adapter's config has one.
     """
 
     layers: dict[str, Parts]
     others: dict[str, Tensor]
     base_rows: BaseRows | None
     protection: str | None = None
+    base: str | None = None
 
     def rows_of(self, names: Sequence[Sequence[str]]) -> list[list[int]]:
         """The rows of each layer of a model whose down-projections have these names, by layer.
@@ -231,14 +171,24 @@ def write_side_file(
     metadata = base_rows_content(base_rows(layers))
     metadata["base_sketch"] = json.dumps(metadata["base_sketch"])
     protection = protection_of(layers)
+    write_protection(path.parent, protection)
     if protection is not None:
-        metadata["protection"] = protection
+        metadata["protection"] = protection.fingerprint
     write_tensors(path, adapter_tensors(layers, parts_by_layer) | others, **metadata)
     return path
 
 
+def write_protection(folder: str | os.PathLike[str], protection: Protection | None) -> None:
+    """Write `PROTECTION_FILE`; of None take away the one that an earlier update left."""
+    path = Path(folder) / PROTECTION_FILE
+    if protection is None:
+        path.unlink(missing_ok=True)
+    else:
+        protection.save(path)
+
+
 def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
-    """Read `ADAPTER_FILE` or `SIDE_FILE`.
+    """Read `SIDE_FILE`, or the tensors of `ADAPTER_FILE`, whose config says what they are of.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -280,17 +230,48 @@ def read_saved(folder: str | os.PathLike[str]) -> SavedUpdate:
 
     Raises:
         FileNotFoundError: if the folder has neither.
-        ValueError: if it is damaged, or another method's.
+        ValueError: if it is damaged, another method's, or has embeddings of single tokens.
     """
-    whole = (Path(folder) / CONFIG_FILE).is_file()
-    if whole:
-        AdapterConfig.load(Path(folder))
-    return read_update(Path(folder) / (ADAPTER_FILE if whole else SIDE_FILE))
+    folder = Path(folder)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        if not (folder / SIDE_FILE).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no update of rows: it is not an adapter, which has {CONFIG_FILE}, "
+                f"and has no {SIDE_FILE}."
+            )
+        return read_update(folder / SIDE_FILE)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        method, base_rows = config["peft_type"], base_rows_of(config)
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an adapter's config: {error!r}.") from error
+    if method != "LOKI":
+        raise explained(ValueError(f"{path} is an adapter of type {method}; load it with PEFT."))
+    saved = read_update(folder / ADAPTER_FILE)
+    if any(".token_adapter." in name for name in saved.others):
+        raise ValueError(
+            f"{folder} has embeddings of single tokens (trainable_token_indices), which only PEFT "
+            "can load: import loki_kernels.peft and call PeftModel.from_pretrained; its "
+            "merge_and_unload() gives an ordinary model."
+        )
+    return replace(
+        saved,
+        base_rows=base_rows,
+        protection=config.get("protection"),
+        base=config.get("base_model_name_or_path"),
+    )
 
 
-def protection_of(layers: Layers) -> str | None:
-    """The fingerprint of what the layers are protected with; None if they protect nothing."""
+def protection_of(layers: Layers) -> Protection | None:
+    """What the layers are protected with; None if they protect nothing."""
     return next((x.protection for x in layers.values() if x.protection is not None), None)
+
+
+def fingerprint_of(layers: Layers) -> str | None:
+    """Of `protection_of`."""
+    protection = protection_of(layers)
+    return None if protection is None else protection.fingerprint
 
 
 def why_other_protection(saved: str | None, present: str | None) -> str | None:
@@ -312,7 +293,10 @@ def load_side_file(
     Raises:
         ValueError: if it is of other rows, another base or protection; nothing is changed then.
     """
-    reason = why_other_protection(saved.protection, protection_of(layers))
+    reason = why_other_protection(saved.protection, fingerprint_of(layers))
+    beside = path.with_name(PROTECTION_FILE)
+    if reason is not None and saved.protection is not None and beside.is_file():
+        reason += f", which is {beside}"
     reason = reason or load(saved)
     if reason is not None:
         raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
@@ -333,7 +317,9 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
     base = saved.base_rows
     reason = base.why_other(base_rows(layers)) if base is not None else None
     if reason is not None:
-        return reason
+        return (
+            f"it was trained on another base ({saved.base or 'a model without a name'}): {reason}"
+        )
     with torch.no_grad():
         for name, layer in layers.items():
             for part, parameter in layer.trained_parameters():

@@ -17,14 +17,11 @@ from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..errors import explained
 from ..files import check_folder
-from ..protection import Protection
-from ..selection import RowSelection
 from ..sharding import full_shape, is_distributed
 from ..structure import Structure
 from . import adapter_file
-from .adapter_file import ADAPTER_FILE, CONFIG_FILE, AdapterConfig
 from .handle import Patch
-from .patching import patch, patch_alone
+from .patching import patch_saved
 from .rows import LokiRows
 from .targets import parameters_of, projection_names, trained_whole
 
@@ -35,116 +32,68 @@ _LARGEST_SERVED = 512
 
 
 @made_on_cpu
-def save_adapter(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    protect: str | os.PathLike[str] | None = None,
-) -> Path:
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write the trained update of a patched model, and nothing else of it.
 
     The folder gets ``adapter_model.safetensors`` (the update and its rows' numbers, in float32, and
-    modules that were trained whole) and ``adapter_config.json``. `load_adapter` reads it, and so
-    does PEFT once ``loki_kernels.peft`` is imported. It fits any copy of the base, in another
-    dtype or quantized. In distributed training call it in every process; the first one writes.
+    modules that were trained whole), ``adapter_config.json``, and of a protected update
+    ``loki_rows.protection``, which PEFT trains on with and nothing else needs. `load_adapter` reads
+    it, and so does PEFT once ``loki_kernels.peft`` is imported. It fits any copy of the base, in
+    another dtype or quantized. In distributed training call it in every process; the first one
+    writes.
 
     Args:
         model: a patched model.
         folder: to write to.
-        protect: where the file of its protection is, which the config then names, so that PEFT can
-            train the adapter on. Loading it to evaluate or to merge takes none.
 
     Raises:
-        ValueError: if the model is not patched, or is protected otherwise than that file says.
-        FileNotFoundError: if there is no such file.
+        ValueError: if the model is not patched.
         OSError: if the folder cannot be created or written.
     """
     structure, layers = _patched_layers(model)
     path = check_folder(folder)
     protection = adapter_file.protection_of(layers)
-    if protect is not None:
-        protect = os.path.abspath(protect)
-        reason = adapter_file.why_other_protection(protection, Protection.load(protect).fingerprint)
-        if reason is not None:
-            raise ValueError(f"{protect} is none of this model's update: {reason}.")
     others = trained_whole(structure.causal_lm)
     tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers))
     tensors |= adapter_file.other_tensors(others)
-    if protection is not None:
-        tensors |= adapter_file.protection_tensors(layers, protection)
-    config = AdapterConfig(
-        base=_base_name(structure),
-        rows=[
+    fingerprint = adapter_file.fingerprint_of(layers)
+    if fingerprint is not None:
+        tensors |= adapter_file.protection_tensors(layers, fingerprint)
+    config = {
+        "peft_type": "LOKI",
+        "base_model_name_or_path": _base_name(structure),
+        "rows": [
             next((layers[n].index.tolist() for n in names if n in layers), [])
             for names in projection_names(structure)
         ],
-        rank=next(iter(layers.values())).rank,
-        base_rows=adapter_file.base_rows(layers),
-        modules_to_save=adapter_file.modules_of(others) or None,
-        protection=protection,
-        protect=protect,
-    )
+        "rank": next(iter(layers.values())).rank,
+        "modules_to_save": adapter_file.modules_of(others) or None,
+        "protection": fingerprint,
+        **adapter_file.base_rows_content(adapter_file.base_rows(layers)),
+    }
     if not is_distributed() or torch.distributed.get_rank() == 0:
-        adapter_file.write_adapter(path, tensors, config.content(), task_type(structure.causal_lm))
+        path.mkdir(exist_ok=True)
+        adapter_file.write_protection(path, protection)
+        adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
     return path
 
 
 @made_on_cpu
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
-    """Patch a base model with a saved update: what `save_adapter` or PEFT wrote.
+    """Patch a base model with a saved update: an adapter of `save_adapter` or PEFT, or what lies
+    beside a checkpoint of ``save_pretrained``.
 
     ``merge()`` of the handle that is returned makes a plain model of it, ``unpatch()`` undoes it.
     The base may be in another dtype than the one that was trained on, or whole where that was
-    quantized.
+    quantized. To train a protected one on, `patch` with the folder.
 
     Raises:
-        FileNotFoundError: if the folder is not an adapter.
+        FileNotFoundError: if the folder has neither.
         ValueError: if it is damaged, was made for another base, or has embeddings of single tokens
             (PEFT's ``trainable_token_indices``). The model is unchanged.
         UnsupportedModelError: if the model cannot be patched.
     """
-    folder = Path(folder)
-    config = AdapterConfig.load(folder)
-    saved = adapter_file.read_update(folder / ADAPTER_FILE)
-    if any(".token_adapter." in name for name in saved.others):
-        raise ValueError(
-            f"{folder} has embeddings of single tokens (trainable_token_indices), which only PEFT "
-            "can load: import loki_kernels.peft and call PeftModel.from_pretrained; its "
-            "merge_and_unload() gives an ordinary model."
-        )
-    # a config names more modules, as PEFT writes it
-    others = adapter_file.modules_of(saved.others)
-    # the first process alone may measure an adapter
-    handle = patch_alone(model, RowSelection(config.rows), config.rank, others)
-    layers = dict(handle.named_layers())
-    try:
-        adapter_file.check_base(
-            config.base_rows,
-            adapter_file.base_rows(layers),
-            config.base,
-            getattr(handle.model, "name_or_path", None),
-        )
-        reason = handle._load(saved)
-        if reason is not None:
-            raise ValueError(f"{folder}: {ADAPTER_FILE} and {CONFIG_FILE} do not agree: {reason}.")
-        handle._refuse_training(adapter_file.why_other_protection(config.protection, None))
-    except BaseException:
-        handle.unpatch()
-        raise
-    return handle
-
-
-def load_update(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
-    """Patch a base model with the update of an adapter, or of a checkpoint's side file.
-
-    Raises:
-        FileNotFoundError: if the folder has neither.
-        ValueError: if it is damaged or was made for another model; the model is unchanged then.
-    """
-    folder = Path(folder)
-    if (folder / CONFIG_FILE).is_file():
-        return load_adapter(model, folder)
-    return patch(model, folder)
+    return patch_saved(model, adapter_file.read_saved(folder))
 
 
 @made_on_cpu

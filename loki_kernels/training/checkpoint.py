@@ -75,11 +75,12 @@ class SavePretrained:
 
     @contextmanager
     def _uploading_the_side_file(self) -> Iterator[None]:
-        """transformers uploads what is newer than its call; the side file is older."""
+        """transformers uploads what is newer than its call; these files are older."""
         upload = self.model._upload_modified_files
 
         def upload_it_too(folder: Any, repo_id: str, times: dict[str, float], **kwargs: Any) -> Any:
-            return upload(folder, repo_id, times | {adapter_file.SIDE_FILE: 0.0}, **kwargs)
+            own = (adapter_file.SIDE_FILE, adapter_file.PROTECTION_FILE)
+            return upload(folder, repo_id, times | dict.fromkeys(own, 0.0), **kwargs)
 
         self.model._upload_modified_files = upload_it_too
         try:

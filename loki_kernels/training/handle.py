@@ -80,8 +80,8 @@ class Patch:
         model: the model that was patched.
         rows: the selection it trains.
         report: what was patched and what was not.
-        protection: what the update is protected with, or None. What ``protect=True`` estimated is
-            in this machine's cache alone: ``handle.protection.save(FILE)`` takes it elsewhere.
+        protection: what the update is protected with, or None. It is saved beside checkpoints, and
+            by ``handle.protection.save(FILE)`` where another run is to have the same.
     """
 
     model: nn.Module
@@ -116,7 +116,7 @@ class Patch:
     def save_state(self, folder: str | os.PathLike[str]) -> Path:
         """Write the update beside a checkpoint, as ``model.save_pretrained`` does.
 
-        That is of the rows, and what is trained whole beside them.
+        That is of the rows, and what is trained whole beside them; and its protection.
         With sharded parameters every process has to call it.
         """
         self._check_active()

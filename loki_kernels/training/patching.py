@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from ..attribution.cache import AnalysisOptions
 from ..default_device import made_on_cpu
 from ..discovery import find_structure
+from ..errors import explained
 from ..gating import Gating, find_gating
 from ..ops._dispatch import warm_up
 from ..protection import Protection
@@ -79,9 +80,10 @@ def patch(
 
     Args:
         model: a transformers causal language model.
-        rows: a `RowSelection`, one list of rows a layer, or the path of a row file; or a
-            checkpoint's folder, to go on from the rows and the update saved there (``model`` is the
-            base; an update that was protected needs the same ``protect``). None trains all rows, or
+        rows: a `RowSelection`, one list of rows a layer, or the path of a row file; or the folder
+            of a checkpoint or an adapter, to go on from the update saved there (``model`` is the
+            base; an update that was protected goes on so, by what lies beside it or the same
+            ``protect``). None trains all rows, or
             with a ``quota`` below 100 or ``analysis`` analyses the model on the bundled questions
             (`attribute`, then `select`).
         tokenizer: for an analysis or a protection; by default the one of ``model.name_or_path``.
@@ -114,10 +116,11 @@ def patch(
     structure = find_structure(model)
     check_patchable(structure)
     _check_arguments(rows, quota, analysis, rank, modules_to_save)
-    saved = _saved_update(rows)
+    folder, saved = rows, _saved_update(rows)
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
         modules_to_save = [*modules_to_save, *adapter_file.modules_of(saved.others)]
+        protect = _beside(folder, saved, protect)
     whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
     quota, protect = what_to_train(rows, quota, analysis, protect)
     protection = protection_to_keep(model, structure, protect, tokenizer)
@@ -147,14 +150,20 @@ def _check_arguments(
         raise ValueError("analysis= is for rows=None; rows that are given need none.")
 
 
-def patch_alone(
-    model: nn.Module, selection: RowSelection, rank: int | None, modules_to_save: Sequence[str]
-) -> Patch:
-    """`patch` with these rows, in this process whatever the others do; training compares them."""
+def patch_saved(model: nn.Module, saved: SavedUpdate) -> Patch:
+    """`patch` with a saved update, unprotected, in this process whatever the others do.
+
+    The first process alone may measure it; training compares them, and refuses a protected one.
+    """
     structure = find_structure(model)
     check_patchable(structure)
-    whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
-    return _patch_rows(structure, selection, whole, rank, None, fuse_mlp=False, together=False)
+    rows = RowSelection(saved.rows_of(projection_names(structure)))
+    # a config names more modules, as PEFT writes it
+    others = adapter_file.modules_of(saved.others)
+    whole = find_modules(structure, [*others, *new_heads(structure)])
+    handle = _patch_rows(structure, rows, whole, saved.rank, None, fuse_mlp=False, together=False)
+    _load(handle, saved)
+    return handle
 
 
 def _patch_rows(
@@ -171,11 +180,9 @@ def _patch_rows(
 
     ``together``: whether every process does, so that they can be compared now.
     """
-    # at 8B it reads a gigabyte, so once
-    fingerprint = None if protection is None else protection.fingerprint
     together = together and is_distributed()
     if together:
-        check_processes_agree(selection, fingerprint)
+        check_processes_agree(selection, None if protection is None else protection.fingerprint)
     by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
@@ -188,7 +195,7 @@ def _patch_rows(
             d.name: _replace_module(d, index, rank, kept.get(d.name), undo) for d, index in selected
         }
         for layer in layers.values():
-            layer.protection = fingerprint
+            layer.protection = protection
         for down_proj, _ in selected:
             gating = gatings.get(down_proj.name)
             if isinstance(gating, Gating):
@@ -266,10 +273,18 @@ def _warm_up(layers: dict[str, LokiRows], *, fused: bool) -> None:
 
 
 def _saved_update(rows: Rows | None) -> SavedUpdate | None:
-    """What a checkpoint's folder holds, if ``rows`` names one."""
+    """What a checkpoint's or an adapter's folder holds, if ``rows`` names one."""
     if not isinstance(rows, (str, os.PathLike)) or not Path(rows).is_dir():
         return None
-    return adapter_file.read_update(Path(rows) / adapter_file.SIDE_FILE)
+    return adapter_file.read_saved(rows)
+
+
+def _beside(folder: Any, saved: SavedUpdate, protect: Protect | None) -> Protect | None:
+    """The protection that lies beside a saved update, unless another or none is asked for."""
+    path = Path(folder) / adapter_file.PROTECTION_FILE
+    if saved.protection is None or protect not in (None, True) or not path.is_file():
+        return protect
+    return path
 
 
 def _dtypes(modules: dict[str, nn.Module]) -> dict[str, str]:
@@ -309,14 +324,17 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
 
 def _load(handle: Patch, saved: SavedUpdate) -> None:
     """Load what was saved into a model that was just patched, which is unpatched if it fails."""
-    protection = adapter_file.protection_of(dict(handle.named_layers()))
+    present = handle.protection
     try:
-        refusal = adapter_file.why_other_protection(saved.protection, protection)
-        if protection is not None and refusal is not None:  # it would act otherwise
+        refusal = adapter_file.why_other_protection(
+            saved.protection, None if present is None else present.fingerprint
+        )
+        if present is not None and refusal is not None:  # it would act otherwise
             raise ValueError(f"the update that was saved does not fit: {refusal}.")
         reason = handle._load(saved)
         if reason is not None:
-            raise ValueError(f"the update that was saved is none of this model's: {reason}.")
+            message = f"the update that was saved is none of this model's: {reason}."
+            raise explained(ValueError(message))
         handle._refuse_training(refusal)
     except BaseException:
         handle.unpatch()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import explained
 from ..ops import sync_rows
 from ..ops._directions import LeaveOutOfGradient, leave_out
+from ..protection import Protection
 from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_sharded, shard_like
 
 # Names of the parameters that are trained; a merged state dict has none of them.
@@ -51,7 +52,7 @@ class LokiRows(nn.Module):
     merged_alone: Tensor | None = None  # rows of a merged weight that was loaded without its update
     loaded_alone = False  # the same, also where these rows are what the update gives
     passed_over = False  # whether a state dict was loaded that had nothing of these rows
-    protection: str | None = None  # fingerprint of the protection that the directions are a part of
+    protection: Protection | None = None  # which the directions are a part of
     _read_version: int | None = None  # of the update
     gathered: dict[str, Tensor] | None = None  # what a side file needs, of a sharded model
     sharded = False  # whether the decoder's last forward pass found the weight sharded

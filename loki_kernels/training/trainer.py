@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..files import check_folder
+from ..files import atomic_path, check_folder
 from ..sharding import full_shape
-from .adapter_file import SIDE_FILE, Layers, SavedUpdate, load_side_file, read_update
+from .adapter_file import (
+    PROTECTION_FILE,
+    SIDE_FILE,
+    Layers,
+    SavedUpdate,
+    load_side_file,
+    read_update,
+)
 from .rows import same_rows, updated_rows
 from .targets import refuse_efficient_loading
 
@@ -63,9 +70,11 @@ class SideFileCallback(TrainerCallback):
     ) -> None:
         """Put the update where the Trainer copies a checkpoint's weights to, to upload them."""
         assert args.output_dir is not None
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / SIDE_FILE
-        if args.should_save and path.is_file():
-            shutil.copy(path, args.output_dir)
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for path in (folder / SIDE_FILE, folder / PROTECTION_FILE):
+            if args.should_save and path.is_file():
+                with atomic_path(Path(args.output_dir) / path.name) as temporary:
+                    shutil.copy(path, temporary)
 
     def _load_side_file(self, folders: list[Path]) -> None:
         """Read the update of the merged weights that the Trainer has just loaded.

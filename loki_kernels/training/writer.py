@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..sharding import is_distributed, shards_its_weights
-from .adapter_file import protection_of
+from .adapter_file import fingerprint_of
 from .rows import TRAINED, LokiRows, coarse_dtype, write_rows
 from .targets import check_processes_agree
 
@@ -112,7 +112,7 @@ class RowWriter:
             self._warn_of_coarse_updates()
         if not self.agreed and is_distributed():
             rows = (layer.index for layer in self.layers)
-            check_processes_agree(rows, protection_of(self.named_layers))
+            check_processes_agree(rows, fingerprint_of(self.named_layers))
             self.agreed = True
 
     def _warn_of_coarse_updates(self) -> None:

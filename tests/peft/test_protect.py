@@ -48,22 +48,31 @@ def test_an_adapter_needs_its_protection_to_be_trained_on_alone(rank, file, tmp_
     model.save_pretrained(tmp_path / "adapter")
     kept = file.read_bytes()
     file.unlink()
+    beside = tmp_path / "adapter" / "loki_rows.protection"
+    assert beside.is_file()
     loaded = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded), want)
     ours = loki.load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(logits(ours.model), want)
 
-    def trainable():
+    def trainable(protect=None):
         base = load_model(tmp_path / "base")
-        return peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+        config = LokiConfig.from_pretrained(tmp_path / "adapter")
+        config.protect = config.protect if protect is None else str(protect)
+        return peft.PeftModel.from_pretrained(
+            base, tmp_path / "adapter", is_trainable=True, config=config
+        )
 
+    train(trainable())  # by what lies beside it
+    loaded.save_pretrained(tmp_path / "adapter")  # which knows no protection and leaves it
+    beside.unlink()
     with pytest.raises(FileNotFoundError):
         trainable()
     protection_of(build_model(), seed=5).save(file)
     with pytest.raises(ValueError, match="another protection"):
-        trainable()
+        trainable(file)
     file.write_bytes(kept)
-    again = trainable()
+    again = trainable(file)
     torch.testing.assert_close(logits(again), want)
     train(again)
     again.delete_adapter("default")
@@ -95,9 +104,10 @@ def test_true_estimates_one_and_all_rows_need_no_analysis(drawn, monkeypatch, tm
         base = load_model(tmp_path / "base")
         return peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
 
-    train(trainable())  # from the cache
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path / "another"))
     monkeypatch.setattr(estimate, "draw_samples", lambda *_, **__: [[25, 26, 27, 28, 29]])
+    train(trainable())  # by what lies beside it
+    (tmp_path / "adapter" / "loki_rows.protection").unlink()
     with pytest.raises(ValueError, match="another protection than is estimated here"):
         trainable()
 
@@ -126,17 +136,13 @@ def test_a_second_adapter_alone_protected_needs_a_file(drawn, first, file):
     model.add_adapter("third", LokiConfig(rows=ROWS, protect=str(file)))
 
 
-def test_an_adapter_of_patch_names_its_protection(file, tmp_path):
+def test_an_adapter_of_patch_is_trained_on(file, tmp_path):
     build_model().save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base")
     loki.patch(model, ROWS, protect=file)
     train(model)
-    other = tmp_path / "other.safetensors"
-    protection_of(build_model(), seed=5).save(other)
-    with pytest.raises(ValueError, match="with another protection"):
-        loki.save_adapter(model, tmp_path / "adapter", protect=other)
-    assert not (tmp_path / "adapter").exists()
-    loki.save_adapter(model, tmp_path / "adapter", protect=file)
+    loki.save_adapter(model, tmp_path / "adapter")
+    file.unlink()
     base = load_model(tmp_path / "base")
     again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
     torch.testing.assert_close(logits(again), logits(model))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import loki_kernels as loki
 from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import moments
-from loki_kernels.training.adapters import load_update
 from loki_kernels.training.experts import LokiExperts
 from tests.models import assert_unchanged, snapshot
 from tests.tiny_training import load_model, logits, train
@@ -229,14 +228,14 @@ def test_what_is_merged_and_saved_leaves_the_directions_out(family, rank, tmp_pa
         assert (change @ protection.directions[name]).abs().max() < 1e-5
     for reopened in (
         load_model(tmp_path / "checkpoint"),
-        load_update(load_model(tmp_path / "base"), tmp_path / "adapter").merge(),
+        loki.load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter").merge(),
     ):
         torch.testing.assert_close(logits(reopened), trained, rtol=1e-4, atol=1e-4)
     again = load_model(tmp_path / "base")
     loki.patch(again, tmp_path / "checkpoint", protect=protection)
     train(again)
     unprotected = load_model(tmp_path / "base")
-    loki.patch(unprotected, tmp_path / "checkpoint")
+    loki.patch(unprotected, tmp_path / "checkpoint", protect=False)
     with pytest.raises(RuntimeError, match="with the same one"):
         train(unprotected.train())
 

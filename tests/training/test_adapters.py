@@ -99,7 +99,7 @@ def test_a_trained_adapter_can_be_trained_further(trained):
     ("base", "message"),
     [
         (lambda: build_model(seed=1), "trained on another base"),
-        (lambda: build_model("gpt_neox"), "trained on another base"),
+        (lambda: build_model("gpt_neox"), "which the model lacks"),
     ],
 )
 def test_another_base_is_refused(trained, base, message):
@@ -118,12 +118,8 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": [[1], [0]]}, "2 layers, the model 3"),
-        ({"rows": [[1, 5, 48], [0], [3, 7]]}, "row 48 of layer 0"),
-        ({"rows": [[1, 5, 41], [0], [3, 7]], "fingerprint": None}, "do not agree: .* other rows"),
-        ({"rank": 2}, "do not agree: .* another rank"),
         ({"peft_type": "LORA"}, "type LORA; load it with PEFT"),
-        ({"rows": [["x"], [0], [3]]}, "where a row number should be"),
+        ({"base_sketch": "["}, "not an adapter's config"),
     ],
 )
 def test_configs_that_do_not_fit(trained, changes, message):

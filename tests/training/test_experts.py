@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
 from loki_kernels.training import patching
-from loki_kernels.training.adapters import load_update
 from loki_kernels.training.experts import LokiExperts
 from tests.models import assert_unchanged, snapshot
 from tests.tiny_training import logits, straight_and_resumed, tiny_trainer, token_batch, train
@@ -223,7 +222,7 @@ def test_checkpoints_and_adapters_restore_the_model(family, tmp_path):
     torch.testing.assert_close(logits(again), want)
     torch.testing.assert_close(logits(loaded.merge()), want)
     torch.testing.assert_close(
-        logits(load_update(load("base")[0], tmp_path / "saved").merge()), want
+        logits(loki.load_adapter(load("base")[0], tmp_path / "saved").merge()), want
     )
     merged = dict(handle.merged_parameters())
     assert merged.keys() == dict(again.named_parameters()).keys()

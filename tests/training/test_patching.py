@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 import loki_kernels as loki
 from loki_kernels.training import patching, rows
-from loki_kernels.training.adapters import load_update
 from tests.models import ARCHITECTURES, DEVICE, assert_unchanged, build_model, snapshot, to_device
 from tests.tiny_training import (
     ROWS,
@@ -510,12 +509,12 @@ def test_merge_side_file(tmp_path, rank):
     loki.patch(model, [[1, 5], [], [2]], rank=rank)
     train(model, lr=0.01)
     model.save_pretrained(tmp_path)
-    merged = load_update(build_model(dtype=torch.bfloat16), tmp_path).merge().state_dict()
+    merged = loki.load_adapter(build_model(dtype=torch.bfloat16), tmp_path).merge().state_dict()
     saved = model.state_dict()
     for name, tensor in merged.items():
         assert torch.equal(saved[name], tensor), name
     with pytest.raises(ValueError, match="which the model lacks"):
-        load_update(build_model("gpt_neox"), tmp_path)
+        loki.load_adapter(build_model("gpt_neox"), tmp_path)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -527,7 +526,7 @@ def test_an_update_is_not_added_twice(tmp_path, rank):
     merged = load_model(tmp_path)
     before = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
     with pytest.raises(ValueError, match="have other values in this model"):
-        load_update(merged, tmp_path)
+        loki.load_adapter(merged, tmp_path)
     handle = loki.patch(merged, ROWS, rank=rank)
     with pytest.raises(ValueError, match="have other values in this model"):
         handle.load_state(tmp_path)
@@ -688,8 +687,8 @@ def test_a_copy_saves_itself(model, tmp_path):
     train(twin)
     twin.save_pretrained(tmp_path / "twin")
     model.save_pretrained(tmp_path / "model")
-    merged = load_update(build_model(), tmp_path / "twin").merge().state_dict()
-    untrained = load_update(build_model(), tmp_path / "model").merge().state_dict()
+    merged = loki.load_adapter(build_model(), tmp_path / "twin").merge().state_dict()
+    untrained = loki.load_adapter(build_model(), tmp_path / "model").merge().state_dict()
     name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(merged[name], twin.state_dict()[name])
     assert not torch.equal(merged[name], untrained[name])

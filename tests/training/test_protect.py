@@ -14,7 +14,6 @@ import loki_kernels as loki
 from loki_kernels.attribution import cache
 from loki_kernels.protection import estimate
 from loki_kernels.training import writer
-from loki_kernels.training.adapters import load_update
 from loki_kernels.training.linear import LokiLinear
 from tests.models import build_model, to_device
 from tests.protection.test_estimate import chat_tokenizer
@@ -143,8 +142,8 @@ def test_what_is_merged_and_saved_leaves_the_directions_out(rank, fuse_mlp, prot
     torch.testing.assert_close(logits(model), trained)
     for reopened in (
         load_model(tmp_path / "checkpoint"),
-        load_update(build_model(), tmp_path / "adapter").merge(),
-        load_update(build_model(), tmp_path / "checkpoint").merge(),
+        loki.load_adapter(build_model(), tmp_path / "adapter").merge(),
+        loki.load_adapter(build_model(), tmp_path / "checkpoint").merge(),
     ):
         torch.testing.assert_close(logits(reopened), trained, rtol=1e-4, atol=1e-4)
     a = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -190,15 +189,24 @@ def test_a_trainer_resumes_with_the_same_protection_alone(protection, tmp_path):
         tiny_trainer(other, tmp_path, 5, [handle.trainer_callback()]).train(
             resume_from_checkpoint=str(folder)
         )
+    # another one than the checkpoint's is refused, and the message names that
+    other = build_model()
+    handle = loki.patch(other, ROWS, protect=protection_of(build_model(), seed=5))
+    with pytest.raises(ValueError, match=r"another protection, which is .*loki_rows\.protection"):
+        tiny_trainer(other, tmp_path, 5, [handle.trainer_callback()]).train(
+            resume_from_checkpoint=str(folder)
+        )
     # reading it to evaluate or merge takes no protection; training on does
     plain = build_model()
-    loki.patch(plain, folder)
+    loki.patch(plain, folder, protect=False)
     torch.testing.assert_close(logits(plain), logits(load_model(folder)))
     with pytest.raises(RuntimeError, match="with the same one"):
         train(plain.train())
-    again = build_model()
-    loki.patch(again, folder, protect=protection)
-    train(again)
+    for protect in (None, True, protection):
+        again = build_model()
+        handle = loki.patch(again, folder, protect=protect)
+        assert handle.protection.fingerprint == protection.fingerprint
+        train(again)
     # with another one the update would act otherwise than it was saved
     refused = build_model()
     want = logits(refused)
@@ -212,6 +220,7 @@ def test_an_adapter_is_trained_on_with_its_protection_alone(protection, tmp_path
     loki.patch(model, ROWS, protect=protection)
     train(model)
     loki.save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "loki_rows.protection").unlink()
     loaded = build_model()
     loki.load_adapter(loaded, tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded), logits(model))
@@ -291,7 +300,7 @@ def test_its_fingerprint_is_the_files_whatever_the_layers_hold(protection, dtype
     model = build_model(dtype=dtype)
     handle = loki.patch(model, [[1, 5], [], [7]], protect=path)
     train(model, steps=1, lr=1e-3)
-    loki.save_adapter(model, tmp_path / "adapter", protect=path)
+    loki.save_adapter(model, tmp_path / "adapter")
     model.save_pretrained(tmp_path / "checkpoint")
     handle.unpatch()
     again = loki.patch(model, tmp_path / "checkpoint", protect=path)
@@ -319,7 +328,8 @@ def test_all_rows_protected_unless_something_says_what_to_train(tmp_path, monkey
     want = loki.estimate_protection(model, **asked)
     with loki.patch(model, **asked) as handle:
         assert handle.rows.counts == [48] * 3
-        assert {layer.protection for _, layer in handle.named_layers()} == {want.fingerprint}
+        held = {layer.protection.fingerprint for _, layer in handle.named_layers()}
+        assert held == {want.fingerprint} == {handle.protection.fingerprint}
         assert handle.report.protected == 8  # a fourteenth of 112
         assert "8 directions" in str(handle.report)
     with loki.patch(model, protect=False) as handle:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import loki_kernels as loki
-from loki_kernels.training.adapters import load_update
 from tests.models import assert_unchanged, build_model, snapshot
 from tests.tiny_training import ROWS, load_model, logits, train
 
@@ -43,7 +42,7 @@ def test_a_checkpoint_goes_on_with_them(trained):
 
 def test_a_checkpoint_is_merged_with_them(trained):
     folder, model, _ = trained
-    merged = load_update(load_model(folder / "base"), folder / "checkpoint").merge()
+    merged = loki.load_adapter(load_model(folder / "base"), folder / "checkpoint").merge()
     torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=0)
 
 
@@ -68,7 +67,7 @@ def test_unpatching_puts_back_what_was_read(trained, how):
     loki.save_adapter(model, folder / "adapter")
     base = load_model(folder / "base")
     want = snapshot(base)
-    handle = load_update(base, folder / how)
+    handle = loki.load_adapter(base, folder / how)
     torch.testing.assert_close(logits(base), logits(model))
     handle.unpatch()
     assert_unchanged(base, want)
