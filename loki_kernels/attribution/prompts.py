@@ -171,7 +171,7 @@ def _from_text(prompt: Any, tokenizer: Any, i: int, options: dict[str, Any]) -> 
             "transformers tokenizer, or a processor that has one."
         )
     if isinstance(prompt, str):
-        ids = _from_string(prompt, tokenizer)
+        ids = from_string(prompt, tokenizer)
     elif not prompt:
         ids = []
     else:
@@ -207,17 +207,17 @@ def _from_processor(chat: Sequence[Any], processor: Any, i: int, options: dict[s
     return tokens
 
 
-def _from_string(text: str, tokenizer: Any) -> list[int]:
+def from_string(text: str, tokenizer: Any) -> list[int]:
     """The tokens of ``text`` after what the tokenizer puts in front of it, such as BOS.
 
     What it appends is left out: after an EOS of its own the next token is another document's, and
     would be attributed. What it puts in front is left out where the text begins with it, as one
     that a chat template has written.
     """
-    ids: list[int] = list(tokenizer(text)["input_ids"])
     if not isinstance(tokenizer, PreTrainedTokenizerBase):  # what else can be called adds nothing
-        return ids
-    plain: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text)["input_ids"])
+    ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
+    plain: list[int] = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     for start in range(len(ids) - len(plain) + 1):
         if ids[start : start + len(plain)] == plain:
             added = ids[:start]

@@ -16,7 +16,7 @@ from ..ops import row_delta_linear
 from ..ops._directions import acting_factors, leave_out
 from ..sharding import full_values, is_partitioned, is_sharded, shard_like
 from ..structure import has_hooks
-from ..training.rows import initial_factors, updated_rows
+from ..training.rows import digest_of, initial_factors, updated_rows
 from .config import MERGES, LokiConfig
 from .quantized import dequantized_weight, is_repacked, plain_linear, quantization_of
 
@@ -74,7 +74,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         if directions is not None:
             self.loki_directions[adapter_name] = directions.to(index.device)
         if config.protection is not None:
-            digest = torch.tensor(list(bytes.fromhex(config.protection)), dtype=torch.uint8)
+            digest = digest_of(config.protection)
             self.loki_protection[adapter_name] = digest.to(index.device)
         if config.rank is None:
             update = torch.zeros(len(index), self.in_features, dtype=dtype, device=index.device)
@@ -325,5 +325,5 @@ def _save_what_acts(layer: LokiLayer, state_dict: dict[str, Any], prefix: str, *
             key = f"{prefix}{part}.{name}"
             held = state_dict.get(key)
             if held is not None:
-                acting = leave_out(full_values(held.detach()), directions)
+                acting = leave_out(full_values(held.detach()), directions.to(held.device))
                 state_dict[key] = shard_like(acting, held)

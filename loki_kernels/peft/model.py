@@ -196,10 +196,10 @@ class LokiModel(BaseTuner):
         """
         if self._warned:
             return
-        self._warned = True
         own = (p for name, p in self.model.named_parameters() if "loki_" in name)
         dtype = coarse_dtype(own)
         if dtype is not None:
+            self._warned = True
             logger.warning(
                 "something has made the update of rows %s, in which an optimizer's small steps are "
                 "rounded away; TRL does so over bitsandbytes. After the trainer is made and before "
@@ -345,9 +345,11 @@ def _check_modules(structure: Structure, config: LokiConfig) -> None:
 
 
 def _check_training(model: LokiModel, _inputs: Any) -> None:
-    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    model.check_protected()
+    model.check_protected()  # in either mode: from_pretrained gives models that evaluate
+    if not model.training:
+        return
     model.warn_of_coarse_updates()
     if is_distributed():
         model.check_ranks()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..attribution.cache import cache_folder, find_tokenizer, read_cached, write_cached
 from ..attribution.placement import on_accelerator
-from ..attribution.prompts import tokenizer_in
+from ..attribution.prompts import from_string, tokenizer_in
 from ..attribution.result import model_settings
 from ..default_device import made_on_cpu
 from ..discovery import find_structure
@@ -130,6 +130,11 @@ def _check_options(
             f"texts is {texts!r}; give a list of texts, or a file to `loki-kernels protection "
             "MODEL OUT --texts FILE`."
         )
+    if isinstance(texts, Mapping):
+        raise TypeError(
+            f"texts is a {type(texts).__name__}; give texts, or the token ids of each without "
+            "padding."
+        )
     if share is not None and not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1); it is {share}.")
     if min(batch_size, samples, 1 if max_directions is None else max_directions) < 1:
@@ -176,6 +181,8 @@ def _warn_of_few(protection: Protection, read: dict[str, float]) -> None:
             len(passed_by), passed_by[0],
         )  # fmt: skip
     widths = {name: protection.directions[name].shape[-2] for name in read if read[name]}
+    if not widths:
+        return
     name = min(widths, key=lambda name: read[name] / widths[name])
     if read[name] < 2 * widths[name]:
         logger.warning(
@@ -214,13 +221,11 @@ def cached_protection(model: nn.Module, structure: Structure, tokenizer: Any) ->
 def _cached_or_estimated(model: nn.Module, structure: Structure, tokenizer: Any) -> Protection:
     tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
     tokenizer = tokenizer_in(tokenizer)
-    generation = getattr(structure.causal_lm, "generation_config", None)
     known = (
         __version__,
         FEATURES_A_DIRECTION,
         model_fingerprint(structure.causal_lm),
         model_settings(structure.causal_lm),
-        None if generation is None else generation.to_json_string(),
         openings_of(tokenizer),
     )
     key = hashlib.sha256(repr(known).encode())
@@ -257,6 +262,6 @@ def _windows(
     for text in texts:
         if isinstance(text, str):
             tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
-            text = tokenizer(text, verbose=False)["input_ids"]
+            text = from_string(text, tokenizer)
         for start in range(0, len(text), _WINDOW):
             yield list(text[start : start + _WINDOW])

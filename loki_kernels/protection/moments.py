@@ -121,6 +121,8 @@ def second_moments(
     device: torch.device = structure.causal_lm.get_input_embeddings().weight.device  # type: ignore[assignment]
     ordered = sorted((w for w in windows if len(w) > 1), key=len)
     with contextlib.ExitStack() as hooks:
+        # a layer that was compiled in place would not call hooks that come later
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for down_proj in layers:
             hook = down_proj.module.register_forward_pre_hook(watch(down_proj), with_kwargs=True)
             hooks.callback(hook.remove)

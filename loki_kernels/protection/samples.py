@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from ..ops._dispatch import memory_is_full
 from ..options import DEFAULT_SAMPLES
@@ -167,18 +168,20 @@ def _generate(
     model: Any, opening: list[int], count: int, length: int, end: int | None
 ) -> list[list[int]]:
     prompt = torch.tensor([opening] * count, device=model.device)
-    tokens = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=max(1, length - len(opening)),
-        eos_token_id=end,
-        pad_token_id=0 if end is None else end,
-    ).tolist()
+    # What the call leaves open, min_p for one, generate takes from the model's own config.
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        tokens = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=max(1, length - len(opening)),
+            eos_token_id=end,
+            pad_token_id=0 if end is None else end,
+        ).tolist()
+    finally:
+        model.generation_config = kept
     texts = []
     for row in tokens:
         drawn = row[len(opening) :]

@@ -18,7 +18,7 @@ from ..files import atomic_path, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
 from ..protection import Protection
 from ..sharding import full_shape, full_values, shard_like
-from .rows import TRAINED, LokiRows
+from .rows import TRAINED, LokiRows, digest_of
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -218,11 +218,7 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
 
 def protection_tensors(layers: Layers, protection: str) -> dict[str, Tensor]:
     """Its fingerprint as PEFT's adapters hold it, of each layer."""
-    digest = list(bytes.fromhex(protection))
-    return {
-        f"{_PREFIX}{name}.loki_protection": torch.tensor(digest, dtype=torch.uint8)
-        for name in layers
-    }
+    return {f"{_PREFIX}{name}.loki_protection": digest_of(protection) for name in layers}
 
 
 def read_saved(folder: str | os.PathLike[str]) -> SavedUpdate:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..sharding import is_partitioned
 from . import adapter_file
 from .adapter_file import Layers, Parts
-from .rows import TRAINED, updated_rows
+from .rows import BESIDE, TRAINED, updated_rows
 from .targets import trained_whole
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,8 @@ class SavePretrained:
         merged = dict(state_dict)
         for name, layer in self.layers.items():
             found = {p: merged.pop(f"{name}.{p}") for p in TRAINED if f"{name}.{p}" in merged}
-            merged.pop(f"{name}.index", None)
+            for part in BESIDE:
+                merged.pop(f"{name}.{part}", None)
             if is_partitioned(layer.frozen) and found:  # its weight was collected unmerged
                 weight = merged[f"{name}.{layer.parameter}"]
                 rows = updated_rows(layer.take_rows(weight), *layer.formed(found).values())

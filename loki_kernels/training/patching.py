@@ -194,8 +194,9 @@ def _patch_rows(
         layers = {
             d.name: _replace_module(d, index, rank, kept.get(d.name), undo) for d, index in selected
         }
-        for layer in layers.values():
-            layer.protection = protection
+        if protection is not None:
+            for layer in layers.values():
+                layer.protect(protection)
         for down_proj, _ in selected:
             gating = gatings.get(down_proj.name)
             if isinstance(gating, Gating):
@@ -418,13 +419,16 @@ def _attach(
     writer = RowWriter(model, layers, agreed=agreed)
     for hook in writer.attach(structure.decoder):
         undo.callback(hook.remove)
+    for layer in layers.values():
+        for _, parameter in layer.trained_parameters():
+            parameter.register_hook(writer.check_gradient(layer))
     saver = SavePretrained.attach(model, layers)
     if saver is not None:
         undo.callback(saver.detach)
     generate = Generate.attach(model, writer)
     if generate is not None:
         undo.callback(generate.detach)
-    kept = ("index", "base_rows", "directions")
+    kept = ("index", "base_rows", "directions", "protection_digest")
     buffers = [f"{name}.{buffer}" for name in layers for buffer in kept]
     ignore_in_ddp(model, buffers)
     undo.callback(heed_in_ddp, model, buffers)

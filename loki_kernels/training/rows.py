@@ -17,6 +17,9 @@ from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_shar
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")
+_DIGEST = "protection_digest"
+# What a patched module's state dict has beside the merged weight.
+BESIDE = ("index", _DIGEST)
 
 
 class LokiRows(nn.Module):
@@ -35,6 +38,7 @@ class LokiRows(nn.Module):
         parameter: the weight's name in this module.
         axis: the dimension of the weight along which rows are numbered.
         index: int64 ``[k]``, sorted.
+        protection_digest: uint8 ``[32]``, the protection's fingerprint, where there is one.
         base_rows: the rows as they were, in the weight's dtype.
         rank: of LoKI*, or None.
         directions: protected ones ``[..., in_features, r]``, or None.
@@ -51,6 +55,7 @@ class LokiRows(nn.Module):
     written = False  # whether the weight may hold an update
     merged_alone: Tensor | None = None  # rows of a merged weight that was loaded without its update
     loaded_alone = False  # the same, also where these rows are what the update gives
+    misfits = False  # whether what acts is not those rows, so that not even evaluating makes sense
     passed_over = False  # whether a state dict was loaded that had nothing of these rows
     protection: Protection | None = None  # which the directions are a part of
     _read_version: int | None = None  # of the update
@@ -102,13 +107,18 @@ class LokiRows(nn.Module):
         """Whether the rows are written into the weight before a product, as things are."""
         return self.can_write and not self.sharded and not torch.compiler.is_compiling()
 
-    def check_loaded(self) -> None:
+    def protect(self, protection: Protection) -> None:
+        """Note what the directions are a part of, which a state dict tells apart from another."""
+        self.protection = protection
+        digest = digest_of(protection.fingerprint)
+        self.register_buffer(_DIGEST, digest.to(self.base_rows.device))
+
+    def check_loaded(self, *, to_train: bool = False) -> None:
         """Raise RuntimeError if what was loaded last is not enough for what is asked now."""
         if self.passed_over:
             raise RuntimeError(_PASSED_OVER)
-        if self.merged_alone is not None and (
-            self.rank is not None or (self.training and torch.is_grad_enabled())
-        ):
+        to_train = to_train or (self.training and torch.is_grad_enabled())
+        if self.misfits or (to_train and self.merged_alone is not None):
             raise explained(RuntimeError(_MERGED_ALONE))
 
     def _update_factors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -154,6 +164,7 @@ class LokiRows(nn.Module):
     def mark_read(self) -> None:
         """Note that the update was read from a file, which is all of it that there is to know."""
         self.merged_alone, self.loaded_alone, self.passed_over = None, False, False
+        self.misfits = False
         self._read_version = self.trained_parameters()[-1][1]._version
 
     def is_as_read(self) -> bool:
@@ -169,10 +180,15 @@ class LokiRows(nn.Module):
 
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, in the weight's dtype; ``[..., k, in_features]``."""
-        if self.rank is not None:
+        if self.misfits:
             self.check_loaded()
-        with torch.no_grad():
-            return updated_rows(self.base_rows, *self.formed_update().values())
+        return self._updated_rows()
+
+    @torch.no_grad()
+    def _updated_rows(self, *, as_read: bool = False) -> Tensor:
+        """Base and update; ``as_read``: an update that a file holds as it acts."""
+        raw = {name: full_values(p) for name, p in self.trained_parameters()}
+        return updated_rows(self.base_rows, *(raw if as_read else self.formed(raw)).values())
 
     def merged_weight(self) -> Tensor:
         """The weight as trained so far, sharded if it is."""
@@ -202,7 +218,7 @@ class LokiRows(nn.Module):
         with torch.no_grad():
             (self.update if self.rank is None else self.delta_a).zero_()
             self.write_base()
-        self.merged_alone = None
+        self.merged_alone, self.misfits = None, False
 
     @torch.no_grad()
     def write_base(self) -> None:
@@ -231,7 +247,7 @@ class LokiRows(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = {prefix + name for name in ("index", *TRAINED)}
+        own = {prefix + name for name in (*BESIDE, *TRAINED)}
         weight = state_dict.get(prefix + self.parameter)
         partitioned = is_partitioned(self.frozen)
         error = self._why_not_load(state_dict, prefix)
@@ -249,13 +265,15 @@ class LokiRows(nn.Module):
         with torch.no_grad():
             merged = full_values(self.frozen)
             rows = self.take_rows(merged).to(self.base_rows.device)
-            self.merged_alone, self.loaded_alone = None, bool(own & set(missing))
-            within = 0.0 if self.rank is None and self.directions is None else _BY_PRODUCTS
-            if self.loaded_alone and not same_rows(rows, self.merged_rows(), within=within):
-                self.merged_alone = rows.cpu()
+            self.loaded_alone = bool(own & set(missing))
+            self.merged_alone, self.misfits = None, False
+            if self.loaded_alone and not self._fits(rows):
+                self.merged_alone, self.misfits = rows.cpu(), self.rank is not None
             if self.rank is None and self.merged_alone is not None:
                 update = rows.to(self.update.dtype) - self.base_rows.to(self.update.dtype)
                 self.update.copy_(shard_like(update, self.update))
+                # rows that another update moved along the directions
+                self.misfits = not same_rows(rows, self._updated_rows())
             if self.rank is None and not isinstance(self.frozen, DTensor):
                 self.written = True
                 return
@@ -266,6 +284,14 @@ class LokiRows(nn.Module):
                 setattr(self, self.parameter, nn.Parameter(self.frozen.detach().clone(), False))
             self.frozen.data.copy_(shard_like(restored, self.frozen))
 
+    def _fits(self, rows: Tensor) -> bool:
+        """Whether merged rows are those of the update that there is."""
+        within = 0.0 if self.rank is None and self.directions is None else _BY_PRODUCTS
+        if same_rows(rows, self._updated_rows(), within=within):
+            return True
+        as_read = self.directions is not None and self.is_as_read()
+        return as_read and same_rows(rows, self._updated_rows(as_read=True), within=within)
+
     def _why_not_load(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why an update that was saved is none of this layer's rows, or of other base rows."""
         index = state_dict.get(prefix + "index")
@@ -275,6 +301,10 @@ class LokiRows(nn.Module):
         names = [prefix + name for name, _ in self.trained_parameters()]
         if weight is None or is_partitioned(self.frozen) or not state_dict.keys() >= set(names):
             return None
+        digests = state_dict.get(prefix + _DIGEST), self._buffers.get(_DIGEST)
+        saved, own = (None if digest is None else digest.tolist() for digest in digests)
+        if saved != own:
+            return _OTHER
         factors: list[Tensor] = [state_dict[name] for name in names]
         if tuple(weight.shape) != full_shape(self.frozen) or any(
             tuple(f.shape) != full_shape(p)
@@ -282,16 +312,25 @@ class LokiRows(nn.Module):
         ):
             return None  # torch says so
         rows = self.take_rows(full_values(weight)).to(self.base_rows.device)
-        names = [name for name, _ in self.trained_parameters()]
-        whole = self.formed(dict(zip(names, map(full_values, factors), strict=True)))
-        if same_rows(rows, updated_rows(self.base_rows, *whole.values())):
-            return None
-        return (
-            "the update that was saved is of other base weights, or of another protection; patch "
-            "the model it was trained on, not a merged one, with the same protect=."
+        # Where the rows were made, since another device's products are others, above all in TF32.
+        whole = self.formed(
+            {
+                name: full_values(factor).to(rows.device)
+                for (name, _), factor in zip(self.trained_parameters(), factors, strict=True)
+            }
         )
+        return None if same_rows(rows, updated_rows(self.base_rows, *whole.values())) else _OTHER
 
 
+def digest_of(fingerprint: str) -> Tensor:
+    """A fingerprint as a state dict holds it."""
+    return torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8)
+
+
+_OTHER = (
+    "the update that was saved is of other base weights, or of another protection; patch the model "
+    "it was trained on, not a merged one, with the same protect=."
+)
 _READ_IT = (
     "Read the update beside the checkpoint: with handle.trainer_callback() for HF Trainer, "
     "loki_kernels.patch(model, rows=<checkpoint folder>), of a protected run with the same "

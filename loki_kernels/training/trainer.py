@@ -103,7 +103,7 @@ def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
     was = None if saved.base_rows is None else getattr(torch, saved.base_rows.dtype, None)
     dtype = was if isinstance(was, torch.dtype) else torch.float32
     for name, layer in layers.items():
-        base = layer.base_rows.cpu()
+        base = layer.base_rows
         parts = saved.layers.get(name, {})
         factors = [parts.get(part) for part, _ in layer.trained_parameters()]
         if any(
@@ -113,8 +113,9 @@ def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
             return False
         if layer.passed_over:  # the checkpoint names experts otherwise; others tell
             continue
-        rows = layer.merged_rows().cpu() if layer.merged_alone is None else layer.merged_alone
-        want = updated_rows(base, *(f for f in factors if f is not None))
+        rows = layer.merged_rows() if layer.merged_alone is None else layer.merged_alone
+        # Where the rows were made: another device's products are others, above all in TF32.
+        want = updated_rows(base, *(f.to(base.device) for f in factors if f is not None))
         if not same_rows(want, rows, dtype=dtype):
             return False
     return True

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..sharding import is_distributed, shards_its_weights
@@ -32,7 +32,7 @@ class RowWriter:
     model: nn.Module
     named_layers: Mapping[str, LokiRows]
     agreed: bool = False  # whether the processes train the same rows in the same directions
-    warned: bool = field(default=False, init=False)  # whether small steps were looked into
+    warned: bool = field(default=False, init=False)  # that small steps are lost
     holders: int = field(default=0, init=False)  # who want the rows to stay as they were written
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
 
@@ -80,6 +80,19 @@ class RowWriter:
             for layer in self.layers:
                 layer.in_step = False
 
+    def check_gradient(self, layer: LokiRows) -> Callable[[Tensor], None]:
+        """What a gradient of the layer's update calls, whatever the mode, compiled or not.
+
+        `from_pretrained` gives models in evaluation mode, in which a loop may train; and what asks
+        for no gradient may evaluate what cannot be trained on.
+        """
+
+        def check(_gradient: Tensor) -> None:
+            self._check_allowed()
+            layer.check_loaded(to_train=True)
+
+        return check
+
     def before_loading(
         self, _model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
     ) -> None:
@@ -94,7 +107,7 @@ class RowWriter:
             of_layers = around is not None and any(around[0] in key for key in state_dict)
             layer.passed_over = of_layers and own.isdisjoint(state_dict) and not layer.is_as_read()
 
-    def _check_training(self) -> None:
+    def _check_allowed(self) -> None:
         if self.held:
             raise RuntimeError(
                 "the model trains inside handle.inference(), where the rows are not written anew; "
@@ -102,6 +115,9 @@ class RowWriter:
             )
         if self.refusal is not None:
             raise RuntimeError(f"the update that was loaded cannot be trained on: {self.refusal}.")
+
+    def _check_training(self) -> None:
+        self._check_allowed()
         if not any(p.requires_grad for x in self.layers for _, p in x.trained_parameters()):
             raise RuntimeError(
                 "the rows of this patched model are frozen: something (get_peft_model, "
@@ -117,12 +133,12 @@ class RowWriter:
 
     def _warn_of_coarse_updates(self) -> None:
         """Say once that small steps are lost, where something has rounded the update."""
-        self.warned = True
         if shards_its_weights(self.model):
             return
         own = (p for layer in self.layers for _, p in layer.trained_parameters())
         dtype = coarse_dtype(own)
         if dtype is not None:
+            self.warned = True
             logger.warning(
                 "something has made the update of rows %s (model.to(dtype), model.half(), "
                 "Lightning's bf16-true, bf16_full_eval), in which an optimizer's small steps are "

@@ -14,7 +14,8 @@ from tokenizers.models import WordLevel
 import loki_kernels as loki
 from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import Protection, estimate, moments, samples
-from tests.models import DEVICE, assert_unchanged, build_model, snapshot
+from tests.attribution.test_prompts import tokenizer as prompts_tokenizer
+from tests.models import DEVICE, assert_unchanged, build_model, snapshot, to_device
 from tests.test_demo import word_tokenizer
 
 NAME = "model.layers.1.mlp.down_proj"
@@ -179,6 +180,37 @@ def test_samples_are_drawn_from_the_model():
     assert drawn != samples.draw_samples(model, tokenizer, 5, 12, seed=1)
 
 
+def test_samples_do_not_heed_how_the_model_generates():
+    model, tokenizer = build_model(), chat_tokenizer()
+    drawn = samples.draw_samples(model, tokenizer, 5, 12)
+    own = model.generation_config
+    own.min_p, own.num_return_sequences, own.suppress_tokens = 0.9, 2, list(range(3, 90))
+    assert samples.draw_samples(model, tokenizer, 5, 12) == drawn
+    assert model.generation_config is own
+
+
+def test_texts_that_begin_with_the_first_token_have_it_once():
+    """As a chat template writes them: a second one would be an attention sink that counts."""
+    model, begins = build_model(), prompts_tokenizer()
+    plain, marked = (
+        loki.estimate_protection(model, [f"{start}a b a b b", f"{start}b a"], tokenizer=begins)
+        for start in ("", "<s> ")
+    )
+    assert torch.equal(plain.directions[NAME], marked.directions[NAME])
+    assert plain.info["tokens"] == marked.info["tokens"] == 7
+
+
+def test_layers_that_were_compiled_in_place_are_read():
+    model = build_model()
+    want = loki.estimate_protection(model, texts())
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    model(input_ids=to_device(torch.tensor(texts()[:1])))
+    got = loki.estimate_protection(model, texts())
+    torch.testing.assert_close(got.totals, want.totals)
+
+
 def test_fewer_samples_at_a_time_where_memory_is_short(monkeypatch):
     model, tokenizer, sizes = build_model(), chat_tokenizer(), []
     generate = samples._generate
@@ -314,6 +346,9 @@ def test_bad_input_is_refused():
             loki.estimate_protection(model, texts(), **options)
     with pytest.raises(TypeError, match="--texts FILE"):
         loki.estimate_protection(model, "texts.jsonl")
+    encoded = transformers.BatchEncoding({"input_ids": texts(), "attention_mask": texts()})
+    with pytest.raises(TypeError, match="is a BatchEncoding; give texts"):
+        loki.estimate_protection(model, encoded, tokenizer=chat_tokenizer())
     with pytest.raises(ValueError, match="no text"):
         loki.estimate_protection(model, [[5]])
     with pytest.raises(ValueError, match="tokenizer"):

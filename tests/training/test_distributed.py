@@ -35,7 +35,7 @@ ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-prote
 APART = "trainer-zero3-apart"
 ZERO_TRAINER = ["trainer-zero3", "trainer-zero3-rank", "trainer-zero3-peft"]
 # what a patched model's state dict has beside a plain one's
-OWN = (".index", ".update", ".delta_a", ".delta_b")
+OWN = (".index", ".update", ".delta_a", ".delta_b", ".protection_digest")
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 

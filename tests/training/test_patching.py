@@ -780,6 +780,11 @@ def test_an_update_that_is_cast_is_named(caplog):
     loki.patch(model, ROWS)
     train(model.train().to(torch.bfloat16), steps=2)
     assert caplog.text.count("rounded away") == 1
+    model = build_model()
+    loki.patch(model, ROWS)
+    train(model.train())
+    train(model.to(torch.bfloat16))  # as an evaluation in bfloat16 leaves it
+    assert caplog.text.count("rounded away") == 2
 
 
 def test_a_bare_decoder_has_no_new_head():

@@ -22,6 +22,7 @@ from tests.tiny_training import (
     WordTokenizer,
     load_model,
     logits,
+    straight_and_resumed,
     tiny_trainer,
     token_batch,
     train,
@@ -252,9 +253,8 @@ def test_a_protection_is_estimated_once(monkeypatch, tmp_path):
     with pytest.raises(TypeError):
         loki.patch(model, ROWS, protect=True, tokenizer="a")
     model.config.rms_norm_eps /= 2
-    model.generation_config.min_p = 0.1  # other samples
-    with pytest.raises(TypeError):
-        loki.patch(model, ROWS, protect=True, tokenizer="a")
+    model.generation_config.min_p = 0.1  # which samples do not heed
+    loki.patch(model, ROWS, protect=True, tokenizer="a")
 
 
 def test_what_is_no_protection_of_the_model_is_refused(protection, tmp_path):
@@ -375,3 +375,113 @@ def test_generating_forms_a_protected_update_once(rank, protection, monkeypatch)
     assert torch.equal(model.generate(**prompt, do_sample=False, max_new_tokens=6), want)
     handle.unpatch()
     assert "generate" not in vars(model)
+
+
+def without_protection(tmp_path, protection):
+    """A base patched with a protected update, to be used."""
+    model = build_model()
+    loki.patch(model, ROWS, protect=protection)
+    train(model).save_pretrained(tmp_path)
+    plain = build_model()
+    loki.patch(plain, tmp_path, protect=False)
+    return plain
+
+
+def merged_alone(tmp_path, protection):
+    """A patched model that was loaded with merged weights of another run."""
+    other = build_model()
+    loki.patch(other, ROWS).model.get_submodule("model.layers.0.mlp.down_proj").update.data += 0.1
+    other.save_pretrained(tmp_path)
+    model = build_model()
+    loki.patch(model, ROWS)
+    model.load_state_dict(load_model(tmp_path).state_dict(), strict=False)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("made", [without_protection, merged_alone])
+def test_what_cannot_be_trained_on_is_refused_in_any_mode(made, compiled, protection, tmp_path):
+    """`from_pretrained` gives models in evaluation mode, in which README's loop trains."""
+    model = made(tmp_path, protection).eval()
+    want = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model(input_ids=token_batch())
+    run = model
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="aot_eager")
+    batch = token_batch(2)
+    loss = run(input_ids=batch, labels=batch).loss
+    with pytest.raises(RuntimeError, match=r"cannot be trained on|not the update itself"):
+        loss.backward()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, want[name]), name
+
+
+def test_training_in_a_held_forward_pass_is_refused_in_any_mode(protection):
+    model = build_model().eval()
+    handle = loki.patch(model, ROWS, protect=protection)
+    batch = token_batch(2)
+    with handle.inference(), pytest.raises(RuntimeError, match=r"inside handle\.inference\(\)"):
+        model(input_ids=batch, labels=batch).loss.backward()
+    train(model)
+
+
+@pytest.mark.parametrize("saved", ["one", "none"])
+def test_a_coarse_state_dict_tells_its_protection(saved, protection):
+    """In bfloat16 the rows themselves are alike within their rounding."""
+    base = build_model(dtype=torch.bfloat16)
+    model = copy.deepcopy(base)
+    loki.patch(model, ROWS, protect=protection if saved == "one" else None)
+    train(model, steps=1, lr=1e-5)
+    state = model.state_dict()
+    for other in (protection_of(build_model(), seed=5), None if saved == "one" else protection):
+        again = copy.deepcopy(base)
+        loki.patch(again, ROWS, protect=other)
+        with pytest.raises(RuntimeError, match="another protection"):
+            again.load_state_dict(state)
+
+
+def test_merged_rows_of_another_run_are_not_projected(protection, tmp_path):
+    model = build_model()
+    loki.patch(model, ROWS)
+    train(model).save_pretrained(tmp_path)
+    merged = load_model(tmp_path).state_dict()
+    protected = build_model()
+    handle = loki.patch(protected, ROWS, protect=protection)
+    protected.load_state_dict(merged, strict=False)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="not the update itself"):
+        protected(input_ids=token_batch())
+    with pytest.raises(RuntimeError, match="not the update itself"):
+        handle.merge()
+    handle.unpatch()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trainer_resumes_from_the_folder(dtype, protection, tmp_path):
+    """Without the callback: the Trainer loads the merged weights over what was read."""
+
+    def run(folder, steps, resume=False):
+        model = build_model(dtype=dtype)
+        rows = folder / "checkpoint-3" if resume else ROWS
+        handle = loki.patch(model, rows, protect=protection)
+        tiny_trainer(model, folder, steps).train(resume_from_checkpoint=resume)
+        return {name: layer.formed_update()["update"] for name, layer in handle.named_layers()}
+
+    straight, resumed = straight_and_resumed(run, tmp_path)
+    for name, tensor in straight.items():
+        close = 1e-5 if dtype == torch.float32 else 0.02
+        assert (resumed[name] - tensor).norm() <= close * tensor.norm(), name
+
+
+def test_gradients_of_float16_are_projected_however_small():
+    layer = layer_with(directions_of(), dtype=torch.float32)
+    layer.half()
+    x = torch.randn(3, 11, dtype=torch.float16, device=layer.index.device)
+    update = layer.update.data.float()
+    layer.update.data = update
+    for factor in (1.0, 2.0**-24):
+        upstream = factor * torch.ones(3, 6, device=x.device)
+        (gradient,) = torch.autograd.grad(layer(x).float(), layer.update, upstream)
+        kept = gradient.float() @ directions_of().to(gradient.device, torch.float32)
+        assert kept.norm() < 0.05 * gradient.float().norm()
