@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loki_kernels.files import atomic_path
+from loki_kernels.plots import picture
 
 from .records import RESULTS, file_of
 
@@ -90,7 +91,8 @@ def tables(records: Iterable[Record]) -> str:
     parts = ["# Benchmarks", ""]
     parts += ["Written by `python -m benchmarks report`. Times are medians; ratios are how many"]
     parts += ["times as long the peer takes (20th to 80th percentile of the rounds)."]
-    for device in sorted({record["device"] for record in records}):
+    gpus = {record["device"] for record in records if "driver" in record}
+    for device in sorted({r["device"] for r in records}, key=lambda d: (d not in gpus, d)):
         own = [record for record in records if record["device"] == device]
         versions = sorted(
             {f"torch {record['torch']}, transformers {record['transformers']}" for record in own}
@@ -164,11 +166,6 @@ def format_seconds(seconds: float) -> str:
 
 def plot(records: Iterable[Record], device: str, path: Path) -> bool:
     """Write the growth curves of one device as a PNG; False if it has none."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     records = [
         record for record in records if record["device"] == device and record["suite"] != "memory"
     ]
@@ -186,24 +183,19 @@ def plot(records: Iterable[Record], device: str, path: Path) -> bool:
         return False
     columns = min(3, len(drawn))
     height = -(-len(drawn) // columns)
-    figure, axes = pyplot.subplots(
-        height, columns, figsize=(4 * columns, 3.2 * height), squeeze=False
-    )
-    for axis, (curve, lines) in zip(axes.flat, drawn, strict=False):
-        for name, points in lines.items():
-            style = {"color": "black", "linewidth": 2} if name == "ours" else {"linewidth": 1}
-            axis.loglog(*zip(*sorted(points.items()), strict=True), "o-", label=name, **style)
-        axis.set(title=curve.suite, xlabel=curve.label, ylabel="seconds")
-        axis.set_xticks(sorted(lines["ours"]), [f"{x:g}" for x in sorted(lines["ours"])])
-        axis.minorticks_off()
-        axis.legend(fontsize=7, framealpha=0.5)
-    for axis in list(axes.flat)[len(drawn) :]:
-        axis.axis("off")
-    figure.suptitle(device)
-    figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
+    with picture(path, 4 * columns, 3.2 * height, dpi=110) as figure:
+        figure.suptitle(device)
+        axes = figure.subplots(height, columns, squeeze=False)
+        for axis, (curve, lines) in zip(axes.flat, drawn, strict=False):
+            for name, points in lines.items():
+                style = {"color": "black", "linewidth": 2} if name == "ours" else {"linewidth": 1}
+                axis.loglog(*zip(*sorted(points.items()), strict=True), "o-", label=name, **style)
+            axis.set(title=curve.suite, xlabel=curve.label, ylabel="seconds")
+            axis.set_xticks(sorted(lines["ours"]), [f"{x:g}" for x in sorted(lines["ours"])])
+            axis.minorticks_off()
+            axis.legend(fontsize=7, framealpha=0.5)
+        for axis in list(axes.flat)[len(drawn) :]:
+            axis.axis("off")
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import time
 import traceback
@@ -131,7 +132,9 @@ def work(
         except Exception:
             answers.put({"error": traceback.format_exc(), "group": group})
             if device == "cuda":
-                return
+                answers.close()
+                answers.join_thread()
+                os._exit(0)  # what a broken capture leaves behind may abort an orderly exit
             continue
         seconds = round((time.monotonic() - start) / len(group), 2)
         records = [

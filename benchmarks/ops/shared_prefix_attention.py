@@ -59,9 +59,10 @@ def make_case(
     flops = 4 * heads * points * (positions + samples) * dim
     q, own = inputs["q"].numel(), inputs["k"].numel()
     before = positions * kv_heads * dim
-    # backward: q, out and both their gradients; k, v and theirs
+    # backward: q, out and both their gradients; k, v and theirs. The prefix has no gradient, so
+    # three products stand against the forward pass's two: the scores again, dout v^T and dq.
     forward = Work(flops, DTYPE.itemsize * (2 * q + 2 * own + 2 * before))
-    backward = Work(2.5 * flops, DTYPE.itemsize * (4 * q + 4 * own + 2 * before))
+    backward = Work(1.5 * flops, DTYPE.itemsize * (4 * q + 4 * own + 2 * before))
     return Case(inputs, forward, backward, ("q", "k", "v"))
 
 

@@ -16,7 +16,7 @@ from ..measure import DEVICE
 from ..shapes import MODELS, build
 from .step import describe, make_step, prepare
 
-METHODS = ("ours", "full", "lora")
+METHODS = ("ours", "full", "lora", "ours_protected")
 
 
 def cases(scope: str) -> Iterator[tuple[str, int | None, int]]:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from loki_kernels import LokiLinear, Protection, patch
+from loki_kernels import LokiLinear, patch
 from loki_kernels.demo.model import load_smollm2
-from loki_kernels.discovery import find_structure
 from loki_kernels.protection.moments import default_directions
 from loki_kernels.ranking import rows_per_layer
 
 from ..measure import DEVICE, DTYPE, DTYPE_NAME, interleave, pair
 from .peers import FullLinear
+from .step import made_up_protection
 
 IN, OUT = 1536, 576
 PROTECTED = default_directions(IN)
@@ -55,13 +55,7 @@ def run(tokens: Sequence[int], quotas: Sequence[float], rounds: int) -> Iterator
 def generate(tokens: int, rounds: int) -> dict[str, Any]:
     """Seconds of a prompt of 8 tokens and so many after it, by how often the update is formed."""
     model = load_smollm2()[0].to(DEVICE)
-    directions = {
-        down.name: torch.linalg.qr(torch.randn(IN, PROTECTED))[0]
-        for _, down in find_structure(model).trainable()
-    }
-    energies = {name: torch.ones(PROTECTED) for name in directions}
-    protection = Protection(directions, energies, dict.fromkeys(directions, 2.0 * PROTECTED))
-    patch(model, quota=100, protect=protection)
+    patch(model, quota=100, protect=made_up_protection(model))
     ids = torch.arange(8, 16, device=DEVICE)[None]
     given = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     ways = {

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from loki_kernels import patch
+from loki_kernels import Protection, patch
+from loki_kernels.discovery import find_structure
+from loki_kernels.protection.moments import default_directions
 from loki_kernels.ranking import rows_per_layer
 from loki_kernels.selection import random_rows
 
@@ -18,7 +20,7 @@ from ..measure import DEVICE, DTYPE, DTYPE_NAME, floor, interleave, pair
 from ..shapes import MODELS, build, parameters
 from . import peers
 
-METHODS = ("ours", "full", "lora", "dora")
+METHODS = ("ours", "full", "lora", "ours_protected", "dora")
 
 
 def prepare(method: str, model: nn.Module, quota: float = 10.0) -> nn.Module:
@@ -32,6 +34,9 @@ def prepare(method: str, model: nn.Module, quota: float = 10.0) -> nn.Module:
         for layer in model.model.layers:
             layer.compile()
         return compiled
+    if method == "ours_protected":  # what `patch(model)` does
+        patch(model, quota=100, protect=made_up_protection(model))
+        return model
     if method in ("ours", "ours_fused"):
         width, depth = model.config.hidden_size, model.config.num_hidden_layers
         rows = random_rows(depth, width, rows_per_layer(quota, width), seed=0)
@@ -41,6 +46,18 @@ def prepare(method: str, model: nn.Module, quota: float = 10.0) -> nn.Module:
         return model.requires_grad_(True)
     targets = ["down_proj"] if method == "lora_down_proj" else "all-linear"
     return peers.lora(model, targets, dora=method == "dora")
+
+
+def made_up_protection(model: nn.Module) -> Protection:
+    """Random directions, as many as are estimated: a step takes as long with any."""
+    directions = {}
+    for _, down_proj in find_structure(model).trainable():
+        count = default_directions(down_proj.in_features)
+        noise = torch.randn(down_proj.in_features, count, device=DEVICE)
+        directions[down_proj.name] = torch.linalg.qr(noise)[0].cpu()
+    energies = {name: torch.ones(own.shape[1]) for name, own in directions.items()}
+    totals = {name: 2.0 * own.shape[1] for name, own in directions.items()}
+    return Protection(directions, energies, totals)
 
 
 def make_step(model: nn.Module, tokens: int) -> Callable[[], float]:
@@ -84,8 +101,8 @@ def cases(scope: str) -> Iterator[tuple[str, int | None, int, tuple[str, ...]]]:
     else:
         yield "SmolLM2-135M", None, 512, METHODS
         if scope == "full":
-            yield "SmolLM2-135M", None, 2048, METHODS[:3]
-            yield "Qwen2.5-0.5B", None, 512, METHODS[:3]
+            yield "SmolLM2-135M", None, 2048, METHODS[:4]
+            yield "Qwen2.5-0.5B", None, 512, METHODS[:4]
 
 
 def run(scope: str) -> Iterator[dict[str, Any]]:
