@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,11 @@ from tokenizers.normalizers import Prepend, Replace, Sequence
 
 import loki_kernels as loki
 from loki_kernels.attribution.prompts import Tokens
+from tests import models
 from tests.architectures import lfm2, mixtral
-from tests.models import build_model
 
+# on the CPU, as the definition's own tensors are
+build_model = functools.partial(models.build_model, device="cpu")
 IDS = [5, 6, 7, 8, 9]
 PROMPT = {"input_ids": IDS}
 STEPS = 5

@@ -514,7 +514,7 @@ def test_a_head_that_is_not_what_the_config_says_is_left_to_decode(model, prompt
     result = attribute(model, prompts)
     assert result.run["engine"] == "decode"
     for scores, prompt in zip(result.scores, prompts, strict=True):
-        want = attribute_reference(model, prompt["input_ids"])
+        want = attribute_reference(model, to_device(prompt["input_ids"]))
         assert norm_error(scores, want) <= 1e-5
     hook.remove()
 
