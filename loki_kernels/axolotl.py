@@ -3,6 +3,7 @@
     plugins: [loki_kernels.axolotl.LokiPlugin]
     adapter: loki
     loki_rows: rows.json  # or loki_quota: 10, which analyses the model first; else all, protected
+    loki_criterion: signed  # as the paper's analysis chooses
     loki_rank: 8          # for LoKI*
     loki_protect: true    # or a protection's file
 
@@ -29,6 +30,7 @@ class LokiArguments(BaseModel):
 
     loki_rows: str | None = None
     loki_quota: float | None = None
+    loki_criterion: str | None = None
     loki_rank: int | None = None
     loki_protect: bool | str | None = None
 
@@ -50,6 +52,7 @@ class LokiPlugin(BasePlugin):
         config = LokiConfig(
             rows=cfg.loki_rows,
             quota=cfg.loki_quota,
+            criterion=cfg.loki_criterion,
             rank=cfg.loki_rank,
             protect=cfg.loki_protect,
             modules_to_save=cfg.lora_modules_to_save or None,
@@ -59,8 +62,11 @@ class LokiPlugin(BasePlugin):
         if config_only:
             return None, config
         if cfg.lora_model_dir:
+            saved = LokiConfig.from_pretrained(cfg.lora_model_dir)
+            if isinstance(cfg.loki_protect, str):
+                saved.protect = cfg.loki_protect
             model = peft.PeftModel.from_pretrained(
-                model, cfg.lora_model_dir, is_trainable=not inference
+                model, cfg.lora_model_dir, is_trainable=not inference, config=saved
             )
             return model, model.peft_config["default"]
         return peft.get_peft_model(model, config), config

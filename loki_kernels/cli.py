@@ -60,7 +60,6 @@ def _parser() -> argparse.ArgumentParser:
         "--chat-template-kwargs", type=_json_object, metavar="JSON",
         help="for the tokenizer's chat template, such as '{\"enable_thinking\": false}'",
     )  # fmt: skip
-    attribute.add_argument("--heatmap", help="also draw this .png")
     attribute.add_argument(
         "--keep", choices=get_args(Keep), default="scores",
         help="counts: only what one later select needs, a small file for any number of questions",
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("base", help="folder or hub name of the model that was patched")
     merge.add_argument("checkpoint", help="adapter, or folder with loki_rows.update")
     merge.add_argument("out", help="folder to write the merged model to")
-    merge.add_argument("--dtype", default="float32", help="of the merged model")
+    merge.add_argument("--dtype", default="auto", help="of the merged model: auto, float32, ...")
     merge.add_argument(
         "--max-kl", type=float, metavar="NATS",
         help="merge so much of the update as leaves the KL from the base, a token, below this",
@@ -229,19 +228,15 @@ def _attribute(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from .attribution import Attribution, attribute
+    from .attribution import attribute
     from .attribution.result import check_suffix
     from .files import check_writable
     from .inspection import load_model
-    from .plots import import_matplotlib
     from .questions import load_questions
 
     suffix = check_suffix(check_writable(arguments.out))
-    if arguments.heatmap:
-        check_writable(arguments.heatmap, ".png")
-        import_matplotlib()
-    if arguments.keep == "counts" and (arguments.heatmap or suffix != ".safetensors"):
-        raise ValueError("--keep counts writes .safetensors and has no scores for a heatmap.")
+    if arguments.keep == "counts" and suffix != ".safetensors":
+        raise ValueError("--keep counts writes .safetensors.")
     questions = questions_of(arguments)
     questions = load_questions() if questions is None else questions
     first = _join_processes()
@@ -266,8 +261,6 @@ def _attribute(arguments: argparse.Namespace) -> None:
         return
     if suffix != ".safetensors":
         result.save(arguments.out)
-    if isinstance(result, Attribution) and arguments.heatmap:
-        result.heatmap(arguments.heatmap)
     print(f"{result} -> {arguments.out}")
 
 
@@ -322,7 +315,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from .forgetting.limit import check_limit
     from .forgetting.texts import read_texts
     from .inspection import load_model
-    from .training.adapter_file import read_saved
+    from .training.adapter_file import modules_of, read_saved
     from .training.patching import patch_saved
 
     out = check_folder(arguments.out)
@@ -335,7 +328,8 @@ def _merge(arguments: argparse.Namespace) -> None:
         check_limit(arguments.max_kl)
         read_texts(arguments.texts)
     saved = read_saved(arguments.checkpoint)
-    handle = patch_saved(load_model(arguments.base, arguments.dtype, saved.layers), saved)
+    held = {*saved.layers, *modules_of(saved.others)}
+    handle = patch_saved(load_model(arguments.base, arguments.dtype, held), saved)
     if arguments.max_kl is not None:
         handle.model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = AutoTokenizer.from_pretrained(arguments.base)
@@ -364,6 +358,11 @@ def _adapter(arguments: argparse.Namespace) -> None:
 
     check_folder(arguments.out)
     every = arguments.rows == "all"
+    if every and not arguments.protect:
+        raise ValueError(
+            "all rows are trained protected: name a file (--protect FILE), which loki-kernels "
+            "protection MODEL FILE writes, or a row file in place of 'all'."
+        )
     chosen: Any = {"quota": 100} if every else {"rows": RowSelection.load(arguments.rows)}
     model = load_model(arguments.model, "auto")
     handle = patch(model, rank=arguments.rank, protect=arguments.protect, **chosen)

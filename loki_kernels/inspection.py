@@ -79,7 +79,8 @@ def load_model(
     of an update, else the next class is tried.
 
     Raises:
-        ValueError: for an unknown dtype, or a config of which transformers knows no language model.
+        ValueError: for an unknown dtype, a config of which transformers knows no language model, or
+            one whose language models lack what is to be held.
         OSError: if there is no such model.
     """
     chosen = dtype if dtype == "auto" else dtype_named(dtype)
@@ -88,8 +89,14 @@ def load_model(
     except OSError:  # an adapter's folder, whose base transformers finds
         return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
     kinds = _classes_for(config) or [transformers.AutoModelForCausalLM]
-    fitting = (kind for kind in kinds if _has_modules(kind, config, holding))
-    return next(fitting, kinds[0]).from_pretrained(name, dtype=chosen)
+    fitting = next((kind for kind in kinds if _has_modules(kind, config, holding)), None)
+    if fitting is None:
+        raise ValueError(
+            f"no language model of {name} has {', '.join(sorted(holding)[:3])}, ...: it is an "
+            "update of another model. That of a classifier or a reward model is merged where the "
+            "model is loaded by its own class: loki_kernels.load_adapter(model, FOLDER).merge()."
+        )
+    return fitting.from_pretrained(name, dtype=chosen)
 
 
 def _classes_for(config: Any) -> list[Any]:

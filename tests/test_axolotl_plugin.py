@@ -16,10 +16,11 @@ import pytest
 
 from tests.models import build_model
 from tests.tiny_training import ROWS, logits, train
+from tests.training.test_protect import protection_of
 
 KEYS = (
-    "adapter loki_rows loki_quota loki_rank loki_protect lora_model_dir lora_modules_to_save "
-    "peft_trainable_token_indices"
+    "adapter loki_rows loki_quota loki_criterion loki_rank loki_protect lora_model_dir "
+    "lora_modules_to_save peft_trainable_token_indices"
 )
 
 
@@ -59,8 +60,9 @@ def test_every_option_reaches_the_config(module, tmp_path):
     assert model is None
     assert (made.rows, made.rank, made.protect) == ([[1, 5], [0], [7]], 2, True)
     assert (made.modules_to_save, made.trainable_token_indices) == (["lm_head"], [3])
-    _, made = plugin.load_adapter(None, config(adapter="loki", loki_quota=10), config_only=True)
-    assert (made.rows, made.quota, made.protect) == (None, 10, None)
+    given = config(adapter="loki", loki_quota=10, loki_criterion="signed")
+    _, made = plugin.load_adapter(None, given, config_only=True)
+    assert (made.rows, made.quota, made.criterion, made.protect) == (None, 10, "signed", None)
     assert plugin.load_adapter(None, config(adapter="lora")) is None
     assert set(module.LokiArguments.model_fields) == {k for k in KEYS.split() if "loki" in k}
 
@@ -77,3 +79,20 @@ def test_an_adapter_is_made_and_continued(module, tmp_path):
         again, _ = module.LokiPlugin().load_adapter(build_model(), given, inference=inference)
         assert any(p.requires_grad for p in again.parameters()) is not inference
         assert (logits(again) - logits(model)).abs().max() < 1e-5
+
+
+def test_a_continued_adapter_takes_the_protection_that_is_named(module, tmp_path):
+    protection_of(build_model()).save(tmp_path / "one.safetensors")
+    given = config(adapter="loki", loki_protect=str(tmp_path / "one.safetensors"))
+    model, _ = module.LokiPlugin().load_adapter(build_model(), given)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "loki_rows.protection").unlink()
+    (tmp_path / "one.safetensors").rename(tmp_path / "moved.safetensors")
+    given = config(
+        adapter="loki",
+        loki_protect=str(tmp_path / "moved.safetensors"),
+        lora_model_dir=str(tmp_path / "adapter"),
+    )
+    again, made = module.LokiPlugin().load_adapter(build_model(), given)
+    assert made.protection == model.peft_config["default"].protection
+    train(again)

@@ -48,10 +48,8 @@ def test_attribute_then_select(folder, capsys, suffix):
     row = {"question": "Is it?", "choices": ["a", "b", "c", "d"], "answer": 1}
     questions.write_text(json.dumps(row) + "\n")
     scores, rows = folder / f"scores.{suffix}", folder / "rows.json"
-    heatmap = folder / "map.png"
     command = ["attribute", str(folder / "model"), str(scores), "--questions", str(questions)]
-    assert main([*command, "--heatmap", str(heatmap), "--definition", "paper"]) == 0
-    assert heatmap.exists()
+    assert main([*command, "--definition", "paper"]) == 0
     attribution = loki.Attribution.load(scores)
     assert attribution.run["definition"] == "paper"
     assert attribution.scores.shape == (1, 3, 48)
@@ -82,7 +80,8 @@ def test_counts_are_a_selection_in_the_making(folder, capsys):
     assert main(["select", str(counts), str(rows)]) == 0
     assert loki.RowSelection.load(rows).info["criterion"] == "signed"
     assert "3 layers, 12 rows each" in capsys.readouterr().out
-    assert main([*command, "--heatmap", str(folder / "map.png")]) == 1
+    command[2] = str(counts.with_suffix(".h5"))
+    assert main(command) == 1
     assert main(["select", str(counts), str(rows), "--quota", "5"]) == 1
 
 
@@ -227,9 +226,15 @@ def test_a_dataset_and_another_site(folder):
     assert loki.Attribution.load(out).scores.shape == (4, 3, 112)
 
 
-def test_an_adapter_of_low_rank(base_folder, tmp_path):
+def test_an_adapter_of_low_rank(base_folder, tmp_path, capsys):
     out = tmp_path / "identity"
-    assert main(["adapter", str(base_folder), "all", str(out), "--rank", "2"]) == 0
+    command = ["adapter", str(base_folder), "all", str(out), "--rank", "2"]
+    assert main(command) == 1
+    assert "name a file (--protect FILE)" in capsys.readouterr().err
+    assert not out.exists()
+    texts = [[5, 6, 7, 8, 9], [11, 12, 13]]
+    loki.estimate_protection(load_model(base_folder), texts).save(tmp_path / "p.safetensors")
+    assert main([*command, "--protect", str(tmp_path / "p.safetensors")]) == 0
     assert json.loads((out / "adapter_config.json").read_text())["rank"] == 2
 
 
@@ -246,6 +251,28 @@ def test_a_model_of_images_is_loaded_as_it_was_saved(base_folder, tmp_path):
     names = [f"model.language_model.layers.{i}.mlp.down_proj" for i in range(3)]
     assert list(protection.directions) == names
     loki.patch(model, [[1], [2], [3]], protect=protection)
+
+
+def test_a_protection_fits_the_text_model_and_the_whole_one(tmp_path):
+    """transformers has a class for each, whose layers have other names."""
+    whole = zoo_qwen()
+    whole.save_pretrained(tmp_path)
+    text = load_model(tmp_path)
+    assert type(text) is not type(whole)
+    texts = [[5, 6, 7, 8, 9], [11, 12, 13]]
+    one, other = (loki.estimate_protection(m, texts) for m in (text, whole))
+    assert one.directions.keys() != other.directions.keys()
+    for model, protection in ((whole, one), (text, other)):
+        handle = loki.patch(model, quota=100, protect=protection)
+        assert handle.protection.fingerprint == protection.fingerprint
+        for name, layer in handle.named_layers():
+            (known,) = (
+                k for k in protection.directions if k.endswith(name[name.find("layers.") :])
+            )
+            assert torch.equal(layer.directions, protection.directions[known].to(layer.directions))
+    short = dict(list(one.directions.items())[:-1])
+    with pytest.raises(ValueError, match="of another model: it lacks"):
+        loki.Protection(short, one.energies, one.totals).of(find_structure(zoo_qwen()))
 
 
 def test_the_class_is_the_first_that_knows_the_config(tmp_path):

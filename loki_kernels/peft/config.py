@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import peft
 from packaging.version import Version
 from peft import PeftConfig, PeftType, TaskType
 
 from ..errors import check_choice
+from ..options import Criterion
 from ..protection import Protection
 from ..training.adapter_file import PROTECTION_FILE, write_protection
-from ..training.rows import check_rank
-from ..training.targets import as_selection
+from ..training.arithmetic import check_rank
+from ..training.targets import as_selection, refuse_both
 
 MERGES = ("dequantize", "requantize")
 _OLDEST = "0.18"  # which LLaMA-Factory 0.9.5 pins
@@ -55,9 +56,10 @@ class LokiConfig(PeftConfig):
             layer.
         quota: percentage of rows that an analysis of the model on the bundled questions chooses;
             100 are all rows, without one.
+        criterion: what it goes by: ``"magnitude"``, or ``"signed"`` as in the paper.
         rank: train an update of rank r (LoKI*).
         protect: path of a `Protection`'s file, True, which estimates one, or False; None is True
-            where neither rows nor a quota says what to train. What is saved holds the update as it
+            where nothing above says what to train. What is saved holds the update as it
             acts, and the protection in a file beside it, which training on takes and nothing else.
         quantized_merge: how to merge into a quantized base: ``"dequantize"`` makes the merged
             model an ordinary one, ``"requantize"`` rounds the merged weights as the base's were.
@@ -71,12 +73,13 @@ class LokiConfig(PeftConfig):
 
     Raises:
         ValueError: for a damaged row file, rows that are negative, duplicated or of FFN neurons,
-            a rank below 1, an unknown ``quantized_merge``, or
-            ``modules_to_save`` that are no list.
+            a quota or criterion beside them, a rank below 1, an unknown ``criterion`` or
+            ``quantized_merge``, or ``modules_to_save`` that are no list.
     """
 
     rows: str | list[list[int]] | None = None
     quota: float | None = None
+    criterion: str | None = None
     rank: int | None = None
     protect: str | bool | None = None
     quantized_merge: str | None = None
@@ -93,6 +96,10 @@ class LokiConfig(PeftConfig):
         self.peft_type = PeftType("LOKI")
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         check_rank(self.rank)
+        if self.criterion is not None:
+            check_choice("criterion", self.criterion, get_args(Criterion))
+        if self.fingerprint is None:  # what was saved has both
+            refuse_both(self.rows, quota=self.quota, criterion=self.criterion)
         if self.protect is not None and not isinstance(self.protect, bool):
             self.protect = os.fspath(self.protect)
         if self.quantized_merge is not None:

@@ -16,9 +16,21 @@ from ..ops import row_delta_linear
 from ..ops._directions import acting_factors, leave_out
 from ..sharding import full_values, is_partitioned, is_sharded, shard_like
 from ..structure import has_hooks
-from ..training.rows import digest_of, initial_factors, updated_rows
+from ..training.arithmetic import digest_of, initial_factors, updated_rows
 from .config import MERGES, LokiConfig
 from .quantized import dequantized_weight, is_repacked, plain_linear, quantization_of
+
+
+def refuse_parts(module: nn.Module) -> None:
+    """Raise UnsupportedModelError under ZeRO-3, which collects a state dict by itself.
+
+    That would hold a protected update as it does not act.
+    """
+    if any(is_partitioned(p) for p in module.parameters()):
+        raise UnsupportedModelError(
+            "ZeRO-3 cannot train a protected LoKI adapter; use FSDP2 or ZeRO-2, or "
+            "loki_kernels.patch(protect=FILE)."
+        )
 
 
 class LokiLayer(nn.Module, BaseTunerLayer):
@@ -155,12 +167,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             seen |= rows
 
     def _check_engine(self, name: str) -> None:
-        # ZeRO-3 collects a state dict by itself, which would hold the update as it does not act
-        if name in self.loki_directions and any(is_partitioned(p) for p in self.parameters()):
-            raise UnsupportedModelError(
-                "ZeRO-3 cannot train a protected LoKI adapter; use FSDP2 or ZeRO-2, or "
-                "loki_kernels.patch(protect=...)."
-            )
+        if name in self.loki_directions:
+            refuse_parts(self)
 
     def _adapters_here(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.loki_index]

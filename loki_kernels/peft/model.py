@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..discovery import find_structure
 from ..errors import UnsupportedModelError, explained
 from ..fingerprint import BaseRows
+from ..options import Criterion
 from ..protection import Protection
 from ..sharding import ignore_in_ddp, is_distributed, shards_its_weights
 from ..structure import Structure
@@ -27,7 +28,8 @@ from ..training.adapter_file import (
     check_base,
     why_other_protection,
 )
-from ..training.rows import LokiRows, coarse_dtype
+from ..training.arithmetic import coarse_dtype
+from ..training.rows import LokiRows
 from ..training.targets import (
     as_selection,
     assign_rows,
@@ -40,7 +42,7 @@ from ..training.targets import (
     what_to_train,
 )
 from .config import LokiConfig
-from .layer import LokiLayer
+from .layer import LokiLayer, refuse_parts
 from .quantized import dequantize_model
 
 logger = logging.getLogger(__name__)
@@ -92,16 +94,28 @@ class LokiModel(BaseTuner):
         self._copied = same[0] if same else None
         self.peft_config[name] = peft_config = copy.copy(peft_config)
         peft_config.quota, protect = what_to_train(
-            peft_config.rows, peft_config.quota, None, peft_config.protect
+            peft_config.rows,
+            peft_config.quota,
+            cast("Criterion | None", peft_config.criterion),
+            None,
+            peft_config.protect,
         )
         peft_config.protect = cast("str | bool | None", protect)
+        if protect and not peft_config.inference_mode:
+            refuse_parts(self.model)
         structure = find_structure(self.model)
         _refuse_other_modules(structure)
         refuse_efficient_loading()
         _check_modules(structure, peft_config)
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
         selection = selection_to_train(
-            self.model, structure, peft_config.rows, None, peft_config.quota, agree=together
+            self.model,
+            structure,
+            peft_config.rows,
+            None,
+            peft_config.quota,
+            cast("Criterion | None", peft_config.criterion),
+            agree=together,
         )
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}

@@ -91,7 +91,7 @@ def estimate_protection(
     refuse_tensor_parallelism(structure)
     refuse_untold_inputs(structure)
     if earlier is not None:
-        earlier.check(structure)
+        earlier = earlier.of(structure)
     causal_lm = structure.causal_lm
     with on_accelerator(model), evaluating(causal_lm):
         own = texts is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,30 @@ class Protection:
             name: float(energies.sum()) / self.totals[name] if self.totals[name] else 1.0
             for name, energies in self.energies.items()
         }
+
+    def of(self, structure: Structure) -> Protection:
+        """This one, or the same under the names that this model has for its layers.
+
+        A text model of a whole one, and the whole one, name the same layers otherwise.
+
+        Raises:
+            ValueError: if it is none of this model's layers.
+        """
+        names = [down_proj.name for _, down_proj in structure.trainable()]
+        own = {_from_its_layer(name): name for name in self.directions}
+        found = {name: own.get(_from_its_layer(name), name) for name in names}
+        fits = self.directions.keys() >= set(names) or len(own) < len(self.directions)
+        if fits or not self.directions.keys() >= set(found.values()):
+            self.check(structure)
+            return self
+        renamed = Protection(
+            {name: self.directions[known] for name, known in found.items()},
+            {name: self.energies[known] for name, known in found.items()},
+            {name: self.totals[known] for name, known in found.items()},
+            self.info,
+        )
+        renamed.check(structure)
+        return renamed
 
     def check(self, structure: Structure) -> None:
         """Raise ValueError if it is none of this model's layers."""
@@ -117,6 +142,12 @@ class Protection:
         if not whole or not directions:
             raise ValueError(f"{path} is damaged: its layers have not the same parts.")
         return cls(directions, energies, totals, info)
+
+
+def _from_its_layer(name: str) -> str:
+    """A down-projection's name from its decoder layer on, as in "layers.3.mlp.down_proj"."""
+    found = re.search(r"[^.]+\.\d+\..*", name)
+    return name if found is None else found[0]
 
 
 def _of_inputs(shape: Sequence[int]) -> str:

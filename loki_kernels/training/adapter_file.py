@@ -18,7 +18,8 @@ from ..files import atomic_path, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
 from ..protection import Protection
 from ..sharding import full_shape, full_values, shard_like
-from .rows import TRAINED, LokiRows, digest_of
+from .arithmetic import digest_of
+from .rows import TRAINED, LokiRows
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

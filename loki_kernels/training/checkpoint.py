@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..sharding import is_partitioned
 from . import adapter_file
 from .adapter_file import Layers, Parts
-from .rows import BESIDE, TRAINED, updated_rows
+from .arithmetic import updated_rows
+from .rows import BESIDE, TRAINED
 from .targets import trained_whole
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,6 @@ class SavePretrained:
 
     model: Any  # a module whose class has a ``save_pretrained``
     layers: Layers
-
-    @classmethod
-    def attach(cls, model: nn.Module, layers: Layers) -> SavePretrained | None:
-        if not hasattr(type(model), "save_pretrained"):
-            return None
-        model.__dict__["save_pretrained"] = saver = cls(model, layers)
-        return saver
-
-    def detach(self) -> None:
-        del self.model.__dict__["save_pretrained"]
 
     def __call__(
         self,

@@ -13,7 +13,8 @@ from ..mixture import grouped_experts, why_not_grouped
 from ..ops._directions import acting_factors, leave_out
 from ..ops._grouped import Update
 from ..sharding import full_shape, is_partitioned
-from .rows import LokiRows, take_rows
+from .arithmetic import take_rows
+from .rows import LokiRows
 
 
 class LokiExperts(LokiRows):

@@ -19,7 +19,8 @@ from ..sharding import full_values, is_partitioned, is_sharded, shard_like
 from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import Layers, SavedUpdate
-from .rows import TRAINED, LokiRows, write_into
+from .arithmetic import write_into
+from .rows import TRAINED, LokiRows
 from .targets import parameters_of, trained_whole, why_other_modules
 from .writer import RowWriter
 

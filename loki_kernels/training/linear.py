@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import row_delta_linear, row_masked_linear, swiglu_row_masked_linear
 from ..ops.gated_product import Activation
 from ..sharding import full_shape
-from .rows import LokiRows, check_rank
+from .arithmetic import check_rank
+from .rows import LokiRows
 
 
 class LokiLinear(LokiRows):

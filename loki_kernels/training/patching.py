@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -17,9 +17,10 @@ from transformers import AutoConfig
 from ..attribution.cache import AnalysisOptions
 from ..default_device import made_on_cpu
 from ..discovery import find_structure
-from ..errors import explained
+from ..errors import check_choice, explained
 from ..gating import Gating, find_gating
 from ..ops._dispatch import warm_up
+from ..options import Criterion
 from ..protection import Protection
 from ..ranking import rows_per_layer
 from ..selection import RowSelection
@@ -27,12 +28,13 @@ from ..sharding import full_shape, heed_in_ddp, ignore_in_ddp, is_distributed, i
 from ..structure import DownProjection, Structure, embedding_weight
 from . import adapter_file
 from .adapter_file import SavedUpdate
+from .arithmetic import check_rank
 from .checkpoint import SavePretrained
 from .experts import LokiExperts
 from .handle import Patch, Report
 from .linear import LokiLinear
 from .mlp import FusedMLP
-from .rows import LokiRows, check_rank
+from .rows import LokiRows
 from .targets import (
     Protect,
     Rows,
@@ -43,6 +45,7 @@ from .targets import (
     new_heads,
     projection_names,
     protection_to_keep,
+    refuse_both,
     selection_to_train,
     what_to_train,
 )
@@ -58,6 +61,7 @@ def patch(
     *,
     tokenizer: Any = None,
     quota: float | None = None,
+    criterion: Criterion | None = None,
     analysis: AnalysisOptions | None = None,
     rank: int | None = None,
     protect: Protect | None = None,
@@ -66,8 +70,9 @@ def patch(
 ) -> Patch:
     """Make a model train an update of rows of its FFN down-projections.
 
-    ``patch(model)`` trains all rows, protected; ``patch(model, quota=10)`` is the paper's (arXiv
-    2505.22120), the 10 % that integrated gradients rank lowest, unprotected.
+    ``patch(model)`` trains all rows, protected. ``patch(model, criterion="signed")`` is the paper's
+    (arXiv 2505.22120): the 10 % whose integrated gradients are lowest, unprotected;
+    ``patch(model, quota=10)`` those nearest to zero, which are missed far less.
 
     Every ``down_proj`` of this instance becomes a `LokiLinear`, the experts of a mixture together a
     `LokiExperts` (row j of a layer is row j of every expert), whose update of its rows is trained
@@ -83,18 +88,17 @@ def patch(
         rows: a `RowSelection`, one list of rows a layer, or the path of a row file; or the folder
             of a checkpoint or an adapter, to go on from the update saved there (``model`` is the
             base; an update that was protected goes on so, by what lies beside it or the same
-            ``protect``). None trains all rows, or
-            with a ``quota`` below 100 or ``analysis`` analyses the model on the bundled questions
-            (`attribute`, then `select`).
+            ``protect``). None trains all rows, or with a ``quota`` below 100, a ``criterion`` or
+            ``analysis`` analyses the model on the bundled questions (`attribute`, then `select`).
         tokenizer: for an analysis or a protection; by default the one of ``model.name_or_path``.
-        quota: percentage of rows that an analysis chooses; 100 are all rows, without one.
-        analysis: arguments of `attribute` for it, such as ``{"batch_size": 8}``,
-            ``{"chat_template_kwargs": {"enable_thinking": False}}`` or ``prompts`` of one's own.
+        quota: percentage of rows that an analysis chooses, 10 by default; 100 are all, without one.
+        criterion: of `select`: ``"magnitude"``, or ``"signed"`` as the paper's.
+        analysis: arguments of `attribute` for it, such as ``{"batch_size": 8}`` or ``prompts``.
         rank: train an update of rank r instead (LoKI*).
         protect: keep the update out of the directions in which general text drives each
             down-projection, so that less is forgotten: a `Protection`, the path of its file, True,
-            which estimates one from the model's own samples, or False. None is True where no rows,
-            quota or analysis says what to train, else False.
+            which estimates one from the model's own samples, or False. None is True where nothing
+            above says what to train, else False.
         modules_to_save: names of modules to train whole beside the rows, in the checkpoint's own
             dtype, such as ``["embed_tokens"]`` for new tokens; as in PEFT, the end of a name is
             enough.
@@ -107,24 +111,24 @@ def patch(
 
     Raises:
         ValueError: for rows out of range, duplicated, or of another layer count; a selection of
-            ``ffn_neurons``; a quota outside (0, 100]; unknown options of the analysis, or some
-            beside rows; a model that is already patched or has a PEFT adapter; unknown
-            ``modules_to_save``; a damaged file, or an update of another base; a protection of
-            another model; processes with different rows or protections. The model is unchanged.
+            ``ffn_neurons``; a quota outside (0, 100], an unknown criterion or option of the
+            analysis, or one of them beside rows; a model that is patched or has a PEFT adapter;
+            unknown ``modules_to_save``; a damaged file, or an update of another base; a protection
+            of another model; processes with other rows or protections. The model is unchanged.
         UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
     """
     structure = find_structure(model)
     check_patchable(structure)
-    _check_arguments(rows, quota, analysis, rank, modules_to_save)
+    _check_arguments(rows, quota, criterion, analysis, rank, modules_to_save)
     folder, saved = rows, _saved_update(rows)
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
         modules_to_save = [*modules_to_save, *adapter_file.modules_of(saved.others)]
         protect = _beside(folder, saved, protect)
     whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
-    quota, protect = what_to_train(rows, quota, analysis, protect)
+    quota, protect = what_to_train(rows, quota, criterion, analysis, protect)
     protection = protection_to_keep(model, structure, protect, tokenizer)
-    selection = selection_to_train(model, structure, rows, tokenizer, quota, analysis)
+    selection = selection_to_train(model, structure, rows, tokenizer, quota, criterion, analysis)
     handle = _patch_rows(
         structure, selection, whole, rank, protection, fuse_mlp=fuse_mlp, together=True
     )
@@ -136,6 +140,7 @@ def patch(
 def _check_arguments(
     rows: Rows | None,
     quota: float | None,
+    criterion: Criterion | None,
     analysis: AnalysisOptions | None,
     rank: int | None,
     modules_to_save: Sequence[str],
@@ -146,8 +151,9 @@ def _check_arguments(
         rows_per_layer(quota, 1)
     if isinstance(modules_to_save, str):
         raise ValueError(f"modules_to_save must be a list of names; it is {modules_to_save!r}.")
-    if rows is not None and analysis:
-        raise ValueError("analysis= is for rows=None; rows that are given need none.")
+    if criterion is not None:
+        check_choice("criterion", criterion, get_args(Criterion))
+    refuse_both(rows, quota=quota, criterion=criterion, analysis=analysis)
 
 
 def patch_saved(model: nn.Module, saved: SavedUpdate) -> Patch:
@@ -422,12 +428,13 @@ def _attach(
     for layer in layers.values():
         for _, parameter in layer.trained_parameters():
             parameter.register_hook(writer.check_gradient(layer))
-    saver = SavePretrained.attach(model, layers)
-    if saver is not None:
-        undo.callback(saver.detach)
-    generate = Generate.attach(model, writer)
-    if generate is not None:
-        undo.callback(generate.detach)
+    ours: dict[str, Any] = {"save_pretrained": SavePretrained(model, layers)}
+    if "generate" not in model.__dict__:  # another's stays
+        ours["generate"] = Generate(model, writer)
+    for name, call in ours.items():
+        if hasattr(type(model), name):
+            model.__dict__[name] = call
+            undo.callback(model.__dict__.pop, name, None)
     kept = ("index", "base_rows", "directions", "protection_digest")
     buffers = [f"{name}.{buffer}" for name in layers for buffer in kept]
     ignore_in_ddp(model, buffers)

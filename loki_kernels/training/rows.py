@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,15 @@ from ..ops import sync_rows
 from ..ops._directions import LeaveOutOfGradient, leave_out
 from ..protection import Protection
 from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_sharded, shard_like
+from .arithmetic import (
+    check_index,
+    digest_of,
+    initial_factors,
+    same_rows,
+    take_rows,
+    updated_rows,
+    write_into,
+)
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")
@@ -77,7 +85,7 @@ class LokiRows(nn.Module):
             raise ValueError(
                 f"the weight is {weight.dtype}; only floating-point weights can be trained in rows."
             )
-        index = _check_index(rows, full_shape(weight)[axis]).to(weight.device)
+        index = check_index(rows, full_shape(weight)[axis]).to(weight.device)
         weight.requires_grad_(False)
         self.register_buffer("index", index)
         base = take_rows(full_values(weight), index, axis).contiguous()
@@ -322,11 +330,6 @@ class LokiRows(nn.Module):
         return None if same_rows(rows, updated_rows(self.base_rows, *whole.values())) else _OTHER
 
 
-def digest_of(fingerprint: str) -> Tensor:
-    """A fingerprint as a state dict holds it."""
-    return torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8)
-
-
 _OTHER = (
     "the update that was saved is of other base weights, or of another protection; patch the model "
     "it was trained on, not a merged one, with the same protect=."
@@ -351,65 +354,6 @@ _MERGED_ALONE = (
 # What another device's products may move the rows that one update gives, in roundings of theirs.
 # A whole one would be too much: in 16 bits two checkpoints' updates differ by less.
 _BY_PRODUCTS = 0.02
-
-
-def same_rows(
-    got: Tensor, want: Tensor, *, within: float = 1.0, dtype: torch.dtype = torch.float32
-) -> bool:
-    """Whether rows are the same but for a rounding, or ``within`` one, to the coarser dtype.
-
-    ``dtype`` is one that either has been in before.
-    """
-    eps = max(torch.finfo(x).eps for x in (got.dtype, want.dtype, dtype))
-    difference = got.float() - want.to(got.device).float()
-    return float(difference.norm()) <= within * eps * float(want.float().norm())
-
-
-def check_rank(rank: object) -> None:
-    """Raise ValueError unless ``rank`` is None or a positive integer."""
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be a positive integer or None; it is {rank!r}.")
-
-
-def initial_factors(shape: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
-    """Of LoKI*, for rows ``[..., k, in_features]``: zeros ``[..., k, r]``, and
-    ``[..., r, in_features]`` normal with variance 1 / in_features."""
-    *experts, count, in_features = shape
-    return (
-        torch.zeros(*experts, count, rank),
-        torch.randn(*experts, rank, in_features) / math.sqrt(in_features),
-    )
-
-
-def updated_rows(base: Tensor, delta_a: Tensor, delta_b: Tensor | None = None) -> Tensor:
-    """``base + delta_a @ delta_b`` (``base + delta_a`` without a second factor), rounded once.
-
-    In the base's dtype, where the base lies.
-    """
-    wide = torch.promote_types(torch.promote_types(base.dtype, delta_a.dtype), torch.float32)
-    delta = delta_a if delta_b is None else delta_a.to(wide) @ delta_b.to(delta_a.device, wide)
-    return (base.to(wide) + delta.to(base.device)).to(base.dtype)
-
-
-def coarse_dtype(parameters: Iterable[Tensor]) -> str | None:
-    """The dtype of updates that a trainer has rounded; None where small steps are kept.
-
-    DeepSpeed rounds too and keeps a float32 copy, and FSDP2 rounds for a product alone.
-    """
-    for p in parameters:
-        if p.requires_grad and p.element_size() < 4 and not is_sharded(p):
-            return None if hasattr(p, "_hp_mapping") else str(p.dtype).removeprefix("torch.")
-    return None
-
-
-def take_rows(weight: Tensor, index: Tensor, axis: int) -> Tensor:
-    """Rows ``[..., k, in_features]`` of a weight that numbers them along ``axis``."""
-    return weight.index_select(axis, index).movedim(axis, -2)
-
-
-def write_into(weight: Tensor, rows: Tensor, index: Tensor, axis: int) -> None:
-    """The inverse of `take_rows`, in place; rounded where the weight is coarser."""
-    weight.index_copy_(axis, index, rows.movedim(-2, axis).to(weight.dtype))
 
 
 @torch.no_grad()
@@ -437,16 +381,3 @@ def write_rows(layers: Sequence[LokiRows]) -> None:
             [leave_out(layer.update.data, layer.directions) for layer in group],
             [layer.index for layer in group],
         )
-
-
-def _check_index(rows: Tensor, out_features: int) -> Tensor:
-    rows = torch.as_tensor(rows)
-    if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-        raise ValueError(f"rows must be integers [k]; they are {rows.dtype} {tuple(rows.shape)}.")
-    index = rows.to(torch.int64).sort().values
-    if len(index) and (int(index[0]) < 0 or int(index[-1]) >= out_features):
-        bad = index[0] if int(index[0]) < 0 else index[-1]
-        raise ValueError(f"row {int(bad)} is out of range for a weight of {out_features} rows.")
-    if (index[1:] == index[:-1]).any():
-        raise ValueError(f"row {int(index[1:][index[1:] == index[:-1]][0])} is given twice.")
-    return index

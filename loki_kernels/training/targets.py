@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..attribution.cache import AnalysisOptions, cached_attribution
 from ..errors import UnsupportedModelError, explained
-from ..options import DEFAULT_QUOTA
+from ..options import DEFAULT_QUOTA, Criterion
 from ..protection import Protection
 from ..protection.estimate import cached_protection
 from ..ranking import rows_per_layer
@@ -55,9 +55,17 @@ def as_selection(rows: Rows) -> RowSelection:
     return selection
 
 
+def refuse_both(rows: Rows | None, **choices: Any) -> None:
+    """Raise ValueError for rows together with what chooses some."""
+    both = [name for name, value in choices.items() if value is not None and value != {}]
+    if rows is not None and both:
+        raise ValueError(f"{both[0]}= chooses rows, and rows= names them; give one of the two.")
+
+
 def what_to_train(
     rows: Rows | None,
     quota: float | None,
+    criterion: Criterion | None,
     analysis: AnalysisOptions | None,
     protect: Protect | None,
 ) -> tuple[float, Protect | None]:
@@ -66,7 +74,7 @@ def what_to_train(
     Where nothing says what to train it is all rows, protected, which forgot least on both models
     of the study (docs/forgetting.md); else the paper's quota, unprotected.
     """
-    if rows is None and quota is None and not analysis:
+    if rows is None and quota is None and criterion is None and not analysis:
         return 100.0, True if protect is None else protect
     return DEFAULT_QUOTA if quota is None else quota, protect
 
@@ -77,6 +85,7 @@ def selection_to_train(
     rows: Rows | None,
     tokenizer: Any,
     quota: float,
+    criterion: Criterion | None = None,
     analysis: AnalysisOptions | None = None,
     *,
     agree: bool = True,
@@ -91,7 +100,8 @@ def selection_to_train(
         width = structure.hidden_size
         every = [list(range(width)) if ffn is not None else [] for ffn in structure.ffns]
         return RowSelection(every, {"width": width, "quota": quota})
-    selection = select(cached_attribution(model, structure, tokenizer, analysis), quota)
+    scores = cached_attribution(model, structure, tokenizer, analysis)
+    selection = select(scores, quota, criterion=criterion)
     return _of_the_first(selection) if agree and is_distributed() else selection
 
 
@@ -108,8 +118,7 @@ def protection_to_keep(
     if protect is True:
         return cached_protection(model, structure, tokenizer)
     kept = protect if isinstance(protect, Protection) else Protection.load(protect)
-    kept.check(structure)
-    return kept
+    return kept.of(structure)
 
 
 def check_patchable(structure: Structure) -> None:

@@ -20,7 +20,7 @@ from .adapter_file import (
     load_side_file,
     read_update,
 )
-from .rows import same_rows, updated_rows
+from .arithmetic import same_rows, updated_rows
 from .targets import refuse_efficient_loading
 
 

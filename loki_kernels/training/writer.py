@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..sharding import is_distributed, shards_its_weights
 from .adapter_file import fingerprint_of
-from .rows import TRAINED, LokiRows, coarse_dtype, write_rows
+from .arithmetic import coarse_dtype
+from .rows import TRAINED, LokiRows, write_rows
 from .targets import check_processes_agree
 
 logger = logging.getLogger(__name__)
@@ -181,16 +182,6 @@ class Generate:
 
     model: Any  # a module whose class has a ``generate``
     writer: RowWriter
-
-    @classmethod
-    def attach(cls, model: nn.Module, writer: RowWriter) -> Generate | None:
-        if not hasattr(type(model), "generate") or "generate" in model.__dict__:
-            return None
-        model.__dict__["generate"] = generate = cls(model, writer)
-        return generate
-
-    def detach(self) -> None:
-        self.model.__dict__.pop("generate", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.writer.hold():

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import loki_kernels as loki
+from loki_kernels.attribution import cache as attribution_cache
 from loki_kernels.peft import LokiConfig
 from loki_kernels.peft import layer as layer_module
 from loki_kernels.protection import estimate
 from loki_kernels.training import targets
 from tests.models import build_model
 from tests.protection.test_estimate import chat_tokenizer
-from tests.tiny_training import ROWS, load_model, logits, token_batch, train
+from tests.tiny_training import ROWS, WordTokenizer, load_model, logits, token_batch, train
 from tests.training.test_protect import protection_of
 
 
@@ -158,6 +159,23 @@ def test_all_rows_protected_unless_something_says_what_to_train(tmp_path, monkey
     assert config.protection == want.fingerprint
     config = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)).peft_config["default"]
     assert config.protection is None
+
+
+def test_the_papers_rows_are_one_argument_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(attribution_cache, "find_tokenizer", lambda model: WordTokenizer())
+    handle = loki.patch(build_model(), criterion="signed")
+    config = LokiConfig(criterion="signed")
+    wrapped = peft.get_peft_model(build_model(), config)
+    trained = wrapped.peft_config["default"]
+    assert trained.rows == [layer.tolist() for layer in handle.rows]
+    assert trained.protection is None
+    wrapped.save_pretrained(tmp_path / "adapter")  # whose config has rows and a criterion
+    peft.PeftModel.from_pretrained(build_model(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="chooses rows, and rows= names them"):
+        LokiConfig(rows=ROWS, quota=10)
+    with pytest.raises(ValueError, match="criterion='lowest' is unknown"):
+        LokiConfig(criterion="lowest")
 
 
 @pytest.mark.parametrize("resumed", ["another", "none", "one where there was none"])

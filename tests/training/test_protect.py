@@ -343,6 +343,27 @@ def test_all_rows_protected_unless_something_says_what_to_train(tmp_path, monkey
         assert handle.report.protected == 0
 
 
+def test_the_papers_rows_are_one_argument_away(tmp_path, monkeypatch):
+    """10 % of each layer's rows whose scores are lowest, unprotected; ours are nearest to zero."""
+    monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
+    model, tokenizer = build_model(), WordTokenizer()
+    questions = [q.prompt(tokenizer) for q in loki.load_questions(cache.CALIBRATION_PER_SUBJECT)]
+    scores = loki.attribute(model, questions, tokenizer=tokenizer)
+    rows = {}
+    for options, criterion in (({"criterion": "signed"}, "signed"), ({"quota": 10}, "magnitude")):
+        with loki.patch(model, tokenizer=tokenizer, **options) as handle:
+            assert handle.rows == loki.select(scores, 10, criterion=criterion)
+            assert handle.rows.counts == [4] * 3
+            assert handle.report.protected == 0
+            rows[criterion] = handle.rows
+    assert rows["signed"].overlap(rows["magnitude"]) < 0.5
+    for options in ({"quota": 5}, {"criterion": "signed"}, {"analysis": {"steps": 3}}):
+        with pytest.raises(ValueError, match="chooses rows, and rows= names them"):
+            loki.patch(model, ROWS, **options)
+    with pytest.raises(ValueError, match="criterion='lowest' is unknown"):
+        loki.patch(model, criterion="lowest")
+
+
 def test_the_handle_has_what_an_update_is_protected_with(protection, tmp_path):
     """What `protect=True` estimated, for another machine, whose cache has none."""
     handle = loki.patch(build_model(), ROWS, protect=protection)

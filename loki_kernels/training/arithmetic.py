@@ -1,0 +1,89 @@
+"""Rows of a weight and their updates as tensors: taking, forming, writing, comparing, checking."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..sharding import is_sharded
+
+
+def check_rank(rank: object) -> None:
+    """Raise ValueError unless ``rank`` is None or a positive integer."""
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a positive integer or None; it is {rank!r}.")
+
+
+def check_index(rows: Tensor, out_features: int) -> Tensor:
+    """Row numbers, int64 ``[k]``, sorted; ValueError if one is out of range or twice there."""
+    rows = torch.as_tensor(rows)
+    if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise ValueError(f"rows must be integers [k]; they are {rows.dtype} {tuple(rows.shape)}.")
+    index = rows.to(torch.int64).sort().values
+    if len(index) and (int(index[0]) < 0 or int(index[-1]) >= out_features):
+        bad = index[0] if int(index[0]) < 0 else index[-1]
+        raise ValueError(f"row {int(bad)} is out of range for a weight of {out_features} rows.")
+    if (index[1:] == index[:-1]).any():
+        raise ValueError(f"row {int(index[1:][index[1:] == index[:-1]][0])} is given twice.")
+    return index
+
+
+def initial_factors(shape: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
+    """Of LoKI*, for rows ``[..., k, in_features]``: zeros ``[..., k, r]``, and
+    ``[..., r, in_features]`` normal with variance 1 / in_features."""
+    *experts, count, in_features = shape
+    return (
+        torch.zeros(*experts, count, rank),
+        torch.randn(*experts, rank, in_features) / math.sqrt(in_features),
+    )
+
+
+def take_rows(weight: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Rows ``[..., k, in_features]`` of a weight that numbers them along ``axis``."""
+    return weight.index_select(axis, index).movedim(axis, -2)
+
+
+def write_into(weight: Tensor, rows: Tensor, index: Tensor, axis: int) -> None:
+    """The inverse of `take_rows`, in place; rounded where the weight is coarser."""
+    weight.index_copy_(axis, index, rows.movedim(-2, axis).to(weight.dtype))
+
+
+def updated_rows(base: Tensor, delta_a: Tensor, delta_b: Tensor | None = None) -> Tensor:
+    """``base + delta_a @ delta_b`` (``base + delta_a`` without a second factor), rounded once.
+
+    In the base's dtype, where the base lies.
+    """
+    wide = torch.promote_types(torch.promote_types(base.dtype, delta_a.dtype), torch.float32)
+    delta = delta_a if delta_b is None else delta_a.to(wide) @ delta_b.to(delta_a.device, wide)
+    return (base.to(wide) + delta.to(base.device)).to(base.dtype)
+
+
+def same_rows(
+    got: Tensor, want: Tensor, *, within: float = 1.0, dtype: torch.dtype = torch.float32
+) -> bool:
+    """Whether rows are the same but for a rounding, or ``within`` one, to the coarser dtype.
+
+    ``dtype`` is one that either has been in before.
+    """
+    eps = max(torch.finfo(x).eps for x in (got.dtype, want.dtype, dtype))
+    difference = got.float() - want.to(got.device).float()
+    return float(difference.norm()) <= within * eps * float(want.float().norm())
+
+
+def coarse_dtype(parameters: Iterable[Tensor]) -> str | None:
+    """The dtype of updates that a trainer has rounded; None where small steps are kept.
+
+    DeepSpeed rounds too and keeps a float32 copy, and FSDP2 rounds for a product alone.
+    """
+    for p in parameters:
+        if p.requires_grad and p.element_size() < 4 and not is_sharded(p):
+            return None if hasattr(p, "_hp_mapping") else str(p.dtype).removeprefix("torch.")
+    return None
+
+
+def digest_of(fingerprint: str) -> Tensor:
+    """A fingerprint as a state dict holds it."""
+    return torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8)
