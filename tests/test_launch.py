@@ -1,6 +1,6 @@
 """LLaMA-Factory continues an untrained adapter. In an environment that has it (it pins its own).
 
-pip install llamafactory && pip install --no-deps . && pytest tests/test_llamafactory.py
+pip install llamafactory && pip install --no-deps . && pytest tests/test_launch.py
 """
 
 from __future__ import annotations
