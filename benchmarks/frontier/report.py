@@ -70,6 +70,7 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
         yield from _table(comparison)
         yield from ("", "Times that the other's KL is ours; seeds; shares:", "")
         yield from _against(own)
+        yield from _against_the_rest(every)
         lost = sum(not is_finite(r) for r in own)
         if lost:
             yield from ("", f"{lost} trainings came to no numbers and are left out.")
@@ -163,6 +164,25 @@ def _against(records: Sequence[dict[str, Any]]) -> Iterator[str]:
                     f"{format_ratio(logs)}; {len(logs)}{format_shares(shares)}" if logs else "-"
                 )
             yield f"| {' | '.join(cells)} |"
+
+
+def _against_the_rest(comparison: Comparison) -> Iterator[str]:
+    """Arms that have few seeds with ours: variants of it, and published methods."""
+    for ours in (arm for arm in _FOURTEENTHS if arm in comparison.arms()):
+        rest = [arm for arm in comparison.arms() if arm not in (ours, *_OTHERS)]
+        found = {arm: comparison.log_ratios(ours, arm) for arm in rest}
+        lines = [
+            f"| {arm} | {_by_seed(logs)} | {format_ratio(logs)}{format_shares(shares)} |"
+            for arm, (logs, shares) in found.items()
+            if logs
+        ]
+        if lines:
+            yield from ("", f"Times that the other's KL is that of {ours}, one by one:", "")
+            yield from ("| other | by seed | mean; shares |", "|---|---|--:|", *lines)
+
+
+def _by_seed(logs: dict[int, float]) -> str:
+    return ", ".join(f"{seed}: {math.exp(log):.2f}" for seed, log in logs.items())
 
 
 def format_shares(shares: Sequence[float]) -> str:
