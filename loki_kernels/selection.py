@@ -180,13 +180,18 @@ def select(
             scores of another shape, or counts of another strategy, quota or criterion.
     """
     check_choice("strategy", strategy, get_args(Strategy))
-    if isinstance(attribution, AttributionCounts):
-        return _select_counted(attribution, quota, strategy, criterion)
+    counted = attribution if isinstance(attribution, AttributionCounts) else None
+    if counted is not None:
+        _check_counted(counted, quota, strategy, criterion)
+        quota, criterion = counted.quota, counted.criterion
     quota = DEFAULT_QUOTA if quota is None else quota
     criterion = DEFAULT_CRITERION if criterion is None else criterion
     check_choice("criterion", criterion, get_args(Criterion))
-    run = attribution.run if isinstance(attribution, Attribution) else {}
-    scores = attribution.scores if isinstance(attribution, Attribution) else attribution
+    run = {} if isinstance(attribution, Tensor) else attribution.run
+    if isinstance(attribution, AttributionCounts):
+        scores = attribution.counts[None]
+    else:
+        scores = attribution.scores if isinstance(attribution, Attribution) else attribution
     if scores.ndim != 3 or 0 in scores.shape:
         raise ValueError(
             f"scores must be [N, L, D], none of them 0; they are {list(scores.shape)}."
@@ -205,7 +210,9 @@ def select(
         info["seed"] = seed
         return RowSelection(_but(random_rows(layers, width, k, seed), run), info)
     if strategy.startswith("layer_balanced"):
-        counts = count_extreme(scores, k, strategy.endswith("highest"), criterion)
+        counts = scores[0]
+        if counted is None:
+            counts = count_extreme(scores, k, strategy.endswith("highest"), criterion)
         return RowSelection(_but([most_frequent(layer, k) for layer in counts], run), info)
     without = run.get("without_ffn", ())
     present = [layer for layer in range(layers) if layer not in without]
@@ -224,12 +231,13 @@ def _but(rows: Sequence[Any], run: Mapping[str, Any]) -> list[Any]:
     return [[] if layer in without else chosen for layer, chosen in enumerate(rows)]
 
 
-def _select_counted(
+def _check_counted(
     counted: AttributionCounts,
     quota: float | Fraction | None,
     strategy: Strategy,
     criterion: Criterion | None,
-) -> RowSelection:
+) -> None:
+    """Raise ValueError if something else is asked for than was counted."""
     quota = None if quota is None else float(quota)
     asked = {"strategy": strategy, "quota": quota, "criterion": criterion}
     have = {"strategy": "layer_balanced", "quota": counted.quota, "criterion": counted.criterion}
@@ -239,16 +247,6 @@ def _select_counted(
                 f"these counts are for {name}={have[name]!r}, not {value!r}; attribute with "
                 "keep='scores' to choose afterwards."
             )
-    width = counted.counts.shape[1]
-    k = rows_per_layer(counted.quota, width)
-    info = {
-        **have,
-        "width": width,
-        "site": counted.run.get("site", "down_proj"),
-        "attribution": counted.run,
-    }
-    chosen = [most_frequent(layer, k) for layer in counted.counts]
-    return RowSelection(_but(chosen, counted.run), info)
 
 
 def random_rows(layers: int, width: int, k: int, seed: int) -> list[list[int]]:

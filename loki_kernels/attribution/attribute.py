@@ -43,24 +43,29 @@ _UNRESOLVED = 1.0
 _ONE_TARGET, _ENOUGH_PROMPTS = 0.9, 20
 
 
+class Options(Overrides, total=False):
+    """What `attribute` and `patch`'s own analysis are told alike."""
+
+    chat_template_kwargs: Mapping[str, Any] | None
+    definition: DefinitionName
+    steps: int
+    engine: EngineName | None
+    batch_size: int | None
+    target: Target | None
+    contrast: Target | None
+    progress: bool | None
+
+
 @overload
 def attribute(
     model: nn.Module,
     prompts: Iterable[Any],
     *,
     tokenizer: Any = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    definition: DefinitionName = "published",
-    steps: int = 7,
-    engine: EngineName | None = None,
-    batch_size: int | None = None,
-    target: Target | None = None,
-    contrast: Target | None = None,
     keep: Literal["scores"] = "scores",
     out: str | os.PathLike[str] | None = None,
     share: bool = True,
-    progress: bool | None = None,
-    **overrides: Unpack[Overrides],
+    **options: Unpack[Options],
 ) -> Attribution: ...
 @overload
 def attribute(
@@ -68,42 +73,13 @@ def attribute(
     prompts: Iterable[Any],
     *,
     tokenizer: Any = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    definition: DefinitionName = "published",
-    steps: int = 7,
-    engine: EngineName | None = None,
-    batch_size: int | None = None,
-    target: Target | None = None,
-    contrast: Target | None = None,
     keep: Literal["counts"],
     quota: float | None = None,
     criterion: Criterion | None = None,
     out: str | os.PathLike[str] | None = None,
     share: bool = True,
-    progress: bool | None = None,
-    **overrides: Unpack[Overrides],
+    **options: Unpack[Options],
 ) -> AttributionCounts: ...
-@overload
-def attribute(
-    model: nn.Module,
-    prompts: Iterable[Any],
-    *,
-    tokenizer: Any = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    definition: DefinitionName = "published",
-    steps: int = 7,
-    engine: EngineName | None = None,
-    batch_size: int | None = None,
-    target: Target | None = None,
-    contrast: Target | None = None,
-    keep: Keep,
-    quota: float | None = None,
-    criterion: Criterion | None = None,
-    out: str | os.PathLike[str] | None = None,
-    share: bool = True,
-    progress: bool | None = None,
-    **overrides: Unpack[Overrides],
-) -> Attribution | AttributionCounts: ...
 @made_on_cpu
 def attribute(
     model: nn.Module,

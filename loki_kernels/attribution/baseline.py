@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,13 +59,12 @@ def mean_activations(
     tokens = 0
     bar = progress_bar(None, "mean activations", progress, unit="prompt")
 
-    def batches() -> Iterator[Any]:
-        for window in windows(sequences, WINDOW):
-            for planned in window.batches(0, limits, 1):
-                yield planned.on(structure.device)
-
+    planned = (
+        part for window in windows(sequences, WINDOW) for part in window.batches(0, limits, 1)
+    )
     with borrowed(structure), bar:
-        for batch in batches():
+        for part in planned:
+            batch = part.on(structure.device)
             if any(batch.media):
                 raise ValueError(
                     "mean_activations reads text alone, and some prompts have images or sounds: "

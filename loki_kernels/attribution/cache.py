@@ -16,13 +16,12 @@ from .._version import __version__
 from ..errors import explained
 from ..fingerprint import model_fingerprint
 from ..ops._dispatch import memory_is_full
-from ..options import DefinitionName, EngineName
 from ..questions import load_questions
 from ..structure import Structure
 from ..team import Team
-from .answers import Target, with_answers
-from .attribute import attribute
-from .definitions import Overrides, PathIntegral
+from .answers import with_answers
+from .attribute import Options, attribute
+from .definitions import PathIntegral
 from .placement import on_accelerator
 from .prompts import Tokens, tokenize_prompts
 from .result import Attribution, model_settings
@@ -41,18 +40,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loki_kernels"
 
 
-class AnalysisOptions(Overrides, total=False):
+class AnalysisOptions(Options, total=False):
     """What `patch` passes to its own `attribute`; ``prompts`` replace the bundled questions."""
 
     prompts: Iterable[Any]
-    chat_template_kwargs: Mapping[str, Any] | None
-    definition: DefinitionName
-    steps: int
-    engine: EngineName | None
-    batch_size: int | None
-    target: Target | None
-    contrast: Target | None
-    progress: bool | None
 
 
 def check_analysis_options(options: Mapping[str, Any]) -> None:

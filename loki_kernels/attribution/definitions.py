@@ -62,9 +62,6 @@ class Definition:
         """Whether the last token's scores should add up to F(z) - F(baseline)."""
         return self.multiply and self.path == "last_token"
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class Overrides(TypedDict, total=False):
     """Fields of `Definition` that a call changes."""
@@ -171,7 +168,7 @@ class PathIntegral:
 
     def described(self) -> dict[str, Any]:
         """The definition, and a hash of the baseline that was given."""
-        described = self.definition.as_dict()
+        described = asdict(self.definition)
         if self.baseline is not None:
             values = self.baseline.detach().cpu().contiguous().float().numpy()
             described["baseline_values"] = hashlib.sha256(values.tobytes()).hexdigest()

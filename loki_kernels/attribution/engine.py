@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,20 +30,6 @@ from .steering import why_no_staircase
 logger = logging.getLogger(__name__)
 
 _TOKENS = 16  # of the prompt that engines are tried with
-
-
-class Engine(Protocol):
-    """Attributes batches of prompts.
-
-    Attributes:
-        name: of the engine, for the record.
-    """
-
-    @property
-    def name(self) -> EngineName: ...
-
-    def attribute(self, batch: Batch) -> Scores:
-        """Scores of the layers that have an FFN."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +71,8 @@ class OnStaircase:
         return Scores.of_layers(parts)
 
 
+# Each has a `name` and an `attribute`, the scores of a batch's layers that have an FFN.
+Engine = OnStaircase | Copies
 # What makes an engine of a structure and what is integrated.
 _Make = Callable[[Structure, PathIntegral], Engine]
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..files import check_writable
 from ..fingerprint import model_fingerprint
 from ..ops._dispatch import warm_up
 from ..options import EngineName
@@ -27,7 +28,7 @@ from .definitions import PathIntegral
 from .engine import Engine, attribute_batch, choose_engine, short_prompt
 from .fitting import Fitting
 from .fusing import Fusion, find_fusion
-from .log import Log, check_out
+from .log import Log
 from .placement import accelerator
 from .plan import BatchLimits, PlannedBatch, Window
 from .result import Attribution, AttributionCounts, describe_machine, model_settings
@@ -92,7 +93,7 @@ class Job:
         layers, width = len(structure.layers), structure.width(definition.site)
         layout = Layout(layers, width, scores=counter is None, complete=definition.completes)
         if out is not None:
-            check_out(out)  # before the weights are read
+            check_writable(out, ".safetensors")  # before the weights are read
         elif self.team.size == 1:
             return Memory(layout, run, counter, self.limits, self.team)
         identity = {

@@ -80,7 +80,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
             OSError: if nothing can be written there.
             ValueError: for another suffix.
         """
-        self.out = check_out(out)
+        self.out = check_writable(out, ".safetensors")
         self.layout, self.run, self.counter, self.limits = layout, run, counter, limits
         self.folder = self.out.with_name(f"{self.out.name}.partial")
         self.id = uuid.uuid4().hex
@@ -399,17 +399,6 @@ class Log(contextlib.AbstractContextManager["Log"]):
             }
             offset = end
         return json.dumps(header).encode()
-
-
-def check_out(out: str | os.PathLike[str]) -> Path:
-    """``out`` as a path, if it can be written.
-
-    Raises:
-        OSError: if nothing can be written there.
-        ValueError: for another suffix.
-    """
-    path = check_writable(out, ".safetensors")
-    return path
 
 
 def _write(file: io.FileIO, data: bytes | memoryview, place: int | None = None) -> None:

@@ -160,15 +160,14 @@ class PlannedBatch:
         input_ids = torch.zeros(len(self.members), self.longest, dtype=torch.int64)
         for padded, tokens in zip(input_ids, self.sequences, strict=True):
             padded[: len(tokens)] = torch.from_numpy(tokens.ids)
-        batch = Batch(
+        return Batch(
             self.members,
             input_ids.to(device),
             lengths.to(device),
             _tensors(tokens.answer for tokens in self.sequences),
             [tokens.media for tokens in self.sequences],
+            contrast=_tensors(tokens.contrast for tokens in self.sequences),
         )
-        contrast = _tensors(tokens.contrast for tokens in self.sequences)
-        return batch if contrast is None else replace(batch, contrast=contrast)
 
 
 def _tensors(answers: Iterable[np.ndarray | None]) -> list[Tensor] | None:

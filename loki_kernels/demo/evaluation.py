@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..forgetting.measure import compare, record
+from ..forgetting.measure import FORWARD, compare, record
 from ..forgetting.meter import DEFAULT_LENGTH
 from ..forgetting.result import summarize
 from ..forgetting.texts import read_texts, tokenize
 from ..progress import progress_bar
 from ..questions import Question
 from .training import Encoded, collate
-
-_FORWARD = 2048  # tokens of a forward pass
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,14 @@ class Examination:
             general.append({"messages": [asked, answer], "domain": "questions"})
         self._corpus = tokenize(read_texts(general), tokenizer, DEFAULT_LENGTH, None)
         self._tokenizer, self._task, self._progress = tokenizer, task, progress
-        batches = self._corpus.batches(_FORWARD)
+        batches = self._corpus.batches(FORWARD)
         self._base = record(base, batches, kept=True, progress=progress)
 
     def evaluate(self, model: nn.Module, label: str = "evaluate") -> Evaluation:
         """Measure one model."""
         calls = token_log_probabilities(model, self._task, 8, label, self._progress)
         moves = compare(self._base, model, progress=self._progress)
-        drift = summarize(self._corpus, moves, ("", ""), self._tokenizer, 1)
+        drift = summarize(self._corpus, moves, ("", ""), self._tokenizer)
         groups = {group.name: group for group in drift.domains}
         return Evaluation(
             exact=sum(bool(best.all()) for _, best in calls) / len(calls),

@@ -122,8 +122,11 @@ def _parse() -> dict[str, tuple[dict[str, str], str]]:
     return functions
 
 
+_HELD_OUT = 12  # functions
+
+
 def generate_examples(
-    train: int, test: int, *, seed: int = 0, held_out: int = 12
+    train: int, test: int, *, seed: int = 0
 ) -> tuple[list[Example], list[Example]]:
     """Training and test examples; no function of one, not even on offer, occurs in the other."""
     functions = _parse()
@@ -147,7 +150,7 @@ def generate_examples(
         generator.shuffle(examples)
         return examples
 
-    return make(names[held_out:], train), make(names[:held_out], test)
+    return make(names[_HELD_OUT:], train), make(names[:_HELD_OUT], test)
 
 
 def best_constant(examples: Sequence[Example]) -> float:

@@ -43,7 +43,6 @@ def fine_tune(
     steps: int,
     learning_rate: float,
     batch_size: int = 4,
-    seed: int = 0,
     progress: bool = True,
 ) -> None:
     """Train with AdamW, no weight decay, a tenth of the steps as warm-up and linear decay."""
@@ -58,7 +57,7 @@ def fine_tune(
             logging_steps=max(1, steps // 4),
             save_strategy="no",
             report_to="none",
-            seed=seed,
+            seed=0,
             disable_tqdm=not progress,
             use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=False,

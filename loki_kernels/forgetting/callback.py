@@ -123,7 +123,7 @@ class DriftCallback(TrainerCallback):
         model: Any = self._trainer.model
         moves = compare(self._base, model, progress=False)
         self._measured = state.global_step
-        found = summarize(self._corpus, moves, ("", ""), None, 1)
+        found = summarize(self._corpus, moves, ("", ""), None)
         logs = {
             "drift/kl": found.overall.kl,
             "drift/perplexity": found.overall.perplexity_after,

@@ -20,7 +20,6 @@ from .texts import check_ids, read_texts, tokenize
 
 _ROUNDS = 8
 _NEAR = 0.95  # of the limit, which is near enough
-_TOP = 10
 
 
 def check_limit(kl: float) -> None:
@@ -92,7 +91,7 @@ def limit_drift(
     def measure(share: float) -> Drift:
         keep(share)
         moves = compare(base, model, progress=progress)
-        return summarize(corpus, moves, (name_of(model),) * 2, tokenizer, _TOP)
+        return summarize(corpus, moves, (name_of(model),) * 2, tokenizer)
 
     share = 1.0
     try:

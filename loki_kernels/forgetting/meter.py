@@ -54,7 +54,6 @@ def drift(
     tokens: int | None = DEFAULT_TOKENS,
     dtype: str = "auto",
     device: str | None = None,
-    top: int = 10,
     progress: bool | None = None,
 ) -> Drift:
     """Measure how far ``tuned`` has moved from ``base``, whatever method made it.
@@ -82,7 +81,6 @@ def drift(
         tokens: how many are read, of all domains in turn. None reads all.
         dtype: of models that are loaded: ``"auto"``, ``"float32"``, ...
         device: of models that are loaded; by default ``cuda`` where there is one.
-        top: how many texts and positions that moved most are kept.
         progress: show bars; None does on a terminal and in a notebook.
 
     Raises:
@@ -92,7 +90,7 @@ def drift(
         OSError: if a model or file is missing.
         UnsupportedModelError: if one model in memory is both and its head cannot be read alone.
     """
-    check_positive(length=length, tokens=tokens, top=top)
+    check_positive(length=length, tokens=tokens)
     if dtype != "auto":
         dtype_named(dtype)  # before a model is read
     try:
@@ -111,7 +109,7 @@ def drift(
     if corpus.left_out:
         logger.info("%d of %d texts were left out (tokens=%s).", corpus.left_out, len(read), tokens)
     names = (name_of(base), name_of(base if tuned is None else tuned))
-    return summarize(corpus, moves, names, tokenizer, top)
+    return summarize(corpus, moves, names, tokenizer)
 
 
 def check_positive(**options: int | None) -> None:

@@ -18,6 +18,7 @@ from ..plots import plot_drift
 from .measure import Moves
 from .texts import UNKNOWN, Corpus
 
+_TOP = 10  # texts and positions that moved most
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 _LINES = 20  # domains in the table
 _BARS = 60  # and in the picture
@@ -169,9 +170,7 @@ class Drift:
         return "\n".join(lines)
 
 
-def summarize(
-    corpus: Corpus, moves: Moves, names: tuple[str, str], tokenizer: Any, top: int
-) -> Drift:
+def summarize(corpus: Corpus, moves: Moves, names: tuple[str, str], tokenizer: Any) -> Drift:
     """Means, errors and extremes of what was measured; without a tokenizer tokens are numbers."""
     owner = torch.cat([torch.full_like(chunk.targets, chunk.text) for chunk in corpus.chunks])
     sums = _Sums.over(owner, moves, len(corpus.domains))
@@ -192,11 +191,11 @@ def summarize(
                 int(sums.tokens[i]),
                 float(mean[i]),
             )
-            for i in mean.argsort(descending=True)[:top].tolist()
+            for i in mean.argsort(descending=True)[:_TOP].tolist()
         ],
         positions=[
             _moved_position(corpus, moves, tokenizer, place)
-            for place in moves.kl.argsort(descending=True)[:top].tolist()
+            for place in moves.kl.argsort(descending=True)[:_TOP].tolist()
         ],
         left_out=corpus.left_out,
         token_kl=moves.kl,

@@ -81,11 +81,6 @@ class Corpus:
     chunks: list[Chunk]
     left_out: int
 
-    @property
-    def tokens(self) -> int:
-        """How many are measured."""
-        return sum(len(chunk.targets) for chunk in self.chunks)
-
     def batches(self, tokens: int) -> list[Batch]:
         """Chunks of like length together, at most ``tokens`` with padding, or one chunk."""
         batches: list[Batch] = []
