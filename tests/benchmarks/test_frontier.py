@@ -311,17 +311,30 @@ def test_processes_train_what_was_not_trained(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "frontier-2.png").stat().st_size > 1000
 
 
-def test_two_tasks_are_learned_in_a_row(monkeypatch, capsys):
+def test_two_tasks_are_learned_in_a_row(tmp_path, monkeypatch, capsys):
     model, tensors = _rehearsal()
     monkeypatch.setattr(two_tasks, "load_smollm2", lambda: (model, word_tokenizer()))
     monkeypatch.setattr(Data, "load", lambda _: Data(tensors))
-    steps, rates = ["--steps", "2", "2"], ["--rates", *["0.01"] * 4]
-    monkeypatch.setattr(sys, "argv", ["two_tasks", "--samples", "4", *steps, *rates])
+    path = tmp_path / "two_tasks.jsonl"
+    command = f"two_tasks --samples 4 --steps 2 2 --seed 1 --results {path}"
+    monkeypatch.setattr(sys, "argv", command.split())
     two_tasks.main()
     lines = [json.loads(s) for s in capsys.readouterr().out.splitlines() if s.startswith('{"')]
-    measured = [line for line in lines if "wikitext" in line]
-    assert len({line["calls"] for line in measured}) == len(measured) == 2 + 3 * 2
-    assert {line["rows"] for line in lines if "rows" in line} >= {"plain", "protected, earlier"}
+    kept = read_records(path)
+    assert [{k: line[k] for k in line if k != "seconds"} for line in lines] == [
+        {k: record[k] for k in line if k != "seconds"}
+        for line, record in zip(lines, kept, strict=True)
+    ]
+    assert {record["seed"] for record in kept} == {1}
+    assert len([line for line in lines if "wikitext" in line]) == 1 + 2 + 4 * 3
+    for way in ("full", "plain"):
+        losses = {
+            line["share"]: line["calls"]
+            for line in lines
+            if line.get("way") == way and "share" in line
+        }
+        assert len(set(losses.values())) == len(losses) == 3
+    assert {line["way"] for line in lines if "plays_lost" in line} >= {"plain", "protected"}
 
 
 def test_finals_are_asked_questions(tmp_path, monkeypatch, capsys):
