@@ -14,12 +14,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from loki_kernels import attribute
+from loki_kernels import attribute, estimate_protection
 
 from .attribution import least_work
 from .measure import DEVICE, floor, host_and_device, interleave
@@ -95,6 +96,17 @@ def small_models(names: dict[str, float], dry: bool) -> Iterator[Measured]:
             f"analysis, {name}, {prompts} prompts", wall / prompts * 1e3, goal, "ms each"
         )
         gc.collect()
+
+
+def protection(name: str, layers: int | None, texts: int) -> Iterator[Measured]:
+    """What `estimate_protection` takes of texts that are given, the drawing of samples aside."""
+    model = build(name, layers).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (texts, 256), generator=generator).tolist()
+    start = time.perf_counter()
+    estimate_protection(model, ids, progress=False)
+    what = f"a protection, {name}, {layers or 'all'} layers, {texts} texts of 256 tokens"
+    yield Measured(what, time.perf_counter() - start, None, "s")
 
 
 _FIRST_CALL = """
@@ -175,6 +187,8 @@ def goals(dry: bool) -> Iterator[Measured]:
     gc.collect()
     methods = ("ours", "ours_protected", "lora", "full")
     yield from training(small, None, tokens[1], (65, None), methods)
+    gc.collect()
+    yield from protection(large, layers, 4 if dry else 192)
     gc.collect()
     yield from first_calls(small)
     which = ("ours",) if dry else ("ours", "lora", "full")
