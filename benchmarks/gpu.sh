@@ -160,7 +160,7 @@ study() {
   nvidia-cuda-mps-control -d 2> /dev/null && trap 'echo quit | nvidia-cuda-mps-control' EXIT
   rm -f "$OUT/again.jsonl"
   # a few, two in a stack, of which the losses on Shakespeare are known
-  section again 90 "$PYTHON" -m benchmarks.frontier run "${data[@]}" --results "$OUT/again.jsonl" \
+  section again 75 "$PYTHON" -m benchmarks.frontier run "${data[@]}" --results "$OUT/again.jsonl" \
     --arms LoRA --rates 2.5e-4 5e-4 --seeds 0
   section study $((seconds + 40)) \
     "$PYTHON" -m benchmarks.frontier run "${data[@]}" --results "$results" --seconds "$seconds"

@@ -69,4 +69,5 @@ class LokiPlugin(BasePlugin):
                 model, cfg.lora_model_dir, is_trainable=not inference, config=saved
             )
             return model, model.peft_config["default"]
-        return peft.get_peft_model(model, config), config
+        model = peft.get_peft_model(model, config)
+        return model, model.peft_config["default"]  # filled in

@@ -89,14 +89,16 @@ def load_model(
     except OSError:  # an adapter's folder, whose base transformers finds
         return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
     kinds = _classes_for(config) or [transformers.AutoModelForCausalLM]
-    fitting = next((kind for kind in kinds if _has_modules(kind, config, holding)), None)
-    if fitting is None:
-        raise ValueError(
-            f"no language model of {name} has {', '.join(sorted(holding)[:3])}, ...: it is an "
-            "update of another model. That of a classifier or a reward model is merged where the "
-            "model is loaded by its own class: loki_kernels.load_adapter(model, FOLDER).merge()."
-        )
-    return fitting.from_pretrained(name, dtype=chosen)
+    lacking: set[str] = set()
+    for kind in kinds:
+        lacking = _lacking(kind, config, holding)
+        if not lacking:
+            return kind.from_pretrained(name, dtype=chosen)
+    raise ValueError(
+        f"a {kinds[-1].__name__} of {name} has no {min(lacking)}: this is another model's update. "
+        "That of a classifier or a reward model is merged where the model is loaded by its own "
+        "class: loki_kernels.load_adapter(model, FOLDER).merge()."
+    )
 
 
 def _classes_for(config: Any) -> list[Any]:
@@ -106,12 +108,13 @@ def _classes_for(config: Any) -> list[Any]:
     return [kind for kind in classes if type(config) in kind._model_mapping]
 
 
-def _has_modules(kind: Any, config: Any, names: Collection[str]) -> bool:
+def _lacking(kind: Any, config: Any, names: Collection[str]) -> set[str]:
+    """Those that are no modules of such a model."""
     if not names:
-        return True
+        return set()
     with torch.device("meta"):
         model = kind.from_config(config)
-    return set(names) <= {name for name, _ in model.named_modules()}
+    return set(names) - {name for name, _ in model.named_modules()}
 
 
 def dtype_named(name: str) -> torch.dtype:

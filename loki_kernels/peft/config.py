@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import peft
+from huggingface_hub import hf_hub_download
 from packaging.version import Version
 from peft import PeftConfig, PeftType, TaskType
 
@@ -18,7 +22,10 @@ from ..training.adapter_file import PROTECTION_FILE, write_protection
 from ..training.arithmetic import check_rank
 from ..training.targets import as_selection, refuse_both
 
+logger = logging.getLogger(__name__)
+
 MERGES = ("dequantize", "requantize")
+_OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _OLDEST = "0.18"  # which LLaMA-Factory 0.9.5 pins
 if Version(peft.__version__) < Version(_OLDEST):
     raise ImportError(
@@ -111,22 +118,53 @@ class LokiConfig(PeftConfig):
         if self.rows is not None:
             self.rows = [layer.tolist() for layer in as_selection(self.rows)]
         self.kept: Protection | None = None  # what ``protection`` is the fingerprint of
+        self.hub: Callable[[], str] | None = None  # fetches its file
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's, and the protection beside it."""
+        """PEFT's, and the protection beside it, once a model has filled the config in."""
         super().save_pretrained(save_directory, **kwargs)
-        if self.kept is not None or self.protection is None:  # loaded to be used, none is kept
+        if self.fingerprint is None:
+            return
+        beside = Path(save_directory, PROTECTION_FILE)
+        if self.kept is not None or self.protection is None:
             write_protection(save_directory, self.kept)
+        elif isinstance(self.protect, str) and Path(self.protect).is_file():
+            # an adapter that was loaded to be used keeps none in memory
+            if not beside.is_file() or not beside.samefile(self.protect):
+                write_protection(save_directory, Protection.load(self.protect))
+        elif beside.is_file() and Protection.load(beside).fingerprint != self.protection:
+            beside.unlink()  # another adapter's
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> LokiConfig:
-        """PEFT's, with the protection that lies in the folder, wherever it lay before."""
+        """PEFT's, with the protection that lies in the folder, wherever it lay before.
+
+        Of a hub's repository it is fetched where the adapter is to be trained on.
+        """
         config: LokiConfig = super().from_pretrained(
             pretrained_model_name_or_path, subfolder, **kwargs
         )
         beside = Path(pretrained_model_name_or_path, subfolder or "", PROTECTION_FILE)
         if config.protection is not None and beside.is_file():
             config.protect = str(beside)
+        elif config.protection is not None and not Path(pretrained_model_name_or_path).is_dir():
+            config.hub = functools.partial(
+                hf_hub_download,
+                pretrained_model_name_or_path,
+                PROTECTION_FILE,
+                subfolder=subfolder,
+                **{name: kwargs[name] for name in _OF_THE_HUB if name in kwargs},
+            )
         return config
+
+    def fetch(self) -> None:
+        """Take the protection that lies beside an adapter on the hub."""
+        if self.hub is None:
+            return
+        try:
+            self.protect = self.hub()
+        except Exception as error:  # it lacks one, or there is no connection: of many kinds
+            logger.info("no protection was fetched: %s", error)
+        self.hub = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -16,9 +17,16 @@ from ..ops import row_delta_linear
 from ..ops._directions import acting_factors, leave_out
 from ..sharding import full_values, is_partitioned, is_sharded, shard_like
 from ..structure import has_hooks
+from ..training.adapter_file import PROTECTION_FILE
 from ..training.arithmetic import digest_of, initial_factors, updated_rows
 from .config import MERGES, LokiConfig
 from .quantized import dequantized_weight, is_repacked, plain_linear, quantization_of
+
+
+def _check(layer: weakref.ref[LokiLayer], name: str) -> None:
+    alive = layer()
+    if alive is not None:
+        alive.check_protected(name)
 
 
 def refuse_parts(module: nn.Module) -> None:
@@ -95,6 +103,21 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             a, b = initial_factors((len(index), self.in_features), config.rank)
             self.loki_delta_a[adapter_name] = nn.Parameter(a.to(index.device, dtype))
             self.loki_delta_b[adapter_name] = nn.Parameter(b.to(index.device, dtype))
+        if not self.is_protected_as_named(adapter_name):
+            held, layer = (self.loki_update, self.loki_delta_a), weakref.ref(self)
+            for part in held:
+                if adapter_name in part:  # in any mode: a gradient is made where it is trained
+                    part[adapter_name].register_hook(lambda _: _check(layer, adapter_name))
+
+    def check_protected(self, name: str) -> None:
+        """Raise RuntimeError of an adapter that was trained protected and is not here."""
+        if not self.is_protected_as_named(name):
+            raise RuntimeError(
+                f"adapter {name!r} was trained with a protection and loaded without it, to be "
+                "used; to train on, load it with is_trainable=True, from a folder that has its "
+                f"{PROTECTION_FILE}, or with config=LokiConfig.from_pretrained(FOLDER) whose "
+                "protect names such a file."
+            )
 
     @torch.no_grad()
     def copy_update(self, source: str, adapter_name: str) -> None:
@@ -130,6 +153,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         for buffers in (self.loki_index, self.loki_directions, self.loki_protection):
             if adapter_name in buffers:
                 del buffers[adapter_name]
+        self.configs.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(

@@ -160,6 +160,7 @@ class LokiModel(BaseTuner):
         """
         if config.inference_mode:
             return {}
+        config.fetch()
         added: dict[str, Any] = {n: c for n, c in self.peft_config.items() if c is not config}
         if config.protect is not True or not added:
             protection = _protection(structure, config)
@@ -181,19 +182,18 @@ class LokiModel(BaseTuner):
         )
 
     def check_protected(self) -> None:
-        """Raise RuntimeError if an adapter would train on without its protection."""
+        """Raise RuntimeError if an adapter would train on without its protection.
+
+        In training mode; in the other, which an evaluation with gradients is in too, where a
+        gradient is made (`LokiLayer.update_layer`).
+        """
         # one layer tells of all: a protection is of every one
         layer = next(m for m in self.model.modules() if isinstance(m, LokiLayer))
         for name in self.active_adapters:
             held = (layer.loki_update, layer.loki_delta_a)
             trained = any(part[name].requires_grad for part in held if name in part)
-            if trained and not layer.is_protected_as_named(name):
-                raise RuntimeError(
-                    f"adapter {name!r} was trained with a protection and loaded without it, to be "
-                    "used; to train on, load it with is_trainable=True, from a folder that has its "
-                    f"{PROTECTION_FILE}, or with config=LokiConfig.from_pretrained(FOLDER) whose "
-                    "protect names such a file."
-                )
+            if trained:
+                layer.check_protected(name)
 
     def check_ranks(self) -> None:
         """Raise ValueError if another process trains other rows, or has another protection."""
@@ -210,8 +210,8 @@ class LokiModel(BaseTuner):
         """
         if self._warned:
             return
-        own = (p for name, p in self.model.named_parameters() if "loki_" in name)
-        dtype = coarse_dtype(own)
+        layer = next(m for m in self.model.modules() if isinstance(m, LokiLayer))
+        dtype = coarse_dtype(p for name, p in layer.named_parameters() if "loki_" in name)
         if dtype is not None:
             self._warned = True
             logger.warning(
@@ -321,13 +321,19 @@ def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
     if config.protection not in (None, present):
         if protection is None:
             message = (
-                "the adapter was trained with a protection, and its folder has no "
-                f"{PROTECTION_FILE}; name a file of it (protect=)."
+                "the adapter was trained with a protection; name its file (protect=), which was "
+                f"saved beside the adapter as {PROTECTION_FILE}."
             )
             raise explained(ValueError(message))
         named = "is estimated here" if config.protect is True else f"{config.protect} holds"
-        raise ValueError(f"the adapter was trained with another protection than {named}.")
-    config.protection, config.kept = present, protection
+        raise ValueError(
+            f"the adapter was trained with another protection than {named}: with the one that was "
+            f"saved beside it as {PROTECTION_FILE} (protect=)."
+        )
+    config.protection = present
+    # the process that saves needs it: of all rows at 8B it takes 1.9 GB of the host's memory
+    saves = not is_distributed() or torch.distributed.get_rank() == 0
+    config.kept = protection if saves else None
     return protection
 
 
@@ -359,11 +365,9 @@ def _check_modules(structure: Structure, config: LokiConfig) -> None:
 
 
 def _check_training(model: LokiModel, _inputs: Any) -> None:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
         return
-    model.check_protected()  # in either mode: from_pretrained gives models that evaluate
-    if not model.training:
-        return
+    model.check_protected()
     model.warn_of_coarse_updates()
     if is_distributed():
         model.check_ranks()

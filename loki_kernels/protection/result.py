@@ -83,7 +83,13 @@ class Protection:
         return renamed
 
     def check(self, structure: Structure) -> None:
-        """Raise ValueError if it is none of this model's layers."""
+        """Raise ValueError if it is none of this model's layers, or no file could hold it."""
+        try:
+            json.dumps([self.totals, self.info])
+        except TypeError as error:
+            raise ValueError(
+                f"the protection cannot be saved with a checkpoint: {error}."
+            ) from error
         for _, down_proj in structure.trainable():
             held = self.directions.get(down_proj.name)
             if held is None:
@@ -108,6 +114,11 @@ class Protection:
         """
         tensors = {f"directions:{name}": tensor for name, tensor in self.directions.items()}
         tensors |= {f"energies:{name}": tensor for name, tensor in self.energies.items()}
+        seen: set[int] = set()  # a file shares no memory, as one tensor of several layers would
+        for name, tensor in tensors.items():
+            if tensor.data_ptr() in seen:
+                tensors[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
         metadata = {
             "format": _FORMAT,
             "totals": json.dumps(self.totals),

@@ -195,6 +195,7 @@ class Patch:
         reason = why_other_modules(self.model, saved.others)
         reason = reason or adapter_file.load_update(self._layers, saved)
         if reason is None:
+            self._writer.refusal = None
             parameters = parameters_of(self.model)
             with torch.no_grad():
                 for name, values in saved.others.items():

@@ -425,9 +425,8 @@ def _attach(
     writer = RowWriter(model, layers, agreed=agreed)
     for hook in writer.attach(structure.decoder):
         undo.callback(hook.remove)
-    for layer in layers.values():
-        for _, parameter in layer.trained_parameters():
-            parameter.register_hook(writer.check_gradient(layer))
+    for handle in writer.watch():
+        undo.callback(handle.remove)
     ours: dict[str, Any] = {"save_pretrained": SavePretrained(model, layers)}
     if "generate" not in model.__dict__:  # another's stays
         ours["generate"] = Generate(model, writer)

@@ -62,11 +62,15 @@ class RowWriter:
                 "cannot run a patched model; start a process a GPU (torchrun), or show one alone "
                 "(CUDA_VISIBLE_DEVICES=0)."
             )
-        if decoder.training and torch.is_grad_enabled():
-            self._check_training()
+        sharded = shards_its_weights(self.model)
+        if torch.is_grad_enabled():
+            self.watch()
+            if decoder.training:
+                self._check_training()
+            elif sharded:  # whose gradients come to no hook
+                self._check_allowed()
         if self.held:
             return
-        sharded = shards_its_weights(self.model)
         written = [layer for layer in self.layers if layer.can_write and not sharded]
         write_rows(written)
         for layer in self.layers:
@@ -81,13 +85,20 @@ class RowWriter:
             for layer in self.layers:
                 layer.in_step = False
 
-    def check_gradient(self, layer: LokiRows) -> Callable[[Tensor], None]:
-        """What a gradient of the layer's update calls, whatever the mode, compiled or not.
+    def watch(self) -> list[RemovableHandle]:
+        """Have gradients of the updates refused where they may not be trained on, in any mode.
 
         `from_pretrained` gives models in evaluation mode, in which a loop may train; and what asks
-        for no gradient may evaluate what cannot be trained on.
+        for no gradient may evaluate. Parameters that copying or loading made anew have no hooks.
         """
+        return [
+            parameter.register_hook(self._check_gradient(layer))
+            for layer in self.layers
+            for _, parameter in layer.trained_parameters()
+            if parameter.requires_grad and not parameter._backward_hooks
+        ]
 
+    def _check_gradient(self, layer: LokiRows) -> Callable[[Tensor], None]:
         def check(_gradient: Tensor) -> None:
             self._check_allowed()
             layer.check_loaded(to_train=True)
@@ -134,11 +145,9 @@ class RowWriter:
 
     def _warn_of_coarse_updates(self) -> None:
         """Say once that small steps are lost, where something has rounded the update."""
-        if shards_its_weights(self.model):
-            return
         own = (p for layer in self.layers for _, p in layer.trained_parameters())
         dtype = coarse_dtype(own)
-        if dtype is not None:
+        if dtype is not None and not shards_its_weights(self.model):
             self.warned = True
             logger.warning(
                 "something has made the update of rows %s (model.to(dtype), model.half(), "

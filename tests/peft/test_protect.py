@@ -9,6 +9,7 @@ import torch
 import loki_kernels as loki
 from loki_kernels.attribution import cache as attribution_cache
 from loki_kernels.peft import LokiConfig
+from loki_kernels.peft import config as config_module
 from loki_kernels.peft import layer as layer_module
 from loki_kernels.protection import estimate
 from loki_kernels.training import targets
@@ -238,3 +239,70 @@ def test_generating_forms_a_protected_update_once(file, monkeypatch):
     assert all(layer.formed is None for layer in layers)
     train(model)
     assert not torch.equal(logits(model), want)
+
+
+def test_an_adapter_of_a_hub_is_trained_on_with_its_protection(file, monkeypatch, tmp_path):
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    file.unlink()
+
+    def download(repo, name, **options):
+        asked.append((repo, name, options))
+        return str(tmp_path / "adapter" / name)
+
+    asked = []
+    monkeypatch.setattr(peft.config, "hf_hub_download", download)
+    monkeypatch.setattr(config_module, "hf_hub_download", download)
+    config = LokiConfig.from_pretrained("someone/adapter", revision="v1")
+    peft.PeftModel.from_pretrained(build_model(), tmp_path / "adapter", config=config)
+    assert not [name for _, name, _ in asked if name == "loki_rows.protection"]  # to be used
+    config = LokiConfig.from_pretrained("someone/adapter", revision="v1")
+    again = peft.PeftModel.from_pretrained(
+        build_model(), tmp_path / "adapter", config=config, is_trainable=True
+    )
+    options = {"subfolder": None, "revision": "v1"}
+    assert asked[-1] == ("someone/adapter", "loki_rows.protection", options)
+    train(again)
+
+
+def test_a_config_that_no_model_has_filled_in_leaves_what_is_there(file, tmp_path):
+    """As Axolotl saves one before it trains."""
+    held = tmp_path / "loki_rows.protection"
+    file.rename(held)
+    LokiConfig(protect=str(held)).save_pretrained(tmp_path)
+    assert held.is_file()
+
+
+def test_an_adapter_that_is_used_may_be_evaluated_with_gradients(file, tmp_path):
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    used = peft.PeftModel.from_pretrained(build_model(), tmp_path / "adapter").eval()
+    batch = token_batch(2)
+    with used.disable_adapter():
+        used(input_ids=batch)
+    # which makes what was frozen of the adapter trainable
+    loss = used(input_ids=batch, labels=batch).loss
+    with pytest.raises(RuntimeError, match="was trained with a protection and loaded without it"):
+        loss.backward()
+
+
+def test_an_adapter_that_is_used_takes_its_protection_along(file, tmp_path):
+    first, other = (
+        peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+        for _ in range(2)
+    )
+    for folder in ("one", "two"):
+        first.save_pretrained(tmp_path / folder)
+    protection_of(build_model(), seed=5).save(tmp_path / "other.safetensors")
+    config = LokiConfig(rows=ROWS, protect=str(tmp_path / "other.safetensors"))
+    other = peft.get_peft_model(build_model(), config)
+    other.save_pretrained(tmp_path / "two")
+    file.unlink()
+    used = peft.PeftModel.from_pretrained(build_model(), tmp_path / "one")
+    used.save_pretrained(tmp_path / "three")
+    used.save_pretrained(tmp_path / "two")  # where another's lies
+    for folder in ("two", "three"):
+        again = loki.patch(build_model(), tmp_path / folder)
+        assert again.protection.fingerprint == first.peft_config["default"].protection

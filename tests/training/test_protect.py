@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
 import json
+import weakref
 
 import pytest
 import safetensors.torch
@@ -506,3 +509,68 @@ def test_gradients_of_float16_are_projected_however_small():
         (gradient,) = torch.autograd.grad(layer(x).float(), layer.update, upstream)
         kept = gradient.float() @ directions_of().to(gradient.device, torch.float32)
         assert kept.norm() < 0.05 * gradient.float().norm()
+
+
+def test_a_state_dict_without_weights_tells_its_protection(protection):
+    """As DeepSpeed's, or one without what is frozen."""
+    model = build_model()
+    loki.patch(model, ROWS, protect=protection)
+    train(model, steps=1)
+    state = {n: t for n, t in model.state_dict().items() if not n.endswith("weight")}
+    for other in (protection_of(build_model(), seed=5), None):
+        again = build_model()
+        handle = loki.patch(again, ROWS, protect=other)
+        with pytest.raises(RuntimeError, match="another protection"):
+            again.load_state_dict(state, strict=False)
+        assert all(not layer.update.any() for _, layer in handle.named_layers())
+
+
+def test_what_no_file_holds_is_refused_before_training(protection, tmp_path):
+    odd = dataclasses.replace(protection, info={"made": tmp_path})
+    with pytest.raises(ValueError, match="cannot be saved with a checkpoint"):
+        loki.patch(build_model(), ROWS, protect=odd)
+    shared = torch.eye(112)[:, :3].contiguous()
+    names = protection.directions
+    made = loki.Protection(
+        dict.fromkeys(names, shared), dict.fromkeys(names, torch.ones(3)), dict.fromkeys(names, 4.0)
+    )
+    model = build_model()
+    loki.patch(model, ROWS, protect=made)
+    model.save_pretrained(tmp_path)
+    kept = loki.Protection.load(tmp_path / "loki_rows.protection")
+    assert kept.fingerprint == made.fingerprint
+
+
+def test_a_copy_refuses_as_its_original_does(protection, tmp_path):
+    model = copy.deepcopy(without_protection(tmp_path, protection)).eval()
+    batch = token_batch(2)
+    with pytest.raises(RuntimeError, match="cannot be trained on"):
+        model(input_ids=batch, labels=batch).loss.backward()
+
+
+def test_what_is_loaded_then_may_be_trained_on(protection, tmp_path):
+    model = build_model()
+    loki.patch(model, ROWS)
+    train(model).save_pretrained(tmp_path / "unprotected")
+    protected = build_model()
+    loki.patch(protected, ROWS, protect=protection)
+    train(protected).save_pretrained(tmp_path / "protected")
+    other = build_model().eval()
+    handle = loki.patch(other, tmp_path / "protected", protect=False)
+    handle.load_state(tmp_path / "unprotected")
+    train(other)
+
+
+def test_unpatching_frees_the_update_at_once(protection):
+    model = build_model()
+    handle = loki.patch(model, ROWS, protect=protection)
+    train(model, steps=1)
+    update = weakref.ref(dict(handle.named_layers())["model.layers.0.mlp.down_proj"].update)
+    gc.collect()
+    gc.disable()
+    try:
+        handle.unpatch()
+        del handle
+        assert update() is None
+    finally:
+        gc.enable()
