@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
-from loki_kernels.training import patching
+from loki_kernels.training import patching, writer
 from loki_kernels.training.experts import LokiExperts
 from tests.models import assert_unchanged, snapshot
 from tests.tiny_training import logits, straight_and_resumed, tiny_trainer, token_batch, train
@@ -448,14 +448,15 @@ def test_a_subclass_that_is_no_linear_layer_is_refused():
         loki.patch(model, ROWS)
 
 
-@pytest.mark.parametrize("protected", [False, True])
-@pytest.mark.parametrize("family", ["Mixtral", "Llama4"])
+@pytest.mark.parametrize(
+    ("family", "protected"), [("Mixtral", False), ("Mixtral", True), ("Llama4", False)]
+)
 def test_generating_writes_the_rows_once_and_takes_them_out_again(family, protected, monkeypatch):
     """Of the grouped form, which trains beside the base's weight, and of the whole one."""
     model = build_model(family)
     ids = token_batch()[:, :4]
     protect = None
-    if protected and family == "Mixtral":
+    if protected:
         texts = [list(range(3, 60)), list(range(70, 5, -1))]
         protect = loki.estimate_protection(model, texts, share=0.7)
     bases = {name: module.down_proj.detach().clone() for name, module in stacks(model)}
@@ -464,13 +465,19 @@ def test_generating_writes_the_rows_once_and_takes_them_out_again(family, protec
     model.eval()
     prompt = {"input_ids": ids, "pad_token_id": 0, "do_sample": False, "max_new_tokens": 5}
     want = type(model).generate(model, **prompt)
-    formed = []
-    real = LokiExperts._update_factors
-    monkeypatch.setattr(
-        LokiExperts, "_update_factors", lambda layer: formed.append(1) or real(layer)
-    )
+    calls = []
+
+    def count(holder, name):
+        real = getattr(holder, name)
+        monkeypatch.setattr(holder, name, lambda *args: calls.append(name) or real(*args))
+
+    count(writer, "write_rows")
+    count(LokiExperts, "_update_factors")  # what the grouped form adds at each token
+    alone = "loki_kernels.training.rows.write_rows"
+    monkeypatch.setattr(alone, lambda _: pytest.fail("a layer writes by itself"))
     assert torch.equal(model.generate(**prompt), want)
-    assert not formed
+    monkeypatch.undo()
+    assert calls == ["write_rows"]
     for name, layer in handle.named_layers():
         if isinstance(layer, LokiExperts) and layer.why_whole is None:
             assert torch.equal(layer.down_proj, bases[name])

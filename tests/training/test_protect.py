@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import loki_kernels as loki
 from loki_kernels.attribution import cache
 from loki_kernels.protection import estimate
-from loki_kernels.training import writer
+from loki_kernels.training import rows
 from loki_kernels.training.linear import LokiLinear
 from tests.models import build_model, to_device
 from tests.protection.test_estimate import chat_tokenizer
@@ -379,8 +379,9 @@ def test_the_handle_has_what_an_update_is_protected_with(protection, tmp_path):
     assert loki.patch(build_model(), ROWS).protection is None
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-def test_generating_forms_a_protected_update_once(rank, protection, monkeypatch):
+@pytest.mark.parametrize(("rank", "launches"), [(None, [1, 1, 1]), (2, [])])
+def test_generating_forms_a_protected_update_once(rank, launches, protection, monkeypatch):
+    """A launch a layer, whatever the number of tokens; with a rank nothing is written at all."""
     model = build_model()
     handle = loki.patch(model, ROWS, rank=rank, protect=protection)
     train(model)
@@ -388,11 +389,16 @@ def test_generating_forms_a_protected_update_once(rank, protection, monkeypatch)
     prompt = {"input_ids": token_batch()[:, :4], "pad_token_id": 0}
     want = type(model).generate(model, **prompt, do_sample=False, max_new_tokens=6)
     written = []
-    real = writer.write_rows
-    monkeypatch.setattr(writer, "write_rows", lambda layers: written.append(1) or real(layers))
+    real = rows.sync_rows
+
+    def sync_rows(weights, *args, **options):
+        written.append(len(weights))
+        return real(weights, *args, **options)
+
+    monkeypatch.setattr(rows, "sync_rows", sync_rows)
     got = model.generate(**prompt, do_sample=False, max_new_tokens=6)
     assert torch.equal(got, want)
-    assert len(written) == 1
+    assert written == launches
     assert not any(layer.held or layer.in_step for _, layer in handle.named_layers())
     copied = copy.deepcopy(model)
     train(copied)
