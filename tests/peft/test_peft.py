@@ -413,9 +413,14 @@ def test_copies():
 
 
 def test_registration_needs_the_import():
-    """Nothing of PEFT changes, and PEFT is not imported, until loki_kernels.peft is."""
+    """Nothing of PEFT changes until loki_kernels.peft is imported, whatever else is used."""
     script = (
-        "import sys, loki_kernels; assert 'peft' not in sys.modules\n"
+        "import sys, loki_kernels as loki\n"
+        "assert 'peft' not in sys.modules\n"
+        # names of the package are imported when they are first used, transformers' Trainer with
+        # them, which imports PEFT by itself
+        "loki.ops.count_lowest, loki.patch, loki.attribute, loki.drift, loki.save_adapter\n"
+        "assert 'loki_kernels.training.adapters' in sys.modules\n"
         "import peft; assert 'LOKI' not in list(peft.PeftType)\n"
         "import loki_kernels.peft; assert 'LOKI' in list(peft.PeftType)\n"
         "assert peft.PeftType.LOKI == peft.PeftType('LOKI') == 'LOKI'"
