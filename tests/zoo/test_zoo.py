@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from .check import check
+from .check import TRIALS, check
 
 KINDS = (
     "LlamaForCausalLM",
@@ -51,8 +51,14 @@ def test_is_exact_or_refused_as_the_documentation_says(name: str) -> None:
     assert outcome.not_built is None
     assert not outcome.failures, str(outcome)
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-    if f"transformers {transformers.__version__}," not in text:
-        return
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
     said = [cell.split()[0] for cell in line.split("|")[2:5]]
-    assert said == [verdict.kind.split()[0] for _, verdict in outcome.verdicts], str(outcome)
+    found = [verdict.kind.split()[0] for _, verdict in outcome.verdicts]
+    if f"transformers {transformers.__version__}," not in text:
+        # Another version may have made a class exact that was refused.
+        wanted = list(TRIALS.values())
+        said = [
+            word if word == best else now
+            for word, best, now in zip(said, wanted, found, strict=True)
+        ]
+    assert found == said, str(outcome)
