@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import loki_kernels as loki
 from loki_kernels.ops._directions import leave_out
@@ -247,11 +248,13 @@ def test_compiled_it_trains_the_same():
         change(model)
         return logits(train(model))
 
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
     protection = protection_of(build_model("Mixtral"))
     want = trained(lambda model: None)
-    torch.testing.assert_close(
-        trained(lambda model: model.compile(backend="aot_eager")), want, rtol=1e-4, atol=1e-4
-    )
+    compiled = trained(lambda model: model.compile(backend=counter, fullgraph=True))
+    torch.testing.assert_close(compiled, want, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count >= 1
 
 
 def test_what_cannot_be_told_or_is_of_another_model_is_refused():

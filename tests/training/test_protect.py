@@ -11,6 +11,7 @@ import weakref
 import pytest
 import safetensors.torch
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
 import loki_kernels as loki
@@ -84,8 +85,11 @@ def test_values_and_every_gradient_are_the_definition_s(form, rank):
     want = naive(layer, x, directions)
     out_grad = torch.randn_like(want)
     want_grads = torch.autograd.grad(want, leaves, out_grad)
-    run = torch.compile(layer, backend="aot_eager") if form == "compiled" else layer
-    got = run(x)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    got = compiled(x) if form == "compiled" else layer(x)
+    assert counter.frame_count == (form == "compiled")
     torch.testing.assert_close(got, want)
     for got_grad, want_grad in zip(
         torch.autograd.grad(got, leaves, out_grad), want_grads, strict=True
