@@ -85,8 +85,8 @@ def test_compiles_whole():
     ("name", "shape", "message"),
     [
         ("y", (9,), "y must be"),
-        ("u", (4,), "u"),
-        ("u", (3, 2), "u must be"),
+        ("u", (4,), r"u \[tokens, r\]; they are \[4, 9\] and \[4\]"),
+        ("u", (3, 2), r"u must be \[4, 2\]; it is \[3, 2\]"),
         ("v", (3, 3), "v must be"),
         ("v", (4, 2), "v must be"),
         ("index", (2,), "v must be"),

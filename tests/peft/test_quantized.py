@@ -33,6 +33,12 @@ QUANTIZATIONS = {
     ),
 }
 
+# How far requantized rows may lie from the trained ones, as a part of the update, and the logits of
+# an update over the quantized base from those over the full one; without the update the logits are
+# 0.28, 0.52 (int4) and 0.43 (nf4) apart.
+INT8 = (0.03, 0.1)
+TOLERANCES = {"torchao int4": (0.6, 0.5), "bitsandbytes nf4": (0.4, 0.4)}
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -51,6 +57,12 @@ def base(request, checkpoint):
         return load_quantized(checkpoint, QUANTIZATIONS[request.param]())
 
     return load
+
+
+@pytest.fixture
+def tolerances(request, base):
+    """(of requantized rows, of the logits of another base's update)."""
+    return TOLERANCES.get(request.node.callspec.params["base"], INT8)
 
 
 def load_quantized(checkpoint, config):
@@ -87,7 +99,7 @@ def test_analyses_by_itself(base, tmp_path, monkeypatch):
     except loki.UnsupportedModelError as error:  # the analysis is a forward pass
         if "bitsandbytes repacks 4-bit weights on this CPU" not in str(error):
             raise
-        return
+        pytest.skip(str(error))
     assert len(list(tmp_path.iterdir())) == 1
     again = peft.get_peft_model(base(), LokiConfig(quota=5))
     assert len(list(tmp_path.iterdir())) == 1
@@ -127,7 +139,7 @@ def test_merging_says_how(base, how, tmp_path):
     assert distance(logits(again), logits(merged)) < 0.02
 
 
-def test_requantized_rows_are_close_to_the_trained_ones(base):
+def test_requantized_rows_are_close_to_the_trained_ones(base, tolerances):
     model = peft.get_peft_model(base(), LokiConfig(rows=ROWS, quantized_merge="requantize"))
     layer = down_proj(model)
     rows = torch.tensor([1, 5, 40])
@@ -136,7 +148,7 @@ def test_requantized_rows_are_close_to_the_trained_ones(base):
     update = layer.loki_update["default"].detach()
     model.merge_adapter()
     got = layer.base_rows(rows).float()
-    assert (got - start - update).norm() < 0.5 * update.norm()
+    assert (got - start - update).norm() < tolerances[0] * update.norm()
 
 
 @pytest.mark.parametrize("way", ["peft", "load_adapter", "merge"])
@@ -158,14 +170,16 @@ def test_merges_into_the_full_base(base, checkpoint, tmp_path, way):
     assert torch.equal(got, (rows.double() + update.double()).to(rows.dtype))
 
 
-def test_an_update_of_the_full_base_is_loaded_over_a_quantized_one(base, checkpoint, tmp_path):
+def test_an_update_of_the_full_base_is_loaded_over_a_quantized_one(
+    base, checkpoint, tmp_path, tolerances
+):
     full = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     trained = train(peft.get_peft_model(full, LokiConfig(rows=ROWS)), lr=0.02)
     trained.save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(base(), str(tmp_path))
     update = down_proj(model).loki_update["default"].cpu()
     assert torch.equal(update, down_proj(trained).loki_update["default"])
-    assert distance(logits(model), logits(trained)) < 0.5
+    assert distance(logits(model), logits(trained)) < tolerances[1]
     config = model.peft_config["default"]
     assert config.base_dtype == "float32"  # what it was trained on
 
