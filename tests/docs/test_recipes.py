@@ -96,8 +96,13 @@ def test_trl(names, base_folder):
 
 
 def test_peft(names):
+    from loki_kernels.peft.layer import LokiLayer
+
     run("PEFT", names)
+    config = json.loads((Path(names["out"]) / "adapter_config.json").read_text())
+    assert config["rows"] == [[1, 5, 40], [0], [3, 7]]
     assert isinstance(names["model"], transformers.LlamaForCausalLM)
+    assert not any(isinstance(module, LokiLayer) for module in names["model"].modules())
 
 
 def test_accelerate(names):
@@ -133,7 +138,13 @@ def test_quantized(names, base_folder):
     quantization = pytest.importorskip("torchao.quantization")
     pytest.importorskip("peft.utils.quantization_utils", reason="needs peft 0.20")
     run("A quantized base", names, int8=TorchAoConfig(quantization.Int8WeightOnlyConfig()))
-    changed_rows(names["out"], base_folder)
+    assert len(changed_rows(names["out"], base_folder)) == 64  # all are rounded
+    weights = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (names["out"], base_folder)
+    ]
+    got, want = (state["model.layers.0.mlp.down_proj.weight"] for state in weights)
+    assert (got - want).abs().max() < want.abs().max() / 127  # no more than int8 rounds
 
 
 def test_several_gpus(names):

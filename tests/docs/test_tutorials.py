@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loki_kernels as loki
@@ -70,11 +71,29 @@ def test_eight_gpus(reader):
     assert changed_rows("out", NAME) == [1, 5, 40]
 
 
-@pytest.mark.parametrize("page", ["concepts", "forgetting"])
-def test_page(page, reader, monkeypatch):
-    pytest.importorskip("matplotlib")
+def run_on_few_questions(page, monkeypatch):
     few = loki.load_questions(1)[::6]
     monkeypatch.setattr(loki, "load_questions", lambda: few, raising=False)
     model = AutoModelForCausalLM.from_pretrained(NAME)
     tokenizer = AutoTokenizer.from_pretrained(NAME)
-    run(page, loki=loki, model=model, tokenizer=tokenizer)
+    return run(page, loki=loki, model=model, tokenizer=tokenizer)
+
+
+def test_concepts(reader, monkeypatch):
+    pytest.importorskip("matplotlib")
+    names = run_on_few_questions("concepts", monkeypatch)
+    assert Path("heatmap.png").exists()
+    assert torch.equal(loki.Attribution.load("scores.safetensors").scores, names["scores"].scores)
+    assert names["handle"].rows == loki.RowSelection.load("rows.json")
+    assert names["handle"].rows.counts == [6, 6, 6]
+    # the last block's handle is not kept
+    layers = [x for x in names["model"].modules() if isinstance(x, loki.LokiLinear)]
+    assert [len(layer.index) for layer in layers] == [64] * 3
+    assert all(layer.protected for layer in layers)
+
+
+def test_forgetting(reader, monkeypatch):
+    handle = run_on_few_questions("forgetting", monkeypatch)["handle"]
+    saved = loki.Protection.load("protection.safetensors")
+    assert handle.protection.fingerprint == saved.fingerprint
+    assert handle.rows.counts == [64] * 3
