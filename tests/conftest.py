@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where models are tested: cpu, cuda, cuda:1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # What a developer has set (a backend, a cache) is nothing that tests should run with. The one
+    # name that is kept says where benchmarks/gpu.sh wants its records.
+    for name in [n for n in os.environ if n.startswith("LOKI_KERNELS_")]:
+        if name != "LOKI_KERNELS_RESULTS":
+            del os.environ[name]
+    # Before a test module imports datasets, which reads it then.
+    folder = tempfile.TemporaryDirectory(prefix="datasets-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["HF_DATASETS_CACHE"] = folder.name
+
+
 def pytest_collection(session: pytest.Session) -> None:
     from tests import models
 
@@ -38,6 +52,17 @@ def pytest_collection(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: FIRST.index(n) if (n := item.path.stem) in FIRST else len(FIRST))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where a test names no folder of its own, what is analysed is not the user's to keep.
+
+    Set for the session, so that a test's `monkeypatch.undo` does not unset it.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LOKI_KERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
