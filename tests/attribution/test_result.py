@@ -121,6 +121,7 @@ def test_where_memory_is_accounted_strictly_it_is_read_only(tmp_path, monkeypatc
 @pytest.mark.parametrize("lines", [1, 21, 60, 1 << 20])
 @pytest.mark.parametrize("complete", [True, False])
 def test_parquet_is_a_table_and_the_result_again(tmp_path, monkeypatch, complete, lines):
+    pytest.importorskip("pyarrow")
     pandas = pytest.importorskip("pandas")
     monkeypatch.setattr(table, "_LINES", lines)
     path = tmp_path / "a.parquet"
@@ -141,11 +142,13 @@ def test_parquet_is_a_table_and_the_result_again(tmp_path, monkeypatch, complete
 
 
 def test_parquet_of_no_prompt(tmp_path):
+    pytest.importorskip("pyarrow")
     make_result(samples=0).save(tmp_path / "a.parquet")
     assert_same(Attribution.load(tmp_path / "a.parquet"), make_result(samples=0))
 
 
 def test_parquet_of_something_else(tmp_path):
+    pytest.importorskip("pyarrow")
     pandas = pytest.importorskip("pandas")
     path = tmp_path / "a.parquet"
     pandas.DataFrame({"score": [1.0]}).to_parquet(path)
