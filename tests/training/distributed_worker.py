@@ -64,7 +64,12 @@ def patched_or_wrapped(case: str, folder: Path | None = None):
 
         from loki_kernels.peft import LokiConfig
 
-        return peft.get_peft_model(model, LokiConfig(rows=ROWS, rank=rank)), None
+        if protect is None:
+            return peft.get_peft_model(model, LokiConfig(rows=ROWS, rank=rank)), None
+        with tempfile.TemporaryDirectory() as kept:  # all rows, as by default
+            protect.save(Path(kept) / "protection.safetensors")
+            config = LokiConfig(protect=str(Path(kept) / "protection.safetensors"))
+            return peft.get_peft_model(model, config), None
     handle = loki.patch(model, ROWS, rank=rank, protect=protect)
     return model, handle
 
@@ -135,10 +140,10 @@ def ddp(case):
     return losses, model.state_dict(), model
 
 
-def fsdp(case):
+def fsdp(case, out):
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-    model, _ = patched_or_wrapped(case)
+    model, handle = patched_or_wrapped(case)
     base = model.get_base_model() if "peft" in case else model
     kind = {"mesh": dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))}
     if "offload" in case:
@@ -151,17 +156,36 @@ def fsdp(case):
     losses = train_steps(model, optimizer_of(model), share_of_rank)
     state = get_model_state_dict(model, options=options)
     if "peft" in case:
-        check_merging(model, state)
+        check_merging(model, state, protected="protect" in case)
     else:
+        save_in_every_process(model, handle, state, out / case)
         assert moved_by_reading(model, start, state) > 1e-2 or dist.get_rank()
         assert moved_by_reading(model, state, state) < 1e-5
     return losses, state, model
 
 
+def save_in_every_process(model, handle, state, path):
+    """The update by itself, and what a server is sent: of sharded weights each process has a part.
+
+    A LoRA adapter of experts is several times as large, and of PEFT's own versions.
+    """
+    loki.save_adapter(model, path.with_name(f"{path.name}-adapter"))
+    if "experts" not in path.name:
+        loki.export_lora(model, path.with_name(f"{path.name}-lora"))
+    sent = dict(handle.merged_parameters())
+    assert not any("update" in name or "delta" in name for name in sent)
+    for name, tensor in sent.items():
+        assert type(tensor) in (torch.Tensor, torch.nn.Parameter), name
+        # the first process has the whole state
+        want = [state.get(name)]
+        dist.broadcast_object_list(want)
+        torch.testing.assert_close(tensor.detach().cpu(), want[0], rtol=0, atol=0, msg=name)
+
+
 _HERE = contextlib.nullcontext()
 
 
-def check_merging(model, state, gathered=_HERE):
+def check_merging(model, state, gathered=_HERE, protected=False):
     """What TRL does before it sends a sharded PEFT model's weights to a server."""
 
     def whole():
@@ -173,10 +197,16 @@ def check_merging(model, state, gathered=_HERE):
         merged = whole()
         model.unmerge_adapter()
         assert all(torch.equal(p, before[k]) for k, p in whole().items())
+    directions = protection(build_model("llama_mlp_bias")).directions
     for layer, rows in enumerate(ROWS if dist.get_rank() == 0 else ()):  # who has the state
-        name = f"base_model.model.model.layers.{layer}.mlp.down_proj."
+        projection = f"model.layers.{layer}.mlp.down_proj"
+        name = f"base_model.model.{projection}."
         want = before[f"{name}base_layer.weight"]
-        want[sorted(rows)] += state[f"{name}loki_update.default"]
+        update = state[f"{name}loki_update.default"]
+        if protected:  # all rows, of which these inputs are left alone
+            want += update * (1 - directions[projection].sum(1))
+        else:
+            want[sorted(rows)] += update
         assert torch.equal(merged[f"{name}base_layer.weight"], want)
 
 
@@ -422,7 +452,7 @@ def run_cases(out: Path, cases: list[str]) -> None:
     for case in cases:
         kind = case.split("-")[0].removesuffix("2").removesuffix("3")
         run = globals()[kind]
-        losses, state, model = run(case, out) if kind == "trainer" else run(case)
+        losses, state, model = run(case, out) if kind in ("trainer", "fsdp") else run(case)
         if not dist.is_initialized() or dist.get_rank() == 0:
             (out / f"{case}.json").write_text(json.dumps(losses))
             if model is not None and "peft" not in case:

@@ -20,14 +20,16 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 import loki_kernels as loki
 from tests.models import build_model
 from tests.tiny_training import ROWS
-from tests.training.distributed_worker import protection
+from tests.training.distributed_worker import build_experts, protection
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ("rank", "bf16", "peft", "protect", "experts")
-PLAIN = ["plain", *(f"plain-{option}" for option in OPTIONS), "plain-protect-experts"]
+PLAIN = ["plain", *(f"plain-{option}" for option in OPTIONS), "plain-protect-experts",
+         "plain-protect-peft"]  # fmt: skip
 TORCH = ["ddp", "ddp-peft", "ddp-protect", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-peft",
          "fsdp2-protect", "fsdp2-offload", "fsdp2-offload-peft", "ddp-experts",
-         "fsdp2-experts", "ddp-protect-experts", "fsdp2-protect-experts"]  # fmt: skip
+         "fsdp2-experts", "ddp-protect-experts", "fsdp2-protect-experts", "ddp-protect-peft",
+         "fsdp2-protect-peft"]  # fmt: skip
 TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
            "trainer-fsdp2-peft"]  # fmt: skip
 ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-protect"]
@@ -152,6 +154,35 @@ def test_side_file_of_a_sharded_model(torch_engines, case, rank, dtype):
     handle.load_state(torch_engines / case)
     name = "model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(base.state_dict()[name], trained[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "case", ["fsdp2", "fsdp2-rank", "fsdp2-protect", "fsdp2-offload", "fsdp2-experts"]
+)
+def test_adapters_of_sharded_models_fit_the_base(torch_engines, case):
+    """Every process saves one, and the first one writes it."""
+    plain = AutoModelForCausalLM.from_pretrained(torch_engines / case)
+    ids = torch.arange(40).reshape(4, 10)
+    with torch.no_grad():
+        want = plain(ids).logits
+
+    def base():
+        return build_experts() if "experts" in case else build_model("llama_mlp_bias", device="cpu")
+
+    def assert_close(model):
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(ids).logits, want, rtol=1e-4, atol=1e-4)
+
+    merged = loki.load_adapter(base(), torch_engines / f"{case}-adapter").merge()
+    assert_close(merged)
+    name = f"model.layers.0.mlp.{'experts.' if 'experts' in case else ''}down_proj"
+    name += "" if "experts" in case else ".weight"
+    torch.testing.assert_close(
+        merged.state_dict()[name], plain.state_dict()[name], rtol=1e-6, atol=1e-7
+    )
+    if "experts" not in case:
+        peft = pytest.importorskip("peft")
+        assert_close(peft.PeftModel.from_pretrained(base(), torch_engines / f"{case}-lora"))
 
 
 def test_all_processes_train_the_same_rows(torch_engines):
