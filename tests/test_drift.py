@@ -76,6 +76,58 @@ def test_equals_a_naive_computation(name, logits, monkeypatch):
     assert {g.name: g.kl for g in result.domains}["b"] == pytest.approx(float(of_b.mean()), 1e-3)
 
 
+def naive_positions(base, tuned, records):
+    """All of them, the one that moved most first, as `MovedPosition` tells of them."""
+    found = []
+    for record, kl in zip(records, naive(base, tuned, records)[0], strict=True):
+        ids = record["input_ids"]
+        with torch.no_grad():
+            p, q = (m(ids.to(m.device)[None]).logits[0].softmax(-1).cpu() for m in (base, tuned))
+        for i, distance in enumerate(kl.tolist()):
+            target = int(ids[i + 1]) if i + 1 < len(ids) else None
+            probabilities = [math.nan if target is None else float(x[i, target]) for x in (p, q)]
+            found.append(
+                {
+                    "domain": record["domain"],
+                    "context": " ".join(map(str, ids[: i + 1][-24:].tolist())),
+                    "kl": distance,
+                    "likeliest_before": str(int(p[i].argmax())),
+                    "likeliest_after": str(int(q[i].argmax())),
+                    "token": None if target is None else str(target),
+                    "probability_before": probabilities[0],
+                    "probability_after": probabilities[1],
+                }
+            )
+    return sorted(found, key=lambda position: -position["kl"])
+
+
+def test_what_moved_most_is_what_a_naive_computation_finds():
+    base = build_model("gemma2")
+    tuned = moved(base)
+    result = loki.drift(base, tuned, texts(), top=40)
+    wide = [copy.deepcopy(model).double() for model in (base, tuned)]
+    want = naive_positions(*wide, texts())
+    assert len(result.positions) == 40
+    for got, expected in zip(result.positions, want, strict=False):
+        for name, value in expected.items():
+            if isinstance(value, float):
+                value = pytest.approx(value, rel=1e-3, nan_ok=True)
+            assert getattr(got, name) == value, name
+    assert any(position.token is None for position in result.positions)
+    assert any(p.likeliest_before != p.likeliest_after for p in result.positions)
+
+    of_texts = [float(kl.mean()) for kl in naive(*wide, texts())[0]]
+    order = sorted(range(len(LENGTHS)), key=lambda i: -of_texts[i])
+    assert [text.tokens for text in result.texts] == [LENGTHS[i] for i in order]
+    assert [text.domain for text in result.texts] == ["ab"[i % 2] for i in order]
+    assert [text.kl for text in result.texts] == pytest.approx([of_texts[i] for i in order], 1e-3)
+
+    assert result.quantiles["1"] == float(result.token_kl.max())
+    tokens = [position["kl"] for position in want]
+    assert result.quantiles["0.5"] == pytest.approx(sorted(tokens)[len(tokens) // 2], rel=1e-3)
+    assert list(result.quantiles.values()) == sorted(result.quantiles.values())
+
+
 def test_the_errors_are_those_of_a_ratio_over_texts():
     base = build_model()
     result = loki.drift(base, moved(base), texts())

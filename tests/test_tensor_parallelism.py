@@ -31,7 +31,11 @@ def split(linear, mesh, dimension):
 
 
 def refused(model, message):
-    for attempt in (lambda: loki.patch(model, ROWS), lambda: loki.attribute(model, PROMPT)):
+    for attempt in (
+        lambda: loki.patch(model, ROWS),
+        lambda: loki.attribute(model, PROMPT),
+        lambda: loki.estimate_protection(model, [[1, 2, 3, 4], [5, 6, 7]]),
+    ):
         with pytest.raises(loki.UnsupportedModelError, match=message):
             attempt()
 
