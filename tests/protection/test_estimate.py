@@ -115,6 +115,29 @@ def test_a_fourteenth_of_the_features_is_left_alone(count, options):
             assert held[-2] < 0.99 <= held[-1] * (1 + 1e-6)
 
 
+@pytest.mark.parametrize(("first", "count"), [(95.0, 1), (5.0, 8)])
+def test_fewer_directions_where_fewer_hold_90_percent(first, count):
+    """A fourteenth of 100 features is 8, rounded up."""
+    moment = torch.diag(torch.tensor([first] + [0.05] * 99))
+    directions, energies, total = moments.top_eigenvectors(moment, None, None)
+    assert directions.shape == (100, count)
+    assert energies[0] == pytest.approx(first)
+    assert total == pytest.approx(first + 0.05 * 99)
+
+
+def test_the_seed_is_the_samples(monkeypatch):
+    asked = []
+
+    def draw(*_, **options):
+        asked.append(options)
+        return [[5, 6, 7, 8, 9], [11, 12, 13]]
+
+    monkeypatch.setattr(estimate, "draw_samples", draw)
+    protection = loki.estimate_protection(build_model(), tokenizer=object(), samples=3, seed=7)
+    assert {k: asked[0][k] for k in ("seed", "count")} == {"seed": 7, "count": 3}
+    assert protection.info["seed"] == 7
+
+
 def test_few_tokens_are_said(caplog):
     loki.estimate_protection(build_model(), texts())
     assert "fewer than two for each of the 112 inputs" in caplog.text
