@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,3 +327,126 @@ def test_a_console_without_the_letters(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     run = subprocess.run([sys.executable, "-c", script], **PIPES, env=environment, check=True)
     assert "\\ufffd \\u4e16" in run.stdout
+
+
+@pytest.fixture
+def recorded(folder, monkeypatch):
+    """The keywords with which the command line calls what does the work, under its name."""
+    calls = {}
+
+    def record(path, result):
+        def called(*arguments, **options):
+            calls[path.rpartition(".")[2]] = (arguments, options)
+            return result
+
+        monkeypatch.setattr(f"loki_kernels.{path}", called)
+
+    class Result:
+        def save(self, path):
+            pass
+
+    class Model:
+        def to(self, device):
+            calls["to"] = ((device,), {})
+
+        def merge(self):
+            return self
+
+        def save_pretrained(self, path):
+            path.mkdir()
+
+    handle = SimpleNamespace(model=Model(), merge=Model)
+    group = SimpleNamespace(kl=0.25)
+    record("inspection.load_model", handle.model)
+    record("attribution.attribute", Result())
+    record("protection.estimate_protection", Result())
+    record("forgetting.drift", Result())
+    record("forgetting.limit_drift", (0.5, SimpleNamespace(overall=group)))
+    record("estimate.estimate", "an estimate")
+    record("training.adapter_file.read_saved", SimpleNamespace(layers={"a": 1}, others={}))
+    record("training.patching.patch_saved", handle)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        (
+            ["attribute", "{model}", "{folder}/s.safetensors"],
+            ["--dtype", "bfloat16", "--device", "meta", "--batch-size", "3"],
+            {
+                "load_model": ("{model}", "bfloat16"),
+                "to": ("meta",),
+                "attribute": {"batch_size": 3, "steps": 7},
+            },
+        ),
+        (
+            ["merge", "{model}", "{folder}/adapter", "{folder}/merged"],
+            ["--dtype", "bfloat16", "--max-kl", "0.3", "--device", "meta"],
+            {
+                "load_model": ("{model}", "bfloat16", {"a"}),
+                "to": ("meta",),
+                "read_saved": ("{folder}/adapter",),
+                "limit_drift": (0.3, None),
+            },
+        ),
+        (
+            ["protection", "{model}", "{folder}/p.safetensors"],
+            ["--samples", "5", "--dtype", "float16"],
+            {
+                "load_model": ("{model}", "float16"),
+                "estimate_protection": {"samples": 5, "share": None, "max_directions": None},
+            },
+        ),
+        (
+            ["drift", "{model}", "{folder}/tuned"],
+            ["--tokens", "40", "--length", "9", "--device", "meta", "--dtype", "float16"],
+            {
+                "drift": {"tokens": 40, "length": 9, "device": "meta", "dtype": "float16"},
+            },
+        ),
+        (
+            ["estimate", "{model}"],
+            ["--dtype", "float16", "--definition", "paper", "--device", "meta", "--gpus", "4"],
+            {
+                "estimate": {
+                    "dtype": "float16",
+                    "definition": "paper",
+                    "device": "meta",
+                    "gpus": 4,
+                },
+            },
+        ),
+    ],
+    ids=["attribute", "merge", "protection", "drift", "estimate"],
+)
+def test_options_reach_what_they_are_for(command, options, expected, folder, recorded):
+    names = {"model": str(folder / "model"), "folder": str(folder)}
+
+    def filled(value):
+        return value.format(**names) if isinstance(value, str) else value
+
+    assert main([*map(filled, command), *options]) == 0
+    for name, wanted in expected.items():
+        arguments, keywords = recorded[name]
+        if isinstance(wanted, dict):
+            assert {key: keywords[key] for key in wanted} == wanted
+        else:
+            assert arguments[-len(wanted) :] == tuple(map(filled, wanted))
+
+
+def test_a_dataset_is_what_is_estimated(folder, recorded):
+    (folder / "data").mkdir()
+    (folder / "data" / "test.jsonl").write_text('{"text": "Is it so"}\n{"text": "Is it"}\n')
+    assert main(["estimate", str(folder / "model"), "--dataset", str(folder / "data")]) == 0
+    (_, questions), _ = recorded["estimate"]
+    assert len(list(questions)) == 2
+
+
+def test_an_interrupt_is_no_error(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loki_kernels.environment.environment", interrupted)
+    assert main(["env"]) == 130
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,26 @@
+"""Where analyses are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loki_kernels.attribution.cache import cache_folder
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"LOKI_KERNELS_CACHE": "/own", "XDG_CACHE_HOME": "/xdg"}, "/own"),
+        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/loki_kernels"),
+        ({}, "/home/someone/.cache/loki_kernels"),
+    ],
+)
+def test_the_folder_of_the_cache(variables, folder, monkeypatch):
+    for name in ("LOKI_KERNELS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/someone"))
+    assert cache_folder() == Path(folder)
