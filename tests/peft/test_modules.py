@@ -157,6 +157,21 @@ def test_new_tokens(tmp_path, tied, resized_base):
         loki.load_adapter(load(), tmp_path / "adapter")
 
 
+def test_tokens_of_an_embedding_that_is_named(tmp_path):
+    build_model().save_pretrained(tmp_path / "base")
+    config = LokiConfig(rows=ROWS, trainable_token_indices={"embed_tokens": [5, 9]})
+    model = peft.get_peft_model(load_model(tmp_path / "base"), config)
+    want = logits(train(model))
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(again), want)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(logits(merged), want)
+    moved = merged.model.embed_tokens.weight != build_model().model.embed_tokens.weight
+    assert set(moved.any(1).nonzero().flatten().tolist()) <= {5, 9}
+    assert moved.any()
+
+
 def test_a_resized_vocabulary_trained_whole(tmp_path):
     """PEFT saves each embedding three times then."""
     build_model().save_pretrained(tmp_path / "base")

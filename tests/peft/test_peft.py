@@ -237,6 +237,25 @@ def test_bad_configs(options, message):
     assert not any(isinstance(m, LokiLayer) for m in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[-1], [2], [3]], "layer 0 has -1 where a row number should be"),
+        ([[1], [2, 2], [3]], "layer 1 has row 2 twice"),
+        ("{", r"rows\.json is not a row file"),
+        ('{"counts": 1}', r"rows\.json is not a row file"),
+        ("[[1, -2], [3]]", r"rows\.json: layer 0 has -2 where"),
+        ("[[1, 1], [3]]", r"rows\.json: layer 0 has row 1 twice"),
+    ],
+)
+def test_rows_are_checked_when_a_config_is_made(rows, message, tmp_path):
+    if isinstance(rows, str):
+        (tmp_path / "rows.json").write_text(rows)
+        rows = str(tmp_path / "rows.json")
+    with pytest.raises(ValueError, match=message):
+        LokiConfig(rows=rows)
+
+
 def test_a_row_file_of_neurons_is_refused(tmp_path):
     loki.RowSelection(ROWS, {"site": "ffn_neurons"}).save(tmp_path / "rows.json")
     with pytest.raises(ValueError, match="ffn_neurons"):

@@ -162,6 +162,21 @@ def test_all_rows_protected_unless_something_says_what_to_train(tmp_path, monkey
     assert config.protection is None
 
 
+def test_false_trains_all_rows_unprotected(monkeypatch):
+    monkeypatch.setattr(estimate, "estimate_protection", None)
+    monkeypatch.setattr(targets, "cached_attribution", None)
+    model = peft.get_peft_model(build_model(), LokiConfig(protect=False))
+    config = model.peft_config["default"]
+    assert [len(rows) for rows in config.rows] == [48] * 3
+    assert config.protection is None
+    patched = build_model()
+    handle = loki.patch(patched, protect=False)
+    train(model)
+    train(patched)
+    handle.merge()
+    torch.testing.assert_close(logits(model), logits(patched), rtol=1e-4, atol=1e-5)
+
+
 def test_the_papers_rows_are_one_argument_away(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(attribution_cache, "find_tokenizer", lambda model: WordTokenizer())
