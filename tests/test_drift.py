@@ -17,7 +17,7 @@ from loki_kernels.cli import main
 from loki_kernels.errors import UnsupportedModelError
 from loki_kernels.forgetting import measure, models
 from tests.models import assert_unchanged, build_model, save_base, snapshot
-from tests.tiny_training import ROWS, load_model, tiny_trainer, train
+from tests.tiny_training import ROWS, WordTokenizer, load_model, tiny_trainer, train
 
 LENGTHS = (1, 7, 13, 4, 30)
 
@@ -556,6 +556,26 @@ def test_the_callback_logs_what_drift_says(kind, tmp_path):
     assert not any("drift/kl" in line for line in lines)
     assert all("epoch" in logs for _, logs in reported)
     assert model.training
+
+
+def test_the_callback_reads_as_much_as_it_is_told(tmp_path):
+    """Words by a tokenizer of its own, where the Trainer has none."""
+    base, model = build_model(), build_model()
+    loki.patch(model, ROWS)
+    trainer = tiny_trainer(model, tmp_path, 2)
+    assert trainer.processing_class is None
+    words = [" ".join(f"w{i * k}" for i in range(1, 30)) for k in (1, 2, 3)]
+    options = {"tokenizer": WordTokenizer(), "tokens": 40, "length": 9}
+    trainer.add_callback(loki.DriftCallback(trainer, words, every=2, **options))
+    trainer.train()
+    logged = trainer.state.log_history
+    (last,) = (entry["drift/kl"] for entry in logged if "drift/kl" in entry and entry["step"] == 2)
+    want = loki.drift(base, model, words, **options)
+    assert want.overall.tokens == 40
+    assert last == pytest.approx(want.overall.kl, rel=1e-6)
+    for name in ("tokens", "length"):
+        other = loki.drift(base, model, words, **options | {name: None if name == "tokens" else 30})
+        assert last != pytest.approx(other.overall.kl, rel=1e-3)
 
 
 def test_a_model_that_has_moved_is_measured_from_its_base(tmp_path):

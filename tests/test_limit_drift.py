@@ -17,7 +17,7 @@ from loki_kernels.forgetting import limit
 from loki_kernels.team import Team
 from tests.models import assert_unchanged, build_model, snapshot
 from tests.test_drift import texts
-from tests.tiny_training import ROWS, load_model, train
+from tests.tiny_training import ROWS, WordTokenizer, load_model, train
 
 
 def trained(rank=None, dtype=torch.float32):
@@ -44,6 +44,19 @@ def test_the_update_is_scaled_until_the_limit_holds(rank, dtype):
             assert torch.equal(value, before[name] * kept), name
     merged = handle.merge()
     assert loki.drift(base, merged, texts()).overall.kl == pytest.approx(found.overall.kl, rel=0.05)
+
+
+def test_as_much_is_read_as_it_is_told():
+    base, handle = trained()
+    words = [" ".join(f"w{i * k}" for i in range(1, 30)) for k in (1, 2, 3)]
+    options = {"tokenizer": WordTokenizer(), "tokens": 40, "length": 9}
+    whole = loki.drift(handle, texts=words, **options).overall.kl
+    _, found = loki.limit_drift(handle, whole / 4, words, **options)
+    assert found.overall.tokens == 40
+    again = loki.drift(base, handle, words, **options)
+    assert torch.equal(again.token_kl, found.token_kl)
+    other = loki.drift(base, handle, words, **options | {"length": 30})
+    assert not torch.equal(other.token_kl, found.token_kl)
 
 
 def test_sharded_rows():
