@@ -11,11 +11,14 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import loki_kernels as loki
 from loki_kernels.cli import main
 from loki_kernels.errors import UnsupportedModelError
 from loki_kernels.forgetting import measure, models
+from loki_kernels.forgetting.texts import read_texts
 from tests.models import assert_unchanged, build_model, save_base, snapshot
 from tests.tiny_training import ROWS, WordTokenizer, load_model, tiny_trainer, train
 
@@ -691,3 +694,46 @@ def test_what_is_frozen_of_an_adapter_stays_frozen():
     assert True in flags.values()
     loki.drift(model, texts=texts())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+# What JSON may hold, and objects with the names that texts have.
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+json_values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+text_records = st.fixed_dictionaries(
+    {},
+    optional={
+        "text": json_values,
+        "messages": json_values,
+        "domain": json_values,
+        "input_ids": st.lists(st.none() | st.integers(-3, 2**70), max_size=4),
+    },
+)
+jsonl = st.lists(text_records | json_values, max_size=3).map(
+    lambda found: "\n".join(map(json.dumps, found)).encode()
+)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from(["words.txt", "words.jsonl"]),
+    content=jsonl | st.binary() | st.text().map(lambda text: text.encode(errors="replace")),
+)
+def test_any_content_is_texts_or_an_error_that_names_the_file(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    try:
+        found = read_texts(path)
+    except ValueError as error:
+        assert name in str(error)  # noqa: PT017
+    else:
+        assert found
+        assert all(name in text.where for text in found)
+        assert all(len(text.content) for text in found)

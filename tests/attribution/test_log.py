@@ -10,12 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 import loki_kernels as loki
@@ -378,3 +381,21 @@ def test_in_another_thread_the_handler_of_sigterm_is_left_alone(model, out):
         got = pool.submit(attribute, model, PROMPTS, out=out, **OPTIONS).result()
     assert_same(got, want)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    before=st.binary(max_size=30),
+    entries=st.lists(st.dictionaries(st.text(max_size=5), st.integers()), min_size=1, max_size=4),
+    cut=st.integers(0, 60),
+)
+def test_a_journal_of_any_bytes_has_the_lines_that_are_whole(tmp_path, before, entries, cut):
+    """Something that was written over, lines, and one that was being written."""
+    texts = [json.dumps(entry).encode() for entry in entries]
+    whole = b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts)
+    last = b'%08x {"batch": 3}' % zlib.crc32(b'{"batch": 3}')
+    cut = min(cut, len(last) - 1)
+    (tmp_path / "journal").write_bytes(before + b"\n" + whole + last[:cut])
+    assert list(log._read_lines(tmp_path / "journal")) == entries

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import shutil
 
 import peft
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import loki_kernels as loki
 from loki_kernels.fingerprint import BaseRows
@@ -16,6 +20,9 @@ from tests.models import DEVICE, assert_unchanged, build_model, snapshot
 from tests.tiny_training import ROWS, logits, token_batch, train
 
 NAME = "model.layers.0.mlp.down_proj"
+few = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture
@@ -148,6 +155,42 @@ def test_damaged_files(trained, tmp_path):
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="not an adapter's config"):
         loki.load_adapter(build_model(), folder)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(folder with an adapter, the side file of a checkpoint): their bytes stay as they are."""
+    model = build_model()
+    loki.patch(model, ROWS)
+    folder = tmp_path_factory.mktemp("written")
+    model.save_pretrained(folder / "checkpoint")
+    return loki.save_adapter(model, folder / "adapter"), folder / "checkpoint" / "loki_rows.update"
+
+
+@few
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_cut_file_is_an_error(written, share, tmp_path):
+    folder, side_file = written
+    for path in (folder / "adapter_model.safetensors", side_file):
+        content = path.read_bytes()
+        (tmp_path / "cut.update").write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match=r"cut\.update"):
+            adapter_file.read_update(tmp_path / "cut.update")
+
+
+@few
+@given(share=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
+def test_an_adapter_of_which_a_byte_is_another_is_refused_or_loaded(written, share, byte, tmp_path):
+    shutil.copytree(written[0], tmp_path / "adapter", dirs_exist_ok=True)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] = byte
+    path.write_bytes(content)
+    model = build_model()
+    want = logits(model)
+    with contextlib.suppress(ValueError):
+        loki.load_adapter(model, tmp_path / "adapter").unpatch()
+    assert torch.equal(logits(model), want)
 
 
 def test_outputs_that_cannot_be_written(tmp_path):
