@@ -708,7 +708,7 @@ json_values = st.recursive(
 text_records = st.fixed_dictionaries(
     {},
     optional={
-        "text": json_values,
+        "text": st.sampled_from(["", " ", "a text"]) | json_values,
         "messages": json_values,
         "domain": json_values,
         "input_ids": st.lists(st.none() | st.integers(-3, 2**70), max_size=4),
