@@ -197,7 +197,7 @@ def check_merging(model, state, gathered=_HERE, protected=False):
         merged = whole()
         model.unmerge_adapter()
         assert all(torch.equal(p, before[k]) for k, p in whole().items())
-    directions = protection(build_model("llama_mlp_bias")).directions
+    directions = protection(build_model("llama_mlp_bias")).directions if protected else {}
     for layer, rows in enumerate(ROWS if dist.get_rank() == 0 else ()):  # who has the state
         projection = f"model.layers.{layer}.mlp.down_proj"
         name = f"base_model.model.{projection}."
