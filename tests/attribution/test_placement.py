@@ -191,7 +191,7 @@ def test_the_chat_templates_options_reach_the_analysis(model, analysed):
         (None, {"site": "ffn_neurons"}, "its site is 'down_proj'"),
         (None, {"prompts": PROMPTS, "steps": 0}, "steps"),
         (None, {"prompts": PROMPTS, "definition": "mine"}, "mine"),
-        ([[1], [2], [3]], {"steps": 8}, "analysis= is for rows=None"),
+        ([[1], [2], [3]], {"steps": 8}, "analysis= chooses rows, and rows= names them"),
     ],
 )
 def test_bad_options_change_nothing(model, rows, analysis, message):
