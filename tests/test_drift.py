@@ -452,6 +452,7 @@ def test_a_head_that_cannot_be_read_runs_side_by_side(tmp_path):
         ('{"input_ids": {"a": 1}}', "must be integers"),
         ('{"input_ids": [[1], [2, 3]]}', "must be integers"),
         ('{"input_ids": [1.5]}', "must be integers"),
+        ('{"input_ids": "abc"}', "line 1 must be integers"),
         ('{"input_ids": [-1]}', "the token id -1"),
     ],
 )

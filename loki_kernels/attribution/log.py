@@ -414,7 +414,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """A journal's lines, but for those whose checksum is wrong."""
     for line in path.read_bytes().splitlines():
         checksum, _, text = line.partition(b" ")
-        if checksum == b"%08x" % zlib.crc32(text):
+        if text and checksum == b"%08x" % zlib.crc32(text):  # that of nothing is 0
             yield json.loads(text)
 
 

@@ -186,7 +186,7 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
 def _token_ids(value: Any, where: str) -> Tensor:
     try:
         ids = torch.as_tensor(value).cpu()
-    except (RuntimeError, ValueError, OverflowError) as error:
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"input_ids of {where} must be integers [T]: {error}.") from error
     if ids.ndim != 1 or not ids.numel() or ids.is_floating_point():
         raise ValueError(f"input_ids of {where} must be integers [T], T at least 1.")

@@ -47,6 +47,11 @@ from .quantized import dequantize_model
 
 logger = logging.getLogger(__name__)
 
+_HEADS: dict[Any, list[str]] = {
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+
 
 class LokiModel(BaseTuner):
     """What ``get_peft_model`` puts around a causal language model for a `LokiConfig`."""
@@ -93,6 +98,10 @@ class LokiModel(BaseTuner):
         *same, name = (name for name, config in self.peft_config.items() if config is peft_config)
         self._copied = same[0] if same else None
         self.peft_config[name] = peft_config = copy.copy(peft_config)
+        # Of these PEFT names the heads in the config that it was given, once this has been made.
+        heads = _HEADS.get(peft_config.task_type, [])
+        if heads:
+            peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *heads]
         peft_config.quota, protect = what_to_train(
             peft_config.rows,
             peft_config.quota,

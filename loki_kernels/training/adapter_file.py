@@ -214,7 +214,11 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
     for name, parts in layers.items():
         if set(parts) not in ({"index", "update"}, {"index", "delta_a", "delta_b"}):
             raise ValueError(f"{path} is not whole: of {name} it has {', '.join(sorted(parts))}.")
-    return SavedUpdate(layers, others, base_rows_of(metadata), metadata.get("protection"))
+    try:
+        base = base_rows_of(metadata)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}.") from error
+    return SavedUpdate(layers, others, base, metadata.get("protection"))
 
 
 def protection_tensors(layers: Layers, protection: str) -> dict[str, Tensor]:

@@ -335,7 +335,9 @@ def test_compiles_whole():
         ({"prefix_lengths": (2,)}, "prefix_lengths"),
         ({"prefix_lengths": (3, 1)}, "prefix_lengths"),
         ({"sinks": (3,)}, "sinks"),
-        ({"q": (3, 4, 5)}, "not enough values to unpack"),
+        ({"q": (3, 4, 5)}, "q must have 4 dimensions"),
+        ({"k": (3,)}, "k must have 4 dimensions"),
+        ({"prefix_k": (3,)}, "prefix_k must have 4 dimensions"),
     ],
 )
 def test_shapes_that_do_not_fit_raise(changes, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import loki_kernels as loki
@@ -55,6 +56,33 @@ def test_a_new_head_is_trained_and_saved(tmp_path):
     handle = loki.load_adapter(classifier_with_another_head(), tmp_path)
     torch.testing.assert_close(logits(handle.model), want)
     torch.testing.assert_close(logits(again.merge_and_unload()), want)
+
+
+@pytest.mark.parametrize(("kind", "task", "head"), [
+    ("TokenClassification", "TOKEN_CLS", "score"),
+    ("QuestionAnswering", "QUESTION_ANS", "qa_outputs"),
+])  # fmt: skip
+def test_other_heads_are_trained_and_saved(kind, task, head, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        make = getattr(transformers, f"AutoModelFor{kind}")
+        return make.from_config(ARCHITECTURES["llama"]()).to(DEVICE).eval()
+
+    model = peft.get_peft_model(made(), LokiConfig(rows=ROWS, task_type=task))
+    names = trained_names(model)
+    assert {n for n in names if head in n} == {
+        f"{head}.modules_to_save.default.{part}" for part in ("weight", "bias")
+    }
+    assert len(names) == 3 + 2
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.01)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(made(), str(tmp_path))
+    outputs = (m.eval()(input_ids=token_batch(2)).to_tuple() for m in (again, model))
+    for got, want in zip(*outputs, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_reads_the_head_that_save_adapter_wrote(tmp_path):

@@ -179,18 +179,34 @@ def test_a_cut_file_is_an_error(written, share, tmp_path):
 
 
 @few
-@given(share=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
-def test_an_adapter_of_which_a_byte_is_another_is_refused_or_loaded(written, share, byte, tmp_path):
-    shutil.copytree(written[0], tmp_path / "adapter", dirs_exist_ok=True)
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
+@given(place=st.integers(0, 2**16), byte=st.integers(0, 255), side=st.booleans())
+def test_an_update_of_which_a_byte_is_another_is_refused_or_loaded(
+    written, place, byte, side, tmp_path
+):
+    folder = tmp_path / ("checkpoint" if side else "adapter")
+    path = folder / ("loki_rows.update" if side else "adapter_model.safetensors")
+    folder.mkdir(exist_ok=True)
+    if side:
+        shutil.copy(written[1], path)
+    else:
+        shutil.copytree(written[0], folder, dirs_exist_ok=True)
     content = bytearray(path.read_bytes())
-    content[int(share * len(content))] = byte
+    content[place % len(content)] = byte
     path.write_bytes(content)
     model = build_model()
     want = logits(model)
     with contextlib.suppress(ValueError):
-        loki.load_adapter(model, tmp_path / "adapter").unpatch()
+        loki.load_adapter(model, folder).unpatch()
     assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("name", [b"base_sketch", b"base_dtype"])
+def test_a_side_file_whose_metadata_are_damaged_is_named(written, name, tmp_path):
+    content = written[1].read_bytes()
+    assert content.count(name) == 1
+    (tmp_path / "loki_rows.update").write_bytes(content.replace(name, b"x" * len(name)))
+    with pytest.raises(ValueError, match=r"loki_rows\.update is damaged"):
+        loki.load_adapter(build_model(), tmp_path)
 
 
 def test_outputs_that_cannot_be_written(tmp_path):

@@ -52,6 +52,9 @@ def shared_prefix_attention(
         RuntimeError: if a backend asked for by name cannot run.
     """
     check_backend(backend)
+    for name, tensor in (("q", q), ("k", k), ("prefix_k", prefix_k)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions; it is {tuple(tensor.shape)}.")
     batch, heads, points, dim = q.shape
     kv_heads = k.shape[1]
     if k.shape != (batch, kv_heads, points, dim) or v.shape != k.shape:
