@@ -18,6 +18,7 @@ import loki_kernels as loki
 from loki_kernels.cli import main
 from loki_kernels.errors import UnsupportedModelError
 from loki_kernels.forgetting import measure, models
+from loki_kernels.forgetting import result as forgetting_result
 from loki_kernels.forgetting.texts import read_texts
 from tests.models import assert_unchanged, build_model, save_base, snapshot
 from tests.tiny_training import ROWS, WordTokenizer, load_model, tiny_trainer, train
@@ -104,13 +105,14 @@ def naive_positions(base, tuned, records):
     return sorted(found, key=lambda position: -position["kl"])
 
 
-def test_what_moved_most_is_what_a_naive_computation_finds():
+def test_what_moved_most_is_what_a_naive_computation_finds(monkeypatch):
+    monkeypatch.setattr(forgetting_result, "_TOP", 40)
     base = build_model("gemma2")
     tuned = moved(base)
     records = texts()
     for number, record in enumerate(records):  # two that begin alike would tie
         record["input_ids"][0] = number
-    result = loki.drift(base, tuned, records, top=40)
+    result = loki.drift(base, tuned, records)
     wide = [copy.deepcopy(model).double() for model in (base, tuned)]
     want = naive_positions(*wide, records)
     assert len(result.positions) == 40

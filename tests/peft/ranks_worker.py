@@ -27,7 +27,8 @@ OWN_ROWS = [[1, 5, 40 + RANK], [0], [7, 3]]
 
 
 def make(rows=OWN_ROWS, protect=None):
-    config = LokiConfig(rows=rows, quota=10, protect=protect)  # of an analysis, without rows
+    # without rows those of an analysis
+    config = LokiConfig(rows=rows, quota=10 if rows is None else None, protect=protect)
     return peft.get_peft_model(build_model(), config)
 
 
@@ -60,7 +61,7 @@ def analysed_here(*_):
 
 def chosen_rows():
     targets.cached_attribution = analysed_here
-    targets.select = lambda scores, quota: loki.RowSelection(
+    targets.select = lambda scores, quota, **_: loki.RowSelection(
         [layer.argsort()[:10].sort().values for layer in scores]
     )
     model = make(None)
