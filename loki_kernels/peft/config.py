@@ -86,7 +86,7 @@ class LokiConfig(PeftConfig):
 
     rows: str | list[list[int]] | None = None
     quota: float | None = None
-    criterion: str | None = None
+    criterion: Criterion | None = None
     rank: int | None = None
     protect: str | bool | None = None
     quantized_merge: str | None = None

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ..discovery import find_structure
 from ..errors import UnsupportedModelError, explained
 from ..fingerprint import BaseRows
-from ..options import Criterion
-from ..protection import Protection
+from ..protection import Protection, fingerprint_of
 from ..sharding import ignore_in_ddp, is_distributed, shards_its_weights
 from ..structure import Structure
 from ..training.adapter_file import (
@@ -105,7 +104,7 @@ class LokiModel(BaseTuner):
         peft_config.quota, protect = what_to_train(
             peft_config.rows,
             peft_config.quota,
-            cast("Criterion | None", peft_config.criterion),
+            peft_config.criterion,
             None,
             peft_config.protect,
         )
@@ -123,7 +122,7 @@ class LokiModel(BaseTuner):
             peft_config.rows,
             None,
             peft_config.quota,
-            cast("Criterion | None", peft_config.criterion),
+            peft_config.criterion,
             agree=together,
         )
         peft_config.rows = [layer.tolist() for layer in selection]
@@ -326,7 +325,7 @@ def _refuse_other_modules(structure: Structure) -> None:
 def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
     """The protection to train with, and its fingerprint put into the config."""
     protection = protection_to_keep(structure.causal_lm, structure, config.protect, None)
-    present = None if protection is None else protection.fingerprint
+    present = fingerprint_of(protection)
     if config.protection not in (None, present):
         if protection is None:
             message = (

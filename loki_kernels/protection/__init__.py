@@ -1,6 +1,6 @@
 """The input directions of general text, which a protected update leaves alone."""
 
 from .estimate import estimate_protection
-from .result import Protection
+from .result import Protection, fingerprint_of
 
-__all__ = ["Protection", "estimate_protection"]
+__all__ = ["Protection", "estimate_protection", "fingerprint_of"]

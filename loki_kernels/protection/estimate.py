@@ -32,7 +32,7 @@ from .moments import (
     second_moments,
     top_eigenvectors,
 )
-from .result import Protection
+from .result import Protection, fingerprint_of
 from .samples import draw_samples, openings_of
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def estimate_protection(
         "seed": seed if own else None,
         "share": share,
         "max_directions": max_directions,
-        "earlier": None if earlier is None else earlier.fingerprint,
+        "earlier": fingerprint_of(earlier),
         "loki_kernels": __version__,
     }
     result = _of_parts(parts, info)

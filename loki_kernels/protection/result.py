@@ -155,6 +155,11 @@ class Protection:
         return cls(directions, energies, totals, info)
 
 
+def fingerprint_of(protection: Protection | None) -> str | None:
+    """Its fingerprint; None of none."""
+    return None if protection is None else protection.fingerprint
+
+
 def _from_its_layer(name: str) -> str:
     """A down-projection's name from its decoder layer on, as in "layers.3.mlp.down_proj"."""
     found = re.search(r"[^.]+\.\d+\..*", name)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import explained
 from ..files import atomic_path, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
-from ..protection import Protection
+from ..protection import Protection, fingerprint_of
 from ..sharding import full_shape, full_values, shard_like
 from .arithmetic import digest_of
 from .rows import TRAINED, LokiRows
@@ -269,12 +269,6 @@ def protection_of(layers: Layers) -> Protection | None:
     return next((x.protection for x in layers.values() if x.protection is not None), None)
 
 
-def fingerprint_of(layers: Layers) -> str | None:
-    """Of `protection_of`."""
-    protection = protection_of(layers)
-    return None if protection is None else protection.fingerprint
-
-
 def why_other_protection(saved: str | None, present: str | None) -> str | None:
     """Why training cannot go on with the protection that there is."""
     if saved == present:
@@ -294,7 +288,7 @@ def load_side_file(
     Raises:
         ValueError: if it is of other rows, another base or protection; nothing is changed then.
     """
-    reason = why_other_protection(saved.protection, fingerprint_of(layers))
+    reason = why_other_protection(saved.protection, fingerprint_of(protection_of(layers)))
     beside = path.with_name(PROTECTION_FILE)
     if reason is not None and saved.protection is not None and beside.is_file():
         reason += f", which is {beside}"

@@ -17,6 +17,7 @@ from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..errors import explained
 from ..files import check_folder
+from ..protection import fingerprint_of
 from ..sharding import full_shape, is_distributed
 from ..structure import Structure
 from . import adapter_file
@@ -56,7 +57,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     others = trained_whole(structure.causal_lm)
     tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers))
     tensors |= adapter_file.other_tensors(others)
-    fingerprint = adapter_file.fingerprint_of(layers)
+    fingerprint = fingerprint_of(protection)
     if fingerprint is not None:
         tensors |= adapter_file.protection_tensors(layers, fingerprint)
     config = {
@@ -72,9 +73,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         **adapter_file.base_rows_content(adapter_file.base_rows(layers)),
     }
     if not is_distributed() or torch.distributed.get_rank() == 0:
-        path.mkdir(exist_ok=True)
-        adapter_file.write_protection(path, protection)
         adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
+        adapter_file.write_protection(path, protection)
     return path
 
 

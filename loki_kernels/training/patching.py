@@ -21,7 +21,7 @@ from ..errors import check_choice, explained
 from ..gating import Gating, find_gating
 from ..ops._dispatch import warm_up
 from ..options import Criterion
-from ..protection import Protection
+from ..protection import Protection, fingerprint_of
 from ..ranking import rows_per_layer
 from ..selection import RowSelection
 from ..sharding import full_shape, heed_in_ddp, ignore_in_ddp, is_distributed, is_sharded
@@ -188,7 +188,7 @@ def _patch_rows(
     """
     together = together and is_distributed()
     if together:
-        check_processes_agree(selection, None if protection is None else protection.fingerprint)
+        check_processes_agree(selection, fingerprint_of(protection))
     by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
@@ -333,9 +333,7 @@ def _load(handle: Patch, saved: SavedUpdate) -> None:
     """Load what was saved into a model that was just patched, which is unpatched if it fails."""
     present = handle.protection
     try:
-        refusal = adapter_file.why_other_protection(
-            saved.protection, None if present is None else present.fingerprint
-        )
+        refusal = adapter_file.why_other_protection(saved.protection, fingerprint_of(present))
         if present is not None and refusal is not None:  # it would act otherwise
             raise ValueError(f"the update that was saved does not fit: {refusal}.")
         reason = handle._load(saved)

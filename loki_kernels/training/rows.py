@@ -188,15 +188,13 @@ class LokiRows(nn.Module):
 
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, in the weight's dtype; ``[..., k, in_features]``."""
-        if self.misfits:
+        if self.rank is not None or self.misfits:
             self.check_loaded()
         return self._updated_rows()
 
     @torch.no_grad()
-    def _updated_rows(self, *, as_read: bool = False) -> Tensor:
-        """Base and update; ``as_read``: an update that a file holds as it acts."""
-        raw = {name: full_values(p) for name, p in self.trained_parameters()}
-        return updated_rows(self.base_rows, *(raw if as_read else self.formed(raw)).values())
+    def _updated_rows(self) -> Tensor:
+        return updated_rows(self.base_rows, *self.formed_update().values())
 
     def merged_weight(self) -> Tensor:
         """The weight as trained so far, sharded if it is."""
@@ -299,8 +297,10 @@ class LokiRows(nn.Module):
         within = 0.0 if self.rank is None and self.directions is None else _BY_PRODUCTS
         if same_rows(rows, self._updated_rows(), within=within):
             return True
-        as_read = self.directions is not None and self.is_as_read()
-        return as_read and same_rows(rows, self._updated_rows(as_read=True), within=within)
+        if self.directions is None or not self.is_as_read():
+            return False
+        as_it_acts = [full_values(p) for _, p in self.trained_parameters()]  # as a file holds it
+        return same_rows(rows, updated_rows(self.base_rows, *as_it_acts), within=within)
 
     def _why_not_load(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why an update that was saved is none of this layer's rows, or of other base rows."""

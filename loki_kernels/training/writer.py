@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..protection import fingerprint_of
 from ..sharding import is_distributed, shards_its_weights
-from .adapter_file import fingerprint_of
+from .adapter_file import protection_of
 from .arithmetic import coarse_dtype
 from .rows import TRAINED, LokiRows, write_rows
 from .targets import check_processes_agree
@@ -62,15 +63,16 @@ class RowWriter:
                 "cannot run a patched model; start a process a GPU (torchrun), or show one alone "
                 "(CUDA_VISIBLE_DEVICES=0)."
             )
-        sharded = shards_its_weights(self.model)
-        if torch.is_grad_enabled():
+        graded = torch.is_grad_enabled()
+        if graded:
             self.watch()
             if decoder.training:
                 self._check_training()
-            elif sharded:  # whose gradients come to no hook
-                self._check_allowed()
         if self.held:
             return
+        sharded = shards_its_weights(self.model)
+        if graded and sharded:  # whose gradients come to no hook
+            self._check_allowed()
         written = [layer for layer in self.layers if layer.can_write and not sharded]
         write_rows(written)
         for layer in self.layers:
@@ -140,7 +142,7 @@ class RowWriter:
             self._warn_of_coarse_updates()
         if not self.agreed and is_distributed():
             rows = (layer.index for layer in self.layers)
-            check_processes_agree(rows, fingerprint_of(self.named_layers))
+            check_processes_agree(rows, fingerprint_of(protection_of(self.named_layers)))
             self.agreed = True
 
     def _warn_of_coarse_updates(self) -> None:

@@ -308,3 +308,11 @@ def test_bad_rows(rows, rank, message):
     assert linear.weight.requires_grad
     with pytest.raises(TypeError, match="not a Conv1d"):
         LokiLinear.from_linear(nn.Conv1d(1, 1, 1), [0])
+
+
+def test_rows_that_a_state_dict_passed_over_are_not_merged():
+    """Of a low rank, whose weight is the base: the update is not that of what was loaded."""
+    _, layer = make_layers(rank=2)
+    layer.passed_over = True
+    with pytest.raises(RuntimeError, match="has nothing of these rows"):
+        layer.merged_rows()
