@@ -1,14 +1,13 @@
 """``python -m benchmarks.demo_rates METHOD RATE ...``: how the demo's learning rates were chosen.
 
 Trains one method at each rate on the split of seed 1 (other functions held out) and
-prints a line of figures for every share of the update. ``--folder`` keeps the protection and the
-rows between calls.
+prints a line of figures for every share of the update. ``--folder`` keeps the protection between
+calls.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -31,9 +30,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_rates", description=__doc__)
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("rates", type=float, nargs="+")
-    parser.add_argument("--quota", type=float, default=30.0)
-    parser.add_argument("--unprotected", action="store_true")
-    parser.add_argument("--directions", type=int, help="protected ones of a layer, at most")
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
     size, folder = FULL_SIZE, arguments.folder
@@ -43,20 +39,11 @@ def main() -> None:
     examples, task = ([encode(e, tokenizer) for e in part] for part in (train, test))
     if not (folder / "protection.safetensors").is_file():
         loki.estimate_protection(model, load_samples()).save(folder / "protection.safetensors")
-    if not (folder / "scores.safetensors").is_file():
-        analysed = spread(loki.load_questions(1), size.analysed)
-        loki.attribute(model, analysed, tokenizer=tokenizer).save(folder / "scores.safetensors")
     protection = loki.Protection.load(folder / "protection.safetensors")
-    scores = loki.Attribution.load(folder / "scores.safetensors")
-    rows = loki.select(scores, arguments.quota) if arguments.quota < 100 else [range(576)] * 30
     held_out = spread(loki.load_questions(1, skip=CALIBRATION_PER_SUBJECT), QUESTIONS)
     exam = Examination(model, tokenizer, task, general_text(tokenizer, WINDOWS, 256), held_out)
-    if arguments.directions is not None:
-        few = {n: d[:, : arguments.directions] for n, d in protection.directions.items()}
-        protection = dataclasses.replace(protection, directions=few)
-    kept = None if arguments.unprotected else protection
     for rate in arguments.rates:
-        with trainable(METHODS[arguments.method], model, rows, kept) as learner:
+        with trainable(METHODS[arguments.method], model, protection) as learner:
             update, start = Update(learner), time.monotonic()
             fine_tune(learner, examples, steps=size.steps, learning_rate=rate, progress=False)
             seconds = round(time.monotonic() - start)
@@ -66,8 +53,6 @@ def main() -> None:
                 figures = exam.evaluate(learner)
                 line = {
                     "method": arguments.method,
-                    "quota": arguments.quota,
-                    "directions": 0 if arguments.unprotected else arguments.directions,
                     "rate": rate,
                     "share": share,
                     "exact": figures.exact,

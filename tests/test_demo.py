@@ -19,7 +19,7 @@ from loki_kernels.demo.methods import FULL, LOKI, LORA, Update, trainable
 from loki_kernels.demo.training import collate
 from loki_kernels.questions import Question
 from tests.models import build_model
-from tests.tiny_training import ROWS, logits, train
+from tests.tiny_training import logits, train
 
 
 def test_examples_are_seeded_and_functions_held_out():
@@ -112,7 +112,7 @@ def test_every_method_trains_and_gives_the_base_back(method):
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     texts = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(0)).tolist()
     protection = loki.estimate_protection(base, texts, share=0.7)
-    with trainable(method, base, loki.RowSelection(ROWS), protection) as model:
+    with trainable(method, base, protection) as model:
         untouched = logits(model)
         update = Update(model)
         train(model, lr=0.01)
@@ -152,11 +152,15 @@ def test_the_plot_is_written(tmp_path):
 def test_a_checkpoint_that_is_not_what_was_trained_is_an_error(tmp_path):
     model = build_model(device="cpu")
     hashes = demo._row_hashes(model)
-    handle = loki.patch(model, ROWS)
+    loki.patch(model, quota=100)
+    arguments = model, word_tokenizer(), hashes, [5, 7, 9], tmp_path
+    with pytest.raises(RuntimeError, match="'trained_rows_changed': 0"):
+        demo._save_and_check(*arguments)
     train(model)
+    assert demo._save_and_check(*arguments)["trained_rows_changed"] == 3 * 48
     hashes["model.embed_tokens.weight"][3] = "another"
-    with pytest.raises(RuntimeError, match="is not what was trained"):
-        demo._save_and_check(model, word_tokenizer(), handle.rows, hashes, [5, 7, 9], tmp_path)
+    with pytest.raises(RuntimeError, match="'other_rows_changed': 1"):
+        demo._save_and_check(*arguments)
 
 
 def test_the_whole_demo_on_a_tiny_model(monkeypatch, tmp_path):
@@ -164,21 +168,14 @@ def test_the_whole_demo_on_a_tiny_model(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "load_smollm2", lambda: (build_model(device="cpu"), word_tokenizer()))
     samples = torch.randint(3, 97, (8, 40), generator=torch.Generator().manual_seed(0)).tolist()
     monkeypatch.setattr(demo, "load_samples", lambda: samples)
-    monkeypatch.setattr(demo, "QUICK_SIZE", demo.Size(2, 4, 2, 8, 4, 2, 2, (1.0, 0.5)))
+    monkeypatch.setattr(demo, "QUICK_SIZE", demo.Size(4, 2, 8, 4, 2, 2, (1.0, 0.5)))
     demo.run_demo(tmp_path, quick=True)
     report = json.loads((tmp_path / "report.json").read_text())
     check = report["checkpoint"]
     assert not check["loki_kernels_imported"]
-    assert check["selected_rows_trained"] == check["selected_rows"] == 3 * len(check_rows(tmp_path))
-    assert check["unselected_rows_changed"] == 0
+    assert check["trained_rows_changed"] == check["trained_rows"] > 0
+    assert check["other_rows_changed"] == 0
     assert all(shares["1.0"]["kl"] > shares["0.5"]["kl"] for shares in report["results"].values())
     table = (tmp_path / "table.md").read_text()
     assert all(method in table for method in (FULL, LORA, LOKI))
     assert (tmp_path / "frontier.png").is_file()
-
-
-def check_rows(folder):
-    """A layer's rows: as many in each."""
-    layers = list(loki.RowSelection.load(folder / "rows.json"))
-    assert len({len(rows) for rows in layers}) == 1
-    return layers[0]

@@ -148,6 +148,7 @@ ARMS: dict[str, Arm] = {
     "down_proj, another layer's, 110": Arm(_ALL, protect="other", directions=110),
     "rows protected, 110": Arm(_ROWS, quota=10, protect="cut", directions=110),
     "down_proj protected, weighted": Arm(_ALL, protect="cut", weighted=True),
+    "down_proj protected, 110, weighted": Arm(_ALL, protect="cut", directions=110, weighted=True),
     "down_proj soft, two-sided": Arm(_ALL, protect="soft", weighted=True, row_steps=True),
     "down_proj protected, eigen": Arm(_ALL, protect="eigen"),
     "down_proj protected, rotated": Arm(_ALL, protect="rotated"),

