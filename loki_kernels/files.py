@@ -78,6 +78,15 @@ def read_safetensors(
     return {name: _mapped(mapping, start, about) for name, about in header.items()}, metadata
 
 
+@contextmanager
+def of_a_whole_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What a file's metadata lacks, or has otherwise, is a ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}.") from error
+
+
 def _map(path: Path) -> mmap.mmap:
     """The file's bytes, copied where they are written to."""
     with open(path, "rb") as file:

@@ -53,7 +53,7 @@ def load_questions(per_subject: int | None = None, *, skip: int = 0) -> list[Que
     by_subject: dict[str, list[Question]] = {}
     for number, line in enumerate(text.splitlines(), 1):
         where = f"questions.jsonl, line {number}"
-        question = _checked(_from_json(line, where), where)
+        question = _checked(from_json(line, where), where)
         by_subject.setdefault(question.subject, []).append(question)
     least = min(len(questions) for questions in by_subject.values())
     wanted = least - skip if per_subject is None else per_subject
@@ -161,7 +161,7 @@ def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         where = f"{path}, line {number}"
-                        yield where, _from_json(line, where)
+                        yield where, from_json(line, where)
             else:
                 for fields in reader:
                     where = f"{path}, line {reader.line_num}"
@@ -187,7 +187,8 @@ def _import_datasets() -> Any:
     return datasets
 
 
-def _from_json(line: str, where: str) -> Any:
+def from_json(line: str, where: str) -> Any:
+    """A line of a jsonl file; ValueError, naming where it is, if it is none."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +17,13 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..errors import explained
-from ..files import atomic_path, check_writable, read_safetensors, write_safetensors
+from ..files import (
+    atomic_path,
+    check_writable,
+    of_a_whole_file,
+    read_safetensors,
+    write_safetensors,
+)
 from ..options import DEFAULT_QUOTA, Criterion
 from ..structure import text_config
 from .definitions import PathIntegral
@@ -105,7 +110,7 @@ class Attribution:
             tensors, run = read_parquet(path)
             return cls(run=run, **tensors)
         tensors, metadata = read_safetensors(path, _FORMAT)
-        with _of_a_whole_file(path):
+        with of_a_whole_file(path):
             return cls(run=json.loads(metadata["run"]), **tensors)
 
     @classmethod
@@ -190,18 +195,9 @@ class AttributionCounts:
             ValueError: if the file is damaged or is something else.
         """
         tensors, metadata = read_safetensors(Path(path), _COUNTS_FORMAT)
-        with _of_a_whole_file(path):
+        with of_a_whole_file(path):
             fields: dict[str, Any] = json.loads(metadata["counted"]) | tensors
             return cls(run=json.loads(metadata["run"]), **fields)
-
-
-@contextlib.contextmanager
-def _of_a_whole_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What is missing in a file, or too much, is a ValueError."""
-    try:
-        yield
-    except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}.") from error
 
 
 def check_suffix(path: str | os.PathLike[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attribution.prompts import tokenize_prompts
-from ..questions import Question, load_questions
+from ..questions import Question, from_json, load_questions
 
 UNKNOWN = -1  # the target of a text's last token
 
@@ -150,10 +149,7 @@ def _read_file(path: Path) -> list[Text]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}.") from error
+        record = from_json(line, where)
         try:
             found.append(_as_text(record, path.stem, where))
         except TypeError as error:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import peft
 from huggingface_hub import hf_hub_download
@@ -19,8 +19,7 @@ from ..errors import check_choice
 from ..options import Criterion
 from ..protection import Protection
 from ..training.adapter_file import PROTECTION_FILE, write_protection
-from ..training.arithmetic import check_rank
-from ..training.targets import as_selection, refuse_both
+from ..training.targets import as_selection, check_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +79,8 @@ class LokiConfig(PeftConfig):
 
     Raises:
         ValueError: for a damaged row file, rows that are negative, duplicated or of FFN neurons,
-            a quota or criterion beside them, a rank below 1, an unknown ``criterion`` or
-            ``quantized_merge``, or ``modules_to_save`` that are no list.
+            a quota or criterion beside them, a quota outside (0, 100], a rank below 1, an unknown
+            ``criterion`` or ``quantized_merge``, or ``modules_to_save`` that are no list.
     """
 
     rows: str | list[list[int]] | None = None
@@ -102,19 +101,19 @@ class LokiConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType("LOKI")
         self.task_type = self.task_type or TaskType.CAUSAL_LM
-        check_rank(self.rank)
-        if self.criterion is not None:
-            check_choice("criterion", self.criterion, get_args(Criterion))
-        if self.fingerprint is None:  # what was saved has both
-            refuse_both(self.rows, quota=self.quota, criterion=self.criterion)
+        saved = self.fingerprint is not None  # it has rows and what they were chosen by
+        check_arguments(
+            None if saved else self.rows,
+            self.quota,
+            self.criterion,
+            None,
+            self.rank,
+            self.modules_to_save or (),
+        )
         if self.protect is not None and not isinstance(self.protect, bool):
             self.protect = os.fspath(self.protect)
         if self.quantized_merge is not None:
             check_choice("quantized_merge", self.quantized_merge, MERGES)
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(
-                f"modules_to_save must be a list of names; it is {self.modules_to_save!r}."
-            )
         if self.rows is not None:
             self.rows = [layer.tolist() for layer in as_selection(self.rows)]
         self.kept: Protection | None = None  # what ``protection`` is the fingerprint of

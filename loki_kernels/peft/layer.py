@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import weakref
+from functools import partial
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -18,15 +18,9 @@ from ..ops._directions import acting_factors, leave_out
 from ..sharding import full_values, is_partitioned, is_sharded, shard_like
 from ..structure import has_hooks
 from ..training.adapter_file import PROTECTION_FILE
-from ..training.arithmetic import digest_of, initial_factors, updated_rows
+from ..training.arithmetic import check_gradients, digest_of, initial_factors, updated_rows
 from .config import MERGES, LokiConfig
 from .quantized import dequantized_weight, is_repacked, plain_linear, quantization_of
-
-
-def _check(layer: weakref.ref[LokiLayer], name: str) -> None:
-    alive = layer()
-    if alive is not None:
-        alive.check_protected(name)
 
 
 def refuse_parts(module: nn.Module) -> None:
@@ -103,11 +97,15 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             a, b = initial_factors((len(index), self.in_features), config.rank)
             self.loki_delta_a[adapter_name] = nn.Parameter(a.to(index.device, dtype))
             self.loki_delta_b[adapter_name] = nn.Parameter(b.to(index.device, dtype))
-        if not self.is_protected_as_named(adapter_name):
-            held, layer = (self.loki_update, self.loki_delta_a), weakref.ref(self)
-            for part in held:
-                if adapter_name in part:  # in any mode: a gradient is made where it is trained
-                    part[adapter_name].register_hook(lambda _: _check(layer, adapter_name))
+        self.watch()
+
+    def watch(self) -> None:
+        """Have gradients refused of adapters that were trained protected and are not here."""
+        for name in self.loki_index:
+            if not self.is_protected_as_named(name):
+                held = (self.loki_update, self.loki_delta_a)
+                trained = [part[name] for part in held if name in part]
+                check_gradients(trained, partial(self.check_protected, name))
 
     def check_protected(self, name: str) -> None:
         """Raise RuntimeError of an adapter that was trained protected and is not here."""

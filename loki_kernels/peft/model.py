@@ -112,6 +112,8 @@ class LokiModel(BaseTuner):
         if protect and not peft_config.inference_mode:
             refuse_parts(self.model)
         structure = find_structure(self.model)
+        if any(isinstance(module, LokiRows) for module in self.model.modules()):
+            raise ValueError("the model is patched; call merge() or unpatch() on its handle first.")
         _refuse_other_modules(structure)
         refuse_efficient_loading()
         _check_modules(structure, peft_config)
@@ -193,7 +195,7 @@ class LokiModel(BaseTuner):
         """Raise RuntimeError if an adapter would train on without its protection.
 
         In training mode; in the other, which an evaluation with gradients is in too, where a
-        gradient is made (`LokiLayer.update_layer`).
+        gradient is made (`LokiLayer.watch`).
         """
         # one layer tells of all: a protection is of every one
         layer = next(m for m in self.model.modules() if isinstance(m, LokiLayer))
@@ -237,8 +239,6 @@ class LokiModel(BaseTuner):
         """``module`` if it is one of ours, else one around it."""
         if isinstance(module, LokiLayer):
             return module
-        if isinstance(module, LokiRows):
-            raise ValueError("the model is patched; call merge() or unpatch() on its handle first.")
         return LokiLayer(module, self.model)
 
     def _create_and_replace(  # type: ignore[override]
@@ -373,7 +373,11 @@ def _check_modules(structure: Structure, config: LokiConfig) -> None:
 
 
 def _check_training(model: LokiModel, _inputs: Any) -> None:
-    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for layer in model._loki_layers():
+        layer.watch()
+    if not model.training:
         return
     model.check_protected()
     model.warn_of_coarse_updates()

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import read_safetensors, write_safetensors
+from ..files import of_a_whole_file, read_safetensors, write_safetensors
 from ..fingerprint import tensors_fingerprint
 from ..structure import Structure
 
@@ -49,6 +49,12 @@ class Protection:
         return (
             f"Protection({len(counts)} layers, {min(counts)} to {max(counts)} directions, "
             f"{min(shares):.0%} to {max(shares):.0%} of the inputs' energy)"
+        )
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Protection:
+        """The same tensors, which nothing writes: of a copied model at 8B they are 1.9 GB."""
+        return Protection(
+            dict(self.directions), dict(self.energies), dict(self.totals), dict(self.info)
         )
 
     def shares(self) -> dict[str, float]:
@@ -136,7 +142,7 @@ class Protection:
         """
         tensors, metadata = read_safetensors(path, _FORMAT)
         parts: dict[str, dict[str, Tensor]] = {"directions": {}, "energies": {}}
-        try:
+        with of_a_whole_file(path):
             totals, info = json.loads(metadata["totals"]), json.loads(metadata["info"])
             for key, tensor in tensors.items():
                 part, _, name = key.partition(":")
@@ -148,8 +154,6 @@ class Protection:
                 and energies[name].shape == directions[name][..., 0, :].shape
                 for name in directions
             )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}.") from error
         if not whole or not directions:
             raise ValueError(f"{path} is damaged: its layers have not the same parts.")
         return cls(directions, energies, totals, info)

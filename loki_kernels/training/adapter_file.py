@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import explained
-from ..files import atomic_path, read_safetensors, write_safetensors
+from ..files import atomic_path, of_a_whole_file, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
 from ..protection import Protection, fingerprint_of
 from ..sharding import full_shape, full_values, shard_like
@@ -214,10 +214,8 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
     for name, parts in layers.items():
         if set(parts) not in ({"index", "update"}, {"index", "delta_a", "delta_b"}):
             raise ValueError(f"{path} is not whole: of {name} it has {', '.join(sorted(parts))}.")
-    try:
+    with of_a_whole_file(path):
         base = base_rows_of(metadata)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}.") from error
     return SavedUpdate(layers, others, base, metadata.get("protection"))
 
 

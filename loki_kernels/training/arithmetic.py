@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..sharding import is_sharded
 
@@ -82,6 +83,24 @@ def coarse_dtype(parameters: Iterable[Tensor]) -> str | None:
         if p.requires_grad and p.element_size() < 4 and not is_sharded(p):
             return None if hasattr(p, "_hp_mapping") else str(p.dtype).removeprefix("torch.")
     return None
+
+
+def check_gradients(
+    parameters: Iterable[nn.Parameter], check: Callable[[], None]
+) -> list[RemovableHandle]:
+    """Call ``check`` where a gradient of one is made; of those that are not checked yet.
+
+    Parameters that copying or loading made anew have no hooks, so this is asked before every pass.
+    """
+
+    def called(_gradient: Tensor) -> None:
+        check()
+
+    return [
+        parameter.register_hook(called)
+        for parameter in parameters
+        if parameter.requires_grad and not parameter._backward_hooks
+    ]
 
 
 def digest_of(fingerprint: str) -> Tensor:

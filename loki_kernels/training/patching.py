@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -17,18 +17,16 @@ from transformers import AutoConfig
 from ..attribution.cache import AnalysisOptions
 from ..default_device import made_on_cpu
 from ..discovery import find_structure
-from ..errors import check_choice, explained
+from ..errors import explained
 from ..gating import Gating, find_gating
 from ..ops._dispatch import warm_up
 from ..options import Criterion
 from ..protection import Protection, fingerprint_of
-from ..ranking import rows_per_layer
 from ..selection import RowSelection
 from ..sharding import full_shape, heed_in_ddp, ignore_in_ddp, is_distributed, is_sharded
 from ..structure import DownProjection, Structure, embedding_weight
 from . import adapter_file
 from .adapter_file import SavedUpdate
-from .arithmetic import check_rank
 from .checkpoint import SavePretrained
 from .experts import LokiExperts
 from .handle import Patch, Report
@@ -39,13 +37,13 @@ from .targets import (
     Protect,
     Rows,
     assign_rows,
+    check_arguments,
     check_patchable,
     check_processes_agree,
     find_modules,
     new_heads,
     projection_names,
     protection_to_keep,
-    refuse_both,
     selection_to_train,
     what_to_train,
 )
@@ -119,7 +117,7 @@ def patch(
     """
     structure = find_structure(model)
     check_patchable(structure)
-    _check_arguments(rows, quota, criterion, analysis, rank, modules_to_save)
+    check_arguments(rows, quota, criterion, analysis, rank, modules_to_save)
     folder, saved = rows, _saved_update(rows)
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
@@ -135,25 +133,6 @@ def patch(
     if saved is not None:
         _load(handle, saved)
     return handle
-
-
-def _check_arguments(
-    rows: Rows | None,
-    quota: float | None,
-    criterion: Criterion | None,
-    analysis: AnalysisOptions | None,
-    rank: int | None,
-    modules_to_save: Sequence[str],
-) -> None:
-    """What can be told before minutes of estimating or analysing."""
-    check_rank(rank)
-    if quota is not None:
-        rows_per_layer(quota, 1)
-    if isinstance(modules_to_save, str):
-        raise ValueError(f"modules_to_save must be a list of names; it is {modules_to_save!r}.")
-    if criterion is not None:
-        check_choice("criterion", criterion, get_args(Criterion))
-    refuse_both(rows, quota=quota, criterion=criterion, analysis=analysis)
 
 
 def patch_saved(model: nn.Module, saved: SavedUpdate) -> Patch:

@@ -7,14 +7,14 @@ import itertools
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..attribution.cache import AnalysisOptions, cached_attribution
-from ..errors import UnsupportedModelError, explained
+from ..errors import UnsupportedModelError, check_choice, explained
 from ..options import DEFAULT_QUOTA, Criterion
 from ..protection import Protection
 from ..protection.estimate import cached_protection
@@ -29,6 +29,7 @@ from ..structure import (
     plain_name,
     refuse_tensor_parallelism,
 )
+from .arithmetic import check_rank
 from .rows import TRAINED, LokiRows
 
 # What names rows: a selection, one list a layer, or the path of a row file.
@@ -60,6 +61,25 @@ def refuse_both(rows: Rows | None, **choices: Any) -> None:
     both = [name for name, value in choices.items() if value is not None and value != {}]
     if rows is not None and both:
         raise ValueError(f"{both[0]}= chooses rows, and rows= names them; give one of the two.")
+
+
+def check_arguments(
+    rows: Rows | None,
+    quota: float | None,
+    criterion: Criterion | None,
+    analysis: AnalysisOptions | None,
+    rank: int | None,
+    modules_to_save: Sequence[str],
+) -> None:
+    """What can be told before minutes of estimating or analysing."""
+    check_rank(rank)
+    if quota is not None:
+        rows_per_layer(quota, 1)
+    if isinstance(modules_to_save, str):
+        raise ValueError(f"modules_to_save must be a list of names; it is {modules_to_save!r}.")
+    if criterion is not None:
+        check_choice("criterion", criterion, get_args(Criterion))
+    refuse_both(rows, quota=quota, criterion=criterion, analysis=analysis)
 
 
 def what_to_train(

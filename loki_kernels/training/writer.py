@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..protection import fingerprint_of
 from ..sharding import is_distributed, shards_its_weights
 from .adapter_file import protection_of
-from .arithmetic import coarse_dtype
+from .arithmetic import check_gradients, coarse_dtype
 from .rows import TRAINED, LokiRows, write_rows
 from .targets import check_processes_agree
 
@@ -91,21 +92,17 @@ class RowWriter:
         """Have gradients of the updates refused where they may not be trained on, in any mode.
 
         `from_pretrained` gives models in evaluation mode, in which a loop may train; and what asks
-        for no gradient may evaluate. Parameters that copying or loading made anew have no hooks.
+        for no gradient may evaluate.
         """
-        return [
-            parameter.register_hook(self._check_gradient(layer))
-            for layer in self.layers
-            for _, parameter in layer.trained_parameters()
-            if parameter.requires_grad and not parameter._backward_hooks
-        ]
+        handles = []
+        for layer in self.layers:
+            trained = (p for _, p in layer.trained_parameters())
+            handles += check_gradients(trained, partial(self._check_gradient, layer))
+        return handles
 
-    def _check_gradient(self, layer: LokiRows) -> Callable[[Tensor], None]:
-        def check(_gradient: Tensor) -> None:
-            self._check_allowed()
-            layer.check_loaded(to_train=True)
-
-        return check
+    def _check_gradient(self, layer: LokiRows) -> None:
+        self._check_allowed()
+        layer.check_loaded(to_train=True)
 
     def before_loading(
         self, _model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any

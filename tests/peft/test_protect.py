@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -234,6 +236,30 @@ def test_an_adapter_loaded_to_be_used_is_not_trained_without_its_protection(file
         train(loaded.train())
     loaded.eval()
     assert torch.equal(logits(loaded), want)
+
+
+@pytest.mark.parametrize("way", ["copied", "loaded anew"])
+def test_an_adapter_s_new_parameters_are_watched_too(file, tmp_path, way):
+    """Copying, and PEFT's loading with little memory, make parameters that have no hooks."""
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    train(model)
+    model.save_pretrained(tmp_path)
+    anew = {"low_cpu_mem_usage": True} if way == "loaded anew" else {}
+    loaded = peft.PeftModel.from_pretrained(build_model(), tmp_path, **anew)
+    loaded = copy.deepcopy(loaded) if way == "copied" else loaded
+    loaded.set_adapter("default")
+    batch = token_batch()
+    loss = loaded.eval()(input_ids=batch, labels=batch).loss
+    with pytest.raises(RuntimeError, match="loaded without it"):
+        loss.backward()
+
+
+def test_a_patched_model_is_refused_before_anything_is_estimated(monkeypatch):
+    model = build_model()
+    loki.patch(model, ROWS)
+    monkeypatch.setattr("loki_kernels.training.targets.cached_protection", None)
+    with pytest.raises(ValueError, match="the model is patched"):
+        peft.get_peft_model(model, LokiConfig())
 
 
 def test_generating_forms_a_protected_update_once(file, monkeypatch):

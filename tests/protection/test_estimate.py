@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import accelerate
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import loki_kernels as loki
+from loki_kernels.files import write_safetensors
 from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import Protection, estimate, moments, samples
 from tests.attribution.test_prompts import tokenizer as prompts_tokenizer
@@ -356,6 +359,25 @@ def test_a_damaged_file_is_an_error(tmp_path_factory, cut, byte):
     path.write_bytes(content[: cut + 1])
     with pytest.raises(ValueError, match=r"p\.safetensors"):
         Protection.load(path)
+
+
+def test_metadata_without_an_end_are_damage(tmp_path):
+    path = tmp_path / "p.safetensors"
+    tensors = {"directions:a": torch.eye(5)[:, :2].clone(), "energies:a": torch.ones(2)}
+    metadata = {"format": "loki-kernels-protection", "totals": "[" * 10**5, "info": "{}"}
+    write_safetensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match=r"p\.safetensors is damaged"):
+        Protection.load(path)
+
+
+def test_a_copy_has_the_same_tensors():
+    protection = loki.estimate_protection(build_model(), texts())
+    copied = copy.deepcopy(protection)
+    name = next(iter(protection.directions))
+    assert copied.directions[name].data_ptr() == protection.directions[name].data_ptr()
+    copied.directions[name] = torch.zeros_like(protection.directions[name])
+    assert protection.directions[name].any()
+    assert copied.fingerprint != protection.fingerprint
 
 
 def test_bad_input_is_refused():
