@@ -37,7 +37,7 @@ def paragraphs(path: str) -> list[str]:
 def train(handle: loki.Patch, texts: list[str]) -> None:
     """A text a step, the whole of it."""
     update = [p for p in handle.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(update, lr=options.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(update, lr=options.lr, weight_decay=0.0, fused=True)
     for _ in range(options.epochs):
         for text in texts:
             ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)

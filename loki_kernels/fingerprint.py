@@ -129,9 +129,11 @@ def _bit_sums(tensor: Tensor) -> tuple[int, int]:
     else:
         bits = bits.view(integers[bits.element_size()])
     plain = weighted = 0
-    for start in range(0, bits.numel(), 1 << 22):  # the int64 copies stay at 64 MiB
-        part = bits[start : start + (1 << 22)].to(torch.int64)
-        place = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
+    size = min(1 << 22, bits.numel())  # the int64 copies stay at 64 MiB
+    place = torch.arange(1, size + 1, device=bits.device)
+    for start in range(0, bits.numel(), 1 << 22):
+        part = bits[start : start + size].to(torch.int64)
         plain += int(part.sum())
-        weighted += int((part * place).sum())
+        weighted += int(part.mul_(place[: part.numel()]).sum())
+        place += size
     return plain, weighted

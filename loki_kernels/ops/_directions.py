@@ -25,7 +25,11 @@ def leave_out(delta: Tensor, directions: Tensor | None) -> Tensor:
         directions = directions.float()
     with without_autocast(delta):
         held = delta.to(directions.dtype) @ directions
-        return delta - (held @ directions.mT).to(delta.dtype)
+        removed = held @ directions.mT
+        if torch.promote_types(delta.dtype, removed.dtype) != delta.dtype:
+            removed = removed.to(delta.dtype)
+        # of two dtypes: a copy in float32 would be read and written again, 30 GB a step at 8B
+        return delta - removed
 
 
 def acting_factors(
@@ -43,10 +47,10 @@ class LeaveOutOfGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, update: Tensor, directions: Tensor) -> Tensor:
-        ctx.save_for_backward(directions)
+        # not saved for backward: what offloads activations would send it to the host and back
+        ctx.directions = directions
         return update.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (directions,) = ctx.saved_tensors
-        return leave_out(grad, directions), None
+        return leave_out(grad, ctx.directions), None

@@ -246,7 +246,7 @@ def _of_parts(parts: dict[str, tuple[Tensor, Tensor, float]], info: dict[str, An
 
 
 def _of_the_first(found: Protection | None, names: Sequence[str]) -> Protection:
-    """The first process's, in all of them; a layer at a time, of which one takes .4 GB at 8B."""
+    """The first process's, in all of them; a layer at a time, of which one takes 59 MB at 8B."""
     parts: dict[str, Any] = {
         name: of_the_first(
             found and (found.directions[name], found.energies[name], found.totals[name])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..attribution.placement import free_bytes
 from ..errors import UnsupportedModelError
 from ..mixture import routed_inputs, why_not_grouped
+from ..ops._products import weight_gradient
 from ..structure import DownProjection, Structure
 from .result import Protection
 
@@ -34,16 +35,16 @@ _CONTAINER = (
 
 
 def layers_at_a_time(layers: Sequence[DownProjection]) -> Iterator[list[DownProjection]]:
-    """As many layers at a time as have room: at 14,336 features a layer takes .8 GB and as much
-    again for its eigenvectors."""
+    """As many layers at a time as have room: at 14,336 features a layer takes .8 GB, and one at a
+    time as much again for its eigenvectors."""
     group: list[DownProjection] = []
-    taken = 0
     room = _room(layers[0].weight.device)
+    taken = widest = max(4 * down_proj.in_features**2 for down_proj in layers)
     for down_proj in layers:
-        size = 8 * math.prod(down_proj.experts) * down_proj.in_features**2
+        size = 4 * math.prod(down_proj.experts) * down_proj.in_features**2
         if group and taken + size > room:
             yield group
-            group, taken = [], 0
+            group, taken = [], widest
         group.append(down_proj)
         taken += size
     yield group
@@ -112,8 +113,13 @@ def second_moments(
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             for expert, x in read_inputs(module, kept.flatten(), *args, **kwargs):
                 if name not in sums:
-                    sums[name] = x.new_zeros(*down_proj.experts, x.shape[1], x.shape[1])
-                (sums[name] if expert is None else sums[name][expert]).addmm_(x.t(), x)
+                    shape = *down_proj.experts, x.shape[1], x.shape[1]
+                    sums[name] = x.new_zeros(shape, dtype=torch.float32)
+                total = sums[name] if expert is None else sums[name][expert]
+                if x.dtype == torch.float32:
+                    total.addmm_(x.t(), x)
+                else:
+                    total += weight_gradient(x, x, torch.float32)
                 read[name] = read.get(name, 0) + len(x)
 
         return hook
@@ -145,7 +151,7 @@ def second_moments(
         if total is None:  # text passes by: cross-attention's layers, experts of images
             total = torch.zeros(*down_proj.experts, *2 * (down_proj.in_features,))
         tokens = read.get(down_proj.name, 0) / math.prod(down_proj.experts)
-        found[down_proj.name] = Moment(total / count, tokens)
+        found[down_proj.name] = Moment(total.div_(count), tokens)
     return found
 
 
@@ -153,10 +159,15 @@ _Inputs = Iterator[tuple[int | None, Tensor]]
 
 
 def _read_inputs(module: nn.Module, kept: Tensor, x: Tensor) -> _Inputs:
-    """(None, the layer's float32 inputs ``[tokens, in_features]``), of the tokens that are kept."""
+    """(None, the layer's inputs ``[tokens, in_features]``), of the tokens that are kept.
+
+    In float32, or on a GPU in bfloat16, whose products are exact there too and run on its tensor
+    cores: at 8B 650 TFLOP.
+    """
     x = x.flatten(0, -2)
     _check_tokens(module, len(x), len(kept))
-    yield None, x[kept.to(x.device)].float()
+    x = x[kept.to(x.device)]
+    yield None, x if x.is_cuda and x.dtype == torch.bfloat16 else x.float()
 
 
 def refuse_untold_inputs(structure: Structure) -> None:
@@ -247,7 +258,8 @@ def top_eigenvectors(
     else:
         values, vectors = _subspace(moment, min(len(moment), most + 64))
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    count = int((values.cumsum(0) < (share or _SHARE) * total).sum()) + 1
+    # on the CPU: CUDA refuses it of float32 where algorithms have to be deterministic
+    count = int((values.cpu().cumsum(0) < (share or _SHARE) * total).sum()) + 1
     # all directions would leave nothing to train
     count = min(count, most, len(values), len(moment) - 1)
     return vectors[:, :count].contiguous().cpu(), values[:count].contiguous().cpu(), total
@@ -270,7 +282,8 @@ def _subspace(moment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues, rising, and eigenvectors, by subspace iteration."""
     generator = torch.Generator(moment.device).manual_seed(0)
     basis = torch.randn(len(moment), width, generator=generator, device=moment.device)
+    basis = torch.linalg.qr(basis)[0]
     for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(moment @ torch.linalg.qr(basis)[0])[0]
+        basis = torch.linalg.qr(moment @ basis)[0]
     values, small = torch.linalg.eigh(basis.t() @ moment @ basis)
     return values, basis @ small

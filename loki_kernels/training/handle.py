@@ -243,6 +243,8 @@ class Patch:
                 for parameter, values in self._replaced.items():
                     parameter.copy_(values)
         self._undo.close()
+        # the trainer's callback may live on, and would keep what was trained: 12 GB at 8B
+        self._layers.clear()
         self._active = False
         return self.model
 

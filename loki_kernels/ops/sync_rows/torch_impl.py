@@ -8,5 +8,6 @@ def forward(
     weights: list[Tensor], base: list[Tensor], updates: list[Tensor], indices: list[Tensor]
 ) -> None:
     for weight, own, update, index in zip(weights, base, updates, indices, strict=True):
-        wide = torch.promote_types(torch.promote_types(own.dtype, update.dtype), torch.float32)
-        weight.index_copy_(0, index, (own.to(wide) + update).to(weight.dtype))
+        # float16 and float16 would be added in float16
+        wide = update if update.element_size() > 2 else update.float()
+        weight.index_copy_(0, index, torch.add(own, wide, out=torch.empty_like(own)))
