@@ -6,8 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ._check import without_autocast
+from ._products import STEP
+
+
+def padded(directions: Tensor) -> Tensor:
+    """U with columns of zeros up to the next multiple of 16, which leave nothing out.
+
+    Tensor cores take other widths by slower kernels (`_products.STEP`); a fourteenth of the
+    features is one of 14,336 and of few others: 878 at 12,288, 586 at 8,192.
+    """
+    missing = -directions.shape[-1] % STEP
+    return functional.pad(directions, (0, missing)) if missing else directions
 
 
 def leave_out(delta: Tensor, directions: Tensor | None) -> Tensor:

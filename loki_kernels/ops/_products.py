@@ -28,7 +28,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 # ones. dW_S of 409 columns at 4,096 tokens, 14336 -> 4096 takes an H200 459 us as it is, 151 with
 # padded lines alone, 81 as a product of 416 columns (`results/h200-ops.txt`). A CPU gains nothing
 # and pays by count: an eighth of dW_S at 57 rows, which is 1 % of the layer.
-_STEP = 16
+STEP = 16
 
 
 def selected_columns(grad: Tensor, index: Tensor) -> Tensor:
@@ -37,13 +37,13 @@ def selected_columns(grad: Tensor, index: Tensor) -> Tensor:
     Gathering inside a product instead would read dY once for every tile of X's columns: at 4,096
     tokens, 14336 -> 4096 and tiles of 128, 112 times 33 MB against once (`NOTES.md`).
     """
-    padded = functional.pad(index, (0, -len(index) % _STEP))
+    padded = functional.pad(index, (0, -len(index) % STEP))
     return as_matrix(grad).index_select(1, padded)
 
 
 def padded_rows(update: Tensor, dtype: torch.dtype) -> Tensor:
     """``[..., k, n]`` in another dtype, with rows of zeros up to the next multiple of 16."""
-    missing = -update.shape[-2] % _STEP
+    missing = -update.shape[-2] % STEP
     return functional.pad(update.to(dtype), (0, 0, 0, missing)) if missing else update.to(dtype)
 
 

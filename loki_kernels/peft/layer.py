@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..errors import UnsupportedModelError, check_choice
 from ..ops import row_delta_linear
-from ..ops._directions import acting_factors, leave_out
+from ..ops._directions import acting_factors, leave_out, padded
 from ..sharding import full_values, is_partitioned, is_sharded, shard_like
 from ..structure import has_hooks
 from ..training.adapter_file import PROTECTION_FILE
@@ -86,7 +86,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self.configs[adapter_name] = config
         self.loki_index[adapter_name] = index
         if directions is not None:
-            self.loki_directions[adapter_name] = directions.to(index.device)
+            self.loki_directions[adapter_name] = padded(directions.to(index.device))
         if config.protection is not None:
             digest = digest_of(config.protection)
             self.loki_protection[adapter_name] = digest.to(index.device)

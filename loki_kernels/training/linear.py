@@ -48,7 +48,8 @@ class LokiLinear(LokiRows):
         update: ``[k, in_features]``, trained (rank None); float64 over a float64 weight.
         delta_a: ``[k, r]``, zero at first, trained (LoKI*).
         delta_b: ``[r, in_features]``, normal with variance 1 / in_features, trained (LoKI*).
-        directions: U ``[in_features, r]`` in the weight's dtype, or None.
+        directions: U ``[in_features, r]`` in the weight's dtype, with columns of zeros up to a
+            multiple of 16, or None.
     """
 
     weight: nn.Parameter

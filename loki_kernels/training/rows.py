@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import explained
 from ..ops import sync_rows
-from ..ops._directions import LeaveOutOfGradient, leave_out
+from ..ops._directions import LeaveOutOfGradient, leave_out, padded
 from ..protection import Protection
 from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_sharded, shard_like
 from .arithmetic import (
@@ -49,12 +49,14 @@ class LokiRows(nn.Module):
         protection_digest: uint8 ``[32]``, the protection's fingerprint, where there is one.
         base_rows: the rows as they were, in the weight's dtype.
         rank: of LoKI*, or None.
-        directions: protected ones ``[..., in_features, r]``, or None.
+        directions: protected ones ``[..., in_features, r]``, then columns of zeros; or None.
+        protected: how many there are, of one expert at most.
     """
 
     index: Tensor
     base_rows: Tensor
     directions: Tensor | None
+    protected: int
     parameter: str
     axis: int
     rank: int | None
@@ -90,8 +92,9 @@ class LokiRows(nn.Module):
         self.register_buffer("index", index)
         base = take_rows(full_values(weight), index, axis).contiguous()
         self.register_buffer("base_rows", base, persistent=False)
-        held = None if directions is None else directions.to(weight.device, weight.dtype)
+        held = None if directions is None else padded(directions.to(weight.device, weight.dtype))
         self.register_buffer("directions", held, persistent=False)
+        self.protected = 0 if directions is None else directions.shape[-1]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if rank is None:
             self.update = nn.Parameter(torch.zeros_like(base, dtype=dtype))
@@ -148,11 +151,6 @@ class LokiRows(nn.Module):
             return self.update
         written: Tensor = LeaveOutOfGradient.apply(self.update, self.directions)  # type: ignore[no-untyped-call]
         return written
-
-    @property
-    def protected(self) -> int:
-        """How many directions of the inputs the update leaves alone, of one expert at most."""
-        return 0 if self.directions is None else self.directions.shape[-1]
 
     def formed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of the trained parameters, by name, without the directions that do nothing."""
