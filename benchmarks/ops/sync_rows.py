@@ -1,4 +1,4 @@
-"""`sync_rows` of a whole model: the updates of a tenth of every down-projection's rows written."""
+"""`sync_rows`: a tenth of every down-projection's rows written; and all rows of one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import torch
 from ..measure import DTYPE
 from .suite import Case, Work, normal, some_of
 
-_MODEL = {"layers": 32, "in_features": 14336, "out_features": 4096}
+_DOWN = {"in_features": 14336, "out_features": 4096}
+_SMALL = {"in_features": 1536, "out_features": 576}
 SHAPES = {
-    "cuda": [_MODEL],
-    "cpu": [{"layers": 8, "in_features": 1536, "out_features": 576}],
-    "dry": [{"layers": 2, "in_features": 12, "out_features": 20}],
+    "cuda": [{"layers": 32, **_DOWN, "rows": 409}, {"layers": 1, **_DOWN, "rows": 4096}],
+    "cpu": [{"layers": 8, **_SMALL, "rows": 57}, {"layers": 1, **_SMALL, "rows": 576}],
+    "dry": [{"layers": 2, "in_features": 12, "out_features": 20, "rows": 2}],
 }
 
 
-def make_case(layers: int, in_features: int, out_features: int) -> Case:
-    k = out_features // 10
+def make_case(layers: int, in_features: int, out_features: int, rows: int) -> Case:
+    k = rows
     inputs = {
         "weights": [normal(out_features, in_features) for _ in range(layers)],
         "base": [normal(k, in_features) for _ in range(layers)],

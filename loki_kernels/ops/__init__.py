@@ -12,7 +12,6 @@ from .gated_product import gated_product
 from .integrate_path import integrate_path
 from .row_delta_linear import row_delta_linear
 from .row_masked_linear import row_masked_linear
-from .scatter_add_columns import scatter_add_columns
 from .shared_prefix_attention import shared_prefix_attention
 from .swiglu_row_masked_linear import swiglu_row_masked_linear
 from .sync_rows import sync_rows
@@ -25,7 +24,6 @@ __all__ = [
     "integrate_path",
     "row_delta_linear",
     "row_masked_linear",
-    "scatter_add_columns",
     "shared_prefix_attention",
     "swiglu_row_masked_linear",
     "sync_rows",

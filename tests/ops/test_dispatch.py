@@ -53,7 +53,6 @@ def test_report_names_every_op_and_backend():
         "count_lowest",
         "gated_product",
         "integrate_path",
-        "scatter_add_columns",
         "shared_prefix_attention",
         "sync_rows",
         "target_probability",

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loki_kernels.ops import row_delta_linear
+from loki_kernels.ops._directions import acting_factors
 from loki_kernels.ops.row_delta_linear.reference import row_delta_linear_reference
 from tests.ops.tolerance import assert_as_close, relative
 
@@ -19,6 +21,7 @@ SHAPES = [
     ((4,), 63, 129, 5, 0),
     ((0,), 63, 129, 5, 2),
 ]
+aten = torch.ops.aten
 GRADIENTS = ("x", "delta_a", "delta_b", "bias")
 
 
@@ -140,8 +143,11 @@ def test_autocast():
         assert 0 < relative(g, e) < 2 * relative(s, e) + 1e-6
 
 
+MANY = ((2, 5), 63, 129, 65, 4)  # half of the rows and more, of which the sum is formed
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4]])
+@pytest.mark.parametrize("shape", [*(s for s in SHAPES if s[4]), MANY])
 def test_dense_delta(shape, dtype):
     inputs = make(*shape, dtype=dtype)
     inputs |= {"delta_a": torch.randn(shape[3], shape[1]).to(dtype), "delta_b": None}
@@ -189,16 +195,47 @@ def test_protected_gradcheck(dense):
     assert torch.autograd.gradcheck(run_it, wanted)
 
 
-def test_a_protected_update_is_not_kept_for_the_backward_pass():
+@pytest.mark.parametrize("k", [30, 65, 129])
+def test_what_is_formed_is_not_kept_for_the_backward_pass(k):
     """But the parameter itself: of all rows what is formed is as large as the weights."""
-    inputs = protected(make((8,), 63, 129, 30, 4), 9)
-    inputs |= {"delta_a": torch.randn(30, 63, requires_grad=True), "delta_b": None}
+    inputs = protected(make((8,), 63, 129, k, 4), 9)
+    inputs |= {"delta_a": torch.randn(k, 63, requires_grad=True), "delta_b": None}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         row_delta_linear(**inputs)
     own = {t.data_ptr() for t in inputs.values() if isinstance(t, torch.Tensor)}
     assert inputs["delta_a"].data_ptr() in {t.data_ptr() for t in kept}
     assert all(t.data_ptr() in own for t in kept)
+
+
+@pytest.mark.parametrize(("k", "products"), [(30, 5), (65, 3), (129, 3)])
+def test_of_many_rows_one_product_is_made_with_the_sum(k, products):
+    inputs = make((8,), 63, 129, k, 4)
+    inputs |= {"delta_a": torch.randn(k, 63, requires_grad=True), "delta_b": None}
+    inputs["x"].requires_grad_()
+    made = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (aten.mm, aten.addmm, aten.addmm_):
+                made.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        row_delta_linear(**inputs).sum().backward()
+    assert len(made) == products
+
+
+@pytest.mark.parametrize("directions", [0, 9])
+def test_the_sum_is_rounded_once_under_autocast(directions):
+    inputs = make((8,), 63, 129, 129, 4)
+    inputs |= {"delta_a": torch.randn(129, 63) / 500, "delta_b": None, "bias": None}
+    inputs = protected(inputs, directions) if directions else inputs
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        got = row_delta_linear(**inputs)
+    acting = acting_factors(inputs["delta_a"], None, inputs.get("directions"))[0]
+    whole = inputs["weight"].index_add(0, inputs["index"], acting)
+    assert torch.equal(got, inputs["x"].bfloat16() @ whole.bfloat16().t())
 
 
 @pytest.mark.parametrize("wanted", [("delta_a",), ("delta_b",), ("x",), ("bias",)])
@@ -212,12 +249,12 @@ def test_any_subset_of_gradients(wanted):
 
 
 @pytest.mark.parametrize("directions", [0, 9])
-@pytest.mark.parametrize("dense", [False, True])
-def test_compiles_whole(dense, directions):
+@pytest.mark.parametrize(("dense", "k"), [(False, 30), (True, 30), (True, 65), (True, 129)])
+def test_compiles_whole(dense, k, directions):
     torch._dynamo.reset()
-    inputs = make((4,), 63, 129, 30, 4)
+    inputs = make((4,), 63, 129, k, 4)
     if dense:
-        inputs |= {"delta_a": torch.randn(30, 63), "delta_b": None}
+        inputs |= {"delta_a": torch.randn(k, 63), "delta_b": None}
     if directions:
         inputs = protected(inputs, directions)
     compiled = torch.compile(row_delta_linear, fullgraph=True, backend="aot_eager")
@@ -256,8 +293,3 @@ def test_shapes_that_do_not_fit_raise(name, shape):
     inputs[name] = None if shape is None else torch.zeros(shape, dtype=like.dtype)
     with pytest.raises(ValueError, match=r"fit|must be"):
         row_delta_linear(**inputs)
-
-
-def test_an_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="'cublas'"):
-        row_delta_linear(**make((4,), 6, 5, 3, 2), backend="cublas")
