@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -122,12 +122,15 @@ class LokiRows(nn.Module):
         self.register_buffer(_DIGEST, digest.to(self.base_rows.device))
 
     def check_loaded(self, *, to_train: bool = False) -> None:
-        """Raise RuntimeError if what was loaded last is not enough for what is asked now."""
+        """Raise RuntimeError if what was loaded last is not enough to be used, or to train from."""
         if self.passed_over:
             raise RuntimeError(_PASSED_OVER)
-        to_train = to_train or (self.training and torch.is_grad_enabled())
         if self.misfits or (to_train and self.merged_alone is not None):
             raise explained(RuntimeError(_MERGED_ALONE))
+
+    def check_forward(self) -> None:
+        """Raise RuntimeError if what was loaded last is not enough for a forward pass."""
+        self.check_loaded(to_train=self.training and torch.is_grad_enabled())
 
     def _update_factors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The update of what the weight holds: (a, b, directions), a @ b or a if b is None.
@@ -188,8 +191,7 @@ class LokiRows(nn.Module):
 
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, in the weight's dtype; ``[..., k, in_features]``."""
-        if self.rank is not None or self.misfits:
-            self.check_loaded()
+        self.check_loaded()
         return self._updated_rows()
 
     @torch.no_grad()
@@ -198,6 +200,7 @@ class LokiRows(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """The weight as trained so far, sharded if it is."""
+        self.check_loaded()
         if self.rank is None and not is_sharded(self.frozen):
             write_rows([self])
             return self.frozen.detach()
@@ -356,6 +359,15 @@ _MERGED_ALONE = (
 # What another device's products may move the rows that one update gives, in roundings of theirs.
 # A whole one would be too much: in 16 bits two checkpoints' updates differ by less.
 _BY_PRODUCTS = 0.02
+
+
+def check_known(layers: Iterable[LokiRows]) -> None:
+    """Raise RuntimeError, before anything is written, if an update is not that of what was loaded.
+
+    Merged rows alone are enough where they are what the update gives, as in evaluation.
+    """
+    for layer in layers:
+        layer.check_loaded()
 
 
 @torch.no_grad()

@@ -289,6 +289,31 @@ def test_weights_under_the_names_of_their_files_are_noticed(name, tmp_path):
     logits(again)  # a part of a model is none of its rows
 
 
+@pytest.mark.parametrize(
+    "way", ["merge", "save_pretrained", "save_adapter", "save_state", "merged_parameters"]
+)
+def test_what_was_passed_over_is_neither_merged_nor_saved(way, tmp_path):
+    model = build("MixtralForCausalLM")
+    loki.patch(model, ROWS)
+    train(model).save_pretrained(tmp_path / "trained")
+    again = build("MixtralForCausalLM")
+    before = snapshot(again)
+    handle = loki.patch(again, ROWS)
+    again.load_state_dict(load_file(tmp_path / "trained" / "model.safetensors"), strict=False)
+    write = {
+        "merge": handle.merge,
+        "merged_parameters": handle.merged_parameters,
+        "save_state": lambda: handle.save_state(tmp_path / "out"),
+        "save_pretrained": lambda: again.save_pretrained(tmp_path / "out"),
+        "save_adapter": lambda: loki.save_adapter(again, tmp_path / "out"),
+    }[way]
+    with pytest.raises(RuntimeError, match="nothing of these rows"):
+        write()
+    assert not (tmp_path / "out").exists()
+    handle.unpatch()
+    assert_unchanged(again, before)
+
+
 def stack_of_last_layer(model):
     return [m for m in model.modules() if isinstance(m, LokiExperts)][-1]
 
