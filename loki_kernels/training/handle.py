@@ -157,8 +157,8 @@ class Patch:
         that training goes on bit for bit (of a protected update, but for the rounding of what its
         directions hold). A checkpoint outside ``output_dir`` it finds only if
         ``TrainingArguments`` names it too (``resume_from_checkpoint``). Without it, resuming raises
-        RuntimeError, unless the model was patched with ``rows=<checkpoint folder>``. Uploads of
-        checkpoints hold the update too. A trainer of TRL that would send the parameters to vLLM
+        RuntimeError, unless the model was patched with ``rows=<that checkpoint's folder>``. Uploads
+        of checkpoints hold the update too. A trainer of TRL that would send the parameters to vLLM
         (``use_vllm``) or to its reference model (``sync_ref_model``) raises RuntimeError when it is
         made.
         """

@@ -295,15 +295,43 @@ class LokiRows(nn.Module):
                 setattr(self, self.parameter, nn.Parameter(self.frozen.detach().clone(), False))
             self.frozen.data.copy_(shard_like(restored, self.frozen))
 
-    def _fits(self, rows: Tensor) -> bool:
-        """Whether merged rows are those of the update that there is."""
+    @torch.no_grad()
+    def pass_over(self, in_files: Sequence[Tensor | None]) -> None:
+        """Note that a state dict of their decoder layer has not these rows as memory names them.
+
+        It may have them as the family's files name them: the weight, or that of each expert, where
+        it has it. Those of the update that was read last change nothing. What is silent about these
+        rows, as a shard of a checkpoint may be, tells nothing of an update that was read.
+        """
+        shape, axis = full_shape(self.frozen), self.axis - self.frozen.ndim
+        held = {
+            expert: take_rows(weight, self.index.to(weight.device), axis)
+            for expert, weight in enumerate(in_files)
+            if weight is not None and tuple(weight.shape) in (shape, shape[1:])
+        }
+        if not held or is_sharded(self.frozen):
+            self.passed_over |= not (self.is_as_read() or self.loaded_alone)
+            return
+        parts = list(held.values())
+        whole = parts[0].ndim == len(shape)
+        rows = (parts[0] if whole else torch.stack(parts)).to(self.base_rows.device)
+        if self.is_as_read() and self._fits(rows, None if whole else list(held)):
+            return
+        self.passed_over = True
+        # A side file of these weights is known by them.
+        self.merged_alone = rows.cpu() if len(held) == len(in_files) else None
+
+    def _fits(self, rows: Tensor, experts: list[int] | None = None) -> bool:
+        """Whether merged rows, of these experts or of all, are those of the update there is."""
+        some = slice(None) if experts is None else experts
         within = 0.0 if self.rank is None and self.directions is None else _BY_PRODUCTS
-        if same_rows(rows, self._updated_rows(), within=within):
+        if same_rows(rows, self._updated_rows()[some], within=within):
             return True
         if self.directions is None or not self.is_as_read():
             return False
         as_it_acts = [full_values(p) for _, p in self.trained_parameters()]  # as a file holds it
-        return same_rows(rows, updated_rows(self.base_rows, *as_it_acts), within=within)
+        read = updated_rows(self.base_rows, *as_it_acts)
+        return same_rows(rows, read[some], within=within)
 
     def _why_not_load(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why an update that was saved is none of this layer's rows, or of other base rows."""

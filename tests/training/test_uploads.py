@@ -11,11 +11,12 @@ import peft
 import pytest
 import torch
 import transformers.trainer
+from safetensors.torch import load_file
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
 from tests.models import build_model, changed_rows
-from tests.tiny_training import ROWS, load_model, tiny_trainer
+from tests.tiny_training import ROWS, load_model, logits, tiny_trainer
 
 WAYS = ["patch", "peft"]
 STEPS = 3
@@ -103,6 +104,13 @@ def test_shards(tied, tmp_path):
     model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     assert changed_rows(tmp_path / "out", tmp_path / "base") == ROWS[0]
+    shards = [load_file(path) for path in sorted((tmp_path / "out").glob("model-*.safetensors"))]
+    for order in (shards, shards[::-1]):  # to evaluate; a layer lies in several
+        merged = load_model(tmp_path / "base")
+        loki.patch(merged, ROWS)
+        for shard in order:
+            merged.load_state_dict(shard, strict=False)
+        torch.testing.assert_close(logits(merged), logits(model))
     again = loki.patch(load_model(tmp_path / "base"), tmp_path / "out")
     for (_, a), (_, b) in zip(handle.named_layers(), again.named_layers(), strict=True):
         assert torch.equal(a.update, b.update)
