@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
 from tests.models import build_model, changed_rows
-from tests.tiny_training import ROWS, load_model, logits, tiny_trainer
+from tests.tiny_training import ROWS, load_model, logits, protection_file, tiny_trainer
 
 WAYS = ["patch", "peft"]
 STEPS = 3
@@ -82,6 +82,28 @@ def test_push_to_hub(way, base_folder, tmp_path, hub):
     hub.files.clear()
     trainer.push_to_hub()
     assert hub.files[""] >= FILES[way]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_protection_is_pushed_while_training(way, base_folder, tmp_path, hub):
+    """With an adapter by the line that docs/trainers.md says, since a Trainer copies it not."""
+    model, callbacks, protect = load_model(base_folder), [], protection_file(base_folder)
+    if way == "patch":
+        callbacks = [loki.patch(model, ROWS, protect=protect).trainer_callback()]
+    else:
+        model = peft.get_peft_model(model, LokiConfig(rows=ROWS, protect=protect))
+    trainer = tiny_trainer(
+        model, tmp_path, STEPS, callbacks, push_to_hub=True, hub_strategy="checkpoint",
+        hub_model_id="me/rows",
+    )  # fmt: skip
+    if way == "peft":
+        trainer.model.save_pretrained(trainer.args.output_dir)
+    trainer.train()
+    for folder in ("", "last-checkpoint"):
+        assert hub.files[folder] >= FILES[way] | {"loki_rows.protection"}
+    hub.files.clear()
+    trainer.push_to_hub()
+    assert hub.files[""] >= FILES[way] | {"loki_rows.protection"}
 
 
 @pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
