@@ -23,7 +23,7 @@ from ..structure import Structure
 from . import adapter_file
 from .handle import Patch
 from .patching import patch_saved
-from .rows import LokiRows
+from .rows import LokiRows, check_known
 from .targets import parameters_of, projection_names, trained_whole
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: if the model is not patched.
+        RuntimeError: if weights were loaded whose update is another one. Nothing is written.
         OSError: if the folder cannot be created or written.
     """
     structure, layers = _patched_layers(model)
@@ -122,6 +123,7 @@ def export_lora(
 
     Raises:
         ValueError: if the model is not patched, or max_rank is below 1.
+        RuntimeError: if weights were loaded whose update is another one. Nothing is written.
         ImportError: for a mixture of experts without PEFT.
         OSError: if the folder cannot be created or written.
     """
@@ -293,4 +295,5 @@ def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiRows]]:
     layers = {n: layer for n, layer in modules.items() if isinstance(layer, LokiRows)}
     if not layers:
         raise ValueError("the model is not patched; call loki_kernels.patch(model) first.")
+    check_known(layers.values())
     return structure, layers

@@ -16,7 +16,7 @@ from ..sharding import is_partitioned
 from . import adapter_file
 from .adapter_file import Layers, Parts
 from .arithmetic import updated_rows
-from .rows import BESIDE, TRAINED
+from .rows import BESIDE, TRAINED, check_known
 from .targets import trained_whole
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class SavePretrained:
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
+        check_known(self.layers.values())
         parts = adapter_file.parts_of(self.layers)
         if state_dict is None:  # where the model is sharded, every process makes it
             state_dict = self.model.state_dict()

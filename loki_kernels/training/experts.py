@@ -84,7 +84,7 @@ class LokiExperts(LokiRows):
         return self.why_whole is not None and self.rank is None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.check_loaded()
+        self.check_forward()
         if is_partitioned(self.frozen):
             raise UnsupportedModelError(
                 "ZeRO-3 cannot train rows of experts; use ZeRO-2 or FSDP2 (fully_shard)."

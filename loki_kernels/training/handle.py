@@ -20,7 +20,7 @@ from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import Layers, SavedUpdate
 from .arithmetic import write_into
-from .rows import TRAINED, LokiRows
+from .rows import TRAINED, LokiRows, check_known
 from .targets import parameters_of, trained_whole, why_other_modules
 from .writer import RowWriter
 
@@ -100,7 +100,8 @@ class Patch:
         """Put the model's own modules back, the trained rows in their weights; return the model.
 
         Raises:
-            RuntimeError: if the model was already merged or unpatched, or its weights are sharded.
+            RuntimeError: if the model was already merged or unpatched, its weights are sharded, or
+                weights were loaded whose update is another one. Nothing is changed then.
         """
         return self._restore(trained=True)
 
@@ -119,8 +120,13 @@ class Patch:
 
         That is of the rows, and what is trained whole beside them; and its protection.
         With sharded parameters every process has to call it.
+
+        Raises:
+            RuntimeError: if the model was already merged or unpatched, or weights were loaded whose
+                update is another one. Nothing is written then.
         """
         self._check_active()
+        check_known(self._layers.values())
         parts = adapter_file.parts_of(self._layers)
         others = adapter_file.other_tensors(trained_whole(self.model))
         return adapter_file.write_side_file(folder, self._layers, parts, others)
@@ -151,8 +157,8 @@ class Patch:
         that training goes on bit for bit (of a protected update, but for the rounding of what its
         directions hold). A checkpoint outside ``output_dir`` it finds only if
         ``TrainingArguments`` names it too (``resume_from_checkpoint``). Without it, resuming raises
-        RuntimeError, unless the model was patched with ``rows=<checkpoint folder>``. Uploads of
-        checkpoints hold the update too. A trainer of TRL that would send the parameters to vLLM
+        RuntimeError, unless the model was patched with ``rows=<that checkpoint's folder>``. Uploads
+        of checkpoints hold the update too. A trainer of TRL that would send the parameters to vLLM
         (``use_vllm``) or to its reference model (``sync_ref_model``) raises RuntimeError when it is
         made.
         """
@@ -181,9 +187,11 @@ class Patch:
         outlive the next step.
 
         Raises:
-            RuntimeError: if the model was already merged or unpatched.
+            RuntimeError: if the model was already merged or unpatched, or weights were loaded whose
+                update is another one.
         """
         self._check_active()
+        check_known(self._layers.values())
         return _merged_parameters(self.model, self._layers)
 
     def named_layers(self) -> list[tuple[str, LokiRows]]:
@@ -233,6 +241,8 @@ class Patch:
                 "the model's weights are sharded; save the checkpoint (model.state_dict() holds "
                 "the trained rows) and load it into a whole model."
             )
+        if trained:
+            check_known(self._layers.values())
         for layer in self._layers.values():
             if trained:
                 write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)

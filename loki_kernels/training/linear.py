@@ -110,7 +110,7 @@ class LokiLinear(LokiRows):
         return self.axis == 0 and self.rank is None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check_loaded()
+        self.check_forward()
         weight = self.weight.t() if self.axis else self.weight
         if self.held and not torch.is_grad_enabled():
             return functional.linear(x, weight, self.bias)
@@ -122,7 +122,7 @@ class LokiLinear(LokiRows):
 
     def forward_gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """``self(act(gate) * up)`` without keeping the product, where the layer ``writes_rows``."""
-        self.check_loaded()
+        self.check_forward()
         self._write_rows()
         return swiglu_row_masked_linear(
             gate,

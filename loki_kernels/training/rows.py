@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -125,12 +125,15 @@ class LokiRows(nn.Module):
         self.register_buffer(_DIGEST, digest.to(self.base_rows.device))
 
     def check_loaded(self, *, to_train: bool = False) -> None:
-        """Raise RuntimeError if what was loaded last is not enough for what is asked now."""
+        """Raise RuntimeError if what was loaded last is not enough to be used, or to train from."""
         if self.passed_over:
             raise RuntimeError(_PASSED_OVER)
-        to_train = to_train or (self.training and torch.is_grad_enabled())
         if self.misfits or (to_train and self.merged_alone is not None):
             raise explained(RuntimeError(_MERGED_ALONE))
+
+    def check_forward(self) -> None:
+        """Raise RuntimeError if what was loaded last is not enough for a forward pass."""
+        self.check_loaded(to_train=self.training and torch.is_grad_enabled())
 
     def _update_factors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The update of what the weight holds: (a, b, directions), a @ b or a if b is None.
@@ -186,8 +189,7 @@ class LokiRows(nn.Module):
 
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, in the weight's dtype; ``[..., k, in_features]``."""
-        if self.rank is not None or self.misfits:
-            self.check_loaded()
+        self.check_loaded()
         return self._updated_rows()
 
     @torch.no_grad()
@@ -196,6 +198,7 @@ class LokiRows(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """The weight as trained so far, sharded if it is."""
+        self.check_loaded()
         if self.rank is None and not is_sharded(self.frozen):
             write_rows([self])
             return self.frozen.detach()
@@ -290,15 +293,43 @@ class LokiRows(nn.Module):
                 setattr(self, self.parameter, nn.Parameter(self.frozen.detach().clone(), False))
             self.frozen.data.copy_(shard_like(restored, self.frozen))
 
-    def _fits(self, rows: Tensor) -> bool:
-        """Whether merged rows are those of the update that there is."""
+    @torch.no_grad()
+    def pass_over(self, in_files: Sequence[Tensor | None]) -> None:
+        """Note that a state dict of their decoder layer has not these rows as memory names them.
+
+        It may have them as the family's files name them: the weight, or that of each expert, where
+        it has it. Those of the update that was read last change nothing. What is silent about these
+        rows, as a shard of a checkpoint may be, tells nothing of an update that was read.
+        """
+        shape, axis = full_shape(self.frozen), self.axis - self.frozen.ndim
+        held = {
+            expert: take_rows(weight, self.index.to(weight.device), axis)
+            for expert, weight in enumerate(in_files)
+            if weight is not None and tuple(weight.shape) in (shape, shape[1:])
+        }
+        if not held or is_sharded(self.frozen):
+            self.passed_over |= not (self.is_as_read() or self.loaded_alone)
+            return
+        parts = list(held.values())
+        whole = parts[0].ndim == len(shape)
+        rows = (parts[0] if whole else torch.stack(parts)).to(self.base_rows.device)
+        if self.is_as_read() and self._fits(rows, None if whole else list(held)):
+            return
+        self.passed_over = True
+        # A side file of these weights is known by them.
+        self.merged_alone = rows.cpu() if len(held) == len(in_files) else None
+
+    def _fits(self, rows: Tensor, experts: list[int] | None = None) -> bool:
+        """Whether merged rows, of these experts or of all, are those of the update there is."""
+        some = slice(None) if experts is None else experts
         within = 0.0 if self.rank is None and self.directions is None else _BY_PRODUCTS
-        if same_rows(rows, self._updated_rows(), within=within):
+        if same_rows(rows, self._updated_rows()[some], within=within):
             return True
         if self.directions is None or not self.is_as_read():
             return False
         as_it_acts = [full_values(p) for _, p in self.trained_parameters()]  # as a file holds it
-        return same_rows(rows, updated_rows(self.base_rows, *as_it_acts), within=within)
+        read = updated_rows(self.base_rows, *as_it_acts)
+        return same_rows(rows, read[some], within=within)
 
     def _why_not_load(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why an update that was saved is none of this layer's rows, or of other base rows."""
@@ -354,6 +385,15 @@ _MERGED_ALONE = (
 # What another device's products may move the rows that one update gives, in roundings of theirs.
 # A whole one would be too much: in 16 bits two checkpoints' updates differ by less.
 _BY_PRODUCTS = 0.02
+
+
+def check_known(layers: Iterable[LokiRows]) -> None:
+    """Raise RuntimeError, before anything is written, if an update is not that of what was loaded.
+
+    Merged rows alone are enough where they are what the update gives, as in evaluation.
+    """
+    for layer in layers:
+        layer.check_loaded()
 
 
 @torch.no_grad()

@@ -111,7 +111,7 @@ def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
             for factor, (_, p) in zip(factors, layer.trained_parameters(), strict=True)
         ):
             return False
-        if layer.passed_over:  # the checkpoint names experts otherwise; others tell
+        if layer.passed_over and layer.merged_alone is None:  # other layers tell
             continue
         rows = layer.merged_rows() if layer.merged_alone is None else layer.merged_alone
         # Where the rows were made: another device's products are others, above all in TF32.

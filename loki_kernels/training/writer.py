@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..protection import fingerprint_of
-from ..sharding import is_distributed, shards_its_weights
+from ..sharding import full_shape, is_distributed, shards_its_weights
 from .adapter_file import protection_of
 from .arithmetic import check_gradients, coarse_dtype
 from .rows import TRAINED, LokiRows, write_rows
@@ -110,13 +111,20 @@ class RowWriter:
         """Note which rows a state dict of their decoder layers has nothing of.
 
         HF Trainer loads a checkpoint's names as they are in the files, some families' experts one
-        by one, and takes no notice of what does not fit.
+        by one, and takes no notice of what does not fit; of one in shards it loads each, in any
+        order.
         """
         for name, layer in self.named_layers.items():
             own = {f"{prefix}{name}.{part}" for part in (layer.parameter, *TRAINED)}
+            if not own.isdisjoint(state_dict):
+                layer.passed_over = False
+                continue
             around = re.search(r"[^.]+\.\d+\.", name)  # the decoder layer, as in "layers.3."
             of_layers = around is not None and any(around[0] in key for key in state_dict)
-            layer.passed_over = of_layers and own.isdisjoint(state_dict) and not layer.is_as_read()
+            names = _names_in_files(self.model, f"{name}.{layer.parameter}", layer.frozen)
+            in_files = [state_dict.get(f"{prefix}{each}") for each in names]
+            if of_layers or any(weight is not None for weight in in_files):
+                layer.pass_over(in_files)
 
     def _check_allowed(self) -> None:
         if self.held:
@@ -177,6 +185,20 @@ class RowWriter:
                 layer.in_step = layer.held = False
                 if not layer.can_write:
                     layer.write_base()
+
+
+def _names_in_files(model: Any, name: str, weight: Tensor) -> list[str]:
+    """What ``save_pretrained`` names a weight in its files, or the weight of each expert.
+
+    The list is empty where a family makes a tensor of several weights there.
+    """
+    stand_in = torch.empty(full_shape(weight), device="meta")
+    try:
+        names = list(revert_weight_conversion(model, {name: stand_in}))
+    except Exception as error:  # of any kind: it is transformers' own way to save
+        logger.debug("how files name %s is not known: %s", name, error)
+        return []
+    return names if len(names) in (1, len(stand_in)) else []
 
 
 @dataclass(eq=False)

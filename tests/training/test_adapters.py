@@ -281,6 +281,24 @@ def test_a_sketch_knows_a_quantized_copy_from_another_model(bits):
     assert "have other values" in base.why_other(near)
 
 
+@pytest.mark.parametrize("save", [loki.save_adapter, loki.export_lora])
+def test_merged_weights_alone_are_no_adapter(save, tmp_path):
+    model = build_model()
+    loki.patch(model, ROWS, rank=2)
+    train(model).save_pretrained(tmp_path / "trained")
+    again = build_model()
+    before = snapshot(again)
+    handle = loki.patch(again, ROWS, rank=2)
+    merged = safetensors.torch.load_file(tmp_path / "trained" / "model.safetensors")
+    again.load_state_dict(merged, strict=False)
+    for attempt in (lambda: save(again, tmp_path / "out"), handle.merge):
+        with pytest.raises(RuntimeError, match="not the update itself"):
+            attempt()
+    assert not (tmp_path / "out").exists()
+    handle.unpatch()
+    assert_unchanged(again, before)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_lora_export_has_one_rank(tmp_path, rank):
     """Servers divide one alpha by the rank that they read off each tensor."""

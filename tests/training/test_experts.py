@@ -256,6 +256,69 @@ def test_a_resumed_trainer_goes_on_from_the_experts_rows(tmp_path, by):
         torch.testing.assert_close(tensor, resumed[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
+def trained_for_six_steps(folder, model="Qwen3MoeForCausalLM", seed=42, **options):
+    """State dict after six steps; checkpoints of three and six are in the folder."""
+    made = build(model)
+    callback = loki.patch(made, ROWS, **options).trainer_callback()
+    tiny_trainer(made, folder, 6, [callback], seed=seed).train()
+    return made.state_dict()
+
+
+# One names experts one by one in its files, the other, which is dense, the whole decoder otherwise.
+@pytest.mark.parametrize("model", ["Qwen3MoeForCausalLM", "LlavaForConditionalGeneration"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_another_checkpoint_than_was_read_is_not_resumed(tmp_path, model, rank):
+    trained_for_six_steps(tmp_path, model, rank=rank)
+    resumed = str(tmp_path / "checkpoint-6")
+    again = build(model)
+    loki.patch(again, tmp_path / "checkpoint-3")
+    with pytest.raises(RuntimeError, match="nothing of these rows"):
+        tiny_trainer(again, tmp_path, 9).train(resume_from_checkpoint=resumed)
+    again = build(model)
+    loki.patch(again, resumed)
+    tiny_trainer(again, tmp_path, 9).train(resume_from_checkpoint=resumed)
+
+
+def test_the_callback_reads_the_checkpoint_that_is_resumed_from(tmp_path):
+    """Whatever was read before; and none of another run that lies where it looks."""
+    want = trained_for_six_steps(tmp_path / "a")
+    trained_for_six_steps(tmp_path / "b", seed=1)
+    model = build_model("Qwen3Moe")
+    callback = loki.patch(model, tmp_path / "a" / "checkpoint-6").trainer_callback()
+    resumed = str(tmp_path / "a" / "checkpoint-3")
+    tiny_trainer(model, tmp_path / "a", 6, [callback]).train(resume_from_checkpoint=resumed)
+    for name, tensor in want.items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-6, atol=1e-7, msg=name)
+    model = build_model("Qwen3Moe")
+    callback = loki.patch(model, ROWS).trainer_callback()
+    with pytest.raises(RuntimeError, match="of the checkpoint's weights was found"):
+        tiny_trainer(model, tmp_path / "b", 6, [callback]).train(resume_from_checkpoint=resumed)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_shards_in_any_order_are_noticed(read, tmp_path):
+    """The last has nothing of the first layers; some have a part of the experts of a layer."""
+    model = build_model("Mixtral")
+    loki.patch(model, ROWS)
+    model.save_pretrained(tmp_path / "read")
+    want = logits(train(model))
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    shards = [load_file(path) for path in sorted((tmp_path / "saved").glob("model-*.safetensors"))]
+    assert len(shards) > 4
+    for order in (shards, shards[::-1]):
+        again = build_model("Mixtral")
+        loki.patch(again, tmp_path / "read" if read else ROWS)
+        for shard in order:
+            again.load_state_dict(shard, strict=False)
+        with pytest.raises(RuntimeError, match="nothing of these rows"):
+            logits(again)
+        again = build_model("Mixtral")
+        loki.patch(again, tmp_path / "saved")
+        for shard in order:
+            again.load_state_dict(shard, strict=False)
+        torch.testing.assert_close(logits(again), want)
+
+
 def test_modules_trained_whole_are_resumed_under_other_names(tmp_path):
     """Llava's files name all of its decoder otherwise, and a Trainer's loading passes it by."""
 
@@ -287,6 +350,31 @@ def test_weights_under_the_names_of_their_files_are_noticed(name, tmp_path):
     torch.testing.assert_close(logits(again), want)
     again.load_state_dict({"lm_head.weight": again.lm_head.weight}, strict=False)
     logits(again)  # a part of a model is none of its rows
+
+
+@pytest.mark.parametrize(
+    "way", ["merge", "save_pretrained", "save_adapter", "save_state", "merged_parameters"]
+)
+def test_what_was_passed_over_is_neither_merged_nor_saved(way, tmp_path):
+    model = build("MixtralForCausalLM")
+    loki.patch(model, ROWS)
+    train(model).save_pretrained(tmp_path / "trained")
+    again = build("MixtralForCausalLM")
+    before = snapshot(again)
+    handle = loki.patch(again, ROWS)
+    again.load_state_dict(load_file(tmp_path / "trained" / "model.safetensors"), strict=False)
+    write = {
+        "merge": handle.merge,
+        "merged_parameters": handle.merged_parameters,
+        "save_state": lambda: handle.save_state(tmp_path / "out"),
+        "save_pretrained": lambda: again.save_pretrained(tmp_path / "out"),
+        "save_adapter": lambda: loki.save_adapter(again, tmp_path / "out"),
+    }[way]
+    with pytest.raises(RuntimeError, match="nothing of these rows"):
+        write()
+    assert not (tmp_path / "out").exists()
+    handle.unpatch()
+    assert_unchanged(again, before)
 
 
 def stack_of_last_layer(model):

@@ -11,11 +11,12 @@ import peft
 import pytest
 import torch
 import transformers.trainer
+from safetensors.torch import load_file
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
 from tests.models import build_model, changed_rows
-from tests.tiny_training import ROWS, load_model, tiny_trainer
+from tests.tiny_training import ROWS, load_model, logits, protection_file, tiny_trainer
 
 WAYS = ["patch", "peft"]
 STEPS = 3
@@ -83,6 +84,28 @@ def test_push_to_hub(way, base_folder, tmp_path, hub):
     assert hub.files[""] >= FILES[way]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_protection_is_pushed_while_training(way, base_folder, tmp_path, hub):
+    """With an adapter by the line that docs/trainers.md says, since a Trainer copies it not."""
+    model, callbacks, protect = load_model(base_folder), [], protection_file(base_folder)
+    if way == "patch":
+        callbacks = [loki.patch(model, ROWS, protect=protect).trainer_callback()]
+    else:
+        model = peft.get_peft_model(model, LokiConfig(rows=ROWS, protect=protect))
+    trainer = tiny_trainer(
+        model, tmp_path, STEPS, callbacks, push_to_hub=True, hub_strategy="checkpoint",
+        hub_model_id="me/rows",
+    )  # fmt: skip
+    if way == "peft":
+        trainer.model.save_pretrained(trainer.args.output_dir)
+    trainer.train()
+    for folder in ("", "last-checkpoint"):
+        assert hub.files[folder] >= FILES[way] | {"loki_rows.protection"}
+    hub.files.clear()
+    trainer.push_to_hub()
+    assert hub.files[""] >= FILES[way] | {"loki_rows.protection"}
+
+
 @pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
 def test_a_model_pushes_its_update(by, base_folder, tmp_path, hub):
     model = load_model(base_folder)
@@ -103,6 +126,13 @@ def test_shards(tied, tmp_path):
     model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     assert changed_rows(tmp_path / "out", tmp_path / "base") == ROWS[0]
+    shards = [load_file(path) for path in sorted((tmp_path / "out").glob("model-*.safetensors"))]
+    for order in (shards, shards[::-1]):  # to evaluate; a layer lies in several
+        merged = load_model(tmp_path / "base")
+        loki.patch(merged, ROWS)
+        for shard in order:
+            merged.load_state_dict(shard, strict=False)
+        torch.testing.assert_close(logits(merged), logits(model))
     again = loki.patch(load_model(tmp_path / "base"), tmp_path / "out")
     for (_, a), (_, b) in zip(handle.named_layers(), again.named_layers(), strict=True):
         assert torch.equal(a.update, b.update)
