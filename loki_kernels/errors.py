@@ -17,6 +17,8 @@ ENTRIES = (
     "is text, so a tokenizer is needed",
     "the model has no name to find its tokenizer by",
     "the model is already patched",
+    "nn.DataParallel, which HF Trainer uses",
+    "the rows of this patched model are frozen",
     "hold trained rows merged into them and not the update itself",
     "this process trains other rows than another one",
     "is not a row file",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..errors import explained
 from ..protection import fingerprint_of
 from ..sharding import full_shape, is_distributed, shards_its_weights
 from .adapter_file import protection_of
@@ -60,10 +61,12 @@ class RowWriter:
         if torch.compiler.is_compiling():  # there the weight is not written
             return
         if getattr(decoder, "_is_replica", False):
-            raise RuntimeError(
-                "nn.DataParallel, which HF Trainer uses in one process that sees several GPUs, "
-                "cannot run a patched model; start a process a GPU (torchrun), or show one alone "
-                "(CUDA_VISIBLE_DEVICES=0)."
+            raise explained(
+                RuntimeError(
+                    "nn.DataParallel, which HF Trainer uses in one process that sees several GPUs, "
+                    "cannot run a patched model; start a process a GPU (torchrun), or show one "
+                    "alone (CUDA_VISIBLE_DEVICES=0)."
+                )
             )
         graded = torch.is_grad_enabled()
         if graded:
@@ -138,10 +141,12 @@ class RowWriter:
     def _check_training(self) -> None:
         self._check_allowed()
         if not any(p.requires_grad for x in self.layers for _, p in x.trained_parameters()):
-            raise RuntimeError(
-                "the rows of this patched model are frozen: something (get_peft_model, "
-                "prepare_model_for_kbit_training, requires_grad_(False)) has frozen all parameters "
-                "after loki_kernels.patch. Patch last, and use one method."
+            raise explained(
+                RuntimeError(
+                    "the rows of this patched model are frozen: something (get_peft_model, "
+                    "prepare_model_for_kbit_training, requires_grad_(False)) has frozen all "
+                    "parameters after loki_kernels.patch. Patch last, and use one method."
+                )
             )
         if not self.warned:
             self._warn_of_coarse_updates()

@@ -67,7 +67,12 @@ def _messages():
 
 
 # A class, and what torch and PEFT say.
-NOT_OURS = {"UnsupportedModelError", "CUDA out of memory", "KeyError: 'LOKI'"}
+NOT_OURS = {
+    "UnsupportedModelError",
+    "CUDA out of memory",
+    "KeyError: 'LOKI'",
+    "Your setup doesn't support bf16/gpu",
+}
 
 
 def test_messages_are_those_of_the_package():
