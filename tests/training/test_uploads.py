@@ -15,9 +15,9 @@ import transformers.trainer
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
 from tests.models import build_model, changed_rows
-from tests.tiny_training import ROWS, load_model, tiny_trainer
+from tests.tiny_training import ROWS, load_model, protection_file, tiny_trainer
 
-WAYS = ["patch", "peft"]
+WAYS = ["patch", "patch, protected", "peft"]
 STEPS = 3
 
 
@@ -61,14 +61,16 @@ FILES = {
     "patch": {"config.json", "model.safetensors", "loki_rows.update"},
     "peft": {"adapter_config.json", "adapter_model.safetensors"},
 }
+FILES["patch, protected"] = FILES["patch"] | {"loki_rows.protection"}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_push_to_hub(way, base_folder, tmp_path, hub):
     """The files of the last upload, and of the uploads while it trained."""
     model, callbacks = load_model(base_folder), []
-    if way == "patch":
-        callbacks = [loki.patch(model, ROWS).trainer_callback()]
+    if way.startswith("patch"):
+        protect = protection_file(base_folder) if "protected" in way else None
+        callbacks = [loki.patch(model, ROWS, protect=protect).trainer_callback()]
     else:
         model = peft.get_peft_model(model, LokiConfig(rows=ROWS))
     trainer = tiny_trainer(
@@ -83,15 +85,16 @@ def test_push_to_hub(way, base_folder, tmp_path, hub):
     assert hub.files[""] >= FILES[way]
 
 
+@pytest.mark.parametrize("way", ["patch", "patch, protected"])
 @pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
-def test_a_model_pushes_its_update(by, base_folder, tmp_path, hub):
+def test_a_model_pushes_its_update(by, way, base_folder, tmp_path, hub):
     model = load_model(base_folder)
-    loki.patch(model, ROWS)
+    loki.patch(model, ROWS, protect=protection_file(base_folder) if "protected" in way else None)
     if by == "push_to_hub":
         model.push_to_hub("me/rows")
     else:
         model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/rows")
-    assert hub.files[""] >= FILES["patch"]
+    assert hub.files[""] >= FILES[way]
 
 
 @pytest.mark.parametrize("tied", [False, True])
