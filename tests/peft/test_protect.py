@@ -282,6 +282,22 @@ def test_generating_forms_a_protected_update_once(file, monkeypatch):
     assert not torch.equal(logits(model), want)
 
 
+def test_a_generation_that_fails_keeps_no_formed_update(file):
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    train(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.get_base_model().model.layers[-1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.eval().generate(input_ids=token_batch()[:, :4], pad_token_id=0, max_new_tokens=2)
+    hook.remove()
+    train(model)
+    graded = model(input_ids=token_batch()).logits  # for which nothing is taken that was formed
+    torch.testing.assert_close(logits(model), graded.detach().cpu())
+
+
 def test_an_adapter_of_a_hub_is_trained_on_with_its_protection(file, monkeypatch, tmp_path):
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
     train(model)

@@ -215,3 +215,27 @@ def test_repacked_weights_are_refused_or_read_another_way(checkpoint):
 def test_patch_names_the_way(base):
     with pytest.raises(loki.UnsupportedModelError, match="LokiConfig"):
         loki.patch(base(), ROWS)
+
+
+def test_a_protected_update_leaves_the_directions_alone(base, checkpoint, tmp_path):
+    full = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    texts = [[3 + (7 * i + j * j) % 90 for j in range(20)] for i in range(8)]
+    protection = loki.estimate_protection(full, texts, share=0.999, max_directions=64)
+    file = tmp_path / "protection.safetensors"
+    protection.save(file)
+    model = peft.get_peft_model(base(), LokiConfig(rows=ROWS, protect=str(file)))
+    layer = down_proj(model)
+    update = layer.loki_update["default"]
+    update.data.normal_()
+    directions = protection.directions["model.layers.0.mlp.down_proj"].to(update.device)
+    assert directions.shape[1] == 64
+    x = directions.T.bfloat16()
+    with torch.no_grad():
+        change = (layer(x) - layer.base_layer(x)).float()
+        assert change.norm() < 0.05 * (x.float() @ update.T).norm()
+        outside = torch.randn_like(x)
+        assert (layer(outside) - layer.base_layer(outside)).float().norm() > 10
+    want = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(base(), str(tmp_path / "adapter"))
+    assert distance(logits(again), want) < 0.02

@@ -84,6 +84,18 @@ def test_layers_at_a_time_and_windows_change_nothing(monkeypatch):
     assert torch.equal(a, b)
 
 
+def test_a_container_s_memory_is_heeded(monkeypatch, tmp_path):
+    """Half of what its limit leaves, where files that were read take none of it."""
+    here = ((str(tmp_path), "memory.max", "memory.current", ""),)
+    monkeypatch.setattr(moments, "_CONTAINER", here)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    (tmp_path / "memory.stat").write_text("active_file 100000\ninactive_file 50000\n")
+    assert moments._room(torch.device("cpu")) == 375_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert moments._room(torch.device("cpu")) > 375_000
+
+
 def test_subspace_iteration_finds_what_all_eigenvectors_do(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(150, 150, generator=generator))[0]
@@ -213,6 +225,19 @@ def test_samples_do_not_heed_how_the_model_generates():
     own.min_p, own.num_return_sequences, own.suppress_tokens = 0.9, 2, list(range(3, 90))
     assert samples.draw_samples(model, tokenizer, 5, 12) == drawn
     assert model.generation_config is own
+
+
+def test_samples_end_where_the_model_ends_them_and_are_of_all_tokens():
+    """Of one distribution everywhere: the end has a third of it, all other tokens much the same."""
+    model, tokenizer = build_model("gpt_neox"), chat_tokenizer()
+    norm, end = model.gpt_neox.final_layer_norm, 96
+    with torch.no_grad():
+        norm.weight.zero_()
+        model.get_output_embeddings().weight[end] = 3.87 * norm.bias / norm.bias.square().sum()
+    drawn = samples.draw_samples(model, tokenizer, 200, 12)
+    assert sum(len(sample) < 12 and sample[-1] == end for sample in drawn) > 100
+    assert not any(end in sample[1:-1] for sample in drawn)
+    assert len({token for sample in drawn for token in sample}) > 60
 
 
 def test_texts_that_begin_with_the_first_token_have_it_once():

@@ -31,11 +31,12 @@ TORCH = ["ddp", "ddp-peft", "ddp-protect", "fsdp2", "fsdp2-rank", "fsdp2-bf16", 
          "fsdp2-experts", "ddp-protect-experts", "fsdp2-protect-experts", "ddp-protect-peft",
          "fsdp2-protect-peft"]  # fmt: skip
 TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
-           "trainer-fsdp2-peft"]  # fmt: skip
+           "trainer-fsdp2-peft", "trainer-ddp-protect", "trainer-fsdp2-protect"]  # fmt: skip
 ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-protect"]
 # stage3_gather_16bit_weights_on_model_save is off, as by default
 APART = "trainer-zero3-apart"
-ZERO_TRAINER = ["trainer-zero3", "trainer-zero3-rank", "trainer-zero3-peft"]
+ZERO_TRAINER = ["trainer-zero3", "trainer-zero3-rank", "trainer-zero3-peft",
+                "trainer-zero3-protect"]  # fmt: skip
 # what a patched model's state dict has beside a plain one's
 OWN = (".index", ".update", ".delta_a", ".delta_b", ".protection_digest")
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

@@ -61,6 +61,16 @@ def test_fused_trains_like_unfused(name, dtype):
     assert_unchanged(fused, before)
 
 
+def test_a_protected_update_fused_trains_like_unfused():
+    plain, fused = build_model(), build_model()
+    protection = loki.estimate_protection(build_model(), [range(60)] * 8)
+    loki.patch(plain, ROWS, protect=protection)
+    handle = loki.patch(fused, ROWS, fuse_mlp=True, protect=protection)
+    assert len(handle.report.fused) == 3
+    for got, want in zip(gradients(fused), gradients(plain), strict=True):
+        assert float((got - want).norm()) <= 1e-5 * float(want.norm())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_evaluation_rounds_as_training_does(dtype):
     model = build_model(dtype=dtype)

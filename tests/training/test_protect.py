@@ -44,6 +44,14 @@ def protection():
     return protection_of(build_model())
 
 
+class Estimated(Exception):
+    """That a protection is estimated where one that was kept should do."""
+
+
+def estimate_again(*_, **__):
+    raise Estimated
+
+
 def layer_with(directions, rank=None, dtype=torch.float64, rows=(1, 4), seed=0):
     generator = torch.Generator().manual_seed(seed)
     linear = torch.nn.Linear(11, 6, dtype=dtype)
@@ -251,17 +259,22 @@ def test_a_protection_is_estimated_once(monkeypatch, tmp_path):
     model = build_model()
     handle = loki.patch(model, ROWS, protect=True, tokenizer="a")
     handle.unpatch()
-    monkeypatch.setattr(estimate, "estimate_protection", None)
+    monkeypatch.setattr(estimate, "estimate_protection", estimate_again)
     handle = loki.patch(model, ROWS, protect=True, tokenizer="a")
     handle.unpatch()
-    with pytest.raises(TypeError):  # texts that open otherwise are other samples
+    with pytest.raises(Estimated):  # texts that open otherwise are other samples
         loki.patch(model, ROWS, protect=True, tokenizer="b")
     model.config.rms_norm_eps *= 2  # the same weights, another function
-    with pytest.raises(TypeError):
+    with pytest.raises(Estimated):
         loki.patch(model, ROWS, protect=True, tokenizer="a")
     model.config.rms_norm_eps /= 2
     model.generation_config.min_p = 0.1  # which samples do not heed
-    loki.patch(model, ROWS, protect=True, tokenizer="a")
+    handle = loki.patch(model, ROWS, protect=True, tokenizer="a")
+    handle.unpatch()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    with pytest.raises(Estimated):
+        loki.patch(model, ROWS, protect=True, tokenizer="a")
 
 
 def test_what_is_no_protection_of_the_model_is_refused(protection, tmp_path):
@@ -584,3 +597,49 @@ def test_unpatching_frees_the_update_at_once(protection):
         assert update() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("protected", [False, True])
+@pytest.mark.parametrize("between", ["state_dict", "evaluation"])
+def test_what_writes_the_rows_between_compiled_steps_changes_nothing(
+    protected, between, protection
+):
+    """A compiled step adds what the weight lacks of the update, and here the weight has it all."""
+
+    def trained(change):
+        torch._dynamo.reset()
+        model = build_model()
+        loki.patch(model, ROWS, protect=protection if protected else None)
+        run = torch.compile(model, backend="aot_eager")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        batch = token_batch(4)
+        for _ in range(3):
+            run(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            change(model)
+        return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("update")}
+
+    want = trained(lambda model: None)
+    got = trained(logits if between == "evaluation" else lambda model: model.state_dict())
+    assert len(got) == 3
+    for name, update in got.items():
+        torch.testing.assert_close(update, want[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_gentle_rows_of_another_run_are_not_projected_in_16_bits(protection):
+    """All that they have learned would be left out, which is less than a rounding of the rows."""
+    base = build_model(dtype=torch.bfloat16)
+    other = copy.deepcopy(base)
+    handle = loki.patch(other, ROWS)
+    with torch.no_grad():
+        for name, layer in handle.named_layers():
+            along = to_device(protection.directions[name][:, 0])
+            size = 0.6 * torch.finfo(torch.bfloat16).eps * layer.base_rows.float().norm(dim=1)
+            layer.update.copy_(size[:, None] * along)
+    merged = {n: t.clone() for n, t in other.state_dict().items() if n.endswith("weight")}
+    protected = copy.deepcopy(base)
+    loki.patch(protected, ROWS, protect=protection)
+    protected.load_state_dict(merged, strict=False)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="not the update itself"):
+        protected(input_ids=token_batch())

@@ -18,7 +18,7 @@ from loki_kernels.peft import LokiConfig
 from tests.models import build_model, changed_rows
 from tests.tiny_training import ROWS, load_model, logits, protection_file, tiny_trainer
 
-WAYS = ["patch", "peft"]
+WAYS = ["patch", "patch, protected", "peft", "peft, protected"]
 STEPS = 3
 
 
@@ -62,20 +62,25 @@ FILES = {
     "patch": {"config.json", "model.safetensors", "loki_rows.update"},
     "peft": {"adapter_config.json", "adapter_model.safetensors"},
 }
+for way in ("patch", "peft"):
+    FILES[f"{way}, protected"] = FILES[way] | {"loki_rows.protection"}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_push_to_hub(way, base_folder, tmp_path, hub):
     """The files of the last upload, and of the uploads while it trained."""
     model, callbacks = load_model(base_folder), []
-    if way == "patch":
-        callbacks = [loki.patch(model, ROWS).trainer_callback()]
+    protect = protection_file(base_folder) if "protected" in way else None
+    if way.startswith("patch"):
+        callbacks = [loki.patch(model, ROWS, protect=protect).trainer_callback()]
     else:
-        model = peft.get_peft_model(model, LokiConfig(rows=ROWS))
+        model = peft.get_peft_model(model, LokiConfig(rows=ROWS, protect=protect))
     trainer = tiny_trainer(
         model, tmp_path, STEPS, callbacks, push_to_hub=True, hub_strategy="checkpoint",
         hub_model_id="me/rows",
     )  # fmt: skip
+    if way == "peft, protected":  # as docs/trainers.md says, since a Trainer does not copy it
+        trainer.model.save_pretrained(trainer.args.output_dir)
     trainer.train()
     assert hub.files[""] >= FILES[way]
     assert hub.files["last-checkpoint"] >= FILES[way] | {"optimizer.pt"}
@@ -84,37 +89,16 @@ def test_push_to_hub(way, base_folder, tmp_path, hub):
     assert hub.files[""] >= FILES[way]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_protection_is_pushed_while_training(way, base_folder, tmp_path, hub):
-    """With an adapter by the line that docs/trainers.md says, since a Trainer copies it not."""
-    model, callbacks, protect = load_model(base_folder), [], protection_file(base_folder)
-    if way == "patch":
-        callbacks = [loki.patch(model, ROWS, protect=protect).trainer_callback()]
-    else:
-        model = peft.get_peft_model(model, LokiConfig(rows=ROWS, protect=protect))
-    trainer = tiny_trainer(
-        model, tmp_path, STEPS, callbacks, push_to_hub=True, hub_strategy="checkpoint",
-        hub_model_id="me/rows",
-    )  # fmt: skip
-    if way == "peft":
-        trainer.model.save_pretrained(trainer.args.output_dir)
-    trainer.train()
-    for folder in ("", "last-checkpoint"):
-        assert hub.files[folder] >= FILES[way] | {"loki_rows.protection"}
-    hub.files.clear()
-    trainer.push_to_hub()
-    assert hub.files[""] >= FILES[way] | {"loki_rows.protection"}
-
-
+@pytest.mark.parametrize("way", ["patch", "patch, protected"])
 @pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
-def test_a_model_pushes_its_update(by, base_folder, tmp_path, hub):
+def test_a_model_pushes_its_update(by, way, base_folder, tmp_path, hub):
     model = load_model(base_folder)
-    loki.patch(model, ROWS)
+    loki.patch(model, ROWS, protect=protection_file(base_folder) if "protected" in way else None)
     if by == "push_to_hub":
         model.push_to_hub("me/rows")
     else:
         model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/rows")
-    assert hub.files[""] >= FILES["patch"]
+    assert hub.files[""] >= FILES[way]
 
 
 @pytest.mark.parametrize("tied", [False, True])
