@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 import loki_kernels as loki
 from loki_kernels.cli import main
 from loki_kernels.errors import UnsupportedModelError
-from loki_kernels.forgetting import measure, models
+from loki_kernels.forgetting import measure, meter, models
 from loki_kernels.forgetting import result as forgetting_result
 from loki_kernels.forgetting.texts import read_texts
+from loki_kernels.peft import LokiConfig
+from loki_kernels.peft import layer as layer_module
+from loki_kernels.training import rows as rows_module
 from tests.models import assert_unchanged, build_model, save_base, snapshot
 from tests.tiny_training import ROWS, WordTokenizer, load_model, tiny_trainer, train
 
@@ -248,6 +251,30 @@ def test_a_patched_model_from_its_own_base(rank):
         assert torch.equal(value, before[name]), name
     with pytest.raises(ValueError, match="is not patched"):
         loki.drift(base, texts=texts())
+
+
+@pytest.mark.parametrize("way", ["patch", "peft"])
+def test_an_update_is_formed_once_a_measurement(way, monkeypatch, tmp_path):
+    """And not at every pass: of all protected rows at 8B that takes as long as the pass."""
+    model = build_model()
+    ids = [record["input_ids"].tolist() for record in texts()]
+    protection = loki.estimate_protection(model, ids, share=0.7)
+    if way == "patch":
+        model = loki.patch(model, ROWS, protect=protection).model
+    else:
+        protection.save(tmp_path / "p.safetensors")
+        config = LokiConfig(rows=ROWS, protect=str(tmp_path / "p.safetensors"))
+        model = peft.get_peft_model(model, config)
+    train(model)
+    want = loki.drift(model, texts=texts()).overall.kl
+    monkeypatch.setattr(meter, "FORWARD", 1)  # a text a pass
+    formed = []
+    module = rows_module if way == "patch" else layer_module
+    name = "leave_out" if way == "patch" else "acting_factors"
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: formed.append(1) or real(*given))
+    assert loki.drift(model, texts=texts()).overall.kl == pytest.approx(want, rel=1e-4)
+    assert len(formed) == (6 if way == "patch" else 3)  # of three layers, the base's zero too
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -29,6 +29,7 @@ from ..structure import (
     unwrap,
     without_engines,
 )
+from ..training.writer import rows_held
 from .texts import UNKNOWN, Batch
 
 # Logits of a model at once: 64 MiB in float32, of which a comparison needs about six.
@@ -312,7 +313,7 @@ def _device(model: nn.Module) -> torch.device:
 def _evaluated(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and without gradients, and then in its own mode again."""
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), rows_held(model):
             yield
     finally:
         if shards_its_weights(model):  # FSDP2 leaves what the root holds gathered

@@ -61,7 +61,7 @@ class LokiModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._agreed: set[str] = set()  # adapters that are the same in every process
         self._warned = False
-        self._generating = 0
+        self._holders = 0
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_read_saved)  # type: ignore[no-untyped-call]
         self.register_forward_pre_hook(_check_training)
@@ -72,16 +72,22 @@ class LokiModel(BaseTuner):
         At 8B forming those of all rows takes 7.7 TFLOP, 500 times what a token does; formed in
         bfloat16 they take 3.8 GB until it is done.
         """
+        with self._loki_hold():
+            return self.model.generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _loki_hold(self) -> Iterator[None]:
+        """Protected updates are formed once for all passes without gradients inside."""
         # of sharded updates the whole of all layers would lie in every process
         layers = [] if shards_its_weights(self.model) else self._loki_layers()
-        self._generating += 1  # one may generate inside another, or two threads at once
+        self._holders += 1  # one may generate inside another, or two threads at once
         try:
             for layer in layers:
                 layer.formed = {} if layer.formed is None else layer.formed
-            return self.model.generate(*args, **kwargs)
+            yield
         finally:
-            self._generating -= 1
-            for layer in () if self._generating else layers:
+            self._holders -= 1
+            for layer in () if self._holders else layers:
                 layer.formed = None
 
     # override: PEFT declares wider arguments than it passes, and None where it returns the model.

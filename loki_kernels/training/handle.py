@@ -165,7 +165,7 @@ class Patch:
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 
         self._check_active()
-        return SideFileCallback(self._layers, self._load)
+        return SideFileCallback(self._layers, self._load, self._writer)
 
     def inference(self) -> AbstractContextManager[None]:
         """A context in which the rows are written once, not at every forward pass.

@@ -47,7 +47,7 @@ from .targets import (
     selection_to_train,
     what_to_train,
 )
-from .writer import Generate, RowWriter
+from .writer import HOLD, Generate, RowWriter
 
 logger = logging.getLogger(__name__)
 
@@ -404,6 +404,8 @@ def _attach(
         undo.callback(hook.remove)
     for handle in writer.watch():
         undo.callback(handle.remove)
+    model.__dict__[HOLD] = writer.hold
+    undo.callback(model.__dict__.pop, HOLD, None)
     ours: dict[str, Any] = {"save_pretrained": SavePretrained(model, layers)}
     if "generate" not in model.__dict__:  # another's stays
         ours["generate"] = Generate(model, writer)

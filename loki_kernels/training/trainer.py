@@ -22,13 +22,16 @@ from .adapter_file import (
 )
 from .arithmetic import same_rows, updated_rows
 from .targets import refuse_efficient_loading
+from .writer import RowWriter
 
 
 class SideFileCallback(TrainerCallback):
     """What `Patch.trainer_callback` gives."""
 
-    def __init__(self, layers: Layers, load: Callable[[SavedUpdate], str | None]) -> None:
-        self.layers, self.load = layers, load
+    def __init__(
+        self, layers: Layers, load: Callable[[SavedUpdate], str | None], writer: RowWriter
+    ) -> None:
+        self.layers, self.load, self.writer = layers, load, writer
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -58,6 +61,19 @@ class SideFileCallback(TrainerCallback):
             if isinstance(args.resume_from_checkpoint, str):
                 folders.insert(0, Path(args.resume_from_checkpoint))
             self._load_side_file(folders)
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        """A micro-batch that no optimizer's step follows."""
+        self.writer.keep_rows()
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        self.writer.keep_rows()
+
+    def _write_rows(self, *_: Any, **__: Any) -> None:
+        self.writer.unchanged = None
+
+    # where a callback of another's may have put other values in place, such as an average's
+    on_step_begin = on_step_end = on_evaluate = on_predict = _write_rows
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

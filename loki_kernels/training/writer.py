@@ -39,6 +39,8 @@ class RowWriter:
     agreed: bool = False  # whether the processes train the same rows in the same directions
     warned: bool = field(default=False, init=False)  # that small steps are lost
     holders: int = field(default=0, init=False)  # who want the rows to stay as they were written
+    # The updates' versions where a trainer says that what was written is still what they give.
+    unchanged: list[int] | None = field(default=None, init=False)
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
 
     @property
@@ -79,13 +81,27 @@ class RowWriter:
         if graded and sharded:  # whose gradients come to no hook
             self._check_allowed()
         written = [layer for layer in self.layers if layer.can_write and not sharded]
-        write_rows(written)
+        unchanged, self.unchanged = self.unchanged, None  # for one forward pass
+        if unchanged is None or unchanged != self._versions():
+            write_rows(written)
         for layer in self.layers:
             layer.sharded = sharded
             if layer.written and not layer.can_write and not sharded:
                 layer.write_base()  # a state dict was made of it; what it adds to is the base
         for layer in written:
             layer.in_step = True
+
+    def keep_rows(self) -> None:
+        """The next forward pass need not write the rows: a trainer knows that nothing was trained.
+
+        By itself an update's version does not tell, since some optimizers write past it; a trainer
+        that accumulates gradients, or evaluates, does. Of all protected rows at 8B that spares 7.7
+        TFLOP and .1 TB a pass.
+        """
+        self.unchanged = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [p._version for layer in self.layers for _, p in layer.trained_parameters()]
 
     def after_forward(self, _decoder: nn.Module, _inputs: Any, _output: Any) -> None:
         if not torch.compiler.is_compiling() and not self.held:
@@ -204,6 +220,21 @@ def _names_in_files(model: Any, name: str, weight: Tensor) -> list[str]:
         logger.debug("how files name %s is not known: %s", name, error)
         return []
     return names if len(names) in (1, len(stand_in)) else []
+
+
+@contextlib.contextmanager
+def rows_held(model: nn.Module) -> Iterator[None]:
+    """What is trained in rows of a model, of PEFT's too, is formed once for all passes inside."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            hold = getattr(module, HOLD, None)
+            if hold is not None:
+                stack.enter_context(hold())
+        yield
+
+
+# The name under which a model keeps what its rows are held by.
+HOLD = "_loki_hold"
 
 
 @dataclass(eq=False)

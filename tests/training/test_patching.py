@@ -670,6 +670,45 @@ def test_a_layer_by_itself_writes_its_rows(model, writes):
     assert writes == [1]
 
 
+def test_rows_are_written_once_for_accumulated_batches(writes, tmp_path):
+    """The callback knows that no step was taken; every step, and an evaluation, writes them."""
+    states = []
+    for known in (False, True):
+        model = build_model()
+        handle = loki.patch(model, ROWS)
+        callbacks = [handle.trainer_callback()] if known else []
+        trainer = tiny_trainer(
+            model, tmp_path, 2, callbacks, gradient_accumulation_steps=3, save_strategy="no",
+            per_device_eval_batch_size=1,
+        )  # fmt: skip
+        del writes[:]
+        trainer.train()
+        assert len(writes) == (2 if known else 6)
+        del writes[:]
+        trainer.evaluate()
+        assert len(writes) == (1 if known else 4)
+        states.append(model.state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+@pytest.mark.parametrize("between", ["on_step_begin", "on_evaluate", "a change"])
+def test_rows_that_may_have_changed_are_written(between, writes):
+    model = build_model()
+    handle = loki.patch(model, ROWS)
+    train(model)
+    callback = handle.trainer_callback()
+    callback.on_substep_end(None, None, None)
+    if between == "a change":
+        with torch.no_grad():
+            handle.named_layers()[0][1].update.add_(1.0)
+    else:
+        getattr(callback, between)(None, None, None)
+    del writes[:]
+    logits(model)
+    assert len(writes) == 1
+
+
 def test_inference_writes_once(model, writes):
     handle = loki.patch(model, ROWS)
     train(model)
