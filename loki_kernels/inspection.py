@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ import transformers
 from .attribution.steering import why_no_staircase
 from .discovery import Layer, examine
 from .errors import UnsupportedModelError
+from .memory import training_memory
+from .ranking import rows_per_layer
 from .sharding import full_shape
 from .structure import is_plain_linear, text_config
 
 
 def inspect_model(name: str | os.PathLike[str]) -> str:
-    """A table: every decoder layer's FFN, its parameter and axis, and what is refused and why.
+    """A table: every decoder layer's FFN, its parameter and axis, what is refused and why; and the
+    memory that training takes, by count.
 
     Args:
         name: folder or hub name; its ``config.json`` is read and the model built on the meta
@@ -29,7 +32,9 @@ def inspect_model(name: str | os.PathLike[str]) -> str:
         OSError: if there is no config.
     """
     config = transformers.AutoConfig.from_pretrained(name)
-    model = build_model(config, torch.device("meta"))
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype
+    model = build_model(config, torch.device("meta"), dtype)
     kind = type(model).__name__
     try:
         decoder, _, layers = examine(model)
@@ -48,12 +53,33 @@ def inspect_model(name: str | os.PathLike[str]) -> str:
             f"quantized ({method.get('quant_method', 'of an unknown method')}): what follows is of "
             "the model without; patch wants it so, LokiConfig takes what PEFT can read"
         )
+    lines += _memory(model, layers)
     numbered = enumerate(layers)
     for text, group in itertools.groupby(numbered, lambda item: _describe(*item)):
         numbers = [i for i, _ in group]
         span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
         lines.append(f"layer {span:8} {text}")
     return "\n".join(lines)
+
+
+def _memory(model: Any, layers: Sequence[Layer]) -> list[str]:
+    """What training takes, in the dtype of the config."""
+    found = [d for layer in layers if layer.ffn is not None for d in layer.ffn.projections]
+    if not found or any(layer.reason is not None for layer in layers):
+        return []
+    width = text_config(model).hidden_size
+
+    def of(quota: float, *, protected: bool) -> str:
+        rows = rows_per_layer(quota, width)
+        return str(training_memory(((d, rows) for d in found), protected=protected))
+
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return [
+        f"weights: {size / 1e9:.1f} GB in {str(found[0].weight.dtype).removeprefix('torch.')}",
+        f"training beside them and the activations, with AdamW: {of(100, protected=True)} for all "
+        f"rows, protected; {of(10, protected=True)} with quota=10, protect=True; "
+        f"{of(10, protected=False)} with quota=10",
+    ]
 
 
 def build_model(config: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -94,11 +94,25 @@ def test_inspect_reads_the_config_alone(tmp_path, capsys):
     assert "LlamaForCausalLM: 3 decoder layers, hidden_size 48" in text
     assert "layer 0-2" in text
     assert "mlp.down_proj.weight [48, 112], rows along axis 0" in text
+    assert "GB in float32" in text
     glm_moe().config.save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "layer 1-2      mlp.experts.down_proj [4, 48, 24], rows along axis 1; " in text
     assert "mlp.shared_experts.down_proj.weight [48, 24], rows along axis 0" in text
+
+
+def test_inspect_counts_the_memory_of_training(tmp_path, capsys):
+    """Of an 8B model, as docs/concepts.md has it."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    config = transformers.LlamaConfig(
+        **sizes, vocab_size=128256, num_key_value_heads=8, dtype=torch.bfloat16
+    )
+    config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "weights: 16.1 GB in bfloat16" in text
+    assert "34.8 GB for all rows, protected; 4.3 GB with quota=10, protect=True; 3.4 GB" in text
 
 
 def test_a_quantized_checkpoint_is_named(tmp_path, capsys):

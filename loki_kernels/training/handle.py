@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..memory import TrainingMemory
 from ..protection import Protection
 from ..selection import RowSelection
 from ..sharding import full_values, is_partitioned, is_sharded, shard_like
@@ -40,6 +41,7 @@ class Report:
         whole: module name -> dtype of those that are trained whole beside the rows.
         notes: what else a user should know.
         protected: how many directions of its inputs a layer's update leaves alone, at most.
+        memory: what training takes beside the model and its activations, with AdamW.
         trainable: trained parameters.
         total: parameters of the model, the trained rows counted once.
     """
@@ -51,6 +53,7 @@ class Report:
     whole: dict[str, str]
     notes: list[str]
     protected: int
+    memory: TrainingMemory
     trainable: int
     total: int
 
@@ -62,6 +65,7 @@ class Report:
         ]
         if self.protected:
             lines.append(f"updates leave alone up to {self.protected} directions of the inputs")
+        lines.append(f"{self.memory} beside the model and its activations, with AdamW")
         lines += [f"{name} is trained whole, in {dtype}" for name, dtype in self.whole.items()]
         lines += self.notes
         lines += [f"skipped {name}: {why}" for name, why in self.skipped.items()]

@@ -19,6 +19,7 @@ from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..errors import explained
 from ..gating import Gating, find_gating
+from ..memory import training_memory, warn_of_memory
 from ..ops._dispatch import warm_up
 from ..options import Criterion
 from ..protection import Protection, fingerprint_of
@@ -125,6 +126,8 @@ def patch(
         protect = _beside(folder, saved, protect)
     whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
     quota, protect = what_to_train(rows, quota, criterion, analysis, protect)
+    if rows is None:
+        warn_of_memory(structure, quota, protected=protect not in (None, False), rank=rank)
     protection = protection_to_keep(model, structure, protect, tokenizer)
     selection = selection_to_train(model, structure, rows, tokenizer, quota, criterion, analysis)
     handle = _patch_rows(
@@ -172,7 +175,7 @@ def _patch_rows(
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
     causal_lm = structure.causal_lm
-    report = _plan(structure, by_layer, gatings, whole, protection)
+    report = _plan(structure, by_layer, rank, gatings, whole, protection)
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
         _freeze(causal_lm, undo, but=whole)
         kept = {} if protection is None else protection.directions
@@ -197,6 +200,7 @@ def _patch_rows(
 def _plan(
     structure: Structure,
     by_layer: list[tuple[DownProjection, Tensor]],
+    rank: int | None,
     gatings: dict[str, Gating | str],
     whole: dict[str, nn.Module],
     protection: Protection | None,
@@ -227,6 +231,9 @@ def _plan(
         protected=0
         if protection is None
         else max((x.shape[-1] for x in protection.directions.values()), default=0),
+        memory=training_memory(
+            ((d, len(index)) for d, index in by_layer), protected=protection is not None, rank=rank
+        ),
         trainable=0,
         total=sum(math.prod(full_shape(p)) for p in structure.causal_lm.parameters()),
     )

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import operator
+import re
 import subprocess
 import sys
 import textwrap
@@ -660,6 +661,40 @@ def test_rows_of_all_layers_are_written_in_one_launch(model, writes):
     assert writes == [3]
     model.model(input_ids=token_batch())  # the decoder by itself
     assert writes == [3, 3]
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_report_counts_what_training_takes(rank):
+    """As the tensors say, but for the columns of zeros beside the directions."""
+    model = build_model()
+    texts = [list(range(3, 60)), list(range(70, 5, -1))]
+    protection = loki.estimate_protection(model, texts, max_directions=8)
+    handle = loki.patch(model, ROWS, rank=rank, protect=protection)
+    layers = [layer for _, layer in handle.named_layers()]
+    trained = sum(p.nbytes for layer in layers for _, p in layer.trained_parameters())
+    assert handle.report.memory.update == 4 * trained
+    assert handle.report.memory.base == sum(layer.base_rows.nbytes for layer in layers)
+    assert handle.report.memory.directions > 0
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        (10**9, None),
+        (200_000, "training 100 % of the rows takes 0.0 GB .* quota=50, protect=True takes"),
+        (0, "has 0.0 GB for it$"),
+    ],
+)
+def test_too_little_memory_is_said_before_anything_is_estimated(free, said, monkeypatch, caplog):
+    device = torch.device("cuda", 0)
+    model = build_model(device="cpu")
+    own = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr("loki_kernels.memory.accelerator", lambda: (device, own + free))
+    monkeypatch.setattr(patching, "protection_to_keep", lambda *_: pytest.fail("estimated"))
+    with caplog.at_level("WARNING"), pytest.raises(pytest.fail.Exception):
+        loki.patch(model)
+    found = [record.getMessage() for record in caplog.records]
+    assert not found if said is None else re.search(said, found[0])
 
 
 def test_a_layer_by_itself_writes_its_rows(model, writes):

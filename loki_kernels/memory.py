@@ -1,0 +1,87 @@
+"""How much memory a training takes, by count."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .attribution.placement import accelerator, free_bytes
+from .protection.moments import default_directions
+from .ranking import rows_per_layer
+from .sharding import is_distributed
+from .structure import DownProjection, Structure
+
+logger = logging.getLogger(__name__)
+
+_QUOTAS = (50.0, 30.0, 20.0, 10.0, 5.0)  # that are offered where more has no room
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes beside the model and its activations, with AdamW.
+
+    Attributes:
+        update: what is trained, its gradient and two moments, in float32 (float64 of a float64
+            weight).
+        base: the rows as they were, in the weight's dtype.
+        directions: that are left alone, likewise.
+    """
+
+    update: int
+    base: int
+    directions: int
+
+    def __str__(self) -> str:
+        return f"{sum(self) / 1e9:.1f} GB"
+
+
+def training_memory(
+    layers: Iterable[tuple[DownProjection, int]], *, protected: bool, rank: int | None = None
+) -> TrainingMemory:
+    """Of so many rows of each down-projection, of every expert of one that is of experts."""
+    update = base = directions = 0
+    for down_proj, rows in layers:
+        if not rows:
+            continue
+        experts, width = math.prod(down_proj.experts), down_proj.in_features
+        size = down_proj.weight.element_size()
+        numbers = rows * width if rank is None else rank * (rows + width)
+        update += 4 * max(4, size) * experts * numbers
+        base += size * experts * rows * width
+        directions += size * experts * width * default_directions(width) if protected else 0
+    return TrainingMemory(update, base, directions)
+
+
+def warn_of_memory(
+    structure: Structure, quota: float, *, protected: bool, rank: int | None
+) -> None:
+    """Say before minutes of estimating that a training has no room, and what has.
+
+    Of one process: several may shard the weights afterwards.
+    """
+    model = structure.causal_lm
+    device = next(model.parameters()).device
+    found = accelerator() if device.type == "cpu" else (device, free_bytes(device))
+    if is_distributed() or found is None or found[1] is None:
+        return
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    device, free = found[0], found[1] - (own if device.type == "cpu" else 0)
+
+    def of(percentage: float) -> TrainingMemory:
+        rows = rows_per_layer(percentage, structure.hidden_size)
+        layers = ((down_proj, rows) for _, down_proj in structure.trainable())
+        return training_memory(layers, protected=protected, rank=rank)
+
+    if sum(of(quota)) <= free:
+        return
+    fits = [other for other in _QUOTAS if other < quota and sum(of(other)) <= free]
+    logger.warning(
+        "training %g %% of the rows takes %s beside the model and its activations with AdamW, and "
+        "%s has %.1f GB for it%s",
+        quota,
+        of(quota),
+        device,
+        max(free, 0) / 1e9,
+        f"; quota={fits[0]:g}, protect={protected} takes {of(fits[0])}" if fits else "",
+    )
