@@ -5,6 +5,7 @@ On the CPU, whatever --device says.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -15,9 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import loki_kernels as loki
+from loki_kernels.sharding import full_values
 from tests.models import build_model
 from tests.tiny_training import ROWS
 from tests.training.distributed_worker import build_experts, protection
@@ -214,23 +218,73 @@ def test_efficient_loading_is_refused_in_every_process(torch_engines):
         assert all("cpu_ram_efficient_loading" in said for said in process)
 
 
-def test_fsdp1_is_refused_before_training():
+@pytest.fixture
+def one_process():
+    """A group of this process alone, in which sharding does all that it does among others."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp1_is_refused_before_training(one_process):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = build_model(device="cpu")
     loki.patch(model, [[1], [2], [3]])
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    layers = model.model.layers
+    layers[0] = FullyShardedDataParallel(
+        layers[0], use_orig_params=True, device_id=torch.device("cpu")
     )
-    try:
-        layers = model.model.layers
-        layers[0] = FullyShardedDataParallel(
-            layers[0], use_orig_params=True, device_id=torch.device("cpu")
-        )
-        with pytest.raises(loki.UnsupportedModelError, match="FSDP2"):
-            model(input_ids=torch.ones(1, 4, dtype=torch.int64))
-    finally:
-        torch.distributed.destroy_process_group()
+    with pytest.raises(loki.UnsupportedModelError, match="FSDP2"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64))
+
+
+def shard(model):
+    """As a loop of one's own does."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("case", ["unpatched", "rows", "fused", "whole", "loaded", "experts"])
+def test_whole_parameters_are_freed_when_they_are_sharded(one_process, case, tmp_path):
+    """Whoever keeps the handle, or gives its callback to a trainer, keeps no unsharded model."""
+
+    def build():
+        return build_experts() if case == "experts" else build_model("llama_mlp_bias", device="cpu")
+
+    model, kept = build(), []
+    if case == "loaded":
+        with loki.patch(build(), ROWS, modules_to_save=["embed_tokens"]) as handle:
+            handle.save_state(tmp_path)
+        handle = loki.patch(model, str(tmp_path))
+        kept += [handle, handle.trainer_callback()]
+    elif case != "unpatched":
+        whole = ["embed_tokens"] if case == "whole" else []
+        handle = loki.patch(model, ROWS, modules_to_save=whole, fuse_mlp=case == "fused")
+        kept += [handle, handle.trainer_callback()]
+    before = {n: StorageWeakRef(p.untyped_storage()) for n, p in model.named_parameters()}
+    shard(model)
+    gc.collect()
+    assert [name for name, values in before.items() if not values.expired()] == []
+    assert len(kept) == (0 if case == "unpatched" else 2)
+
+
+def test_values_that_wait_on_the_cpu_are_gathered_where_the_group_is(one_process, monkeypatch):
+    """As accelerate offloads a state dict; NCCL gathers nothing on a CPU."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    values = torch.arange(6.0)
+    sharded = distribute_tensor(values, mesh, [Shard(0)])
+    sharded.device_mesh._device_type = "cuda"
+    moved = []
+    monkeypatch.setattr(DTensor, "to", lambda self, to: moved.append(to) or self, raising=False)
+    assert torch.equal(full_values(sharded), values)
+    assert moved == ["cuda"]
 
 
 @pytest.mark.skipif(
