@@ -177,12 +177,16 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def full_values(parameter: Tensor) -> Tensor:
-    """All values of a parameter, detached; of a sharded one every process has to ask.
+    """All values of a parameter, detached, on its device; of a sharded one every process has to ask.
 
     One that ZeRO-3 has gathered for somebody is read as it is: gathering it again would split it.
     """
     if isinstance(parameter, DTensor):
-        return cast(DTensor, parameter.detach()).full_tensor()
+        part = cast(DTensor, parameter.detach())
+        if part.device.type != part.device_mesh.device_type:
+            # what waits on the CPU (offloaded, or a state dict) NCCL gathers on the GPU alone
+            part = cast(DTensor, part.to(part.device_mesh.device_type))
+        return part.full_tensor().to(parameter.device)
     if is_partitioned(parameter) and tuple(parameter.shape) != full_shape(parameter):
         import deepspeed
 
@@ -194,7 +198,8 @@ def full_values(parameter: Tensor) -> Tensor:
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
     """This process's part of ``tensor``, sharded as ``model`` is."""
     if isinstance(model, DTensor):
-        return distribute_tensor(
+        part = distribute_tensor(
             tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None
         )
+        return part.to(model.device)  # it is on the mesh's device, and what is offloaded is not
     return tensor.to(model.device)
