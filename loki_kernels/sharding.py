@@ -177,7 +177,7 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def full_values(parameter: Tensor) -> Tensor:
-    """All values of a parameter, detached, on its device; of a sharded one every process has to ask.
+    """All values of a parameter, detached, where it is; of a sharded one every process has to ask.
 
     One that ZeRO-3 has gathered for somebody is read as it is: gathering it again would split it.
     """
