@@ -148,6 +148,14 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
     return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Of a model under FSDP2, whole and on the host in the first process; every one has to ask."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Any], get_model_state_dict(model, options=options))
+
+
 def reshard(model: nn.Module) -> None:
     """Free what FSDP2 has gathered of a model's weights."""
     for part in _fsdp_modules(model):

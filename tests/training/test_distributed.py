@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -137,6 +138,12 @@ def test_checkpoint_at_the_end_is_ordinary(alone, torch_engines, case):
     assert not info["unexpected_keys"]
     assert_same_weights(alone, case, model.state_dict())
     assert (folder / "loki_rows.update").exists()
+    if case != "ddp":  # what save_pretrained gathers by itself, called in every process
+        own = folder.with_name(f"{case}-own")
+        for file in ("model.safetensors", "loki_rows.update"):
+            got = load_file(own / file)
+            for name, tensor in load_file(folder / file).items():
+                assert torch.equal(got[name], tensor), name
 
 
 @pytest.mark.parametrize(
@@ -273,6 +280,27 @@ def test_whole_parameters_are_freed_when_they_are_sharded(one_process, case, tmp
     gc.collect()
     assert [name for name, values in before.items() if not values.expired()] == []
     assert len(kept) == (0 if case == "unpatched" else 2)
+
+
+def test_what_shards_are_read_into_holds_the_base(one_process):
+    """The update is added to the output then, and what the weights lacked would be formed too."""
+    model = build_model("llama_mlp_bias", device="cpu")
+    handle = loki.patch(model, ROWS)
+    ids = torch.arange(20).reshape(2, 10)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for _, layer in handle.named_layers():
+            layer.update.add_(0.1)
+        want = model(ids).logits
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shard(model)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+    for _, layer in handle.named_layers():
+        assert not layer.written
+        rows = full_values(layer.frozen)[layer.index]
+        assert torch.equal(rows, layer.base_rows)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, want)
 
 
 def test_values_that_wait_on_the_cpu_are_gathered_where_the_group_is(one_process, monkeypatch):
