@@ -18,7 +18,9 @@ from .adapter_file import (
     Layers,
     SavedUpdate,
     load_side_file,
+    protection_of,
     read_update,
+    write_protection,
 )
 from .arithmetic import same_rows, updated_rows
 from .targets import refuse_efficient_loading
@@ -58,6 +60,20 @@ class SideFileCallback(TrainerCallback):
             if isinstance(args.resume_from_checkpoint, str):
                 folders.insert(0, Path(args.resume_from_checkpoint))
             self._load_side_file(folders)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Keep the protection in a checkpoint that was written without save_pretrained.
+
+        A sharded one (`SHARDED_STATE_DICT`, ZeRO-3's own) can only go on with the same.
+        """
+        assert args.output_dir is not None
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        protection = protection_of(self.layers)
+        missing = folder.is_dir() and not (folder / PROTECTION_FILE).exists()
+        if args.should_save and protection is not None and missing:
+            write_protection(folder, protection)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

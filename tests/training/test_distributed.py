@@ -36,7 +36,7 @@ TORCH = ["ddp", "ddp-peft", "ddp-protect", "fsdp2", "fsdp2-rank", "fsdp2-bf16", 
          "fsdp2-experts", "ddp-protect-experts", "fsdp2-protect-experts", "ddp-protect-peft",
          "fsdp2-protect-peft"]  # fmt: skip
 TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
-           "trainer-fsdp2-peft"]  # fmt: skip
+           "trainer-fsdp2-peft", "trainer-fsdp2-protect-sharded"]  # fmt: skip
 ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-protect"]
 # stage3_gather_16bit_weights_on_model_save is off, as by default
 APART = "trainer-zero3-apart"
@@ -322,6 +322,15 @@ def test_values_that_wait_on_the_cpu_are_gathered_where_the_group_is(one_process
 @pytest.mark.parametrize("case", TRAINER)
 def test_trainers(alone, trainers, case):
     assert_trainer(alone, trainers, case)
+
+
+def test_a_sharded_checkpoint_has_its_protection(trainers):
+    """Of `SHARDED_STATE_DICT` the Trainer calls no save_pretrained."""
+    for step in (2, 4):
+        folder = trainers / "trainer-fsdp2-protect-sharded" / f"checkpoint-{step}"
+        assert not (folder / "model.safetensors").exists()
+        kept = loki.Protection.load(folder / "loki_rows.protection")
+        assert kept.fingerprint == protection(build_model("llama_mlp_bias")).fingerprint
 
 
 @deepspeed
