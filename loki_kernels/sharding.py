@@ -203,6 +203,11 @@ def full_values(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
+def own_part(parameter: Tensor) -> Tensor:
+    """What this process has of a DTensor, in the same memory."""
+    return cast(DTensor, parameter.detach()).to_local()
+
+
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
     """This process's part of ``tensor``, sharded as ``model`` is."""
     if isinstance(model, DTensor):
