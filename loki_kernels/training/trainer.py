@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import explained
 from ..files import atomic_path, check_folder
 from ..sharding import full_shape
 from .adapter_file import (
@@ -59,6 +60,8 @@ class SideFileCallback(TrainerCallback):
             folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
             if isinstance(args.resume_from_checkpoint, str):
                 folders.insert(0, Path(args.resume_from_checkpoint))
+            if self.layers and protection_of(self.layers) is None:
+                _check_unprotected(folders[0])
             self._load_side_file(folders)
 
     def on_save(
@@ -70,10 +73,9 @@ class SideFileCallback(TrainerCallback):
         """
         assert args.output_dir is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        protection = protection_of(self.layers)
-        missing = folder.is_dir() and not (folder / PROTECTION_FILE).exists()
-        if args.should_save and protection is not None and missing:
-            write_protection(folder, protection)
+        beside = (folder / SIDE_FILE).is_file()  # what save_pretrained wrote has it
+        if args.should_save and self.layers and folder.is_dir() and not beside:
+            write_protection(folder, protection_of(self.layers))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -111,6 +113,20 @@ class SideFileCallback(TrainerCallback):
             f"no {SIDE_FILE} of the checkpoint's weights was found in "
             f"{' or '.join(map(str, folders))}, so training cannot go on from its update. A "
             "checkpoint elsewhere is found by TrainingArguments(resume_from_checkpoint=...)."
+        )
+
+
+def _check_unprotected(folder: Path) -> None:
+    """Raise ValueError if a checkpoint was trained with a protection.
+
+    A sharded one does not tell: what is not in the model's own state dict is not read from it.
+    """
+    if (folder / PROTECTION_FILE).is_file():
+        raise explained(
+            ValueError(
+                f"{folder} was trained with a protection and the model is unprotected; patch with "
+                f"protect={str(folder / PROTECTION_FILE)!r}."
+            )
         )
 
 

@@ -303,6 +303,28 @@ def test_what_shards_are_read_into_holds_the_base(one_process):
         torch.testing.assert_close(model(ids).logits, want)
 
 
+def test_merged_adapters_of_shards_are_put_back_in_turn(one_process):
+    peft = pytest.importorskip("peft")
+    from loki_kernels.peft import LokiConfig
+
+    base = build_model("llama_mlp_bias", device="cpu")
+    model = peft.get_peft_model(base, LokiConfig(rows=ROWS))
+    model.add_adapter("other", LokiConfig(rows=[[2], [1], [4]]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "loki_update" in name:
+                parameter.add_(1)
+    shard(base)
+    before = {name: full_values(p).clone() for name, p in model.named_parameters()}
+    model.merge_adapter(["default", "other"])
+    merged = {name: full_values(p).clone() for name, p in model.named_parameters()}
+    changed = [n for n in before if not torch.equal(merged[n], before[n])]
+    assert len(changed) == 3
+    assert sum(int((merged[n] != before[n]).any(1).sum()) for n in changed) == 6 + 3
+    model.unmerge_adapter()
+    assert all(torch.equal(full_values(p), before[n]) for n, p in model.named_parameters())
+
+
 def test_values_that_wait_on_the_cpu_are_gathered_where_the_group_is(one_process, monkeypatch):
     """As accelerate offloads a state dict; NCCL gathers nothing on a CPU."""
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))

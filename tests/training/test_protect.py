@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 import loki_kernels as loki
 from loki_kernels.attribution import cache
@@ -554,6 +554,23 @@ def test_a_distributed_checkpoint_tells_its_protection(protection, tmp_path):
         torch.distributed.checkpoint.load(state, checkpoint_id=tmp_path)
         with pytest.raises(RuntimeError, match="another prot") if refused else nullcontext():
             set_model_state_dict(model, state)
+
+
+def test_a_callback_refuses_a_protected_checkpoint_of_an_unprotected_model(protection, tmp_path):
+    """A distributed one tells no model of what the model has not."""
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    resumed = TrainerState(global_step=2)
+    protected = loki.patch(build_model(), ROWS, protect=protection).trainer_callback()
+    protected.on_save(arguments, resumed, None)
+    protected.on_train_begin(arguments, resumed, None)
+    unprotected = loki.patch(build_model(), ROWS).trainer_callback()
+    with pytest.raises(ValueError, match=r"protect='.*checkpoint-2/loki_rows.protection'"):
+        unprotected.on_train_begin(arguments, resumed, None)
+    unprotected.on_train_begin(arguments, TrainerState(), None)
+    unprotected.on_save(arguments, resumed, None)  # a run that began anew in the same folder
+    unprotected.on_train_begin(arguments, resumed, None)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
