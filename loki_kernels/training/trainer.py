@@ -124,8 +124,8 @@ def _check_unprotected(folder: Path) -> None:
     if (folder / PROTECTION_FILE).is_file():
         raise explained(
             ValueError(
-                f"{folder} was trained with a protection and the model is unprotected; patch with "
-                f"protect={str(folder / PROTECTION_FILE)!r}."
+                f"{folder} belongs to a model patched otherwise: it was trained with a protection; "
+                f"patch with protect={str(folder / PROTECTION_FILE)!r}."
             )
         )
 
