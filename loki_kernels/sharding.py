@@ -148,6 +148,14 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
     return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Of a model under FSDP2, whole and on the host in the first process; every one has to ask."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Any], get_model_state_dict(model, options=options))
+
+
 def reshard(model: nn.Module) -> None:
     """Free what FSDP2 has gathered of a model's weights."""
     for part in _fsdp_modules(model):
@@ -177,12 +185,16 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def full_values(parameter: Tensor) -> Tensor:
-    """All values of a parameter, detached; of a sharded one every process has to ask.
+    """All values of a parameter, detached, where it is; of a sharded one every process has to ask.
 
     One that ZeRO-3 has gathered for somebody is read as it is: gathering it again would split it.
     """
     if isinstance(parameter, DTensor):
-        return cast(DTensor, parameter.detach()).full_tensor()
+        part = cast(DTensor, parameter.detach())
+        if part.device.type != part.device_mesh.device_type:
+            # what waits on the CPU (offloaded, or a state dict) NCCL gathers on the GPU alone
+            part = cast(DTensor, part.to(part.device_mesh.device_type))
+        return part.full_tensor().to(parameter.device)
     if is_partitioned(parameter) and tuple(parameter.shape) != full_shape(parameter):
         import deepspeed
 
@@ -191,10 +203,16 @@ def full_values(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
+def own_part(parameter: Tensor) -> Tensor:
+    """What this process has of a DTensor, in the same memory."""
+    return cast(DTensor, parameter.detach()).to_local()
+
+
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
     """This process's part of ``tensor``, sharded as ``model`` is."""
     if isinstance(model, DTensor):
-        return distribute_tensor(
+        part = distribute_tensor(
             tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None
         )
+        return part.to(model.device)  # it is on the mesh's device, and what is offloaded is not
     return tensor.to(model.device)

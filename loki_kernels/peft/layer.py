@@ -15,7 +15,7 @@ from torch.nn import functional
 from ..errors import UnsupportedModelError, check_choice
 from ..ops import row_delta_linear
 from ..ops._directions import acting_factors, leave_out, padded
-from ..sharding import full_values, is_partitioned, is_sharded, shard_like
+from ..sharding import DTensor, full_values, is_partitioned, is_sharded, own_part, shard_like
 from ..structure import has_hooks
 from ..training.adapter_file import PROTECTION_FILE
 from ..training.arithmetic import check_gradients, digest_of, initial_factors, updated_rows
@@ -70,7 +70,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self.register_state_dict_post_hook(_save_what_acts)  # type: ignore[no-untyped-call]
         self.configs: dict[str, LokiConfig] = {}
         self.merged_adapters: list[str] = []
-        # what `unmerge` puts back: rows by adapter, or a quantized layer
+        # what `unmerge` puts back: by adapter rows, or a sharded weight's part; a quantized layer
         self._replaced: dict[str, Tensor] = {}
         self._unmerged: tuple[nn.Module, Any] | None = None
 
@@ -305,9 +305,12 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         names = self.check_merge(safe_merge, adapter_names)
         if self.quantization_backend is None:
             for name in names:
-                weight = full_values(self._base_weight)
-                self._replaced[name] = weight[self.loki_index[name]]
-                self._put_rows(self.loki_index[name], self._merged_rows(name, weight))
+                base, index = self._base_weight, self.loki_index[name]
+                weight = full_values(base)
+                # of a sharded weight this process's part, which is put back without the others
+                sharded = isinstance(base, DTensor)
+                self._replaced[name] = own_part(base).clone() if sharded else weight[index]
+                self._put_rows(index, self._merged_rows(name, weight))
         elif names:
             self._merge_quantized(names)
         self.merged_adapters.extend(names)
@@ -342,8 +345,12 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             self.base_layer.to(device)
             self._unmerged = None
         else:
-            for name, rows in self._replaced.items():
-                self._put_rows(self.loki_index[name], rows.to(self._base_weight))
+            for name, kept in reversed(self._replaced.items()):  # a part holds what came before
+                base = self._base_weight
+                if isinstance(base, DTensor):
+                    own_part(base).copy_(kept)
+                else:
+                    self._put_rows(self.loki_index[name], kept.to(base))
         self._replaced.clear()
         self.merged_adapters.clear()
 

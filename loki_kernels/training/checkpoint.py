@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..sharding import is_partitioned
+from ..sharding import full_state_dict, has_fsdp, is_partitioned
 from . import adapter_file
 from .adapter_file import Layers, Parts
 from .arithmetic import updated_rows
@@ -43,7 +44,13 @@ class SavePretrained:
     ) -> Any:
         check_known(self.layers.values())
         parts = adapter_file.parts_of(self.layers)
-        if state_dict is None:  # where the model is sharded, every process makes it
+        if state_dict is None and has_fsdp(self.model):
+            # Every process is here, and the first one has it all and writes alone, as transformers
+            # does it where it has sharded a model itself.
+            state_dict = full_state_dict(self.model)
+            first = torch.distributed.get_rank() == 0
+            kwargs["is_main_process"] = first and kwargs.get("is_main_process", True)
+        elif state_dict is None:
             state_dict = self.model.state_dict()
         whole = {n: state_dict[n] for n in trained_whole(self.model) if n in state_dict}
         others = adapter_file.other_tensors(whole)
@@ -86,8 +93,6 @@ class SavePretrained:
         parts: dict[str, Parts],
         others: dict[str, Tensor],
     ) -> None:
-        for name, layer in self.layers.items():
-            parts[name] = (layer.gathered or {}) | parts[name]
         Path(folder).mkdir(parents=True, exist_ok=True)
         adapter_file.write_side_file(folder, self.layers, parts, others)
 

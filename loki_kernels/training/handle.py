@@ -97,8 +97,8 @@ class Patch:
     _writer: RowWriter = field(repr=False)
     _undo: ExitStack = field(repr=False)  # puts everything back but the rows
     _active: bool = field(default=True, repr=False)
-    # Parameters that were read from a file, and what they were.
-    _replaced: dict[nn.Parameter, Tensor] = field(default_factory=dict, repr=False)
+    # Names of parameters that were read from a file, and what they were.
+    _replaced: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def merge(self) -> nn.Module:
         """Put the model's own modules back, the trained rows in their weights; return the model.
@@ -212,8 +212,8 @@ class Patch:
             with torch.no_grad():
                 for name, values in saved.others.items():
                     parameter = parameters[name]
-                    if parameter not in self._replaced:
-                        self._replaced[parameter] = parameter.detach().cpu().clone()
+                    if not any(parameters[n] is parameter for n in self._replaced):
+                        self._replaced[name] = parameter.detach().cpu().clone()
                     parameter.copy_(shard_like(values.to(parameter.dtype), parameter))
         return reason
 
@@ -253,9 +253,10 @@ class Patch:
             else:
                 layer.reset_rows()
         if not trained:
+            parameters = parameters_of(self.model)
             with torch.no_grad():
-                for parameter, values in self._replaced.items():
-                    parameter.copy_(values)
+                for name, values in self._replaced.items():
+                    parameters[name].copy_(values)
         self._undo.close()
         # the trainer's callback may live on, and would keep what was trained: 12 GB at 8B
         self._layers.clear()

@@ -43,6 +43,7 @@ from .targets import (
     check_processes_agree,
     find_modules,
     new_heads,
+    parameters_of,
     projection_names,
     protection_to_keep,
     selection_to_train,
@@ -333,9 +334,15 @@ def _load(handle: Patch, saved: SavedUpdate) -> None:
 
 
 def _freeze(model: nn.Module, undo: contextlib.ExitStack, but: dict[str, nn.Module]) -> None:
-    for parameter in model.parameters():
-        undo.callback(parameter.requires_grad_, parameter.requires_grad)
-        parameter.requires_grad_(False)
+    # By name: FSDP2 replaces the parameters and expects that the whole ones are freed.
+    trained = {name: p.requires_grad for name, p in parameters_of(model).items()}
+
+    def put_back() -> None:
+        for name, parameter in parameters_of(model).items():
+            parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+
+    undo.callback(put_back)
+    model.requires_grad_(False)
     for module in but.values():
         module.requires_grad_(True)
 
@@ -351,8 +358,12 @@ def _replace_module(
     for hooks in _HOOKS:  # the same objects, so that a handle removes its hook from both
         setattr(layer, hooks, getattr(module, hooks))
 
+    # Until then they are the layer's alone, in which FSDP2 replaces them and expects that the whole
+    # ones are freed; .to() and load_state_dict(assign=True) may replace them too.
+    for held in (module._parameters, module._buffers):
+        held.update(dict.fromkeys(held))
+
     def put_back() -> None:
-        # .to() and load_state_dict(assign=True) may have replaced the parameter objects
         for held in (module._parameters, module._buffers):
             held.update({name: getattr(layer, name) for name in held})
         module.train(layer.training)

@@ -69,7 +69,6 @@ class LokiRows(nn.Module):
     passed_over = False  # whether a state dict was loaded that had nothing of these rows
     protection: Protection | None = None  # which the directions are a part of
     _read_version: int | None = None  # of the update
-    gathered: dict[str, Tensor] | None = None  # what a side file needs, of a sharded model
     sharded = False  # whether the decoder's last forward pass found the weight sharded
 
     def _train_rows(
@@ -156,12 +155,15 @@ class LokiRows(nn.Module):
         return written
 
     def formed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values of the trained parameters, by name, without the directions that do nothing."""
+        """Values of the trained parameters, by name, without the directions that do nothing.
+
+        They are made where the directions lie, since a CPU takes minutes for a large model's.
+        """
         directions = self.directions
         return {
             name: tensor
             if directions is None or name == "delta_a"
-            else leave_out(tensor, directions.to(tensor.device))
+            else leave_out(tensor.to(directions.device), directions).to(tensor.device)
             for name, tensor in values.items()
         }
 
@@ -200,7 +202,10 @@ class LokiRows(nn.Module):
         """The weight as trained so far, sharded if it is."""
         self.check_loaded()
         if self.rank is None and not is_sharded(self.frozen):
-            write_rows([self])
+            # of a model that was just patched there is nothing to write, nor a protected update to
+            # form: accelerate asks for its state dict on the CPU before it shards it
+            if self.written or self.update.is_meta or bool(self.update.any()):
+                write_rows([self])
             return self.frozen.detach()
         return shard_like(self.put_rows(full_values(self.frozen), self.merged_rows()), self.frozen)
 
@@ -235,12 +240,14 @@ class LokiRows(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in (prefix + part for part in BESIDE):
+            if name in destination:
+                # Copies: torch's distributed checkpoints are read into the tensors of a state dict,
+                # and what was read is then compared with the model's own.
+                destination[name] = destination[name].clone()
         if is_partitioned(self.frozen):  # DeepSpeed keeps every parameter's parts by itself
             return
         weight = self.merged_weight()
-        if isinstance(self.frozen, DTensor):
-            # every process is here; the one that writes the side file will be alone
-            self.gathered = {name: full_values(p).cpu() for name, p in self.trained_parameters()}
         if self.rank is not None or is_sharded(self.frozen):
             destination[prefix + self.parameter] = weight
 
@@ -292,6 +299,7 @@ class LokiRows(nn.Module):
                 # else the caller's state dict would change
                 setattr(self, self.parameter, nn.Parameter(self.frozen.detach().clone(), False))
             self.frozen.data.copy_(shard_like(restored, self.frozen))
+            self.written = False
 
     @torch.no_grad()
     def pass_over(self, in_files: Sequence[Tensor | None]) -> None:

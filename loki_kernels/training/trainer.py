@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import explained
 from ..files import atomic_path, check_folder
 from ..sharding import full_shape
 from .adapter_file import (
@@ -18,7 +19,9 @@ from .adapter_file import (
     Layers,
     SavedUpdate,
     load_side_file,
+    protection_of,
     read_update,
+    write_protection,
 )
 from .arithmetic import same_rows, updated_rows
 from .targets import refuse_efficient_loading
@@ -60,6 +63,8 @@ class SideFileCallback(TrainerCallback):
             folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
             if isinstance(args.resume_from_checkpoint, str):
                 folders.insert(0, Path(args.resume_from_checkpoint))
+            if self.layers and protection_of(self.layers) is None:
+                _check_unprotected(folders[0])
             self._load_side_file(folders)
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
@@ -74,6 +79,19 @@ class SideFileCallback(TrainerCallback):
 
     # where a callback of another's may have put other values in place, such as an average's
     on_step_begin = on_step_end = on_evaluate = on_predict = _write_rows
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Keep the protection in a checkpoint that was written without save_pretrained.
+
+        A sharded one (`SHARDED_STATE_DICT`, ZeRO-3's own) can only go on with the same.
+        """
+        assert args.output_dir is not None
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        beside = (folder / SIDE_FILE).is_file()  # what save_pretrained wrote has it
+        if args.should_save and self.layers and folder.is_dir() and not beside:
+            write_protection(folder, protection_of(self.layers))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -111,6 +129,20 @@ class SideFileCallback(TrainerCallback):
             f"no {SIDE_FILE} of the checkpoint's weights was found in "
             f"{' or '.join(map(str, folders))}, so training cannot go on from its update. A "
             "checkpoint elsewhere is found by TrainingArguments(resume_from_checkpoint=...)."
+        )
+
+
+def _check_unprotected(folder: Path) -> None:
+    """Raise ValueError if a checkpoint was trained with a protection.
+
+    A sharded one does not tell: what is not in the model's own state dict is not read from it.
+    """
+    if (folder / PROTECTION_FILE).is_file():
+        raise explained(
+            ValueError(
+                f"{folder} belongs to a model patched otherwise: it was trained with a protection; "
+                f"patch with protect={str(folder / PROTECTION_FILE)!r}."
+            )
         )
 
 

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 import loki_kernels as loki
 from loki_kernels.discovery import find_structure
@@ -169,6 +170,7 @@ def save_in_every_process(model, handle, state, path):
 
     A LoRA adapter of experts is several times as large, and of PEFT's own versions.
     """
+    model.save_pretrained(path.with_name(f"{path.name}-own"), is_main_process=dist.get_rank() == 0)
     loki.save_adapter(model, path.with_name(f"{path.name}-adapter"))
     if "experts" not in path.name:
         loki.export_lora(model, path.with_name(f"{path.name}-lora"))
@@ -187,6 +189,7 @@ _HERE = contextlib.nullcontext()
 
 def check_merging(model, state, gathered=_HERE, protected=False):
     """What TRL does before it sends a sharded PEFT model's weights to a server."""
+    from loki_kernels.peft.layer import LokiLayer
 
     def whole():
         return {k: full_values(p).clone() for k, p in model.named_parameters()}
@@ -195,6 +198,10 @@ def check_merging(model, state, gathered=_HERE, protected=False):
         before = whole()
         model.merge_adapter()
         merged = whole()
+        for layer in (m for m in model.modules() if isinstance(m, LokiLayer)):
+            base, kept = layer.get_base_layer().weight, layer._replaced["default"]
+            here = base.to_local() if isinstance(base, DTensor) else full_values(base)
+            assert kept.numel() <= here.numel()  # of all rows an eighth, on eight GPUs
         model.unmerge_adapter()
         assert all(torch.equal(p, before[k]) for k, p in whole().items())
     directions = protection(build_model("llama_mlp_bias")).directions if protected else {}
@@ -274,6 +281,7 @@ def trainer(case, out):
         engine["fsdp_config"] = {
             "version": 2,
             "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "state_dict_type": "SHARDED_STATE_DICT" if "sharded" in case else "FULL_STATE_DICT",
         }
     if "zero3" in case:
         engine["deepspeed"] = {
@@ -304,7 +312,12 @@ def trainer(case, out):
         callbacks = [] if handle is None else [handle.trainer_callback()]
         run = InOrder(model=model, args=arguments, train_dataset=records, callbacks=callbacks)
         run.train(resume_from_checkpoint=resume)
-        run.save_model(str(folder / "last"))
+        if handle is not None and "fsdp2" in case:  # else every pass forms what the weights hold
+            assert not any(layer.written for _, layer in handle.named_layers())
+        if "sharded" in case:  # of which the Trainer saves no model
+            model.save_pretrained(folder / "last", is_main_process=dist.get_rank() == 0)
+        else:
+            run.save_model(str(folder / "last"))
         return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
     run(out / f"{case}-resumed", STEPS // 2)

@@ -5,6 +5,7 @@ On the CPU, whatever --device says.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -15,9 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import loki_kernels as loki
+from loki_kernels.sharding import full_values
 from tests.models import build_model
 from tests.tiny_training import ROWS
 from tests.training.distributed_worker import build_experts, protection
@@ -31,7 +36,8 @@ TORCH = ["ddp", "ddp-peft", "ddp-protect", "fsdp2", "fsdp2-rank", "fsdp2-bf16", 
          "fsdp2-experts", "ddp-protect-experts", "fsdp2-protect-experts", "ddp-protect-peft",
          "fsdp2-protect-peft"]  # fmt: skip
 TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
-           "trainer-fsdp2-peft", "trainer-ddp-protect", "trainer-fsdp2-protect"]  # fmt: skip
+           "trainer-fsdp2-peft", "trainer-ddp-protect", "trainer-fsdp2-protect",
+           "trainer-fsdp2-protect-sharded"]  # fmt: skip
 ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-protect"]
 # stage3_gather_16bit_weights_on_model_save is off, as by default
 APART = "trainer-zero3-apart"
@@ -134,6 +140,12 @@ def test_checkpoint_at_the_end_is_ordinary(alone, torch_engines, case):
     assert not info["unexpected_keys"]
     assert_same_weights(alone, case, model.state_dict())
     assert (folder / "loki_rows.update").exists()
+    if case != "ddp":  # what save_pretrained gathers by itself, called in every process
+        own = folder.with_name(f"{case}-own")
+        for file in ("model.safetensors", "loki_rows.update"):
+            got = load_file(own / file)
+            for name, tensor in load_file(folder / file).items():
+                assert torch.equal(got[name], tensor), name
 
 
 @pytest.mark.parametrize(
@@ -215,23 +227,116 @@ def test_efficient_loading_is_refused_in_every_process(torch_engines):
         assert all("cpu_ram_efficient_loading" in said for said in process)
 
 
-def test_fsdp1_is_refused_before_training():
+@pytest.fixture
+def one_process():
+    """A group of this process alone, in which sharding does all that it does among others."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp1_is_refused_before_training(one_process):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = build_model(device="cpu")
     loki.patch(model, [[1], [2], [3]])
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    layers = model.model.layers
+    layers[0] = FullyShardedDataParallel(
+        layers[0], use_orig_params=True, device_id=torch.device("cpu")
     )
-    try:
-        layers = model.model.layers
-        layers[0] = FullyShardedDataParallel(
-            layers[0], use_orig_params=True, device_id=torch.device("cpu")
-        )
-        with pytest.raises(loki.UnsupportedModelError, match="FSDP2"):
-            model(input_ids=torch.ones(1, 4, dtype=torch.int64))
-    finally:
-        torch.distributed.destroy_process_group()
+    with pytest.raises(loki.UnsupportedModelError, match="FSDP2"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64))
+
+
+def shard(model):
+    """As a loop of one's own does."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("case", ["unpatched", "rows", "fused", "whole", "loaded", "experts"])
+def test_whole_parameters_are_freed_when_they_are_sharded(one_process, case, tmp_path):
+    """Whoever keeps the handle, or gives its callback to a trainer, keeps no unsharded model."""
+
+    def build():
+        return build_experts() if case == "experts" else build_model("llama_mlp_bias", device="cpu")
+
+    model, kept = build(), []
+    if case == "loaded":
+        with loki.patch(build(), ROWS, modules_to_save=["embed_tokens"]) as handle:
+            handle.save_state(tmp_path)
+        handle = loki.patch(model, str(tmp_path))
+        kept += [handle, handle.trainer_callback()]
+    elif case != "unpatched":
+        whole = ["embed_tokens"] if case == "whole" else []
+        handle = loki.patch(model, ROWS, modules_to_save=whole, fuse_mlp=case == "fused")
+        kept += [handle, handle.trainer_callback()]
+    before = {n: StorageWeakRef(p.untyped_storage()) for n, p in model.named_parameters()}
+    shard(model)
+    gc.collect()
+    assert [name for name, values in before.items() if not values.expired()] == []
+    assert len(kept) == (0 if case == "unpatched" else 2)
+
+
+def test_what_shards_are_read_into_holds_the_base(one_process):
+    """The update is added to the output then, and what the weights lacked would be formed too."""
+    model = build_model("llama_mlp_bias", device="cpu")
+    handle = loki.patch(model, ROWS)
+    ids = torch.arange(20).reshape(2, 10)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for _, layer in handle.named_layers():
+            layer.update.add_(0.1)
+        want = model(ids).logits
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shard(model)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+    for _, layer in handle.named_layers():
+        assert not layer.written
+        rows = full_values(layer.frozen)[layer.index]
+        assert torch.equal(rows, layer.base_rows)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, want)
+
+
+def test_merged_adapters_of_shards_are_put_back_in_turn(one_process):
+    peft = pytest.importorskip("peft")
+    from loki_kernels.peft import LokiConfig
+
+    base = build_model("llama_mlp_bias", device="cpu")
+    model = peft.get_peft_model(base, LokiConfig(rows=ROWS))
+    model.add_adapter("other", LokiConfig(rows=[[2], [1], [4]]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "loki_update" in name:
+                parameter.add_(1)
+    shard(base)
+    before = {name: full_values(p).clone() for name, p in model.named_parameters()}
+    model.merge_adapter(["default", "other"])
+    merged = {name: full_values(p).clone() for name, p in model.named_parameters()}
+    changed = [n for n in before if not torch.equal(merged[n], before[n])]
+    assert len(changed) == 3
+    assert sum(int((merged[n] != before[n]).any(1).sum()) for n in changed) == 6 + 3
+    model.unmerge_adapter()
+    assert all(torch.equal(full_values(p), before[n]) for n, p in model.named_parameters())
+
+
+def test_values_that_wait_on_the_cpu_are_gathered_where_the_group_is(one_process, monkeypatch):
+    """As accelerate offloads a state dict; NCCL gathers nothing on a CPU."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    values = torch.arange(6.0)
+    sharded = distribute_tensor(values, mesh, [Shard(0)])
+    sharded.device_mesh._device_type = "cuda"
+    moved = []
+    monkeypatch.setattr(DTensor, "to", lambda self, to: moved.append(to) or self, raising=False)
+    assert torch.equal(full_values(sharded), values)
+    assert moved == ["cuda"]
 
 
 @pytest.mark.skipif(
@@ -241,6 +346,15 @@ def test_fsdp1_is_refused_before_training():
 @pytest.mark.parametrize("case", TRAINER)
 def test_trainers(alone, trainers, case):
     assert_trainer(alone, trainers, case)
+
+
+def test_a_sharded_checkpoint_has_its_protection(trainers):
+    """Of `SHARDED_STATE_DICT` the Trainer calls no save_pretrained."""
+    for step in (2, 4):
+        folder = trainers / "trainer-fsdp2-protect-sharded" / f"checkpoint-{step}"
+        assert not (folder / "model.safetensors").exists()
+        kept = loki.Protection.load(folder / "loki_rows.protection")
+        assert kept.fingerprint == protection(build_model("llama_mlp_bias")).fingerprint
 
 
 @deepspeed

@@ -7,12 +7,14 @@ import dataclasses
 import gc
 import json
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import safetensors.torch
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModelForCausalLM
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 import loki_kernels as loki
 from loki_kernels.attribution import cache
@@ -546,6 +548,75 @@ def test_a_state_dict_without_weights_tells_its_protection(protection):
         with pytest.raises(RuntimeError, match="another protection"):
             again.load_state_dict(state, strict=False)
         assert all(not layer.update.any() for _, layer in handle.named_layers())
+
+
+def test_a_distributed_checkpoint_tells_its_protection(protection, tmp_path):
+    """It is read into the tensors of the state dict that the model gives; of gentle updates."""
+
+    def patched(protect):
+        model = build_model(dtype=torch.bfloat16)
+        loki.patch(model, ROWS, protect=protect)
+        return model
+
+    torch.distributed.checkpoint.save(
+        get_model_state_dict(train(patched(protection), 1, lr=1e-6)), checkpoint_id=tmp_path
+    )
+    for protect, refused in ((protection, False), (protection_of(build_model(), 1), True)):
+        model = patched(protect)
+        state = get_model_state_dict(model)
+        torch.distributed.checkpoint.load(state, checkpoint_id=tmp_path)
+        with pytest.raises(RuntimeError, match="another prot") if refused else nullcontext():
+            set_model_state_dict(model, state)
+
+
+def test_a_callback_refuses_a_protected_checkpoint_of_an_unprotected_model(protection, tmp_path):
+    """A distributed one tells no model of what the model has not."""
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    resumed = TrainerState(global_step=2)
+    protected = loki.patch(build_model(), ROWS, protect=protection).trainer_callback()
+    protected.on_save(arguments, resumed, None)
+    protected.on_train_begin(arguments, resumed, None)
+    unprotected = loki.patch(build_model(), ROWS).trainer_callback()
+    with pytest.raises(ValueError, match=r"protect='.*checkpoint-2/loki_rows.protection'"):
+        unprotected.on_train_begin(arguments, resumed, None)
+    unprotected.on_train_begin(arguments, TrainerState(), None)
+    unprotected.on_save(arguments, resumed, None)  # a run that began anew in the same folder
+    unprotected.on_train_begin(arguments, resumed, None)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_an_untrained_update_is_not_formed_to_be_saved(rank, protection, monkeypatch):
+    """accelerate asks every process for the state dict, on the CPU, before it shards the model."""
+    model = build_model()
+    want = model.state_dict()["model.layers.0.mlp.down_proj.weight"].clone()
+    handle = loki.patch(model, protect=protection, rank=rank)
+    formed = []
+    monkeypatch.setattr(rows, "leave_out", lambda x, _: formed.append(x.shape) or x)
+    state = model.state_dict()
+    assert torch.equal(state["model.layers.0.mlp.down_proj.weight"], want)
+    layers = [layer for _, layer in handle.named_layers()]
+    assert not any(layer.written for layer in layers)
+    assert len(formed) == (0 if rank is None else len(layers))
+    monkeypatch.undo()
+    train(model)
+    assert not torch.equal(model.state_dict()["model.layers.0.mlp.down_proj.weight"], want)
+    for layer in layers:  # what was written is written again
+        dict(layer.trained_parameters())["update" if rank is None else "delta_a"].data.zero_()
+    assert torch.equal(model.state_dict()["model.layers.0.mlp.down_proj.weight"], want)
+
+
+def test_a_protected_update_is_formed_where_its_directions_lie(monkeypatch):
+    """Not on the CPU, whose values a state dict holds that was offloaded."""
+    layer = layer_with(to_device(directions_of()))
+    layer.directions = layer.directions.to("meta")
+    where = []
+    monkeypatch.setattr(
+        rows, "leave_out", lambda x, _: where.append(x.device.type) or torch.ones(2, 11)
+    )
+    formed = layer.formed({"update": torch.zeros(2, 11)})["update"]
+    assert (where, formed.device.type) == (["meta"], "cpu")
 
 
 def test_what_no_file_holds_is_refused_before_training(protection, tmp_path):
