@@ -35,8 +35,9 @@ TORCH = ["ddp", "ddp-peft", "ddp-protect", "fsdp2", "fsdp2-rank", "fsdp2-bf16", 
          "fsdp2-protect", "fsdp2-offload", "fsdp2-offload-peft", "ddp-experts",
          "fsdp2-experts", "ddp-protect-experts", "fsdp2-protect-experts", "ddp-protect-peft",
          "fsdp2-protect-peft"]  # fmt: skip
-TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-fsdp2", "trainer-fsdp2-rank",
-           "trainer-fsdp2-peft", "trainer-ddp-protect", "trainer-fsdp2-protect",
+# of one process, in which accelerate goes on sharding once it has: the ones without come first
+TRAINER = ["trainer-ddp", "trainer-ddp-peft", "trainer-ddp-protect", "trainer-fsdp2",
+           "trainer-fsdp2-rank", "trainer-fsdp2-peft", "trainer-fsdp2-protect",
            "trainer-fsdp2-protect-sharded"]  # fmt: skip
 ZERO = ["zero2", "zero2-peft", "zero3", "zero3-rank", "zero3-peft", "zero3-protect"]
 # stage3_gather_16bit_weights_on_model_save is off, as by default
