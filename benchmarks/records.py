@@ -38,11 +38,14 @@ def describe_machine() -> dict[str, Any]:
         device = torch.cuda.get_device_name()
     else:
         device = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    revision = ""
+    revision = os.environ.get("REVISION", "")  # of a copy without a history
     with contextlib.suppress(FileNotFoundError):  # a machine without git measures all the same
-        revision = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-        ).stdout.strip()
+        revision = (
+            revision
+            or subprocess.run(
+                ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+            ).stdout.strip()
+        )
     described = {"device": device}
     if torch.cuda.is_available():
         described["driver"] = _driver()

@@ -1,0 +1,256 @@
+"""What the commands of ``loki-kernels`` do; each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def _questions_of(arguments: argparse.Namespace) -> Any:
+    """The user's own questions or other prompts, as a stream, or None."""
+    from .questions import PromptStream
+
+    if arguments.questions:
+        return PromptStream.of_file(arguments.questions)
+    if arguments.dataset:
+        return PromptStream.of_dataset(arguments.dataset, arguments.split)
+    return None
+
+
+def _join_processes() -> bool:
+    """Join those that torchrun has started; whether this is the first of all."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")  # what is exchanged is on the CPU
+    return torch.distributed.get_rank() == 0
+
+
+def attribute(arguments: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    from . import attribution
+    from .attribution.result import check_suffix
+    from .files import check_writable
+    from .inspection import load_model
+    from .questions import load_questions
+
+    suffix = check_suffix(check_writable(arguments.out))
+    if arguments.keep == "counts" and suffix != ".safetensors":
+        raise ValueError("--keep counts writes .safetensors.")
+    questions = _questions_of(arguments)
+    questions = load_questions() if questions is None else questions
+    first = _join_processes()
+    model = load_model(arguments.model, arguments.dtype)
+    model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    result = attribution.attribute(
+        model,
+        questions,
+        tokenizer=tokenizer,
+        chat_template_kwargs=arguments.chat_template_kwargs,
+        definition=arguments.definition,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        engine=arguments.engine,
+        site=arguments.site,
+        keep=arguments.keep,
+        quota=arguments.quota,
+        criterion=arguments.criterion,
+        out=arguments.out if suffix == ".safetensors" else None,
+    )
+    if not first:
+        return
+    if suffix != ".safetensors":
+        result.save(arguments.out)
+    print(f"{result} -> {arguments.out}")
+
+
+def select(arguments: argparse.Namespace) -> None:
+    from . import selection
+    from .attribution.result import load_result
+    from .files import check_writable
+
+    check_writable(arguments.out)
+    rows = selection.select(
+        load_result(arguments.attribution),
+        arguments.quota,
+        arguments.strategy,
+        arguments.criterion,
+        arguments.seed,
+    )
+    rows.save(arguments.out)
+    print(f"{rows} -> {arguments.out}")
+
+
+def protection(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from .files import check_writable
+    from .forgetting.texts import encode, read_texts
+    from .inspection import load_model
+    from .protection import Protection, estimate_protection
+
+    check_writable(arguments.out, ".safetensors")
+    found = read_texts(arguments.texts) if arguments.texts else None
+    earlier = Protection.load(arguments.earlier) if arguments.earlier else None
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    result = estimate_protection(
+        load_model(arguments.model, arguments.dtype),
+        None if found is None else [encode(text, tokenizer).tolist() for text in found],
+        tokenizer=tokenizer,
+        samples=arguments.samples,
+        share=arguments.share,
+        max_directions=arguments.max_directions,
+        earlier=earlier,
+    )
+    result.save(arguments.out)
+    print(f"{result} -> {arguments.out}")
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    from .files import check_folder
+    from .forgetting import limit_drift
+    from .forgetting.limit import check_limit
+    from .forgetting.texts import read_texts
+    from .inspection import load_model
+    from .training.adapter_file import modules_of, read_saved
+    from .training.patching import patch_saved
+
+    out = check_folder(arguments.out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; name a new folder.")
+    if arguments.max_kl is None:
+        if arguments.texts or arguments.device:
+            raise ValueError("--texts and --device belong to --max-kl.")
+    else:
+        check_limit(arguments.max_kl)
+        read_texts(arguments.texts)
+    saved = read_saved(arguments.checkpoint)
+    held = {*saved.layers, *modules_of(saved.others)}
+    handle = patch_saved(load_model(arguments.base, arguments.dtype, held), saved)
+    if arguments.max_kl is not None:
+        handle.model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+        share, left = limit_drift(handle, arguments.max_kl, arguments.texts, tokenizer=tokenizer)
+        if not share:
+            raise ValueError(
+                f"no share of the update that was tried keeps the KL below {arguments.max_kl:g}: "
+                "nothing is written. Allow more, or train at a lower rate."
+            )
+        print(f"{share:.3g} of the update is kept, KL {left.overall.kl:.3g} from the base")
+    model: Any = handle.merge()
+    model.save_pretrained(out)
+    try:
+        AutoTokenizer.from_pretrained(arguments.base).save_pretrained(out)
+    except (OSError, ValueError) as error:
+        logger.warning("no tokenizer was copied: %s", error)
+    print(f"merged model -> {out}")
+
+
+def adapter(arguments: argparse.Namespace) -> None:
+    from .files import check_folder
+    from .inspection import load_model
+    from .selection import RowSelection
+    from .training.adapters import save_adapter
+    from .training.patching import patch
+
+    check_folder(arguments.out)
+    every = arguments.rows == "all"
+    if every and not arguments.protect:
+        raise ValueError(
+            "all rows are trained protected: name a file (--protect FILE), which loki-kernels "
+            "protection MODEL FILE writes, or a row file in place of 'all'."
+        )
+    chosen: Any = {"quota": 100} if every else {"rows": RowSelection.load(arguments.rows)}
+    model = load_model(arguments.model, "auto")
+    handle = patch(model, rank=arguments.rank, protect=arguments.protect, **chosen)
+    folder = save_adapter(handle.model, arguments.out)
+    print(f"{handle.report}\n{handle.rows} -> {folder}")
+
+
+def drift(arguments: argparse.Namespace) -> None:
+    from . import forgetting
+    from .files import check_writable
+    from .plots import import_matplotlib
+
+    for path, suffix in ((arguments.out, ".json"), (arguments.plot, ".png")):
+        if path:
+            check_writable(path, suffix)
+    if arguments.plot:
+        import_matplotlib()
+    result = forgetting.drift(
+        arguments.base,
+        arguments.tuned,
+        arguments.texts,
+        tokens=arguments.tokens,
+        length=arguments.length,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    if arguments.out:
+        result.save(arguments.out)
+    if arguments.plot:
+        result.plot(arguments.plot)
+    print(result)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from .inspection import inspect_model
+
+    print(inspect_model(arguments.model))
+
+
+def estimate(arguments: argparse.Namespace) -> None:
+    from . import estimate as estimating
+
+    print(
+        estimating.estimate(
+            arguments.model,
+            _questions_of(arguments),
+            gpus=arguments.gpus,
+            definition=arguments.definition,
+            steps=arguments.steps,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            dtype=arguments.dtype,
+        )
+    )
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    from .report import plot_files
+
+    plot_files(arguments.files, arguments.out, arguments.quota)
+    print(f"{', '.join(arguments.files)} -> {arguments.out}")
+
+
+def env(_arguments: argparse.Namespace) -> None:
+    from .environment import environment
+
+    for name, value in environment().items():
+        print(f"{name:16} {value}")
+
+
+def doctor(_arguments: argparse.Namespace) -> None:
+    from .doctor import examine
+
+    failed = []
+    for check in examine():
+        print(check, flush=True)
+        if check.status == "FAIL":
+            failed.append(check.name)
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}.")
