@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import loki_kernels as loki
-from loki_kernels.attribution.cache import CALIBRATION_PER_SUBJECT
 from loki_kernels.demo.evaluation import Examination, general_text
 from loki_kernels.demo.function_calls import generate_examples
 from loki_kernels.demo.main import FULL_SIZE, spread
 from loki_kernels.demo.methods import FULL, LOKI, LORA, Update, trainable
 from loki_kernels.demo.model import load_samples, load_smollm2
 from loki_kernels.demo.training import encode, fine_tune
+from loki_kernels.questions import CALIBRATION_PER_SUBJECT
 
 # More than the demo has time for.
 WINDOWS, QUESTIONS, SHARES = 8, 19, (1.0, 0.75, 0.5)

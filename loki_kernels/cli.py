@@ -185,7 +185,7 @@ def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--questions", help="your own questions: MMLU's csv, jsonl or parquet")
     source.add_argument("--dataset", help="a Hugging Face dataset, NAME or NAME:CONFIG")
-    parser.add_argument("--split", default="test", help="of the data set (default: test)")
+    parser.add_argument("--split", help="of the data set (default: test)")
     parser.add_argument("--definition", choices=get_args(DefinitionName), default="published")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--batch-size", type=int)

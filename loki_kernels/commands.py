@@ -14,10 +14,12 @@ def _questions_of(arguments: argparse.Namespace) -> Any:
     """The user's own questions or other prompts, as a stream, or None."""
     from .questions import PromptStream
 
+    if arguments.split and not arguments.dataset:
+        raise ValueError("--split belongs to --dataset.")
     if arguments.questions:
         return PromptStream.of_file(arguments.questions)
     if arguments.dataset:
-        return PromptStream.of_dataset(arguments.dataset, arguments.split)
+        return PromptStream.of_dataset(arguments.dataset, arguments.split or "test")
     return None
 
 

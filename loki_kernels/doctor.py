@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ._version import __version__
 from .attribution.attribute import attribute
-from .attribution.cache import cache_folder
+from .cache import cache_folder
 from .environment import environment
 from .files import check_folder
 from .ops import _dispatch

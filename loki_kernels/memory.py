@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .attribution.placement import accelerator, free_bytes
+from .placement import accelerator, free_bytes
 from .protection.moments import default_directions
 from .ranking import rows_per_layer
 from .sharding import is_distributed
@@ -54,16 +54,16 @@ def training_memory(
 
 
 def warn_of_memory(
-    structure: Structure, quota: float, *, protected: bool, rank: int | None
+    structure: Structure, rows: Any, quota: float, *, protected: bool, rank: int | None
 ) -> None:
     """Say before minutes of estimating that a training has no room, and what has.
 
-    Of one process: several may shard the weights afterwards.
+    Of rows that are not named, and one process: several may shard the weights afterwards.
     """
     model = structure.causal_lm
     device = next(model.parameters()).device
     found = accelerator() if device.type == "cpu" else (device, free_bytes(device))
-    if is_distributed() or found is None or found[1] is None:
+    if rows is not None or is_distributed() or found is None or found[1] is None:
         return
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     device, free = found[0], found[1] - (own if device.type == "cpu" else 0)

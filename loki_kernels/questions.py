@@ -15,6 +15,8 @@ from typing import Any
 from .errors import explained
 
 _LETTERS = "ABCD"
+# Of 5 bundled questions a subject, the analysis uses 3 (171 in all) and leaves 2 for evaluation.
+CALIBRATION_PER_SUBJECT = 3
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from loki_kernels import launch
 from loki_kernels.cli import main
 from loki_kernels.discovery import find_structure
 from loki_kernels.inspection import load_model
+from loki_kernels.ops._directions import padded
 from tests import architectures
 from tests.architectures import internvl
 from tests.models import build_model
@@ -186,7 +187,8 @@ def test_a_protected_adapter_to_start_from(rows, base_folder, tmp_path):
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     assert len(layer.loki_index["default"]) == (base.config.hidden_size if rows == "all" else 3)
     name = "model.layers.0.mlp.down_proj"
-    torch.testing.assert_close(layer.loki_directions["default"], protection.directions[name])
+    kept = padded(protection.directions[name])
+    torch.testing.assert_close(layer.loki_directions["default"], kept)
 
 
 def test_launch_registers_before_the_program_runs(tmp_path, monkeypatch):
@@ -220,7 +222,7 @@ def test_how_to_select(options, chosen, folder):
     assert loki.RowSelection.load(rows) != loki.select(attribution, 25)
 
 
-def test_a_dataset_and_another_site(folder):
+def test_a_dataset_and_another_site(folder, capsys):
     records = [{"text": "Is it " + "so " * n} for n in range(1, 5)]
     (folder / "data").mkdir()
     (folder / "data" / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -228,6 +230,11 @@ def test_a_dataset_and_another_site(folder):
     command = ["attribute", str(folder / "model"), str(out), "--steps", "1"]
     assert main([*command, "--dataset", str(folder / "data"), "--site", "ffn_neurons"]) == 0
     assert loki.Attribution.load(out).scores.shape == (4, 3, 112)
+    (folder / "data" / "train.jsonl").write_text('{"text": "Is it so"}\n')
+    assert main([*command, "--dataset", str(folder / "data"), "--split", "train"]) == 0
+    assert loki.Attribution.load(out).scores.shape == (1, 3, 48)
+    assert main([*command, "--split", "train"]) == 1
+    assert "--split belongs to --dataset" in capsys.readouterr().err
 
 
 def test_an_adapter_of_low_rank(base_folder, tmp_path, capsys):
@@ -273,7 +280,9 @@ def test_a_protection_fits_the_text_model_and_the_whole_one(tmp_path):
             (known,) = (
                 k for k in protection.directions if k.endswith(name[name.find("layers.") :])
             )
-            assert torch.equal(layer.directions, protection.directions[known].to(layer.directions))
+            assert torch.equal(
+                layer.directions, padded(protection.directions[known]).to(layer.directions)
+            )
     short = dict(list(one.directions.items())[:-1])
     with pytest.raises(ValueError, match="of another model: it lacks"):
         loki.Protection(short, one.energies, one.totals).of(find_structure(zoo_qwen()))
@@ -376,11 +385,11 @@ def recorded(folder, monkeypatch):
     [
         (
             ["attribute", "{model}", "{folder}/s.safetensors"],
-            ["--dtype", "bfloat16", "--device", "meta", "--batch-size", "3"],
+            ["--dtype", "bfloat16", "--device", "meta", "--batch-size", "3", "--engine", "decode"],
             {
                 "load_model": ("{model}", "bfloat16"),
                 "to": ("meta",),
-                "attribute": {"batch_size": 3, "steps": 7},
+                "attribute": {"batch_size": 3, "steps": 7, "engine": "decode"},
             },
         ),
         (

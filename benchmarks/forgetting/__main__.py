@@ -12,7 +12,7 @@ from pathlib import Path
 
 import transformers
 
-from loki_kernels.attribution.cache import cache_folder
+from loki_kernels.cache import cache_folder
 
 from ..records import RESULTS, SHARED, describe_machine
 from .constants import constants

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loki_kernels as loki
 from loki_kernels import Attribution
-from loki_kernels.attribution.cache import CALIBRATION_PER_SUBJECT
 from loki_kernels.demo.model import load_smollm2
-from loki_kernels.questions import Question
+from loki_kernels.questions import CALIBRATION_PER_SUBJECT, Question
 
 from . import stability
 from .precision import DEVICE, keep_head

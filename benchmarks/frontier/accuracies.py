@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from loki_kernels.attribution.cache import cache_folder
+from loki_kernels.cache import cache_folder
 from loki_kernels.demo.model import NAME
 
 from ..forgetting.retention import Retention

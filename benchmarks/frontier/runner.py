@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loki_kernels.attribution.cache import cache_folder
+from loki_kernels.cache import cache_folder
 from loki_kernels.demo.model import NAME
 
 from ..records import RESULTS, SHARED, describe_machine

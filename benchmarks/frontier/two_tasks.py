@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import loki_kernels as loki
-from loki_kernels.attribution.cache import cache_folder
+from loki_kernels.cache import cache_folder
 from loki_kernels.demo.evaluation import token_log_probabilities
 from loki_kernels.demo.frontier import at_loss
 from loki_kernels.demo.function_calls import generate_examples

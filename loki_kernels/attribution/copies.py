@@ -27,11 +27,11 @@ from ..discovery import is_mixer
 from ..errors import UnsupportedModelError
 from ..head import check_logits
 from ..options import EngineName
+from ..placement import free_bytes
 from ..structure import FFN, Structure, embedding_weight
 from .definitions import PathIntegral
 from .integration import guard_tolerance, integrate, relative_error
 from .path import path_points
-from .placement import free_bytes
 from .prefill import Batch, keep_site
 from .scores import Scores
 from .steering import OUT_OF_PLACE, hook_site, hooking, like, refusing, rerunning

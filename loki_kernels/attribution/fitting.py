@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..ops._dispatch import memory_is_full
+from ..placement import free_bytes, memory_is_full
 from ..structure import Structure, embedding_weight
-from .placement import free_bytes
 from .plan import PlannedBatch
 from .scores import Scores
 

@@ -21,6 +21,7 @@ from ..files import check_writable
 from ..fingerprint import model_fingerprint
 from ..ops._dispatch import warm_up
 from ..options import EngineName
+from ..placement import accelerator
 from ..progress import progress_bar, skip
 from ..structure import Structure, embedding_weight
 from ..team import Team
@@ -29,7 +30,6 @@ from .engine import Engine, attribute_batch, choose_engine, short_prompt
 from .fitting import Fitting
 from .fusing import Fusion, find_fusion
 from .log import Log
-from .placement import accelerator
 from .plan import BatchLimits, PlannedBatch, Window
 from .result import Attribution, AttributionCounts, describe_machine, model_settings
 from .scores import Counter, Scores

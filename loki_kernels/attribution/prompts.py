@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import explained
@@ -132,6 +132,23 @@ def tokenize_prompts(
             logger.warning(_NO_CHAT)
         else:
             raise ValueError(_NO_CHAT)
+
+
+def find_tokenizer(model: nn.Module) -> Any:
+    """The tokenizer of ``model.name_or_path``; ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    name = getattr(model, "name_or_path", "")
+    if name:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no tokenizer was found under {name!r} ({error}); pass tokenizer=..., or save it "
+                "there (tokenizer.save_pretrained), which is how LokiConfig finds it"
+            ) from error
+    message = "the model has no name to find its tokenizer by; pass tokenizer=..."
+    raise explained(ValueError(message))
 
 
 def tokenizer_in(tokenizer: Any) -> Any:

@@ -16,10 +16,9 @@ import torch
 import transformers
 from torch import nn
 
-from ..attribution.cache import CALIBRATION_PER_SUBJECT
 from ..files import atomic_path
 from ..protection import estimate_protection
-from ..questions import load_questions
+from ..questions import CALIBRATION_PER_SUBJECT, load_questions
 from . import verify
 from .evaluation import Evaluation, Examination, general_text
 from .frontier import at_equal_loss, plot_frontier

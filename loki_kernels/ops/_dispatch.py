@@ -26,6 +26,7 @@ from torch import library as torch_library
 
 from .. import _native
 from ..errors import check_choice, explained
+from ..placement import memory_is_full
 from ._call import add_gradient, add_step
 from ._check import check_first_derivative, without_autocast
 from ._example import Draw, Example
@@ -215,13 +216,6 @@ _checks: dict[_Key, str | None] = {}
 _check_lock = threading.Lock()
 _postponed: dict[_Key, tuple[float, float]] = {}  # not before this time; how long that wait was
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 64.0  # seconds
-# What libraries say of full memory. Not Triton's OutOfResources: that is the kernel's own size.
-_MEMORY_FULL = (
-    "out of memory",
-    "can't allocate memory",
-    "cudaErrorMemoryAllocation",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
 
 
 def _self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -294,12 +288,6 @@ def warm_up(ops: Iterable[str], device: torch.device, dtype: torch.dtype) -> Non
                 _self_check(op, backend, device, dtype) is None
             ):
                 break
-
-
-def memory_is_full(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error) for words in _MEMORY_FULL
-    )
 
 
 def _compare(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

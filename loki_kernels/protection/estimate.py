@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..attribution.cache import cache_folder, find_tokenizer, read_cached, write_cached
-from ..attribution.placement import on_accelerator
-from ..attribution.prompts import from_string, tokenizer_in
+from ..attribution.prompts import find_tokenizer, from_string, tokenizer_in
 from ..attribution.result import model_settings
+from ..cache import cache_folder, read_cached, write_cached
 from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..fingerprint import model_fingerprint
 from ..options import DEFAULT_SAMPLES
+from ..placement import on_accelerator
 from ..progress import progress_bar
 from ..sharding import is_partitioned, of_the_first
 from ..structure import Structure, evaluating, refuse_tensor_parallelism

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attribution.placement import free_bytes
 from ..errors import UnsupportedModelError
 from ..mixture import routed_inputs, why_not_grouped
 from ..ops._products import weight_gradient
+from ..placement import free_bytes
 from ..structure import DownProjection, Structure
 from .result import Protection
 

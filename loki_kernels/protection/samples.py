@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..ops._dispatch import memory_is_full
 from ..options import DEFAULT_SAMPLES
+from ..placement import memory_is_full
 from ..progress import progress_bar
 
 LENGTH = 256  # tokens

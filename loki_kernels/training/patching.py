@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from ..attribution.cache import AnalysisOptions
+from ..attribution.analysis import AnalysisOptions
 from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..errors import explained
@@ -96,9 +96,8 @@ def patch(
         analysis: arguments of `attribute` for it, such as ``{"batch_size": 8}`` or ``prompts``.
         rank: train an update of rank r instead (LoKI*).
         protect: keep the update out of the directions in which general text drives each
-            down-projection, so that less is forgotten: a `Protection`, the path of its file, True,
-            which estimates one from the model's own samples, or False. None is True where nothing
-            above says what to train, else False.
+            down-projection: a `Protection`, the path of its file, True, which estimates one from
+            the model's own samples, or False. None is True if nothing above says what to train.
         modules_to_save: names of modules to train whole beside the rows, in the checkpoint's own
             dtype, such as ``["embed_tokens"]`` for new tokens; as in PEFT, the end of a name is
             enough.
@@ -127,8 +126,7 @@ def patch(
         protect = _beside(folder, saved, protect)
     whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
     quota, protect = what_to_train(rows, quota, criterion, analysis, protect)
-    if rows is None:
-        warn_of_memory(structure, quota, protected=protect not in (None, False), rank=rank)
+    warn_of_memory(structure, rows, quota, protected=protect not in (None, False), rank=rank)
     protection = protection_to_keep(model, structure, protect, tokenizer)
     selection = selection_to_train(model, structure, rows, tokenizer, quota, criterion, analysis)
     handle = _patch_rows(

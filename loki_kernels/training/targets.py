@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..attribution.cache import AnalysisOptions, cached_attribution
+from ..attribution.analysis import AnalysisOptions, cached_attribution
 from ..errors import UnsupportedModelError, check_choice, explained
 from ..options import DEFAULT_QUOTA, Criterion
 from ..protection import Protection

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import loki_kernels as loki
-from loki_kernels.attribution import fitting, job, placement, plan
+from loki_kernels import placement
+from loki_kernels.attribution import fitting, job, plan
 from loki_kernels.attribution.fitting import Fitting
 from loki_kernels.attribution.plan import PlannedBatch
 from loki_kernels.attribution.prompts import Tokens

@@ -13,7 +13,7 @@ import torch
 
 import loki_kernels as loki
 import loki_kernels.peft
-from loki_kernels.attribution import cache
+from loki_kernels.attribution import analysis
 from loki_kernels.peft import LokiConfig, LokiLayer
 from tests.models import ARCHITECTURES, DEVICE, build_model, to_device
 from tests.tiny_training import (
@@ -211,7 +211,7 @@ def test_a_float32_update_of_a_base_of_any_dtype(tmp_path, dtype):
 
 def test_analyses_by_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(cache, "find_tokenizer", lambda model: WordTokenizer())
+    monkeypatch.setattr(analysis, "find_tokenizer", lambda model: WordTokenizer())
     model = peft.get_peft_model(build_model(), LokiConfig(quota=25))
     with loki.patch(build_model(), tokenizer=WordTokenizer(), quota=25) as handle:
         assert model.peft_config["default"].rows == [layer.tolist() for layer in handle.rows]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loki_kernels as loki
-from loki_kernels.attribution import cache as attribution_cache
+from loki_kernels.attribution import analysis
 from loki_kernels.peft import LokiConfig
 from loki_kernels.peft import config as config_module
 from loki_kernels.peft import layer as layer_module
@@ -181,7 +181,7 @@ def test_false_trains_all_rows_unprotected(monkeypatch):
 
 def test_the_papers_rows_are_one_argument_away(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(attribution_cache, "find_tokenizer", lambda model: WordTokenizer())
+    monkeypatch.setattr(analysis, "find_tokenizer", lambda model: WordTokenizer())
     handle = loki.patch(build_model(), criterion="signed")
     config = LokiConfig(criterion="signed")
     wrapped = peft.get_peft_model(build_model(), config)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import loki_kernels as loki
 import loki_kernels.peft
-from loki_kernels.attribution import cache
+from loki_kernels.attribution import analysis
 from loki_kernels.cli import main
 from loki_kernels.peft import LokiConfig
 from tests.models import DEVICE, GQA, _config
@@ -93,7 +93,7 @@ def test_starts_as_the_base_and_learns(base, tmp_path):
 
 def test_analyses_by_itself(base, tmp_path, monkeypatch):
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(cache, "find_tokenizer", lambda model: WordTokenizer())
+    monkeypatch.setattr(analysis, "find_tokenizer", lambda model: WordTokenizer())
     try:
         model = peft.get_peft_model(base(), LokiConfig(quota=5))
     except loki.UnsupportedModelError as error:  # the analysis is a forward pass

@@ -462,7 +462,7 @@ def test_three_lines(model, tmp_path, monkeypatch):
     def analyse_again(*_, **__):
         raise Analysed
 
-    monkeypatch.setattr("loki_kernels.attribution.cache.attribute", analyse_again)
+    monkeypatch.setattr("loki_kernels.attribution.analysis.attribute", analyse_again)
     again = loki.patch(model, tokenizer=tokenizer, quota=25)
     assert again.rows == want
     again.unpatch()

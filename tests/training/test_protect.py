@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 import loki_kernels as loki
-from loki_kernels.attribution import cache
+from loki_kernels.attribution import analysis
 from loki_kernels.protection import estimate
+from loki_kernels.questions import CALIBRATION_PER_SUBJECT
 from loki_kernels.training import rows
 from loki_kernels.training.linear import LokiLinear
 from tests.models import build_model, to_device
@@ -247,7 +248,7 @@ def test_an_adapter_is_trained_on_with_its_protection_alone(protection, tmp_path
 
 
 def test_every_row_is_trained_without_an_analysis(protection, monkeypatch):
-    monkeypatch.setattr(cache, "attribute", None)
+    monkeypatch.setattr(analysis, "attribute", None)
     model = build_model()
     handle = loki.patch(model, quota=100, protect=protection)
     assert set(handle.report.patched.values()) == {48}
@@ -369,7 +370,7 @@ def test_the_papers_rows_are_one_argument_away(tmp_path, monkeypatch):
     """10 % of each layer's rows whose scores are lowest, unprotected; ours are nearest to zero."""
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
     model, tokenizer = build_model(), WordTokenizer()
-    questions = [q.prompt(tokenizer) for q in loki.load_questions(cache.CALIBRATION_PER_SUBJECT)]
+    questions = [q.prompt(tokenizer) for q in loki.load_questions(CALIBRATION_PER_SUBJECT)]
     scores = loki.attribute(model, questions, tokenizer=tokenizer)
     rows = {}
     for options, criterion in (({"criterion": "signed"}, "signed"), ({"quota": 10}, "magnitude")):

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import loki_kernels as loki
-from loki_kernels.attribution import cache, job, placement
-from loki_kernels.attribution.placement import on_accelerator
+from loki_kernels import placement
+from loki_kernels.attribution import analysis, job
 from loki_kernels.discovery import find_structure
+from loki_kernels.placement import on_accelerator
 from tests.models import assert_unchanged, build_model, snapshot
 from tests.training.test_patching import WordTokenizer
 
@@ -133,7 +134,7 @@ def test_each_process_has_its_own_device(monkeypatch):
 def analysed(monkeypatch, tmp_path):
     """What `attribute` was called with for an analysis, and what it raises."""
     calls, errors = [], []
-    attribute = cache.attribute
+    attribute = analysis.attribute
 
     def recording(model, prompts, **options):
         calls.append(options | {"lies_at": next(model.parameters()).data_ptr()})
@@ -141,7 +142,7 @@ def analysed(monkeypatch, tmp_path):
             raise errors.pop()
         return attribute(model, prompts, **options)
 
-    monkeypatch.setattr(cache, "attribute", recording)
+    monkeypatch.setattr(analysis, "attribute", recording)
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
     return SimpleNamespace(calls=calls, errors=errors)
 
@@ -153,7 +154,7 @@ def test_an_analysis_without_memory_takes_the_cpu(beside, analysed, caplog):
     model = build_model(device="cpu")
     analysed.errors.append(torch.OutOfMemoryError("full"))
     before, home = snapshot(model), next(model.parameters()).data_ptr()
-    cache.cached_attribution(model, find_structure(model), None, {"prompts": PROMPTS})
+    analysis.cached_attribution(model, find_structure(model), None, {"prompts": PROMPTS})
     assert_unchanged(model, before)
     assert [call["lies_at"] == home for call in analysed.calls] == [False, True]
     assert "(batch_size=None): full" in caplog.text

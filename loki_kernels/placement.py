@@ -1,4 +1,4 @@
-"""Where the analysis of `patch` runs: on the accelerator, if the model waits on the CPU for it."""
+"""Where `patch` analyses and estimates: on the accelerator, if the model fits there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sharding import is_sharded
+from .sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,22 @@ def free_bytes(device: torch.device) -> int | None:
     except RuntimeError:  # some of Intel's do not tell
         return None
     return int(free + module.memory_reserved(device) - module.memory_allocated(device))
+
+
+# What libraries say of full memory. Not Triton's OutOfResources: that is the kernel's own size.
+_MEMORY_FULL = (
+    "out of memory",
+    "can't allocate memory",
+    "cudaErrorMemoryAllocation",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+def memory_is_full(error: Exception) -> bool:
+    """Whether that is what an error of torch, Triton or CUDA's libraries says."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in _MEMORY_FULL
+    )
 
 
 @contextlib.contextmanager
@@ -98,10 +114,10 @@ def _device_for(model: nn.Module) -> torch.device | None:
     if reason is None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if size * _MARGIN + _LEAST_FREE <= free:
-            logger.info("analysing on %s; the model goes back to the CPU afterwards", device)
+            logger.info("running on %s; the model goes back to the CPU afterwards", device)
             return device
         reason = f"its {size / 1e9:.1f} GB do not fit the {free / 1e9:.1f} GB that are free there"
-    logger.warning("the model is analysed on the CPU and not on %s: %s", device, reason)
+    logger.warning("the model is run on the CPU and not on %s: %s", device, reason)
     return None
 
 

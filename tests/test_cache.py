@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loki_kernels.attribution.cache import cache_folder
+from loki_kernels.cache import cache_folder
 
 
 @pytest.mark.parametrize(

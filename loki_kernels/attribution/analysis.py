@@ -6,38 +6,25 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Any, get_type_hints
 
 from torch import nn
 
 from .._version import __version__
-from ..errors import explained
+from ..cache import cache_folder, read_cached, write_cached
 from ..fingerprint import model_fingerprint
-from ..ops._dispatch import memory_is_full
-from ..questions import load_questions
+from ..placement import memory_is_full, on_accelerator
+from ..questions import CALIBRATION_PER_SUBJECT, load_questions
 from ..structure import Structure
 from ..team import Team
 from .answers import with_answers
 from .attribute import Options, attribute
 from .definitions import PathIntegral
-from .placement import on_accelerator
-from .prompts import Tokens, tokenize_prompts
+from .prompts import Tokens, find_tokenizer, tokenize_prompts
 from .result import Attribution, model_settings
 
 logger = logging.getLogger(__name__)
-_Kept = TypeVar("_Kept")
-
-# Of 5 bundled questions a subject, the analysis uses 3 (171 in all) and leaves 2 for evaluation.
-CALIBRATION_PER_SUBJECT = 3
-
-
-def cache_folder() -> Path:
-    """``$LOKI_KERNELS_CACHE``, else ``$XDG_CACHE_HOME/loki_kernels``, else ``~/.cache/...``."""
-    if "LOKI_KERNELS_CACHE" in os.environ:
-        return Path(os.environ["LOKI_KERNELS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loki_kernels"
 
 
 class AnalysisOptions(Options, total=False):
@@ -100,26 +87,6 @@ def cached_attribution(
     return result
 
 
-def read_cached(path: Path, load: Callable[[Path], _Kept]) -> _Kept | None:
-    """What a file of the cache holds; None if it is not there, or damaged, which is logged."""
-    if not path.is_file():
-        return None
-    try:
-        return load(path)
-    except ValueError as error:
-        logger.warning("%s; it is made again", error)
-        return None
-
-
-def write_cached(path: Path, save: Callable[[Path], None]) -> None:
-    """Write a file of the cache; that it cannot be is logged."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(path)
-    except OSError as error:
-        logger.warning("%s could not be written: %s", path, error)
-
-
 def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> str:
     """What the result depends on: the model, the tokens, and what is computed."""
     how = {k: v for k, v in options.items() if k not in ("batch_size", "progress")}
@@ -169,20 +136,3 @@ def _analyse(
                 raise
     logger.warning("the accelerator has no room for the analysis; the CPU does it")
     return run(chosen)
-
-
-def find_tokenizer(model: nn.Module) -> Any:
-    """The tokenizer of ``model.name_or_path``; ValueError where there is none."""
-    from transformers import AutoTokenizer
-
-    name = getattr(model, "name_or_path", "")
-    if name:
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no tokenizer was found under {name!r} ({error}); pass tokenizer=..., or save it "
-                "there (tokenizer.save_pretrained), which is how LokiConfig finds it"
-            ) from error
-    message = "the model has no name to find its tokenizer by; pass tokenizer=..."
-    raise explained(ValueError(message))
