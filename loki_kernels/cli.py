@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_drift(subparsers)
 
     inspect = subparsers.add_parser(
-        "inspect", help="what would be trained and attributed in a model, from its config alone"
+        "inspect", help="what a model's config says would be trained, and in how much memory"
     )
     inspect.add_argument("model", help="folder or hub name of a language model")
     inspect.set_defaults(run=commands.inspect)

@@ -48,7 +48,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             dtype; of those that are trained.
         loki_protection: uint8 ``[32]`` by adapter, the fingerprint of what it is protected with,
             by which a state dict is known to be of the same.
-        formed: inside `LokiModel.generate` the protected factors by adapter, formed once.
+        formed: inside `LokiModel.generate` and a measurement of drift the protected factors by
+            adapter, formed once.
     """
 
     adapter_layer_names = ("loki_update", "loki_delta_a", "loki_delta_b")

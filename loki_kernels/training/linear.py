@@ -23,9 +23,10 @@ class LokiLinear(LokiRows):
     is a float32 parameter of its own: small steps survive 16-bit weights, and weight decay pulls
     to the base. In eager mode ``base_rows + update`` is written into ``weight`` at every forward
     pass (k * in_features elements, about 1 % of the product at 4,096 tokens and 10 % of the rows),
-    so the product is one dense GEMM on the merged weight whoever changed the update: an optimizer,
-    ``load_state_dict``, ``.to()``. Where the weight must not be written, the update is added to the
-    output instead, k / out_features more arithmetic (the delta form): under ``torch.compile``,
+    but where HF Trainer's callback knows that nothing was trained. So the product is one dense GEMM
+    on the merged weight whoever changed the update: an optimizer, ``load_state_dict``, ``.to()``. Where the weight must not be written, the update is added to the
+    output instead, k / out_features more arithmetic, or from half of the rows on to a copy of the
+    weight (the delta form): under ``torch.compile``,
     which would have to copy a weight that changes in the graph for the backward pass, and where
     the weight is sharded (FSDP, ZeRO-3) and a whole one exists only while a layer runs. With a
     rank r the update is ``delta_a @ delta_b`` (LoKI*), always so; and so it is where W lies
@@ -36,8 +37,8 @@ class LokiLinear(LokiRows):
     projected gradient. The parameter itself may hold a part inside U, which does nothing; what is
     merged and saved has none.
 
-    `patch` writes the rows of all layers in one launch before the decoder runs; a layer called by
-    itself writes its own.
+    `patch` writes the rows of all layers in one launch before the decoder runs, protected ones in
+    one each; a layer called by itself writes its own.
 
     Attributes:
         weight: ``[out_features, in_features]``, or the other way round where ``axis`` is 1, frozen;

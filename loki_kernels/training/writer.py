@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RowWriter:
-    """Writes the rows of all layers into their weights when the decoder starts, in one launch.
+    """Writes the rows of all layers into their weights when the decoder starts.
+
+    In one launch, protected ones in one each, since forming those takes another tensor a layer.
 
     Where an engine shards the weights it tells the layers so, and writes nothing. Before a training
     step it raises if nothing would be trained, or in a process other rows than in the others.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +24,14 @@ SHAPES = [
     ((0,), 63, 129, 5, 2),
 ]
 aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_are_enough(monkeypatch):
+    """To form the sum of weight and update."""
+    monkeypatch.setattr(importlib.import_module(row_delta_linear.__module__), "_TOKENS", 4)
+
+
 GRADIENTS = ("x", "delta_a", "delta_b", "bias")
 
 
@@ -208,9 +218,11 @@ def test_what_is_formed_is_not_kept_for_the_backward_pass(k):
     assert all(t.data_ptr() in own for t in kept)
 
 
-@pytest.mark.parametrize(("k", "products"), [(30, 5), (65, 3), (129, 3)])
-def test_of_many_rows_one_product_is_made_with_the_sum(k, products):
-    inputs = make((8,), 63, 129, k, 4)
+@pytest.mark.parametrize(
+    ("tokens", "k", "products"), [(8, 30, 5), (8, 65, 3), (8, 129, 3), (3, 129, 5)]
+)
+def test_of_many_rows_one_product_is_made_with_the_sum(tokens, k, products):
+    inputs = make((tokens,), 63, 129, k, 4)
     inputs |= {"delta_a": torch.randn(k, 63, requires_grad=True), "delta_b": None}
     inputs["x"].requires_grad_()
     made = []

@@ -18,9 +18,10 @@ from .._check import (
 from .._directions import acting_factors, leave_out
 from .._products import as_matrix, dense_linear, padded_rows, selected_columns, weight_gradient
 
-# From this share of the rows on, the sum of weight and update is formed and one product made with
-# it: of all rows at 4,096 tokens, 14336 -> 4096, that writes .1 GB and spares .48 TFLOP each way.
-_MANY = 0.5
+# From this share of the rows and these tokens on, the sum of weight and update is formed and one
+# product made with it: of all rows at 4,096 tokens, 14336 -> 4096, that moves .9 GB and spares .48
+# TFLOP each way. At the one token of a generation it would move twice what the weights are.
+_MANY, _TOKENS = 0.5, 512
 
 
 def row_delta_linear(
@@ -38,8 +39,8 @@ def row_delta_linear(
     delta is ``delta_a @ delta_b``, the LoKI* form (arXiv 2505.22120), whose update costs two
     products of rank r, or ``delta_a`` itself where ``delta_b`` is None: the form for a weight that
     is quantized, sharded or shared by several adapters. The sum is formed, in x's dtype and anew in
-    the backward pass, for a ``delta_a`` of half of the rows or more; else the update's product is
-    added to the output.
+    the backward pass, for a ``delta_a`` of half of the rows or more and 512 tokens or more; else
+    the update's product is added to the output.
 
     Args:
         x: ``[..., in_features]``.
@@ -69,7 +70,8 @@ def row_delta_linear(
     check_shape("delta_b", delta_b, rank, in_features)
     if directions is not None and (directions.ndim != 2 or len(directions) != in_features):
         raise ValueError(f"directions must be [{in_features}, r]; it is {list(directions.shape)}.")
-    form = delta_b is None and len(index) >= _MANY * len(weight)
+    many = len(index) >= _MANY * len(weight) and x.shape[:-1].numel() >= _TOKENS
+    form = delta_b is None and many
     x, cast, bias = autocast(x, weight, bias)
     # the sum is rounded once, so it is that of the weight before autocast has rounded it
     weight = weight if form else cast
