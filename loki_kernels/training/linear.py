@@ -24,13 +24,13 @@ class LokiLinear(LokiRows):
     to the base. In eager mode ``base_rows + update`` is written into ``weight`` at every forward
     pass (k * in_features elements, about 1 % of the product at 4,096 tokens and 10 % of the rows),
     but where HF Trainer's callback knows that nothing was trained. So the product is one dense GEMM
-    on the merged weight whoever changed the update: an optimizer, ``load_state_dict``, ``.to()``. Where the weight must not be written, the update is added to the
-    output instead, k / out_features more arithmetic, or from half of the rows on to a copy of the
-    weight (the delta form): under ``torch.compile``,
-    which would have to copy a weight that changes in the graph for the backward pass, and where
-    the weight is sharded (FSDP, ZeRO-3) and a whole one exists only while a layer runs. With a
-    rank r the update is ``delta_a @ delta_b`` (LoKI*), always so; and so it is where W lies
-    transposed (Conv1D), since its rows are strided there.
+    on the merged weight whoever changed the update: an optimizer, ``load_state_dict``, ``.to()``.
+    Where the weight must not be written, the update is added to the output instead,
+    k / out_features more arithmetic, or from half of the rows on to a copy of the weight (the delta
+    form): under ``torch.compile``, which would have to copy a weight that changes in the graph for
+    the backward pass, and where the weight is sharded (FSDP, ZeRO-3) and a whole one exists only
+    while a layer runs. With a rank r the update is ``delta_a @ delta_b`` (LoKI*), always so; and so
+    it is where W lies transposed (Conv1D), since its rows are strided there.
 
     With protected ``directions`` U the update that is formed is ``update (I - U U^T)``, and
     ``delta_b (I - U U^T)`` of LoKI*: a part of the forward pass, so that any optimizer gets the
