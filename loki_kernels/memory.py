@@ -70,7 +70,7 @@ def warn_of_memory(
 
     def of(percentage: float) -> TrainingMemory:
         rows = rows_per_layer(percentage, structure.hidden_size)
-        layers = ((down_proj, rows) for _, down_proj in structure.trainable())
+        layers = ((down_proj, rows) for down_proj in structure.projections())
         return training_memory(layers, protected=protected, rank=rank)
 
     if sum(of(quota)) <= free:

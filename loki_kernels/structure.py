@@ -206,7 +206,7 @@ class Structure:
         """
         if (getattr(self.causal_lm, "_tp_size", None) or 1) == 1 or has_fsdp(self.given):
             return False
-        weights = [down.weight for _, down in self.trainable()]
+        weights = [down.weight for down in self.projections()]
         return all(isinstance(w, DTensor) and not w.placements[0].is_shard(0) for w in weights)
 
     def gather(self) -> None:
@@ -225,11 +225,10 @@ class Structure:
         hidden: Tensor = self.decoder(use_cache=False, **inputs).last_hidden_state
         return hidden
 
-    def trainable(self) -> Iterator[tuple[int, DownProjection]]:
-        """(layer, one of its down-projections); several of a mixture of experts."""
-        for i, ffn in enumerate(self.ffns):
-            for down_proj in () if ffn is None else ffn.projections:
-                yield i, down_proj
+    def projections(self) -> Iterator[DownProjection]:
+        """Every down-projection, several of a layer that is a mixture of experts."""
+        for ffn in self.present().values():
+            yield from ffn.projections
 
     def present(self) -> dict[int, FFN]:
         """Layer -> its FFN, of the layers that have one."""
@@ -286,7 +285,7 @@ def refuse_tensor_parallelism(structure: Structure) -> None:
     """
     model = structure.causal_lm
     split = (getattr(model, "_tp_size", None) or 1) > 1
-    for _, down in structure.trainable():
+    for down in structure.projections():
         weight = getattr(down.module, down.parameter, None)
         if isinstance(weight, DTensor):
             split |= "tp" in (weight.device_mesh.mesh_dim_names or ())

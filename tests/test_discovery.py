@@ -17,7 +17,7 @@ from tests.models import TINY, assert_unchanged, build_model, snapshot
 
 def test_the_text_tower_is_patched_beside_a_vision_tower_of_equal_depth():
     model = internvl()
-    names = [down_proj.name for _, down_proj in find_structure(model).trainable()]
+    names = [down_proj.name for down_proj in find_structure(model).projections()]
     assert names == [f"model.language_model.layers.{i}.mlp.down_proj" for i in range(3)]
     with loki.patch(model, [[1, 5], [0], [7]]) as handle:
         assert list(handle.report.patched) == names
@@ -137,5 +137,5 @@ def test_trained_tokens_of_an_adapter_hide_no_embedding():
     """PEFT's wrapper of them gives another weight at every access."""
     options = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}
     wrapped = peft.get_peft_model(build_model(), peft.LoraConfig(**options))
-    names = [down_proj.name for _, down_proj in find_structure(wrapped).trainable()]
+    names = [down_proj.name for down_proj in find_structure(wrapped).projections()]
     assert names == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]

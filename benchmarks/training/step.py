@@ -51,7 +51,7 @@ def prepare(method: str, model: nn.Module, quota: float = 10.0) -> nn.Module:
 def made_up_protection(model: nn.Module) -> Protection:
     """Random directions, as many as are estimated: a step takes as long with any."""
     directions = {}
-    for _, down_proj in find_structure(model).trainable():
+    for down_proj in find_structure(model).projections():
         count = default_directions(down_proj.in_features)
         noise = torch.randn(down_proj.in_features, count, device=DEVICE)
         directions[down_proj.name] = torch.linalg.qr(noise)[0].cpu()

@@ -12,7 +12,6 @@ import contextlib
 import inspect
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -231,16 +230,11 @@ def _products(structure: Structure, tokens: int) -> dict[nn.Module, _Forward]:
     """The gated MLPs whose product is fused; of those that are alike one is tried."""
     known: dict[Hashable, Gating | None] = {}
     forwards: dict[nn.Module, _Forward] = {}
-    projections = Counter(layer for layer, _ in structure.trainable())
-    for layer, down in structure.trainable():
+    # Where each token goes to some of many MLPs, each has too few to hide a launch.
+    few = (ffn for ffn in structure.present().values() if len(ffn.projections) <= _FEW)
+    for down in (down for ffn in few for down in ffn.projections):
         mlp = down.parent
-        # Where each token goes to some of many MLPs, each has too few to hide a launch.
-        if (
-            down.of_experts
-            or projections[layer] > _FEW
-            or not _pays(structure, down, tokens)
-            or not _is_free(mlp)
-        ):
+        if down.of_experts or not _pays(structure, down, tokens) or not _is_free(mlp):
             continue
         kind = down.attribute, _kind(mlp)
         if kind not in known:

@@ -181,7 +181,7 @@ class LokiModel(BaseTuner):
         if config.protect is not True or not added:
             protection = _protection(structure, config)
             return {} if protection is None else protection.directions
-        layers = {down_proj.name: down_proj.module for _, down_proj in structure.trainable()}
+        layers = {down_proj.name: down_proj.module for down_proj in structure.projections()}
         for name, other in added.items():
             if getattr(other, "protect", None) is not True or config.protection not in (
                 None,
@@ -319,7 +319,7 @@ class LokiModel(BaseTuner):
 
 def _refuse_other_modules(structure: Structure) -> None:
     """Raise UnsupportedModelError for what a `LokiLayer` cannot be put around."""
-    for _, down_proj in structure.trainable():
+    for down_proj in structure.projections():
         if down_proj.of_experts or down_proj.axis:
             kind = "experts" if down_proj.of_experts else "a transposed weight"
             raise UnsupportedModelError(

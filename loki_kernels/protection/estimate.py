@@ -159,7 +159,7 @@ def _moments(
     progress: bool | None,
 ) -> Iterator[tuple[str, Moment]]:
     """(name of a down-projection, the moment of its inputs and of an earlier protection's)."""
-    layers = [down_proj for _, down_proj in structure.trainable()]
+    layers = list(structure.projections())
     with progress_bar(len(layers), "estimate the inputs' moments", progress) as bar:
         for group in layers_at_a_time(layers):
             moments = second_moments(structure, group, windows, batch_size)
@@ -213,7 +213,7 @@ def cached_protection(model: nn.Module, structure: Structure, tokenizer: Any) ->
             )
         found = None if team.rank else _cached_or_estimated(model, structure, tokenizer)
         team.meet("the first one estimates the protection of all")
-        result = _of_the_first(found, [d.name for _, d in structure.trainable()])
+        result = _of_the_first(found, [d.name for d in structure.projections()])
     result.check(structure)
     return result
 

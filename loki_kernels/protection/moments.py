@@ -172,7 +172,7 @@ def _read_inputs(module: nn.Module, kept: Tensor, x: Tensor) -> _Inputs:
 
 def refuse_untold_inputs(structure: Structure) -> None:
     """Raise UnsupportedModelError for experts whose inputs cannot be told, and offloaded layers."""
-    for _, down_proj in structure.trainable():
+    for down_proj in structure.projections():
         if down_proj.weight.is_meta:
             raise UnsupportedModelError(
                 f"{down_proj.name} is not in memory (offloaded, or on the meta device), and a "

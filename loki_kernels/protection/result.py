@@ -72,7 +72,7 @@ class Protection:
         Raises:
             ValueError: if it is none of this model's layers.
         """
-        names = [down_proj.name for _, down_proj in structure.trainable()]
+        names = [down_proj.name for down_proj in structure.projections()]
         own = {_from_its_layer(name): name for name in self.directions}
         found = {name: own.get(_from_its_layer(name), name) for name in names}
         fits = self.directions.keys() >= set(names) or len(own) < len(self.directions)
@@ -96,7 +96,7 @@ class Protection:
             raise ValueError(
                 f"the protection cannot be saved with a checkpoint: {error}."
             ) from error
-        for _, down_proj in structure.trainable():
+        for down_proj in structure.projections():
             held = self.directions.get(down_proj.name)
             if held is None:
                 raise ValueError(f"the protection is of another model: it lacks {down_proj.name}.")

@@ -291,7 +291,7 @@ def task_type(model: nn.Module) -> str:
 
 def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiRows]]:
     structure = find_structure(model)
-    modules: dict[str, nn.Module] = {d.name: d.module for _, d in structure.trainable()}
+    modules: dict[str, nn.Module] = {d.name: d.module for d in structure.projections()}
     layers = {n: layer for n, layer in modules.items() if isinstance(layer, LokiRows)}
     if not layers:
         raise ValueError("the model is not patched; call loki_kernels.patch(model) first.")

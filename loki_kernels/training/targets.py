@@ -156,7 +156,7 @@ def check_patchable(structure: Structure) -> None:
         )
     refuse_tensor_parallelism(structure)
     refuse_efficient_loading()
-    for _, down_proj in structure.trainable():
+    for down_proj in structure.projections():
         _check_projection(down_proj)
     _refuse_shared_weights(structure)
 
@@ -209,7 +209,7 @@ def _refuse_shared_weights(structure: Structure) -> None:
     for name, module in structure.causal_lm.named_modules():  # each once, under whatever names
         for part, parameter in module.named_parameters(recurse=False):
             names.setdefault(id(parameter), []).append(f"{name}.{part}")
-    for _, down_proj in structure.trainable():
+    for down_proj in structure.projections():
         own = names.get(id(down_proj.weight), ())
         if len(own) > 1:
             raise UnsupportedModelError(
@@ -321,7 +321,7 @@ def find_modules(structure: Structure, names: Iterable[str]) -> dict[str, nn.Mod
             raise ValueError(f"modules_to_save names {name!r}, which the model lacks.")
         found |= matches
     for name, module in found.items():
-        inside = [d.name for _, d in structure.trainable() if d.module in set(module.modules())]
+        inside = [d.name for d in structure.projections() if d.module in set(module.modules())]
         if inside:
             raise ValueError(
                 f"modules_to_save names {name}, which holds {inside[0]}; its rows are trained."

@@ -90,7 +90,7 @@ def protection(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     # no decomposition, whose last bits depend on the number of threads
     drawn = {}
-    for _, down_proj in find_structure(model).trainable():
+    for down_proj in find_structure(model).projections():
         width = down_proj.in_features
         order = torch.randperm(width, generator=generator)[: width // 4]
         drawn[down_proj.name] = torch.eye(width)[:, order].expand(*down_proj.experts, -1, -1)
