@@ -132,7 +132,7 @@ def _bit_sums(tensor: Tensor) -> tuple[int, int]:
     size = min(1 << 22, bits.numel())  # the int64 copies stay at 64 MiB
     place = torch.arange(1, size + 1, device=bits.device)
     for start in range(0, bits.numel(), 1 << 22):
-        part = bits[start : start + size].to(torch.int64)
+        part = bits[start : start + size].to(torch.int64, copy=True)  # int64 is a view otherwise
         plain += int(part.sum())
         weighted += int(part.mul_(place[: part.numel()]).sum())
         place += size

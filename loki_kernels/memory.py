@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from .placement import accelerator, free_bytes
 from .protection.moments import default_directions
@@ -37,9 +40,15 @@ class TrainingMemory(NamedTuple):
 
 
 def training_memory(
-    layers: Iterable[tuple[DownProjection, int]], *, protected: bool, rank: int | None = None
+    layers: Iterable[tuple[DownProjection, int]],
+    *,
+    protected: bool | Mapping[str, Tensor],
+    rank: int | None = None,
 ) -> TrainingMemory:
-    """Of so many rows of each down-projection, of every expert of one that is of experts."""
+    """Of so many rows of each down-projection, of every expert of one that is of experts.
+
+    ``protected`` are the directions by layer, or whether as many are left alone as by default.
+    """
     update = base = directions = 0
     for down_proj, rows in layers:
         if not rows:
@@ -49,7 +58,10 @@ def training_memory(
         numbers = rows * width if rank is None else rank * (rows + width)
         update += 4 * max(4, size) * experts * numbers
         base += size * experts * rows * width
-        directions += size * experts * width * default_directions(width) if protected else 0
+        if not isinstance(protected, bool):
+            directions += size * protected[down_proj.name].numel()
+        elif protected:
+            directions += size * experts * width * default_directions(width)
     return TrainingMemory(update, base, directions)
 
 
@@ -60,11 +72,14 @@ def warn_of_memory(
 
     Of rows that are not named, and one process: several may shard the weights afterwards.
     """
-    model = structure.causal_lm
-    device = next(model.parameters()).device
-    found = accelerator() if device.type == "cpu" else (device, free_bytes(device))
-    if rows is not None or is_distributed() or found is None or found[1] is None:
+    devices = {down_proj.weight.device for down_proj in structure.projections()}
+    if rows is not None or is_distributed() or len(devices) > 1 or devices & {torch.device("meta")}:
         return
+    (device,) = devices
+    found = accelerator() if device.type == "cpu" else (device, free_bytes(device))
+    if found is None or found[1] is None:
+        return
+    model = structure.causal_lm
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     device, free = found[0], found[1] - (own if device.type == "cpu" else 0)
 

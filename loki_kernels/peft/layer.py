@@ -44,8 +44,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             base.
         loki_delta_a: ``[k, r]`` instead of it, zero at first (LoKI*).
         loki_delta_b: ``[r, in_features]`` (LoKI*).
-        loki_directions: protected ones ``[in_features, r]`` by adapter, in float32 or the base's
-            dtype; of those that are trained.
+        loki_directions: protected ones ``[in_features, r]`` by adapter, then columns of zeros, in
+            float32 or the base's dtype; of those that are trained.
         loki_protection: uint8 ``[32]`` by adapter, the fingerprint of what it is protected with,
             by which a state dict is known to be of the same.
         formed: inside `LokiModel.generate` and a measurement of drift the protected factors by
@@ -235,7 +235,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(a, b, directions) of an adapter: its update is a @ b, or a, less the directions.
 
-        While the model generates they are left out once and not at every token.
+        While the model generates, or is measured, they are left out once and not at every pass.
         """
         directions = self._directions(name)
         low_rank = name in self.loki_delta_a

@@ -181,8 +181,11 @@ def refuse_untold_inputs(structure: Structure) -> None:
             )
         if not down_proj.of_experts:
             continue
-        experts = _of_its_class(down_proj.module)
-        reason = why_not_grouped(experts, down_proj.parameter, down_proj.axis)
+        module = down_proj.module
+        if "why_whole" in vars(module):  # patching has found out, and taken the weights over
+            reason = vars(module)["why_whole"]
+        else:
+            reason = why_not_grouped(module, down_proj.parameter, down_proj.axis)
         if reason is not None:
             raise UnsupportedModelError(
                 f"{down_proj.name} holds experts, and what enters their down-projections cannot be "

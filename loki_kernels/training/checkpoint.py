@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sharding import full_state_dict, has_fsdp, is_partitioned
+from ..sharding import full_state_dict, has_fsdp, is_partitioned, is_sharded
 from . import adapter_file
 from .adapter_file import Layers, Parts
 from .arithmetic import updated_rows
@@ -38,7 +38,7 @@ class SavePretrained:
     def __call__(
         self,
         save_directory: str | os.PathLike[str],
-        *args: Any,
+        is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -48,29 +48,34 @@ class SavePretrained:
             # Every process is here, and the first one has it all and writes alone, as transformers
             # does it where it has sharded a model itself.
             state_dict = full_state_dict(self.model)
-            first = torch.distributed.get_rank() == 0
-            kwargs["is_main_process"] = first and kwargs.get("is_main_process", True)
+            is_main_process = is_main_process and torch.distributed.get_rank() == 0
         elif state_dict is None:
             state_dict = self.model.state_dict()
         whole = {n: state_dict[n] for n in trained_whole(self.model) if n in state_dict}
         others = adapter_file.other_tensors(whole)
-        lacks = self._lacks_partitioned(state_dict)
+        lacks = self._lacks_sharded(state_dict)
         state_dict = self._merge_trained(state_dict, parts)
-        if lacks:
+        if lacks and is_main_process:
             # HF Trainer's way under ZeRO-3 where 16-bit weights are not to be gathered: the first
             # process alone would wait for the others' parts.
             logger.warning(
-                "the state dict that is saved has none of ZeRO-3's updates of rows, so no %s is "
-                "written; DeepSpeed's own checkpoint has them. Set "
+                "the state dict that is saved has none of the sharded updates of rows, so no %s is "
+                "written. Under ZeRO-3 DeepSpeed's own checkpoint has them; set "
                 "stage3_gather_16bit_weights_on_model_save for an ordinary checkpoint.",
                 adapter_file.SIDE_FILE,
             )
-        elif kwargs.get("is_main_process", True):
+        elif is_main_process:
             # before the class's own, which may upload the folder
             self._write_side_file(save_directory, parts, others)
         save = type(self.model).save_pretrained
         with self._uploading_the_side_file() if kwargs.get("push_to_hub") else nullcontext():
-            return save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)
+            return save(
+                self.model,
+                save_directory,
+                is_main_process=is_main_process,
+                state_dict=state_dict,
+                **kwargs,
+            )
 
     @contextmanager
     def _uploading_the_side_file(self) -> Iterator[None]:
@@ -96,12 +101,12 @@ class SavePretrained:
         Path(folder).mkdir(parents=True, exist_ok=True)
         adapter_file.write_side_file(folder, self.layers, parts, others)
 
-    def _lacks_partitioned(self, state_dict: dict[str, Tensor]) -> bool:
-        """Whether a state dict has not every update that ZeRO-3 looks after."""
+    def _lacks_sharded(self, state_dict: dict[str, Tensor]) -> bool:
+        """Whether a state dict has not every update that FSDP2 or ZeRO-3 looks after."""
         return any(
             f"{name}.{part}" not in state_dict
             for name, layer in self.layers.items()
-            if is_partitioned(layer.frozen)
+            if is_sharded(layer.frozen)
             for part, _ in layer.trained_parameters()
         )
 

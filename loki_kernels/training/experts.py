@@ -39,7 +39,8 @@ class LokiExperts(LokiRows):
         delta_a: ``[E, k, r]``, zero at first, trained (LoKI*).
         delta_b: ``[E, r, in_features]``, trained (LoKI*).
         base_rows: ``[E, k, in_features]`` in the weight's dtype, the rows as they were.
-        directions: each expert's protected ones ``[E, in_features, r]``, or None.
+        directions: each expert's protected ones ``[E, in_features, r]``, then columns of zeros; or
+            None.
     """
 
     why_whole: str | None

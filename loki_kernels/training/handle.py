@@ -41,7 +41,7 @@ class Report:
         whole: module name -> dtype of those that are trained whole beside the rows.
         notes: what else a user should know.
         protected: how many directions of its inputs a layer's update leaves alone, at most.
-        memory: what training takes beside the model and its activations, with AdamW.
+        memory: what training the rows takes beside the model and its activations, with AdamW.
         trainable: trained parameters.
         total: parameters of the model, the trained rows counted once.
     """
@@ -65,7 +65,8 @@ class Report:
         ]
         if self.protected:
             lines.append(f"updates leave alone up to {self.protected} directions of the inputs")
-        lines.append(f"{self.memory} beside the model and its activations, with AdamW")
+        beside = "beside the model and its activations, with AdamW"
+        lines.append(f"the rows take {self.memory} {beside}")
         lines += [f"{name} is trained whole, in {dtype}" for name, dtype in self.whole.items()]
         lines += self.notes
         lines += [f"skipped {name}: {why}" for name, why in self.skipped.items()]
@@ -253,15 +254,17 @@ class Patch:
                 write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
             else:
                 layer.reset_rows()
-        if not trained:
-            parameters = parameters_of(self.model)
-            with torch.no_grad():
-                for name, values in self._replaced.items():
-                    parameters[name].copy_(values)
-        self._undo.close()
-        # the trainer's callback may live on, and would keep what was trained: 12 GB at 8B
-        self._layers.clear()
-        self._active = False
+        try:
+            if not trained:
+                parameters = parameters_of(self.model)
+                with torch.no_grad():
+                    for name, values in self._replaced.items():
+                        parameters[name].copy_(values)
+        finally:  # of embeddings that were resized since, the values do not fit
+            self._undo.close()
+            # the trainer's callback may live on, and would keep what was trained: 12 GB at 8B
+            self._layers.clear()
+            self._active = False
         return self.model
 
 

@@ -231,7 +231,9 @@ def _plan(
         if protection is None
         else max((x.shape[-1] for x in protection.directions.values()), default=0),
         memory=training_memory(
-            ((d, len(index)) for d, index in by_layer), protected=protection is not None, rank=rank
+            ((d, len(index)) for d, index in by_layer),
+            protected=False if protection is None else protection.directions,
+            rank=rank,
         ),
         trainable=0,
         total=sum(math.prod(full_shape(p)) for p in structure.causal_lm.parameters()),

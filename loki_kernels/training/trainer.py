@@ -63,19 +63,21 @@ class SideFileCallback(TrainerCallback):
             folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
             if isinstance(args.resume_from_checkpoint, str):
                 folders.insert(0, Path(args.resume_from_checkpoint))
-            if self.layers and protection_of(self.layers) is None:
+            named = isinstance(args.resume_from_checkpoint, str)  # else it may be another folder
+            if named and self.layers and protection_of(self.layers) is None:
                 _check_unprotected(folders[0])
             self._load_side_file(folders)
 
-    def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """A micro-batch that no optimizer's step follows."""
-        self.writer.keep_rows()
+    def on_substep_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """A micro-batch that no optimizer's step follows; LOMO's is made in its backward pass."""
+        if "lomo" not in str(args.optim):
+            self.writer.keep_rows()
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         self.writer.keep_rows()
 
     def _write_rows(self, *_: Any, **__: Any) -> None:
-        self.writer.unchanged = None
+        self.writer.forget_rows()
 
     # where a callback of another's may have put other values in place, such as an average's
     on_step_begin = on_step_end = on_evaluate = on_predict = _write_rows

@@ -41,8 +41,8 @@ class RowWriter:
     agreed: bool = False  # whether the processes train the same rows in the same directions
     warned: bool = field(default=False, init=False)  # that small steps are lost
     holders: int = field(default=0, init=False)  # who want the rows to stay as they were written
-    # The updates' versions where a trainer says that what was written is still what they give.
-    unchanged: list[int] | None = field(default=None, init=False)
+    versions: list[int] | None = field(default=None, init=False)  # of the updates last written
+    kept: bool = field(default=False, init=False)  # whether a trainer says that they are as then
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
 
     @property
@@ -83,9 +83,10 @@ class RowWriter:
         if graded and sharded:  # whose gradients come to no hook
             self._check_allowed()
         written = [layer for layer in self.layers if layer.can_write and not sharded]
-        unchanged, self.unchanged = self.unchanged, None  # for one forward pass
-        if unchanged is None or unchanged != self._versions():
+        kept, self.kept = self.kept, False  # for one forward pass
+        if not kept or self.versions != self._versions():
             write_rows(written)
+            self.versions = self._versions()
         for layer in self.layers:
             layer.sharded = sharded
             if layer.written and not layer.can_write and not sharded:
@@ -100,7 +101,11 @@ class RowWriter:
         that accumulates gradients, or evaluates, does. Of all protected rows at 8B that spares 7.7
         TFLOP and .1 TB a pass.
         """
-        self.unchanged = self._versions()
+        self.kept = True
+
+    def forget_rows(self) -> None:
+        """The next forward pass writes the rows, whoever else says that they are as they were."""
+        self.kept, self.versions = False, None
 
     def _versions(self) -> list[int]:
         return [p._version for layer in self.layers for _, p in layer.trained_parameters()]

@@ -276,6 +276,20 @@ def test_compiles_whole(dense, k, directions):
         torch.testing.assert_close(g, w)
 
 
+@pytest.mark.parametrize("k", [30, 129])
+def test_compiles_with_a_float32_update_of_a_bfloat16_weight(k):
+    torch._dynamo.reset()
+    inputs = protected(make((8,), 63, 129, k, 4, dtype=torch.bfloat16), 9)
+    inputs |= {"delta_a": torch.randn(k, 63), "delta_b": None}
+    upstream = torch.randn(8, 129)
+    compiled = torch.compile(row_delta_linear, fullgraph=True, backend="aot_eager")
+    for g, w in zip(
+        run(compiled, inputs, upstream), run(row_delta_linear, inputs, upstream), strict=True
+    ):
+        assert g.dtype == w.dtype
+        assert relative(g, w.double()) < 0.01
+
+
 def test_weight_is_not_written():
     inputs = make((4,), 63, 129, 30, 4)
     before = inputs["weight"].clone()
