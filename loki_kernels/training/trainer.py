@@ -63,8 +63,7 @@ class SideFileCallback(TrainerCallback):
             folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
             if isinstance(args.resume_from_checkpoint, str):
                 folders.insert(0, Path(args.resume_from_checkpoint))
-            named = isinstance(args.resume_from_checkpoint, str)  # else it may be another folder
-            if named and self.layers and protection_of(self.layers) is None:
+            if self.layers and protection_of(self.layers) is None:
                 _check_unprotected(folders[0])
             self._load_side_file(folders)
 
