@@ -13,8 +13,7 @@ import transformers
 from .attribution.steering import why_no_staircase
 from .discovery import Layer, examine
 from .errors import UnsupportedModelError
-from .memory import training_memory
-from .ranking import rows_per_layer
+from .memory import memory_of_quota, weights_size
 from .sharding import full_shape
 from .structure import is_plain_linear, text_config
 
@@ -70,12 +69,11 @@ def _memory(model: Any, layers: Sequence[Layer]) -> list[str]:
     width = text_config(model).hidden_size
 
     def of(quota: float, *, protected: bool) -> str:
-        rows = rows_per_layer(quota, width)
-        return str(training_memory(((d, rows) for d in found), protected=protected))
+        return str(memory_of_quota(found, width, quota, protected=protected))
 
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
     return [
-        f"weights: {size / 1e9:.1f} GB in {str(found[0].weight.dtype).removeprefix('torch.')}",
+        f"weights: {weights_size(model) / 1e9:.1f} GB in "
+        f"{str(found[0].weight.dtype).removeprefix('torch.')}",
         f"training beside them and the activations, with AdamW: {of(100, protected=True)} for all "
         f"rows, protected; {of(10, protected=True)} with quota=10, protect=True; "
         f"{of(10, protected=False)} with quota=10",

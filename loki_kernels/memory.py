@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .placement import accelerator, free_bytes
 from .protection.moments import default_directions
@@ -65,6 +65,24 @@ def training_memory(
     return TrainingMemory(update, base, directions)
 
 
+def memory_of_quota(
+    projections: Iterable[DownProjection],
+    hidden_size: int,
+    quota: float,
+    *,
+    protected: bool,
+    rank: int | None = None,
+) -> TrainingMemory:
+    """Of a percentage of each layer's rows."""
+    rows = rows_per_layer(quota, hidden_size)
+    return training_memory(((d, rows) for d in projections), protected=protected, rank=rank)
+
+
+def weights_size(model: nn.Module) -> int:
+    """Bytes of a model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def warn_of_memory(
     structure: Structure, rows: Any, quota: float, *, protected: bool, rank: int | None
 ) -> None:
@@ -79,14 +97,17 @@ def warn_of_memory(
     found = accelerator() if device.type == "cpu" else (device, free_bytes(device))
     if found is None or found[1] is None:
         return
-    model = structure.causal_lm
-    own = sum(p.numel() * p.element_size() for p in model.parameters())
-    device, free = found[0], found[1] - (own if device.type == "cpu" else 0)
+    own = weights_size(structure.causal_lm) if device.type == "cpu" else 0
+    device, free = found[0], found[1] - own
 
     def of(percentage: float) -> TrainingMemory:
-        rows = rows_per_layer(percentage, structure.hidden_size)
-        layers = ((down_proj, rows) for down_proj in structure.projections())
-        return training_memory(layers, protected=protected, rank=rank)
+        return memory_of_quota(
+            structure.projections(),
+            structure.hidden_size,
+            percentage,
+            protected=protected,
+            rank=rank,
+        )
 
     if sum(of(quota)) <= free:
         return

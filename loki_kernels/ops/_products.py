@@ -47,6 +47,13 @@ def padded_rows(update: Tensor, dtype: torch.dtype) -> Tensor:
     return functional.pad(update.to(dtype), (0, 0, 0, missing)) if missing else update.to(dtype)
 
 
+def rounded_sum(own: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
+    """``own + update``, made in float32 or wider and rounded once, to ``dtype``."""
+    # 16 bits and 16 bits would be added in 16
+    wide = update if update.element_size() > 2 else update.float()
+    return torch.add(own, wide, out=torch.empty_like(own, dtype=dtype))
+
+
 def _sums_in_float32(dtype: torch.dtype) -> bool:
     """Whether cuBLAS may: float16 can be allowed to sum in float16, and then has no float32 out."""
     return dtype != torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation

@@ -203,8 +203,7 @@ class LokiModel(BaseTuner):
         In training mode; in the other, which an evaluation with gradients is in too, where a
         gradient is made (`LokiLayer.watch`).
         """
-        # one layer tells of all: a protection is of every one
-        layer = next(m for m in self.model.modules() if isinstance(m, LokiLayer))
+        layer = self._first_layer()
         for name in self.active_adapters:
             held = (layer.loki_update, layer.loki_delta_a)
             trained = any(part[name].requires_grad for part in held if name in part)
@@ -226,7 +225,7 @@ class LokiModel(BaseTuner):
         """
         if self._warned:
             return
-        layer = next(m for m in self.model.modules() if isinstance(m, LokiLayer))
+        layer = self._first_layer()
         dtype = coarse_dtype(p for name, p in layer.named_parameters() if "loki_" in name)
         if dtype is not None:
             self._warned = True
@@ -237,6 +236,10 @@ class LokiModel(BaseTuner):
                 "p.data = p.data.float()",
                 dtype,
             )
+
+    def _first_layer(self) -> LokiLayer:
+        """One of ours, which tells of all: a protection, or a trainer's dtype, is of every one."""
+        return next(m for m in self.model.modules() if isinstance(m, LokiLayer))
 
     def _loki_layers(self) -> list[LokiLayer]:
         return [module for module in self.model.modules() if isinstance(module, LokiLayer)]
@@ -381,8 +384,11 @@ def _check_modules(structure: Structure, config: LokiConfig) -> None:
 def _check_training(model: LokiModel, _inputs: Any) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    for layer in model._loki_layers():
-        layer.watch()
+    # of adapters whose protection is at hand there is nothing to refuse
+    configs: list[Any] = list(model.peft_config.values())
+    if any(config.protection is not None and config.kept is None for config in configs):
+        for layer in model._loki_layers():
+            layer.watch()
     if not model.training:
         return
     model.check_protected()

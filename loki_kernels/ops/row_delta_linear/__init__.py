@@ -16,7 +16,14 @@ from .._check import (
     without_autocast,
 )
 from .._directions import acting_factors, leave_out
-from .._products import as_matrix, dense_linear, padded_rows, selected_columns, weight_gradient
+from .._products import (
+    as_matrix,
+    dense_linear,
+    padded_rows,
+    rounded_sum,
+    selected_columns,
+    weight_gradient,
+)
 
 # From this share of the rows and these tokens on, the sum of weight and update is formed and one
 # product made with it: of all rows at 4,096 tokens, 14336 -> 4096, that moves .9 GB and spares .48
@@ -146,9 +153,7 @@ class _RowDeltaLinear(torch.autograd.Function):
 
 def _sum(weight: Tensor, delta: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight with ``delta`` added to rows ``index`` of it, rounded once, to ``dtype``."""
-    own = weight.index_select(0, index)
-    wide = delta if delta.element_size() > 2 else delta.float()
-    rows = torch.add(own, wide, out=torch.empty_like(own, dtype=dtype))
+    rows = rounded_sum(weight.index_select(0, index), delta, dtype)
     every = len(index) == len(weight)
     whole = torch.empty_like(weight, dtype=dtype) if every else weight.to(dtype, copy=True)
     return whole.index_copy_(0, index, rows)
