@@ -13,8 +13,12 @@ from typing import Any, get_args
 from . import commands
 from .options import (
     DEFAULT_CRITERION,
+    DEFAULT_DEFINITION,
+    DEFAULT_LENGTH,
     DEFAULT_QUOTA,
     DEFAULT_SAMPLES,
+    DEFAULT_STEPS,
+    DEFAULT_TOKENS,
     Criterion,
     DefinitionName,
     EngineName,
@@ -150,8 +154,8 @@ def _add_drift(subparsers: Any) -> None:
     )
     drift.add_argument("--out", help="also write this .json")
     drift.add_argument("--plot", help="also draw this .png")
-    drift.add_argument("--tokens", type=int, default=20_000, help="to read at most")
-    drift.add_argument("--length", type=int, default=512, help="tokens of a chunk")
+    drift.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help="to read at most")
+    drift.add_argument("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a chunk")
     drift.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     drift.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one)")
     drift.set_defaults(run=commands.drift)
@@ -186,8 +190,10 @@ def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--questions", help="your own questions: MMLU's csv, jsonl or parquet")
     source.add_argument("--dataset", help="a Hugging Face dataset, NAME or NAME:CONFIG")
     parser.add_argument("--split", help="of the data set (default: test)")
-    parser.add_argument("--definition", choices=get_args(DefinitionName), default="published")
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument(
+        "--definition", choices=get_args(DefinitionName), default=DEFAULT_DEFINITION
+    )
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     parser.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one)")

@@ -21,7 +21,7 @@ from .attribution.prompts import WINDOW, tokenize_prompts
 from .cut import Cut
 from .discovery import find_structure
 from .inspection import build_model, dtype_named
-from .options import DefinitionName, EngineName
+from .options import DEFAULT_DEFINITION, DEFAULT_STEPS, DefinitionName, EngineName
 from .questions import load_questions
 from .structure import Structure, text_config
 from .team import share_out
@@ -168,8 +168,8 @@ def estimate(
     prompts: Iterable[Any] | None = None,
     *,
     gpus: int = 1,
-    definition: DefinitionName = "published",
-    steps: int = 7,
+    definition: DefinitionName = DEFAULT_DEFINITION,
+    steps: int = DEFAULT_STEPS,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: str = "auto",

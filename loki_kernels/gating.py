@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .ops import gated_product
 from .ops.gated_product import Activation
-from .structure import DownProjection, has_hooks, is_linear_like, same_rows
+from .structure import DownProjection, alike, has_hooks, is_linear_like
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
 
 
 def _equal(got: Tensor, want: Tensor) -> bool:
-    return got.shape == want.shape and same_rows(got, want, want.dtype)
+    return got.shape == want.shape and alike(got, want, want.dtype)
 
 
 def _known_activation(activation: nn.Module) -> Activation | None:

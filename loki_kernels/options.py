@@ -18,8 +18,13 @@ EngineName = Literal["staircase", "decode", "reforward"]
 # What `attribute` keeps of the scores.
 Keep = Literal["scores", "counts"]
 
+DEFAULT_DEFINITION: DefinitionName = "published"
+DEFAULT_STEPS = 7  # path points
 DEFAULT_QUOTA = 10.0  # percent
 DEFAULT_SAMPLES = 192  # that a protection is estimated from
+# Tokens of a chunk of text that `drift` reads, and of all chunks.
+DEFAULT_LENGTH = 512
+DEFAULT_TOKENS = 20_000
 # Of SmolLM2-135M's rows the 10 % magnitude-lowest are missed less than random ones, the
 # signed-lowest far more: perplexity 42, 63 and 770,314 without them, 28 before
 # (benchmarks/forgetting).

@@ -39,7 +39,7 @@ TOLERANCE = {
 }
 
 
-def same_rows(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
+def alike(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
     """Whether every row, the last dimension, is the same but for rounding in ``dtype``."""
     got, want = in_float64(got), in_float64(want)
     error, size = (got - want).norm(dim=-1), want.norm(dim=-1)

@@ -154,7 +154,7 @@ def test_an_analysis_without_memory_takes_the_cpu(beside, analysed, caplog):
     model = build_model(device="cpu")
     analysed.errors.append(torch.OutOfMemoryError("full"))
     before, home = snapshot(model), next(model.parameters()).data_ptr()
-    analysis.cached_attribution(model, find_structure(model), None, {"prompts": PROMPTS})
+    analysis.cached_attribution(find_structure(model), None, {"prompts": PROMPTS})
     assert_unchanged(model, before)
     assert [call["lies_at"] == home for call in analysed.calls] == [False, True]
     assert "(batch_size=None): full" in caplog.text

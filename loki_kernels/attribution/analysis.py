@@ -14,6 +14,7 @@ from torch import nn
 from .._version import __version__
 from ..cache import cache_folder, read_cached, write_cached
 from ..fingerprint import model_fingerprint
+from ..options import DEFAULT_DEFINITION, DEFAULT_STEPS
 from ..placement import memory_is_full, on_accelerator
 from ..questions import CALIBRATION_PER_SUBJECT, load_questions
 from ..structure import Structure
@@ -46,12 +47,11 @@ def check_analysis_options(options: Mapping[str, Any]) -> None:
 
 
 def cached_attribution(
-    model: nn.Module,
     structure: Structure,
     tokenizer: Any,
     analysis: AnalysisOptions | None = None,
 ) -> Attribution:
-    """The attribution of ``model`` on the bundled questions, from the cache if it is there.
+    """The attribution of the model on the bundled questions, from the cache if it is there.
 
     A model that lies on the CPU is on the accelerator meanwhile, if it fits there.
 
@@ -80,7 +80,7 @@ def cached_attribution(
         logger.info("using the analysis cached in %s", path)
         return found
     held = [{"input_ids": prompt.ids, **prompt.media} for prompt in tokens]
-    result = _analyse(model, held, tokenizer, options, sharded=structure.sharded)
+    result = _analyse(structure, held, tokenizer, options)
     if team.size > 1 and int(os.environ.get("LOCAL_RANK", team.rank)):
         return result  # another process of this machine writes it
     write_cached(path, result.save)
@@ -93,7 +93,8 @@ def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> 
     for of_the_tokens in ("target", "contrast"):
         how.pop(of_the_tokens, None)
     name, steps, engine = (how.pop(k, None) for k in ("definition", "steps", "engine"))
-    name, steps = "published" if name is None else name, 7 if steps is None else steps
+    name = DEFAULT_DEFINITION if name is None else name
+    steps = DEFAULT_STEPS if steps is None else steps
     integral = PathIntegral.resolve(name, how, steps)  # type: ignore[arg-type]
     computed = [integral.described(), steps, engine]
     key = hashlib.sha256(model_fingerprint(model).encode())
@@ -104,19 +105,14 @@ def _key(model: nn.Module, tokens: list[Tokens], options: Mapping[str, Any]) -> 
 
 
 def _analyse(
-    model: nn.Module,
-    prompts: list[Any],
-    tokenizer: Any,
-    options: Mapping[str, Any],
-    *,
-    sharded: bool,
+    structure: Structure, prompts: list[Any], tokenizer: Any, options: Mapping[str, Any]
 ) -> Attribution:
     """`attribute`, on the accelerator if the model fits there and a prompt beside it.
 
     Where processes share the weights none can halve a batch by itself; all try a smaller one.
     """
-    chosen = options.get("batch_size")
-    sizes = [None, 8, 1] if sharded and chosen is None else [chosen]
+    model, chosen = structure.given, options.get("batch_size")
+    sizes = [None, 8, 1] if structure.sharded and chosen is None else [chosen]
 
     def run(size: int | None) -> Attribution:
         sized = {**options, "batch_size": size}

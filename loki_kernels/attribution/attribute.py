@@ -15,7 +15,9 @@ from ..discovery import find_structure
 from ..errors import check_choice
 from ..options import (
     DEFAULT_CRITERION,
+    DEFAULT_DEFINITION,
     DEFAULT_QUOTA,
+    DEFAULT_STEPS,
     Criterion,
     DefinitionName,
     EngineName,
@@ -87,8 +89,8 @@ def attribute(
     *,
     tokenizer: Any = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    definition: DefinitionName = "published",
-    steps: int = 7,
+    definition: DefinitionName = DEFAULT_DEFINITION,
+    steps: int = DEFAULT_STEPS,
     engine: EngineName | None = None,
     batch_size: int | None = None,
     target: Target | None = None,

@@ -24,7 +24,7 @@ from torch.nn import functional
 from ..gating import Gating, find_gating
 from ..ops import gated_product
 from ..ops._dispatch import has_kernel
-from ..structure import DownProjection, Structure, has_hooks, in_float64, same_rows
+from ..structure import DownProjection, Structure, alike, has_hooks, in_float64
 from .integration import guard_tolerance, relative_error
 
 logger = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ def _computes(module: nn.Module, norm: _Norm) -> bool:
         if not isinstance(got, Tensor) or got.dtype != dtype or got.shape != given.shape:
             return False
         want = norm.exactly(given, weight)
-        if not (want.any(-1).all() and same_rows(got, want, dtype)):
+        if not (want.any(-1).all() and alike(got, want, dtype)):
             return False
     return True
 

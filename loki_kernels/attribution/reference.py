@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..discovery import find_structure
-from ..options import DefinitionName
+from ..options import DEFAULT_DEFINITION, DefinitionName
 from .definitions import DEFINITIONS, Definition, path_rule
 from .steering import hook_site, like
 
@@ -21,7 +21,7 @@ def attribute_reference(
     model: nn.Module,
     input_ids: Tensor,
     *,
-    definition: DefinitionName | Definition = "published",
+    definition: DefinitionName | Definition = DEFAULT_DEFINITION,
     steps: int = 7,
     target: int | None = None,
     layers: range | None = None,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..forgetting.measure import FORWARD, compare, record
-from ..forgetting.meter import DEFAULT_LENGTH
 from ..forgetting.result import summarize
 from ..forgetting.texts import read_texts, tokenize
+from ..options import DEFAULT_LENGTH
 from ..progress import progress_bar
 from ..questions import Question
 from .training import Encoded, collate

@@ -14,8 +14,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..options import DEFAULT_LENGTH, DEFAULT_TOKENS
 from .measure import FORWARD, Base, compare, record
-from .meter import DEFAULT_LENGTH, DEFAULT_TOKENS, check_positive
+from .meter import check_positive
 from .models import without_update
 from .result import summarize
 from .texts import check_ids, read_texts, tokenize

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from ..default_device import made_on_cpu
+from ..options import DEFAULT_LENGTH, DEFAULT_TOKENS
 from ..team import Team
 from ..training import Patch
 from .measure import FORWARD, compare, record
-from .meter import DEFAULT_LENGTH, DEFAULT_TOKENS, check_positive
+from .meter import check_positive
 from .models import copies_of, name_of, update_factors
 from .result import Drift, summarize
 from .texts import check_ids, read_texts, tokenize

@@ -28,7 +28,6 @@ from ..training.adapter_file import (
     why_other_protection,
 )
 from ..training.arithmetic import coarse_dtype
-from ..training.rows import LokiRows
 from ..training.targets import (
     as_selection,
     assign_rows,
@@ -37,6 +36,7 @@ from ..training.targets import (
     new_heads,
     protection_to_keep,
     refuse_efficient_loading,
+    refuse_patched,
     selection_to_train,
     what_to_train,
 )
@@ -118,14 +118,12 @@ class LokiModel(BaseTuner):
         if protect and not peft_config.inference_mode:
             refuse_parts(self.model)
         structure = find_structure(self.model)
-        if any(isinstance(module, LokiRows) for module in self.model.modules()):
-            raise ValueError("the model is patched; call merge() or unpatch() on its handle first.")
+        refuse_patched(self.model)
         _refuse_other_modules(structure)
         refuse_efficient_loading()
         _check_modules(structure, peft_config)
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
         selection = selection_to_train(
-            self.model,
             structure,
             peft_config.rows,
             None,
@@ -333,7 +331,7 @@ def _refuse_other_modules(structure: Structure) -> None:
 
 def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
     """The protection to train with, and its fingerprint put into the config."""
-    protection = protection_to_keep(structure.causal_lm, structure, config.protect, None)
+    protection = protection_to_keep(structure, config.protect, None)
     present = fingerprint_of(protection)
     if config.protection not in (None, present):
         if protection is None:

@@ -193,7 +193,7 @@ def _warn_of_few(protection: Protection, read: dict[str, float]) -> None:
         )  # fmt: skip
 
 
-def cached_protection(model: nn.Module, structure: Structure, tokenizer: Any) -> Protection:
+def cached_protection(structure: Structure, tokenizer: Any) -> Protection:
     """`estimate_protection` on the model's own samples, from the cache if it is there.
 
     In distributed training the first process's reaches all: two processes would draw other samples.
@@ -204,21 +204,21 @@ def cached_protection(model: nn.Module, structure: Structure, tokenizer: Any) ->
     """
     with Team() as team:
         if team.size == 1:
-            return _cached_or_estimated(model, structure, tokenizer)
+            return _cached_or_estimated(structure, tokenizer)
         if any(map(is_partitioned, structure.causal_lm.parameters())):
             raise ValueError(
                 "ZeRO-3 has split the weights, and one process alone cannot run the model to "
                 "estimate a protection; write one first (loki-kernels protection MODEL FILE) and "
                 "pass protect=FILE."
             )
-        found = None if team.rank else _cached_or_estimated(model, structure, tokenizer)
+        found = None if team.rank else _cached_or_estimated(structure, tokenizer)
         team.meet("the first one estimates the protection of all")
         result = _of_the_first(found, [d.name for d in structure.projections()])
     result.check(structure)
     return result
 
 
-def _cached_or_estimated(model: nn.Module, structure: Structure, tokenizer: Any) -> Protection:
+def _cached_or_estimated(structure: Structure, tokenizer: Any) -> Protection:
     tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
     tokenizer = tokenizer_in(tokenizer)
     known = (
@@ -234,7 +234,7 @@ def _cached_or_estimated(model: nn.Module, structure: Structure, tokenizer: Any)
     if found is not None:
         logger.info("using the protection cached in %s", path)
         return found
-    result = estimate_protection(model, tokenizer=tokenizer)
+    result = estimate_protection(structure.given, tokenizer=tokenizer)
     write_cached(path, result.save)
     return result
 

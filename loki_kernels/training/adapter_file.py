@@ -71,14 +71,14 @@ class SavedUpdate:
     Attributes:
         layers: layer name -> its parts.
         others: name in the model -> a parameter that was trained whole beside the rows.
-        base_rows: what the update is added to.
+        trained_on: the rows that the update is added to.
         protection: fingerprint of the one that the update was trained with.
         base: name or path of the model it was trained on, where an adapter's config has one.
     """
 
     layers: dict[str, Parts]
     others: dict[str, Tensor]
-    base_rows: BaseRows | None
+    trained_on: BaseRows | None
     protection: str | None = None
     base: str | None = None
 
@@ -99,6 +99,11 @@ class SavedUpdate:
                 raise ValueError(f"it has other rows of {layer[0]} than of {layer[-1]}.")
             found.append(own[0] if own else [])
         return found
+
+    @property
+    def modules(self) -> set[str]:
+        """Names of all modules that it is of."""
+        return {*self.layers, *modules_of(self.others)}
 
     @property
     def rank(self) -> int | None:
@@ -169,7 +174,7 @@ def write_side_file(
     them.
     """
     path = Path(folder) / SIDE_FILE
-    metadata = base_rows_content(base_rows(layers))
+    metadata = base_rows_content(base_of(layers))
     metadata["base_sketch"] = json.dumps(metadata["base_sketch"])
     protection = protection_of(layers)
     write_protection(path.parent, protection)
@@ -242,7 +247,7 @@ def read_saved(folder: str | os.PathLike[str]) -> SavedUpdate:
         return read_update(folder / SIDE_FILE)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        method, base_rows = config["peft_type"], base_rows_of(config)
+        method, trained_on = config["peft_type"], base_rows_of(config)
     except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not an adapter's config: {error!r}.") from error
     if method != "LOKI":
@@ -256,7 +261,7 @@ def read_saved(folder: str | os.PathLike[str]) -> SavedUpdate:
         )
     return replace(
         saved,
-        base_rows=base_rows,
+        trained_on=trained_on,
         protection=config.get("protection"),
         base=config.get("base_model_name_or_path"),
     )
@@ -307,8 +312,8 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
             tuple(parts[part].shape) != full_shape(held[part]) for part in held
         ):
             return f"{name} has another rank or width there"
-    base = saved.base_rows
-    reason = base.why_other(base_rows(layers)) if base is not None else None
+    base = saved.trained_on
+    reason = base.why_other(base_of(layers)) if base is not None else None
     if reason is not None:
         return (
             f"it was trained on another base ({saved.base or 'a model without a name'}): {reason}"
@@ -322,7 +327,7 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
     return None
 
 
-def base_rows(layers: Layers) -> BaseRows:
+def base_of(layers: Layers) -> BaseRows:
     """What the layers' updates are added to."""
     return BaseRows.of([layer.base_rows.flatten(0, -2) for layer in layers.values()])
 

@@ -71,7 +71,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "rank": next(iter(layers.values())).rank,
         "modules_to_save": adapter_file.modules_of(others) or None,
         "protection": fingerprint,
-        **adapter_file.base_rows_content(adapter_file.base_rows(layers)),
+        **adapter_file.base_rows_content(adapter_file.base_of(layers)),
     }
     if not is_distributed() or torch.distributed.get_rank() == 0:
         adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..ops._products import rounded_sum
 from ..sharding import is_sharded
 
 
@@ -18,7 +19,7 @@ def check_rank(rank: object) -> None:
         raise ValueError(f"rank must be a positive integer or None; it is {rank!r}.")
 
 
-def check_index(rows: Tensor, out_features: int) -> Tensor:
+def sorted_index(rows: Tensor, out_features: int) -> Tensor:
     """Row numbers, int64 ``[k]``, sorted; ValueError if one is out of range or twice there."""
     rows = torch.as_tensor(rows)
     if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
@@ -52,14 +53,16 @@ def write_into(weight: Tensor, rows: Tensor, index: Tensor, axis: int) -> None:
     weight.index_copy_(axis, index, rows.movedim(-2, axis).to(weight.dtype))
 
 
+@torch.no_grad()
 def updated_rows(base: Tensor, delta_a: Tensor, delta_b: Tensor | None = None) -> Tensor:
     """``base + delta_a @ delta_b`` (``base + delta_a`` without a second factor), rounded once.
 
     In the base's dtype, where the base lies.
     """
-    wide = torch.promote_types(torch.promote_types(base.dtype, delta_a.dtype), torch.float32)
-    delta = delta_a if delta_b is None else delta_a.to(wide) @ delta_b.to(delta_a.device, wide)
-    return (base.to(wide) + delta.to(base.device)).to(base.dtype)
+    if delta_b is not None:
+        wide = torch.promote_types(torch.promote_types(base.dtype, delta_a.dtype), torch.float32)
+        delta_a = delta_a.to(wide) @ delta_b.to(delta_a.device, wide)
+    return rounded_sum(base, delta_a.to(base.device), base.dtype)
 
 
 def same_rows(

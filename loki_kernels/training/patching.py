@@ -127,8 +127,8 @@ def patch(
     whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
     quota, protect = what_to_train(rows, quota, criterion, analysis, protect)
     warn_of_memory(structure, rows, quota, protected=protect not in (None, False), rank=rank)
-    protection = protection_to_keep(model, structure, protect, tokenizer)
-    selection = selection_to_train(model, structure, rows, tokenizer, quota, criterion, analysis)
+    protection = protection_to_keep(structure, protect, tokenizer)
+    selection = selection_to_train(structure, rows, tokenizer, quota, criterion, analysis)
     handle = _patch_rows(
         structure, selection, whole, rank, protection, fuse_mlp=fuse_mlp, together=True
     )

@@ -14,10 +14,10 @@ from ..ops._directions import LeaveOutOfGradient, leave_out, padded
 from ..protection import Protection
 from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_sharded, shard_like
 from .arithmetic import (
-    check_index,
     digest_of,
     initial_factors,
     same_rows,
+    sorted_index,
     take_rows,
     updated_rows,
     write_into,
@@ -86,7 +86,7 @@ class LokiRows(nn.Module):
             raise ValueError(
                 f"the weight is {weight.dtype}; only floating-point weights can be trained in rows."
             )
-        index = check_index(rows, full_shape(weight)[axis]).to(weight.device)
+        index = sorted_index(rows, full_shape(weight)[axis]).to(weight.device)
         weight.requires_grad_(False)
         self.register_buffer("index", index)
         base = take_rows(full_values(weight), index, axis).contiguous()

@@ -56,13 +56,6 @@ def as_selection(rows: Rows) -> RowSelection:
     return selection
 
 
-def refuse_both(rows: Rows | None, **choices: Any) -> None:
-    """Raise ValueError for rows together with what chooses some."""
-    both = [name for name, value in choices.items() if value is not None and value != {}]
-    if rows is not None and both:
-        raise ValueError(f"{both[0]}= chooses rows, and rows= names them; give one of the two.")
-
-
 def check_arguments(
     rows: Rows | None,
     quota: float | None,
@@ -79,7 +72,10 @@ def check_arguments(
         raise ValueError(f"modules_to_save must be a list of names; it is {modules_to_save!r}.")
     if criterion is not None:
         check_choice("criterion", criterion, get_args(Criterion))
-    refuse_both(rows, quota=quota, criterion=criterion, analysis=analysis)
+    choices = {"quota": quota, "criterion": criterion, "analysis": analysis or None}
+    both = [name for name, value in choices.items() if value is not None]
+    if rows is not None and both:
+        raise ValueError(f"{both[0]}= chooses rows, and rows= names them; give one of the two.")
 
 
 def what_to_train(
@@ -100,7 +96,6 @@ def what_to_train(
 
 
 def selection_to_train(
-    model: nn.Module,
     structure: Structure,
     rows: Rows | None,
     tokenizer: Any,
@@ -120,13 +115,13 @@ def selection_to_train(
         width = structure.hidden_size
         every = [list(range(width)) if ffn is not None else [] for ffn in structure.ffns]
         return RowSelection(every, {"width": width, "quota": quota})
-    scores = cached_attribution(model, structure, tokenizer, analysis)
+    scores = cached_attribution(structure, tokenizer, analysis)
     selection = select(scores, quota, criterion=criterion)
     return _of_the_first(selection) if agree and is_distributed() else selection
 
 
 def protection_to_keep(
-    model: nn.Module, structure: Structure, protect: Protect | None, tokenizer: Any
+    structure: Structure, protect: Protect | None, tokenizer: Any
 ) -> Protection | None:
     """What ``protect`` means, of this model's layers.
 
@@ -136,18 +131,23 @@ def protection_to_keep(
     if protect is None or protect is False:
         return None
     if protect is True:
-        return cached_protection(model, structure, tokenizer)
+        return cached_protection(structure, tokenizer)
     kept = protect if isinstance(protect, Protection) else Protection.load(protect)
     return kept.of(structure)
 
 
-def check_patchable(structure: Structure) -> None:
-    if any(isinstance(module, LokiRows) for module in structure.causal_lm.modules()):
+def refuse_patched(model: nn.Module) -> None:
+    """Raise ValueError if rows of the model are being trained."""
+    if any(isinstance(module, LokiRows) for module in model.modules()):
         raise explained(
             ValueError(
                 "the model is already patched; call unpatch() or merge() on its Patch handle first."
             )
         )
+
+
+def check_patchable(structure: Structure) -> None:
+    refuse_patched(structure.causal_lm)
     adapter = _peft_layer(structure.causal_lm)
     if adapter is not None:
         raise ValueError(

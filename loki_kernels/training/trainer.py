@@ -149,7 +149,7 @@ def _check_unprotected(folder: Path) -> None:
 
 def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
     """Whether the update gives the merged rows that the layers were just loaded with."""
-    was = None if saved.base_rows is None else getattr(torch, saved.base_rows.dtype, None)
+    was = None if saved.trained_on is None else getattr(torch, saved.trained_on.dtype, None)
     dtype = was if isinstance(was, torch.dtype) else torch.float32
     for name, layer in layers.items():
         base = layer.base_rows
