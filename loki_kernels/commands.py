@@ -128,7 +128,7 @@ def merge(arguments: argparse.Namespace) -> None:
     from .forgetting.limit import check_limit
     from .forgetting.texts import read_texts
     from .inspection import load_model
-    from .training.adapter_file import modules_of, read_saved
+    from .training.adapter_file import read_saved
     from .training.patching import patch_saved
 
     out = check_folder(arguments.out)
@@ -141,8 +141,8 @@ def merge(arguments: argparse.Namespace) -> None:
         check_limit(arguments.max_kl)
         read_texts(arguments.texts)
     saved = read_saved(arguments.checkpoint)
-    held = {*saved.layers, *modules_of(saved.others)}
-    handle = patch_saved(load_model(arguments.base, arguments.dtype, held), saved)
+    base = load_model(arguments.base, arguments.dtype, saved.modules)
+    handle = patch_saved(base, saved)
     if arguments.max_kl is not None:
         handle.model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = AutoTokenizer.from_pretrained(arguments.base)

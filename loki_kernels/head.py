@@ -48,11 +48,18 @@ def scaled_and_capped(products: Tensor, scale: float, softcap: float | None) -> 
 def logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
     """What a text config says is done with the output head's products."""
     scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
-        scale = float(config.logit_scale)
-    elif getattr(config, "logits_scaling", None) is not None:  # Granite divides
-        scale = 1.0 / float(config.logits_scaling)
-    return scale, getattr(config, "final_logit_softcapping", None)
+    for name in _MULTIPLIERS:
+        if getattr(config, name, None) is not None:
+            scale *= float(getattr(config, name))
+    if getattr(config, "logits_scaling", None) is not None:  # Granite divides
+        scale /= float(config.logits_scaling)
+    caps = (getattr(config, name, None) for name in _SOFTCAPS)
+    return scale, next((float(cap) for cap in caps if cap is not None), None)
+
+
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere's, Falcon-H1's
+# Gemma's, RecurrentGemma's, xLSTM's
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def check_logits(model: nn.Module, logits: Tensor) -> None:

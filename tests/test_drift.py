@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from accelerate import dispatch_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +24,10 @@ from loki_kernels.forgetting.texts import read_texts
 from loki_kernels.peft import LokiConfig
 from loki_kernels.peft import layer as layer_module
 from loki_kernels.training import rows as rows_module
+from tests.architectures import falcon_h1
 from tests.models import assert_unchanged, build_model, save_base, snapshot
 from tests.tiny_training import ROWS, WordTokenizer, load_model, tiny_trainer, train
+from tests.zoo.build import build
 
 LENGTHS = (1, 7, 13, 4, 30)
 
@@ -46,6 +49,14 @@ def moved(model, scale=0.05):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_((scale * noise).to(parameter))
     return other
+
+
+def move(model, by=0.05):
+    """Move the rows that a patched model trains."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(by)
 
 
 def naive(base, tuned, records):
@@ -202,6 +213,30 @@ def test_what_all_texts_begin_with_is_read_and_not_measured():
     assert loki.drift(base, tuned, [*records, records[0]], tokens=19).left_out == 2
     twice = loki.drift(base, tuned, [records[0], records[0]])  # one text alone has it measured
     assert twice.overall.tokens == 14
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_text(side):
+    """As ``tokenizer(text, padding="max_length")`` leaves it in a data set."""
+    base = build_model()
+    tuned, records = moved(base), texts()
+    longest = max(len(record["input_ids"]) for record in records)
+    padded = []
+    for record in records:
+        missing = longest - len(record["input_ids"])
+        width = (missing, 0) if side == "left" else (0, missing)
+        mask = torch.ones_like(record["input_ids"])
+        beside = {"input_ids": record["input_ids"], "attention_mask": mask}
+        pads = {name: torch.nn.functional.pad(x, width) for name, x in beside.items()}
+        padded.append({**record, **pads})
+    want, got = (loki.drift(base, tuned, given).token_kl for given in (records, padded))
+    assert torch.equal(got, want)
+
+
+def test_images_are_refused():
+    record = {"input_ids": [1, 2, 3], "pixel_values": torch.ones(1, 3, 4, 4)}
+    with pytest.raises(ValueError, match="text 0 has images or sounds"):
+        loki.drift(build_model(), build_model(), [record])
 
 
 def test_a_limit_of_tokens_takes_domains_in_turn():
@@ -400,6 +435,54 @@ def test_an_adapter_that_does_not_fit_leaves_the_base(tmp_path):
     assert_unchanged(base, before)
 
 
+def test_an_adapter_of_other_modules_is_no_update(tmp_path):
+    """PEFT warns and goes on with what it drew."""
+    base = build_model()
+    peft.get_peft_model(build_model(), peft_config("lora")).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    names = {n: n.replace("model.layers", "model.language_model.layers") for n in tensors}
+    safetensors.torch.save_file({names[n]: t for n, t in tensors.items()}, path)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"does not fit.*missing adapter keys"):
+        loki.drift(base, tmp_path, texts())
+    assert_unchanged(base, before)
+
+
+def test_our_adapter_of_a_whole_multimodal_model(tmp_path):
+    """Whose text model transformers loads by the auto class for text, with other names."""
+    model = build("Qwen3_5ForConditionalGeneration")
+    model.save_pretrained(tmp_path / "base")
+    loki.patch(model, [[1], [2], [3], [0]])
+    move(model)
+    loki.save_adapter(model, tmp_path / "adapter")
+    assert loki.drift(tmp_path / "base", tmp_path / "adapter", texts()).overall.kl > 0
+
+
+def test_a_head_that_accelerate_has_placed(tmp_path):
+    """Its weights come in for its own forward pass, and its hooks go with a copy of it."""
+    base = build_model()
+    tuned = moved(base)
+    want = loki.drift(base, tuned, texts()).token_kl
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers"]
+    places = dict.fromkeys(parts, "cpu") | {"model.embed_tokens": "disk", "lm_head": "disk"}
+    placed = dispatch_model(base, places, offload_dir=tmp_path, force_hooks=True)
+    assert placed.lm_head.weight.is_meta
+    torch.testing.assert_close(loki.drift(placed, tuned, texts()).token_kl, want)
+    assert not hasattr(measure.Readout.of(placed, kept=True).head, "_hf_hook")
+
+
+def test_a_scaled_head():
+    """Falcon-H1 multiplies what its head gives, as its config says."""
+    model = falcon_h1()
+    base = copy.deepcopy(model)
+    handle = loki.patch(model, [[0, 5]] * len(model.model.layers))
+    move(model)
+    got = loki.drift(handle, texts=texts())
+    kl = torch.cat(naive(base, model, texts())[0]).mean()
+    assert got.overall.kl == pytest.approx(float(kl), rel=1e-3)
+
+
 @pytest.fixture
 def words(tmp_path):
     path = tmp_path / "words.jsonl"
@@ -463,6 +546,9 @@ def test_chats_go_through_the_template(base_folder, tmp_path):
     )
     result = loki.drift(base, moved(base), [chat], tokenizer=tokenizer)
     assert result.overall.tokens == 4
+    moved(base).save_pretrained(tmp_path / "tuned")  # the base alone has no template
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    assert loki.drift(base_folder, tmp_path / "tuned", [chat]).overall.tokens == 4
 
 
 class Doubled(transformers.LlamaForCausalLM):
@@ -495,11 +581,13 @@ def test_a_head_that_cannot_be_read_runs_side_by_side(tmp_path):
         ('{"text": " "}', "line 1 is blank"),
         ('{"words": "a"}', "is no text"),
         ('{"input_ids": null}', "is no text"),
-        ('{"input_ids": {"a": 1}}', "must be integers"),
-        ('{"input_ids": [[1], [2, 3]]}', "must be integers"),
+        ('{"input_ids": {"a": 1}}', "line 1 is no tensor"),
+        ('{"input_ids": [[1], [2, 3]]}', "line 1 is no tensor"),
         ('{"input_ids": [1.5]}', "must be integers"),
-        ('{"input_ids": "abc"}', "line 1 must be integers"),
-        ('{"input_ids": [-1]}', "the token id -1"),
+        ('{"input_ids": "abc"}', "line 1 is no tensor"),
+        ('{"input_ids": [-1]}', "line 1 holds token id -1"),
+        ('{"input_ids": [[1, 2], [3, 4]]}', "line 1 is a batch of 2 texts"),
+        ('{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}', "line 1 has holes"),
     ],
 )
 def test_bad_texts_are_refused_before_a_model_is_loaded(content, message, tmp_path, monkeypatch):

@@ -77,7 +77,8 @@ def test_sharded_rows():
         torch.distributed.destroy_process_group()
     want_share, want = loki.limit_drift(handle, kl, texts())
     assert share == pytest.approx(want_share)
-    assert found.overall.kl == pytest.approx(want.overall.kl)
+    # float32 log-probabilities of about 5 are rounded by 2e-7, a KL of .008 by as much a token
+    assert found.overall.kl == pytest.approx(want.overall.kl, rel=1e-4)
 
 
 def test_an_update_within_the_limit_stays_as_it_is():

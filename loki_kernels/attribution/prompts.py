@@ -164,7 +164,8 @@ def _check_tokens(tokens: np.ndarray, i: int, vocab_size: int) -> None:
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
         raise ValueError(
-            f"prompt {i} holds token id {bad}, outside the model's vocabulary of {vocab_size}."
+            f"prompt {i} holds token id {bad}"
+            + (f", outside the model's vocabulary of {vocab_size}." if bad >= 0 else ".")
         )
 
 
@@ -321,7 +322,7 @@ def _as_media(name: str, value: Any) -> Tensor | None:
 def _as_tensor(values: Any, name: str, first: int) -> Tensor:
     try:
         tensor: Tensor = torch.as_tensor(values).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{name} of prompt {first} is no tensor: {error}.") from error
     return tensor
 

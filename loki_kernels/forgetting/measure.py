@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..head import check_logits, logit_scale_and_softcap, scaled_and_capped
 from ..progress import progress_bar
-from ..sharding import full_values, is_sharded, reshard, shards_its_weights
+from ..sharding import home, is_sharded, reshard, shards_its_weights, weight_and_bias
 from ..structure import (
     embedding_weight,
     evaluating,
@@ -85,16 +85,16 @@ class Readout:
 
 def _copy(head: Any) -> nn.Module:
     """A head on the host; of a sharded one, which all processes have to ask for, a whole one."""
-    if not any(map(is_sharded, head.parameters())):
+    placed = hasattr(head, "_hf_hook")  # by accelerate, whose hook a copy would have too
+    if not placed and not any(map(is_sharded, head.parameters())):
         with torch.no_grad():
             alone: nn.Module = copy.deepcopy(head).to("cpu").requires_grad_(False)
             return alone
-    weight = full_values(head.weight)
-    bias = getattr(head, "bias", None)
+    weight, bias = weight_and_bias(head)
     whole = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    whole.weight = nn.Parameter(weight.cpu().clone(), requires_grad=False)
+    whole.weight = nn.Parameter(weight.to("cpu", copy=True), requires_grad=False)
     if bias is not None:
-        whole.bias = nn.Parameter(full_values(bias).cpu().clone(), requires_grad=False)
+        whole.bias = nn.Parameter(bias.to("cpu", copy=True), requires_grad=False)
     return whole
 
 
@@ -211,17 +211,15 @@ def compare(base: Base, model: nn.Module, *, progress: bool | None = None) -> Mo
             def visit(
                 states: Tensor, project: Project, batch: Batch = batch, before: Tensor = before
             ) -> None:
-                head = next(base.readout.head.parameters())
-                step = max(1, LOGITS // head.shape[0])
+                head = base.readout.head
+                weight = next(head.parameters())
+                device = home(head, weight)
+                step = max(1, LOGITS // weight.shape[0])
                 for start in range(0, len(states), step):
                     part = slice(start, start + step)
-                    logits = base.readout.logits(before[part].to(head.device))
-                    moves.put(
-                        batch.places[part],
-                        logits.to(states.device),
-                        own.logits(states[part], project),
-                        batch.targets[part],
-                    )
+                    tuned = own.logits(states[part], project)
+                    logits = base.readout.logits(before[part].to(device)).to(tuned.device)
+                    moves.put(batch.places[part], logits, tuned, batch.targets[part])
 
             _run(model, own, batch, visit)
             bar.update()
@@ -306,7 +304,9 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return embedding_weight(unwrap(model)).device
+    """Where its token ids go."""
+    causal_lm = unwrap(model)
+    return home(causal_lm.get_input_embeddings(), embedding_weight(causal_lm))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import nn
 from ..default_device import made_on_cpu
 from ..errors import UnsupportedModelError
 from ..inspection import dtype_named
+from ..options import DEFAULT_LENGTH, DEFAULT_TOKENS
 from ..training import Patch
 from .measure import (
     FORWARD,
@@ -27,10 +28,11 @@ from .models import (
     Model,
     changes_head,
     check_pair,
-    find_tokenizer,
     is_name,
+    modules_of_adapter,
     name_of,
     open_model,
+    tokenizer_of_pair,
     with_adapter,
     without_update,
 )
@@ -38,9 +40,6 @@ from .result import Drift, summarize
 from .texts import Corpus, check_ids, read_texts, tokenize
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_LENGTH = 512
-DEFAULT_TOKENS = 20_000
 
 
 @made_on_cpu
@@ -59,7 +58,8 @@ def drift(
     """Measure how far ``tuned`` has moved from ``base``, whatever method made it.
 
     At every token of the texts: KL(base || tuned) of the next token's distributions in nats, and
-    the log-probability of the text's next token in both, from float32 logits. The two models run
+    the log-probability of the text's next token in both, of logits in the models' dtype, from there
+    on in float32 (of 16-bit models a KL below about .01 is rounding in part). The two models run
     one after the other; of the base its last hidden states stay on the host (``tokens`` x
     hidden_size, in their dtype) and its output head, which give its logits again chunk by chunk, so
     that two equal models have a KL of exactly 0. The base is dropped before ``tuned`` is loaded, if
@@ -103,7 +103,7 @@ def drift(
     if isinstance(tuned, Patch):
         tuned = tuned.model
     adapter = check_pair(base, tuned)
-    tokenizer = find_tokenizer(base, tuned, tokenizer)
+    tokenizer = tokenizer_of_pair(base, tuned, tokenizer)
     corpus = tokenize(read, tokenizer, length, tokens)
     moves = _measure(base, tuned, adapter, corpus, dtype, device, progress)
     if corpus.left_out:
@@ -129,7 +129,8 @@ def _measure(
     progress: bool | None,
 ) -> Moves:
     batches = corpus.batches(FORWARD)
-    model: nn.Module | None = open_model(base, dtype, device)
+    needed = set() if adapter is None else modules_of_adapter(tuned, adapter)
+    model: nn.Module | None = open_model(base, dtype, device, needed)
     assert model is not None
     check_ids(model, corpus)
     try:
@@ -160,7 +161,7 @@ def _measure(
     batches = corpus.batches(1)
     with contextlib.ExitStack() as stack:
         first = open_model(base, dtype, device) if model is None else model
-        second = open_model(tuned if adapter is None else base, dtype, device)
+        second = open_model(tuned if adapter is None else base, dtype, device, needed)
         if adapter is not None:
             second = stack.enter_context(with_adapter(second, tuned, adapter, keeps=False))
         return compare_whole(first, second, batches, progress=progress)

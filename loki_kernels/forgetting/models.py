@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from ..inspection import load_model
 from ..sharding import is_partitioned, is_sharded, settle
 from ..structure import text_config, unwrap
 from ..training import load_adapter
-from ..training.adapter_file import ADAPTER_FILE
+from ..training.adapter_file import ADAPTER_FILE, read_saved
 from ..training.rows import LokiRows
 from ..training.targets import trained_whole
 
@@ -91,7 +93,7 @@ def _vocab_size(model: Any) -> int | None:
     return size
 
 
-def find_tokenizer(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
+def tokenizer_of_pair(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
     """The user's, or that of the models that are named; None if there is none.
 
     Raises:
@@ -106,7 +108,10 @@ def find_tokenizer(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
                 f"the tokenizers of {base} and {tuned} number tokens differently; only models of "
                 "one vocabulary can be compared."
             )
-    return tokenizer if tokenizer is not None else next(iter(known), None)
+    if tokenizer is not None:
+        return tokenizer
+    # the base of a chat model has seldom a template
+    return next((t for t in known if t.chat_template), next(iter(known), None))
 
 
 def _load_tokenizer(name: Any) -> Any:
@@ -116,19 +121,42 @@ def _load_tokenizer(name: Any) -> Any:
         return None
 
 
-def open_model(model: Any, dtype: str, device: str | None) -> nn.Module:
-    """A model that is given stays where it is; one that is named goes to ``device``."""
+def open_model(
+    model: Any, dtype: str, device: str | None, holding: Collection[str] = ()
+) -> nn.Module:
+    """A model that is given stays where it is; one that is named goes to ``device``.
+
+    ``holding`` names modules that it must have.
+    """
     if isinstance(model, nn.Module):
         return model
-    loaded = load_model(os.fspath(model), dtype)
+    loaded = load_model(os.fspath(model), dtype, holding)
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return loaded  # type: ignore[no-any-return]
 
 
 def changes_head(adapter: Path) -> bool:
-    """Whether the adapter of this config may write to the head's own weight."""
+    """Whether the adapter of this config may write to the head's own values."""
     config = json.loads(adapter.read_text(encoding="utf-8"))
-    return bool(config.get("modules_to_save") or config.get("trainable_token_indices"))
+    whole = config.get("modules_to_save") or config.get("trainable_token_indices")
+    return bool(whole) or _writes_to_base(SimpleNamespace(**config)) is not None
+
+
+def modules_of_adapter(name: Any, adapter: Path) -> set[str]:
+    """Modules that the base must have for this library's adapter; of another method nobody says.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    if not _is_ours(adapter):
+        return set()
+    if not Path(os.fspath(name)).is_dir():  # of the hub the config alone is here so far
+        cached_file(os.fspath(name), ADAPTER_FILE)
+    return read_saved(adapter.parent).modules
+
+
+def _is_ours(adapter: Path) -> bool:
+    return bool(json.loads(adapter.read_text(encoding="utf-8")).get("peft_type") == "LOKI")
 
 
 @contextlib.contextmanager
@@ -141,9 +169,7 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
         ValueError: if the adapter does not fit, or does not leave a base that is kept as it was.
         ImportError: if it is one of PEFT's, which is not installed.
     """
-    if json.loads(adapter.read_text(encoding="utf-8")).get("peft_type") == "LOKI":
-        if not Path(os.fspath(name)).is_dir():  # of the hub the config alone is here so far
-            cached_file(os.fspath(name), ADAPTER_FILE)
+    if _is_ours(adapter):
         with load_adapter(model, adapter.parent) as handle:
             yield handle.model
         return
@@ -164,8 +190,10 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
     known = "peft_config" in model.__dict__
     try:
         try:
-            around = peft.PeftModel.from_pretrained(model, os.fspath(name))
-        except RuntimeError as error:  # PEFT has put its layers in before it reads their weights
+            with warnings.catch_warnings():  # what is missing stays as it was drawn: no update
+                warnings.filterwarnings("error", message=".*missing adapter keys")
+                around = peft.PeftModel.from_pretrained(model, os.fspath(name))
+        except (RuntimeError, UserWarning) as error:  # PEFT puts its layers in before it reads
             raise ValueError(f"{name} does not fit {name_of(model)}: {error}") from error
         yield around
     finally:

@@ -166,7 +166,7 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
         column = next((name for name in columns if record.get(name) is not None), None)
         content = None if column is None else record[column]
         if column == "input_ids":
-            return Text(_token_ids(content, where), domain, where)
+            return Text(_token_ids(record, where), domain, where)
     if isinstance(content, str):
         if not content.strip():
             raise ValueError(f"{where} is blank.")
@@ -179,16 +179,17 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
     )
 
 
-def _token_ids(value: Any, where: str) -> Tensor:
+def _token_ids(content: Any, where: str, tokenizer: Any = None, **options: Any) -> Tensor:
+    """What `tokenize_prompts` makes of a text, int64 ``[T]``; an error says which text it was."""
     try:
-        ids = torch.as_tensor(value).cpu()
-    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"input_ids of {where} must be integers [T]: {error}.") from error
-    if ids.ndim != 1 or not ids.numel() or ids.is_floating_point():
-        raise ValueError(f"input_ids of {where} must be integers [T], T at least 1.")
-    if ids.min() < 0:
-        raise ValueError(f"{where} holds the token id {int(ids.min())}.")
-    return ids.to(torch.int64)
+        found = list(tokenize_prompts([content], tokenizer, sys.maxsize, options))
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("prompt 0", where)) from error
+    if len(found) > 1:
+        raise ValueError(f"{where} is a batch of {len(found)} texts; give each by itself.")
+    if found[0].media:
+        raise ValueError(f"{where} has images or sounds; only texts can be measured.")
+    return torch.from_numpy(found[0].ids)
 
 
 def tokenize(texts: Sequence[Text], tokenizer: Any, length: int, tokens: int | None) -> Corpus:
@@ -260,13 +261,9 @@ def encode(text: Text, tokenizer: Any) -> Tensor:
     content = text.content
     if isinstance(content, Tensor):
         return content
-    options = {}
     if isinstance(content, Question):
         content = content.prompt(tokenizer)
-    if not isinstance(content, str):
-        options["add_generation_prompt"] = content[-1].get("role") != "assistant"
-    try:
-        (tokens,) = tokenize_prompts([content], tokenizer, sys.maxsize, options)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{text.where}: {error}") from error
-    return torch.from_numpy(tokens.ids)
+    if isinstance(content, str):
+        return _token_ids(content, text.where, tokenizer)
+    answered = content[-1].get("role") == "assistant"
+    return _token_ids(content, text.where, tokenizer, add_generation_prompt=not answered)
