@@ -1,7 +1,8 @@
-"""Exceptions raised by loki_kernels, and the check of options that are one of a few words."""
+"""Exceptions raised by loki_kernels, and checks of options and of what is installed."""
 
+import importlib
 from collections.abc import Collection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 E = TypeVar("E", bound=Exception)
 
@@ -44,6 +45,15 @@ def explained(error: E) -> E:
     anchor = "".join(c for c in entry.lower() if c.isalnum() or c in " -_").replace(" ", "-")
     error.add_note(f"What can be done: {_PAGE}#{anchor}")
     return error
+
+
+def import_extra(module: str, extra: str, need: str) -> Any:
+    """A module that an extra of this package brings; an ImportError says what for and how."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        message = f"{need}: pip install 'loki-kernels[{extra}]'."
+        raise explained(ImportError(message)) from error
 
 
 class UnsupportedModelError(ValueError):

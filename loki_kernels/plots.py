@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import explained
+from .errors import import_extra
 from .files import atomic_path, check_writable
 from .ranking import count_extreme, rows_per_layer
 
@@ -56,13 +56,8 @@ def shares_of(counts: Tensor, samples: int, without_ffn: Sequence[int]) -> Tenso
 
 
 def import_matplotlib() -> Any:
-    """matplotlib's figure, which needs no screen, or where to get it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = "pictures need matplotlib: pip install 'loki-kernels[plot]'."
-        raise explained(ImportError(message)) from error
-    return Figure
+    """matplotlib's figure, which needs no screen."""
+    return import_extra("matplotlib.figure", "plot", "pictures need matplotlib").Figure
 
 
 @contextlib.contextmanager

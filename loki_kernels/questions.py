@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .errors import explained
+from .errors import explained, import_extra
 
 _LETTERS = "ABCD"
 # Of 5 bundled questions a subject, the analysis uses 3 (171 in all) and leaves 2 for evaluation.
@@ -181,12 +181,7 @@ def _load_dataset(name: str, split: str) -> Any:
 
 
 def _import_datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        message = "reading a dataset needs: pip install 'loki-kernels[datasets]'."
-        raise explained(ImportError(message)) from error
-    return datasets
+    return import_extra("datasets", "datasets", "reading a dataset needs datasets")
 
 
 def from_json(line: str, where: str) -> Any:

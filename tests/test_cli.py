@@ -375,7 +375,7 @@ def recorded(folder, monkeypatch):
     record("forgetting.drift", Result())
     record("forgetting.limit_drift", (0.5, SimpleNamespace(overall=group)))
     record("estimate.estimate", "an estimate")
-    record("training.adapter_file.read_saved", SimpleNamespace(layers={"a": 1}, others={}))
+    record("training.adapter_file.read_saved", SimpleNamespace(modules={"a"}))
     record("training.patching.patch_saved", handle)
     return calls
 

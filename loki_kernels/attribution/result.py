@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..errors import explained
+from ..errors import import_extra
 from ..files import (
     atomic_path,
     check_writable,
@@ -302,10 +302,4 @@ def counts_metadata(run: dict[str, Any], quota: float, criterion: Criterion) -> 
 
 
 def import_h5py() -> Any:
-    """h5py, or an ImportError that says where to get it."""
-    try:
-        import h5py
-    except ImportError as error:
-        message = "HDF5 files need h5py: pip install 'loki-kernels[hdf5]'."
-        raise explained(ImportError(message)) from error
-    return h5py
+    return import_extra("h5py", "hdf5", "HDF5 files need h5py")

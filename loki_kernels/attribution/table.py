@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import explained
+from ..errors import import_extra
 
 _FORMAT = b"loki-kernels-attribution"
 _LINES = 1 << 20  # of the table, at a time
@@ -83,11 +83,7 @@ def read_parquet(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def import_pyarrow() -> tuple[Any, Any]:
-    """pyarrow and its parquet, or an ImportError that says where to get them."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        message = "parquet needs pyarrow: pip install 'loki-kernels[parquet]'."
-        raise explained(ImportError(message)) from error
-    return pyarrow, pyarrow.parquet
+    """pyarrow and its parquet."""
+    need = "parquet needs pyarrow"
+    pyarrow, parquet = (import_extra(n, "parquet", need) for n in ("pyarrow", "pyarrow.parquet"))
+    return pyarrow, parquet

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..errors import explained
+from ..errors import import_extra
 from ..inspection import load_model
 from ..sharding import is_partitioned, is_sharded, settle
 from ..structure import text_config, unwrap
@@ -173,11 +173,7 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
         with load_adapter(model, adapter.parent) as handle:
             yield handle.model
         return
-    try:
-        import peft
-    except ImportError as error:
-        message = f"{name} is an adapter of PEFT's: pip install 'loki-kernels[peft]'."
-        raise explained(ImportError(message)) from error
+    peft = import_extra("peft", "peft", f"{name} is an adapter of PEFT's")
     written = _writes_to_base(peft.PeftConfig.from_pretrained(str(adapter.parent)))
     if keeps and written is not None:
         raise ValueError(

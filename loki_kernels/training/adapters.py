@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..default_device import made_on_cpu
 from ..discovery import find_structure
-from ..errors import explained
+from ..errors import import_extra
 from ..files import check_folder
 from ..protection import fingerprint_of
 from ..sharding import full_shape, is_distributed
@@ -221,13 +221,7 @@ def _mixture_config(layers: Mapping[str, LokiRows], ranks: Mapping[str, int]) ->
     Linear layers are named by their weights too, which gives them the same factors: of
     ``target_modules`` that end in ``down_proj`` PEFT (0.19 to 0.21) makes the experts alone.
     """
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        message = (
-            "how a LoRA of experts is laid out depends on PEFT: pip install 'loki-kernels[peft]'."
-        )
-        raise explained(ImportError(message)) from error
+    peft = import_extra("peft", "peft", "how a LoRA of experts is laid out depends on PEFT")
     update = written = 0
     for name, layer in layers.items():
         *experts, height, width = full_shape(layer.frozen)
