@@ -50,6 +50,24 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free + module.memory_reserved(device) - module.memory_allocated(device))
 
 
+def warn_of_slow_products(weight: Tensor) -> None:
+    """Log where a model's 16-bit weights lie on a CPU that has no instructions for their products.
+
+    transformers loads what a checkpoint holds, bfloat16 mostly. Without AVX-512 or AMX oneDNN does
+    not multiply it, and torch's own loops take up to TIMES times as long as float32's.
+    """
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(weight.dtype)
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None)
+    if supported is not None and not supported():
+        logger.warning(
+            "this CPU has no instructions for products of %s, which take many times as long as "
+            "float32's: load the model with dtype=torch.float32 (or .float()), or on a GPU.",
+            str(weight.dtype).removeprefix("torch."),
+        )
+
+
 # What libraries say of full memory. Not Triton's OutOfResources: that is the kernel's own size.
 _MEMORY_FULL = (
     "out of memory",

@@ -202,6 +202,21 @@ def test_bad_options_change_nothing(model, rows, analysis, message):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("supported", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_cpu_that_multiplies_16_bits_slowly_is_named(dtype, supported, monkeypatch, caplog):
+    for short in ("bf16", "fp16"):
+        name = f"_is_mkldnn_{short}_supported"
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: supported, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    model = build_model(device="cpu").to(dtype)
+    loki.attribute(model, PROMPTS, steps=1, progress=False)
+    loki.estimate_protection(model, [[1, 2, 3, 4]], progress=False)
+    said = [r.message for r in caplog.records if "no instructions for products" in r.message]
+    assert len(said) == (0 if supported or dtype == torch.float32 else 2)
+    assert all("dtype=torch.float32" in message for message in said)
+
+
 def test_a_long_attribution_says_so(monkeypatch, caplog):
     """A minute a token, of 3 and then 2 tokens."""
     clock = iter([0.0, 180.0])

@@ -23,6 +23,7 @@ from ..options import (
     EngineName,
     Keep,
 )
+from ..placement import warn_of_slow_products
 from ..ranking import rows_per_layer
 from ..structure import Structure, refuse_tensor_parallelism
 from ..team import Team
@@ -174,7 +175,10 @@ def _limits(structure: Structure, batch_size: int | None, team: Team) -> BatchLi
 
 
 def _check_attributable(structure: Structure, engine: EngineName | None) -> None:
-    """Raise UnsupportedModelError for what no engine can do, ValueError for an unknown one."""
+    """Raise UnsupportedModelError for what no engine can do, ValueError for an unknown one.
+
+    What will be slow is logged.
+    """
     if engine is not None:
         check_choice("engine", engine, get_args(EngineName))
     if not structure.split:
@@ -183,6 +187,7 @@ def _check_attributable(structure: Structure, engine: EngineName | None) -> None
     if model.get_output_embeddings() is not None or not model.can_generate():
         # raises; a model that generates has logits, with a linear head or not
         structure.head_module()
+    warn_of_slow_products(next(structure.projections()).weight)
 
 
 def _make_counter(

@@ -18,7 +18,7 @@ from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..fingerprint import model_fingerprint
 from ..options import DEFAULT_SAMPLES
-from ..placement import on_accelerator
+from ..placement import on_accelerator, warn_of_slow_products
 from ..progress import progress_bar
 from ..sharding import is_partitioned, of_the_first
 from ..structure import Structure, evaluating, refuse_tensor_parallelism
@@ -94,6 +94,7 @@ def estimate_protection(
         earlier = earlier.of(structure)
     causal_lm = structure.causal_lm
     with on_accelerator(model), evaluating(causal_lm):
+        warn_of_slow_products(next(structure.projections()).weight)
         own = texts is None
         if own:
             tokenizer = tokenizer or find_tokenizer(causal_lm)
