@@ -15,7 +15,7 @@ from .._check import (
     check_shape,
     without_autocast,
 )
-from .._directions import acting_factors, leave_out
+from .._directions import acting_factors, keep, kept, leave_out
 from .._products import (
     as_matrix,
     dense_linear,
@@ -98,7 +98,7 @@ class _RowDeltaLinear(torch.autograd.Function):
         directions: Tensor | None,
         form: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, delta_a, delta_b, index, directions)
+        keep(ctx, x, weight, delta_a, delta_b, index, directions)
         ctx.form = form
         delta_a, delta_b = acting_factors(delta_a, delta_b, directions)
         with without_autocast(x):
@@ -115,7 +115,7 @@ class _RowDeltaLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        x, weight, delta_a, delta_b, index, directions = ctx.saved_tensors
+        x, weight, delta_a, delta_b, index, directions = kept(ctx)
         needs_x, _, needs_a, needs_b, _, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_bias = None
         flat, upstream = as_matrix(x), as_matrix(grad)
