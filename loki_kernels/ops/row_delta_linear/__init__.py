@@ -60,7 +60,8 @@ def row_delta_linear(
         directions: orthonormal columns U ``[in_features, r]`` of any floating dtype that the update
             leaves alone: delta is ``delta_a @ delta_b (I - U U^T)``, or ``delta_a (I - U U^T)``. It
             is formed anew in the backward pass: kept, a protected update of all rows takes as much
-            memory as the weights do in float32.
+            memory as the weights do in float32. (Inductor merges the two formings and keeps the
+            result, by reading of torch 2.13 and not run: 3.8 GB in bfloat16 for all rows at 8B.)
 
     Returns:
         ``[..., out_features]`` in x's dtype (under autocast, in the autocast dtype), differentiable
