@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import loki_kernels as loki
+from loki_kernels.peft import LokiConfig
 from tests.models import build_model
 
 ROWS = [[1], [2], [3]]
@@ -33,6 +35,7 @@ def split(linear, mesh, dimension):
 def refused(model, message):
     for attempt in (
         lambda: loki.patch(model, ROWS),
+        lambda: peft.get_peft_model(model, LokiConfig(rows=ROWS)),
         lambda: loki.attribute(model, PROMPT),
         lambda: loki.estimate_protection(model, [[1, 2, 3, 4], [5, 6, 7]]),
     ):

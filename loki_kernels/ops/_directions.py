@@ -51,6 +51,24 @@ def acting_factors(
     return (leave_out(a, directions), None) if b is None else (a, leave_out(b, directions))
 
 
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Keep tensors for the backward pass, directions as the last of them, or None.
+
+    What offloads activations sends all that is saved for it to the host and back but parameters,
+    and so would the directions, once a layer and pass; a compiler sees what is saved alone.
+    """
+    *others, directions = tensors
+    compiled = torch.compiler.is_compiling()
+    ctx.directions = None if compiled else directions
+    ctx.save_for_backward(*others, directions if compiled else None)
+
+
+def kept(ctx: Any) -> list[Any]:
+    """What `keep` has kept."""
+    *others, directions = ctx.saved_tensors
+    return [*others, ctx.directions if directions is None else directions]
+
+
 class LeaveOutOfGradient(torch.autograd.Function):
     """Passes an update on as it is, and its gradient without the protected directions.
 
@@ -59,8 +77,7 @@ class LeaveOutOfGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, update: Tensor, directions: Tensor) -> Tensor:
-        # not saved for backward: what offloads activations would send it to the host and back
-        ctx.directions = directions
+        ctx.directions = directions  # not saved for backward, as in `keep`
         return update.detach()
 
     @staticmethod

@@ -10,8 +10,8 @@ from torch import library as torch_library
 from torch.nn import functional
 
 from ._check import check_first_derivative
-from ._directions import leave_out
-from ._products import padded_rows, selected_columns
+from ._directions import keep, kept, leave_out
+from ._products import capability, padded_rows, selected_columns
 
 
 class Update(NamedTuple):
@@ -64,8 +64,7 @@ class _GroupedLinear(torch.autograd.Function):
         directions: Tensor | None,
     ) -> Tensor:
         # only the gradient of an update needs x
-        kept = None if update is None else x
-        ctx.save_for_backward(kept, weight, offsets, update, index, directions)
+        keep(ctx, None if update is None else x, weight, offsets, update, index, directions)
         y = _products(x, weight.transpose(1, 2), offsets)
         if update is not None:
             assert index is not None
@@ -79,7 +78,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        x, weight, offsets, update, index, directions = ctx.saved_tensors
+        x, weight, offsets, update, index, directions = kept(ctx)
         needs_x, _, _, needs_update, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = _products(grad, weight, offsets) if needs_x else None
@@ -125,8 +124,7 @@ def _why_loop(a: Tensor, b: Tensor) -> str | None:
         if element != 1 or line % step or not (compiling or matrix.data_ptr() % 16 == 0):
             return "its lines begin at multiples of 16 bytes"
     if a.is_cuda:
-        capability = torch.cuda.get_device_capability(a.device)
-        return None if capability >= (8, 0) else "it needs compute capability 8.0"
+        return None if capability(a.device) >= (8, 0) else "it needs compute capability 8.0"
     return None if a.device.type == "cpu" else f"it was not tried on {a.device.type}"
 
 

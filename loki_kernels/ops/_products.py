@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -54,6 +56,24 @@ def rounded_sum(own: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.add(own, wide, out=torch.empty_like(own, dtype=dtype))
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU, asked for in every backward pass."""
+    # dynamo, to which it is a constant, would warn of a function that keeps its results
+    ask = torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability
+    return ask(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the GPU's library gives float32 products of it: cuBLAS of bfloat16 from Ampere on."""
+    hip = torch.version.hip is not None
+    return dtype != torch.bfloat16 or hip or capability(device) >= (8, 0)
+
+
 def _sums_in_float32(dtype: torch.dtype) -> bool:
     """Whether cuBLAS may: float16 can be allowed to sum in float16, and then has no float32 out."""
     return dtype != torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation
@@ -63,6 +83,8 @@ def weight_gradient(selected: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``selected.T @ x``, summed in float32 and rounded once, to ``dtype``."""
     if dtype.itemsize <= selected.dtype.itemsize:
         return (selected.t() @ x).to(dtype)
-    if selected.is_cuda and dtype == torch.float32 and _sums_in_float32(selected.dtype):
+    own = selected.dtype
+    wide = selected.is_cuda and dtype == torch.float32
+    if wide and _sums_in_float32(own) and _widens(own, selected.device):
         return torch.mm(selected.t(), x, out_dtype=dtype)
     return selected.t().to(dtype) @ x.to(dtype)

@@ -129,7 +129,13 @@ class _Locked:
             with self.lock:
                 if device not in self.tuned:
                     self.tuned[device] = self.tune()
-                self.tuned[device][grid](*arguments, **constants)
+                tuner = self.tuned[device]
+                try:
+                    tuner[grid](*arguments, **constants)
+                finally:
+                    # One that fails, as by full memory while it tunes, leaves the arguments there,
+                    # and their graph: halving the batch would free nothing.
+                    tuner.nargs = None
 
         return launch
 

@@ -20,7 +20,13 @@ from ..structure import has_hooks
 from ..training.adapter_file import PROTECTION_FILE
 from ..training.arithmetic import check_gradients, digest_of, initial_factors, updated_rows
 from .config import MERGES, LokiConfig
-from .quantized import dequantized_weight, is_repacked, plain_linear, quantization_of
+from .quantized import (
+    base_weight,
+    dequantized_weight,
+    is_repacked,
+    plain_linear,
+    quantization_of,
+)
 
 
 def refuse_parts(module: nn.Module) -> None:
@@ -129,7 +135,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         """Rows of the base's weight; of a quantized one as precise as it gives them.
 
         Raises:
-            UnsupportedModelError: if they are not in memory.
+            UnsupportedModelError: if they are not in memory, or PEFT cannot read them.
         """
         base: Any = self.get_base_layer()  # a linear of any library
         if self.quantization_backend is not None:
@@ -138,7 +144,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                     "bitsandbytes repacks 4-bit weights on this CPU in the first forward pass in "
                     "evaluation mode; add and load adapters before that."
                 )
-            weight = self.quantization_backend.get_base_weight(base)
+            weight = base_weight(base, self.quantization_backend)
         else:
             weight = full_values(base.weight)
         if weight.is_meta:
@@ -205,12 +211,12 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         for name in names:
             self._check_engine(name)
         if len(names) == 1 and self._is_plain(base):
-            a, b, directions = self._update_factors(names[0], x.dtype)
+            a, b, directions = self._update_factors(names[0], x)
             index = self.loki_index[names[0]]
             return row_delta_linear(x, base.weight, a, b, index, base.bias, directions=directions)
         y: Tensor = base(x, *args, **kwargs)
         for name in names:
-            a, b, directions = self._update_factors(name, x.dtype)
+            a, b, directions = self._update_factors(name, x)
             a, b = acting_factors(a, b, directions)
             u = x if b is None else functional.linear(x, b.to(x.dtype))
             y = y.index_add(-1, self.loki_index[name], functional.linear(u, a.to(u.dtype)).to(y))
@@ -230,23 +236,30 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             and not has_hooks(base)
         )
 
-    def _update_factors(
-        self, name: str, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _update_factors(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(a, b, directions) of an adapter: its update is a @ b, or a, less the directions.
 
         While the model generates, or is measured, they are left out once and not at every pass.
+
+        Raises:
+            UnsupportedModelError: if they are not in memory, and x is.
         """
         directions = self._directions(name)
         low_rank = name in self.loki_delta_a
         a = self.loki_delta_a[name] if low_rank else self.loki_update[name]
         b = self.loki_delta_b[name] if low_rank else None
+        if a.is_meta and not x.is_meta:
+            raise UnsupportedModelError(
+                f"adapter {name!r} is not in memory: accelerate has offloaded it, and brings in "
+                "what is called alone. Load the model without offloading, or merge the adapter "
+                "before the model is offloaded."
+            )
         formed = self.formed
         if formed is None or directions is None or torch.is_grad_enabled():
             return a, b, directions
         if name not in formed:
             a, b = acting_factors(a, b, directions)
-            formed[name] = a.to(dtype), None if b is None else b.to(dtype)
+            formed[name] = a.to(x.dtype), None if b is None else b.to(x.dtype)
         return *formed[name], None
 
     def _directions(self, name: str) -> Tensor | None:

@@ -19,7 +19,7 @@ from ..errors import UnsupportedModelError, explained
 from ..fingerprint import BaseRows
 from ..protection import Protection, fingerprint_of
 from ..sharding import ignore_in_ddp, is_distributed, shards_its_weights
-from ..structure import Structure
+from ..structure import Structure, refuse_tensor_parallelism
 from ..training.adapter_file import (
     PROTECTION_FILE,
     base_rows_content,
@@ -120,6 +120,7 @@ class LokiModel(BaseTuner):
         structure = find_structure(self.model)
         refuse_patched(self.model)
         _refuse_other_modules(structure)
+        refuse_tensor_parallelism(structure)
         refuse_efficient_loading()
         _check_modules(structure, peft_config)
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
@@ -259,7 +260,8 @@ class LokiModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = self._loki_layer_for(target)
-        layer.update_layer(adapter_name, *self._added[current_key], peft_config)
+        # taken out, as PEFT asks once for each: the directions in it are .9 GB at 8B
+        layer.update_layer(adapter_name, *self._added.pop(current_key), peft_config)
         if self._copied is not None:
             layer.copy_update(self._copied, adapter_name)
         if layer is not target:
@@ -274,6 +276,17 @@ class LokiModel(BaseTuner):
     ) -> None:
         # PEFT's own sets the weight anew too, which fails for embeddings with trained tokens
         setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Of 16 bits PEFT makes float32. Directions stay in the base's dtype: they would take twice
+        # the memory, and what they leave out is formed in theirs.
+        parts = [layer.loki_directions for layer in self._loki_layers()]
+        kept = [(part, part.pop(adapter_name)) for part in parts if adapter_name in part]
+        try:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        finally:
+            for part, directions in kept:
+                part[adapter_name] = directions
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

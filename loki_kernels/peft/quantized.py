@@ -35,15 +35,30 @@ def is_repacked(layer: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
+def base_weight(layer: Any, backend: Any) -> Tensor:
+    """The weight of a quantized layer, as precise as PEFT gives it.
+
+    Raises:
+        UnsupportedModelError: if it gives none.
+    """
+    try:
+        weight: Tensor = backend.get_base_weight(layer)
+        return weight
+    except (TypeError, NotImplementedError) as error:  # of GPTQ and AWQ; of a torchao kind
+        raise UnsupportedModelError(
+            f"the rows of a {type(layer).__name__} ({backend.backend_name}) cannot be read, by "
+            "which an adapter knows its base. Quantize the base by bitsandbytes or torchao, or "
+            "train over it in full precision, merge, and quantize what that gives."
+        ) from error
+
+
 def dequantized_weight(layer: Any, backend: Any, dtype: torch.dtype | None) -> Tensor:
     """The weight of a quantized layer, in the model's dtype (bitsandbytes gives float32)."""
-    weight: Tensor
     if not is_repacked(layer):
-        weight = backend.get_base_weight(layer)
-        return weight.to(dtype)
+        return base_weight(layer, backend).to(dtype)
     # bitsandbytes 0.50.2 can multiply such a weight but not dequantize it.
     identity = torch.eye(layer.in_features, dtype=dtype, device=layer.weight.device)
-    weight = layer(identity).t()
+    weight: Tensor = layer(identity).t()
     return (weight if layer.bias is None else weight - layer.bias[:, None]).contiguous()
 
 
@@ -68,8 +83,21 @@ def dequantize_model(model: Any) -> None:
             setattr(model.get_submodule(parent), attribute, plain)
     for owner, names in (
         (model.config, ("quantization_config",)),
-        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+        (model, ("hf_quantizer", "quantization_method", "is_quantized", *_FLAGS)),
     ):
         for name in names:
             if name in owner.__dict__:
                 delattr(owner, name)
+    # What transformers read a quantized checkpoint by it would undo in saving, and cannot. The
+    # conversions of an architecture's own names stay.
+    if "_weight_conversions" in model.__dict__:
+        kept = [c for c in model._weight_conversions if not _is_quantizer_s(c)]
+        model._weight_conversions = kept
+
+
+_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+def _is_quantizer_s(conversion: Any) -> bool:
+    """Whether one of transformers' weight conversions makes quantized tensors of a file's."""
+    return any(hasattr(step, "hf_quantizer") for step in getattr(conversion, "operations", ()))

@@ -32,7 +32,8 @@ class FusedMLP(nn.Module):
         differentiated = gate.requires_grad or up.requires_grad
         if layer.writes_rows and differentiated and not has_hooks(layer):
             return layer.forward_gated(gate, up, activation)
-        # the compiler fuses and recomputes what it sees through
+        # The compiler fuses what it sees through, but keeps it, since a product reads it in the
+        # backward pass (torch 2.13's partitioner, by reading): no memory is saved there.
         product = traceable_gated_product if torch.compiler.is_compiling() else gated_product
         y: Tensor = layer(product(gate, up, activation))
         return y

@@ -69,6 +69,36 @@ def test_float16_that_sums_in_float16_has_no_float32_product(monkeypatch):
     assert _products._sums_in_float32(torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "dtype", "wide"),
+    [
+        ((7, 5), None, torch.bfloat16, False),
+        ((8, 0), None, torch.bfloat16, True),
+        ((7, 5), None, torch.float16, True),
+        ((7, 5), "7.0", torch.bfloat16, True),
+    ],
+)
+def test_bfloat16_has_a_float32_product_from_ampere_on(capability, hip, dtype, wide, monkeypatch):
+    """cuBLAS refuses it on a T4, where both factors are made float32 then."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    _products._capability.cache_clear()
+    asked = []
+
+    def mm(a, b, *, out_dtype):
+        asked.append(out_dtype)
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(torch, "mm", mm)
+    with FakeTensorMode():
+        selected, x = (torch.empty(7, n, dtype=dtype, device="cuda") for n in (16, 5))
+        got = _products.weight_gradient(selected, x, torch.float32)
+    assert got.shape == (16, 5)
+    assert got.dtype == torch.float32
+    assert asked == ([torch.float32] if wide else [])
+    _products._capability.cache_clear()
+
+
 def test_selected_columns_compile_whole():
     torch._dynamo.reset()
     x, index = torch.randn(7, 129), torch.randperm(129)[:37]

@@ -218,6 +218,26 @@ def test_what_is_formed_is_not_kept_for_the_backward_pass(k):
     assert all(t.data_ptr() in own for t in kept)
 
 
+@pytest.mark.parametrize(("dense", "k"), [(False, 30), (True, 30), (True, 129)])
+def test_directions_are_no_activation(dense, k):
+    """What offloads activations would send them to the host and back in every layer."""
+    inputs = protected(make((8,), 63, 129, k, 4), 9)
+    if dense:
+        inputs |= {"delta_a": torch.randn(k, 63), "delta_b": None}
+    upstream, moved = torch.randn(8, 129), []
+    want = run(row_delta_linear, inputs, upstream)
+
+    def move(tensor):
+        moved.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(move, lambda t: t):
+        got = run(row_delta_linear, inputs, upstream)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert moved
+    assert inputs["directions"].data_ptr() not in {t.data_ptr() for t in moved}
+
+
 @pytest.mark.parametrize(
     ("tokens", "k", "products"), [(8, 30, 5), (8, 65, 3), (8, 129, 3), (3, 129, 5)]
 )

@@ -423,6 +423,17 @@ def test_compiles_without_breaks():
     assert counter.frame_count == 1
 
 
+def test_an_adapter_that_accelerate_has_offloaded_is_refused():
+    """It brings in the parameters of what is called, and those of an adapter's are in a dict."""
+    from accelerate import cpu_offload
+
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    cpu_offload(model, execution_device=DEVICE)
+    assert down_proj(model).loki_update["default"].is_meta
+    with pytest.raises(loki.UnsupportedModelError, match="'default' is not in memory"):
+        model(input_ids=token_batch())
+
+
 def test_copies():
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
     twin = copy.deepcopy(model)

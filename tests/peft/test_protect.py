@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import peft
 import pytest
@@ -130,6 +132,39 @@ def test_a_second_adapter_is_protected_as_the_first(drawn, monkeypatch, tmp_path
         assert model.peft_config[name].protection == model.peft_config["default"].protection
     model.set_adapter("new")
     train(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_directions_stay_in_the_base_s_dtype(dtype, tmp_path):
+    """PEFT makes float32 of what adapters hold in 16 bits."""
+    file = tmp_path / "protection.safetensors"
+    protection_of(build_model(dtype=dtype)).save(file)
+    config = LokiConfig(rows=ROWS, protect=str(file), trainable_token_indices=[96])
+    model = peft.get_peft_model(build_model(dtype=dtype), config)
+    model.save_pretrained(tmp_path / "adapter")
+    model.add_adapter("added", LokiConfig(rows=ROWS, protect=str(file)))
+    model.load_adapter(tmp_path / "adapter", "loaded", is_trainable=True)
+    layers = [m for m in model.modules() if isinstance(m, layer_module.LokiLayer)]
+    assert len(layers) == 3
+    for layer in layers:
+        for name in ("default", "added", "loaded"):
+            assert layer.loki_directions[name].dtype == dtype
+            assert layer.loki_update[name].dtype == torch.float32
+    deltas = [p for n, p in model.named_parameters() if "trainable_tokens_delta" in n]
+    assert deltas
+    assert all(delta.dtype == torch.float32 for delta in deltas)
+    train(model)
+
+
+def test_the_model_keeps_nothing_of_what_a_new_adapter_is_made_of(file):
+    """Directions that are moved to the weights' device, or padded, are other tensors there."""
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    assert not model.base_model._added
+    layers = [m for m in model.modules() if isinstance(m, layer_module.LokiLayer)]
+    held = [weakref.ref(layer.loki_directions["default"]) for layer in layers]
+    model.delete_adapter("default")
+    gc.collect()
+    assert not any(reference() is not None for reference in held)
 
 
 @pytest.mark.parametrize("first", [{"rows": ROWS}, {"rows": [[1], [], [2]], "protect": True}])

@@ -7,16 +7,17 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers.core_model_loading import WeightRenaming
 
 import loki_kernels as loki
 import loki_kernels.peft
 from loki_kernels.attribution import analysis
 from loki_kernels.cli import main
 from loki_kernels.peft import LokiConfig
-from tests.models import DEVICE, GQA, _config
+from tests.models import DEVICE, GQA, _config, build_model
 from tests.tiny_training import ROWS, WordTokenizer, logits, train
 
-pytest.importorskip("peft.utils.quantization_utils", reason="needs peft 0.20")
+quantization_utils = pytest.importorskip("peft.utils.quantization_utils", reason="needs peft 0.20")
 torchao = pytest.importorskip("torchao.quantization")
 pytest.importorskip("bitsandbytes")
 
@@ -139,6 +140,22 @@ def test_merging_says_how(base, how, tmp_path):
     assert distance(logits(again), logits(merged)) < 0.02
 
 
+@pytest.mark.parametrize("name", ["torchao int8", "bitsandbytes int8", "bitsandbytes nf4"])
+def test_a_checkpoint_that_is_quantized_on_disk_is_merged_and_saved(name, checkpoint, tmp_path):
+    """transformers reads it by conversions that it cannot undo."""
+    load_quantized(checkpoint, QUANTIZATIONS[name]()).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **PLACEMENT)
+    own = WeightRenaming("another_name", "a_name")  # as an architecture's are
+    base._weight_conversions.append(own)
+    model = peft.get_peft_model(base, LokiConfig(rows=ROWS, quantized_merge="dequantize"))
+    merged = train(model, lr=0.02).merge_and_unload()
+    assert merged._weight_conversions == [own]
+    assert not any(hasattr(merged, f"is_loaded_in_{bits}bit") for bits in (4, 8))
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").to(DEVICE)
+    assert torch.equal(logits(again), logits(merged))
+
+
 def test_requantized_rows_are_close_to_the_trained_ones(base, tolerances):
     model = peft.get_peft_model(base(), LokiConfig(rows=ROWS, quantized_merge="requantize"))
     layer = down_proj(model)
@@ -210,6 +227,24 @@ def test_repacked_weights_are_refused_or_read_another_way(checkpoint):
     )
     assert torch.equal(logits(model), want)
     assert distance(logits(model.merge_and_unload()), want) < 0.02
+
+
+class Packed(torch.nn.Linear):
+    """A layer of GPTQ's, for all that PEFT says of one."""
+
+
+def test_a_base_whose_rows_cannot_be_read_is_refused(monkeypatch):
+    model = build_model()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = Packed
+    backend = quantization_utils.ForwardOnlyQuantizationBackend("gptq")
+    monkeypatch.setattr(
+        quantization_utils,
+        "resolve_quantization_backend",
+        lambda layer, **_: backend if isinstance(layer, Packed) else None,
+    )
+    with pytest.raises(loki.UnsupportedModelError, match=r"Packed \(gptq\) cannot be read"):
+        peft.get_peft_model(model, LokiConfig(rows=ROWS))
 
 
 def test_patch_names_the_way(base):
