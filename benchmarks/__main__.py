@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from .measure import attempt, finish
 from .records import append_record, describe_machine
 from .report import format_seconds, write_report
 
@@ -48,12 +49,14 @@ def main() -> None:
     machine = describe_machine()
     for suite in suites:
         name = PEERS if arguments.peers else SUITES[suite]
-        module = importlib.import_module(f".{name}", __package__)
         chosen = "dry" if arguments.dry_run else "quick" if arguments.quick else "full"
-        for record in module.run(chosen):
-            if not arguments.dry_run:
-                append_record(machine | record)
-            print(_line(record), flush=True)
+        with attempt(suite):
+            module = importlib.import_module(f".{name}", __package__)
+            for record in module.run(chosen):
+                if not arguments.dry_run:
+                    append_record(machine | record)
+                print(_line(record), flush=True)
+    finish()
 
 
 def _line(record: dict) -> str:

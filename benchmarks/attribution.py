@@ -27,6 +27,7 @@ from .measure import (
     DEVICE,
     DTYPE,
     DTYPE_NAME,
+    attempt,
     check,
     floor,
     interleave,
@@ -73,11 +74,20 @@ def cases(scope: str) -> Iterator[dict[str, Any]]:
 def least_work(model: str, layers: int | None, tokens: int, steps: int) -> float:
     """FLOPs of a prompt: prefill, the points' forward and backward pass, head and its gradient."""
     depth = layers or MODELS[model]["num_hidden_layers"]
-    weights = parameters(model, layers)
+    weights, width = parameters(model, layers), MODELS[model]["hidden_size"]
+    head = width * MODELS[model]["vocab_size"]
+    # A point begins above its own layer, so a layer is passed by those of the layers below it.
+    points, passed = depth * steps, steps * depth * (depth - 1) / 2
+    products = 2 * weights * tokens + 2 * 2 * weights / depth * passed + 2 * head * (2 * points + 1)
+    # Two products of causal attention in the prefill; of a point two forward and three back, since
+    # the prefix has no gradient.
+    return products + 2 * width * tokens * (tokens + 1) * depth + 10 * width * tokens * passed
+
+
+def least_bytes(model: str, layers: int | None) -> int:
+    """Of a batch: the weights for prefill, points and back, the head for its product and back."""
     head = MODELS[model]["hidden_size"] * MODELS[model]["vocab_size"]
-    points = depth * steps
-    # A point joins at its layer, so half of them are there on average.
-    return 2 * weights * tokens + 2 * 2 * weights * points / 2 + 2 * 2 * head * (points + 1)
+    return DTYPE.itemsize * (3 * parameters(model, layers) + 2 * head)
 
 
 def run(scope: str) -> Iterator[dict[str, Any]]:
@@ -85,13 +95,14 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
     built: tuple[str, int | None] | None = None
     for case in cases(scope):
         name, layers = case["model"], case.get("layers")
-        if built != (name, layers):
-            model = None
-            gc.collect()
-            model = build(name, layers).requires_grad_(False)  # no peer gets weight gradients
-            built = name, layers
-        assert model is not None
-        yield from _compare(model, case)
+        with attempt(f"attribution, {name}, {case['tokens']} tokens"):
+            if built != (name, layers):
+                model, built = None, None
+                gc.collect()
+                model = build(name, layers).requires_grad_(False)  # no peer gets weight gradients
+                built = name, layers
+            assert model is not None
+            yield from _compare(model, case)
 
 
 def _compare(model: LlamaForCausalLM, case: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -119,7 +130,7 @@ def _compare(model: LlamaForCausalLM, case: dict[str, Any]) -> Iterator[dict[str
     }
     least = floor(
         least_work(case["model"], case.get("layers"), tokens, steps),
-        DTYPE.itemsize * parameters(case["model"], case.get("layers")) * 3 / samples,
+        least_bytes(case["model"], case.get("layers")) / samples,
     )
     pairs = {
         "ours": [seconds / samples for seconds in times["ours"]],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import math
 import statistics
 import time
 import timeit
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +25,32 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # What models are trained in: bfloat16 gains nothing on a CPU without AMX (NOTES.md).
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 DTYPE_NAME = str(DTYPE).removeprefix("torch.")
+
+_failed: list[str] = []
+
+
+@contextlib.contextmanager
+def attempt(what: str) -> Iterator[None]:
+    """Of a part that fails, say that it was not measured, and why: those after it still are."""
+    if _failed:  # what the frames of one held this one may need
+        gc.collect()
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        reason = str(error)
+        if isinstance(error, Exception):
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {reason.strip().partition(chr(10))[0]}"
+        print(f"not measured: {what}: {reason}", flush=True)
+        _failed.append(what)
+
+
+def finish() -> None:
+    """Leave with an error if a part was not measured."""
+    failed = _failed.copy()
+    _failed.clear()
+    if failed:
+        raise SystemExit(f"not measured: {'; '.join(failed)}")
 
 
 class Ceilings(NamedTuple):

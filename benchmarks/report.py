@@ -99,6 +99,9 @@ def tables(records: Iterable[Record]) -> str:
         )
         commands = sorted({f"`{record['command']}`" for record in own})
         parts += ["", f"## {device}", "", f"{'; '.join(versions)}. {', '.join(commands)}.", ""]
+        recounted = {r["case"].get("op", r["suite"]) for r in own if "recounted" in r}
+        if recounted:
+            parts += [f"Counted again since: the floors of {', '.join(sorted(recounted))}.", ""]
         parts += _bars(own)
         timed = [_table_line(record) for record in own if record["suite"] != "ops"]
         if timed:
@@ -138,15 +141,15 @@ def _bars(records: list[Record]) -> list[str]:
 
 def _table_line(record: Record) -> str:
     case = ", ".join(f"{name} {value}" for name, value in record["case"].items())
+    name = f"{record['peer']} ({record['note']})" if "note" in record else record["peer"]
     if record["suite"] == "memory":
-        ours, peer = (f"{record[name] / 2**20:.0f} MiB" for name in ("ours_bytes", "peer_bytes"))
+        ours, peer = (f"{record[key] / 2**20:.0f} MiB" for key in ("ours_bytes", "peer_bytes"))
         ratio = f"{record['peer_bytes'] / record['ours_bytes']:.2f}"
-        return f"| memory | {case} | {record['peer']} | {ours} | {peer} | {ratio} | |"
+        return f"| memory | {case} | {name} | {ours} | {peer} | {ratio} | |"
     ours, peer = (format_seconds(record[name]["p50"]) for name in ("ours_s", "peer_s"))
     spread = record["ratio"]
     ratio = f"{spread['p50']:.3g} ({spread['p20']:.3g} to {spread['p80']:.3g})"
     share = f"{record['of_floor']:.0%}" if "of_floor" in record else ""
-    name = f"{record['peer']} ({record['note']})" if "note" in record else record["peer"]
     return f"| {record['suite']} | {case} | {name} | {ours} | {peer} | {ratio} | {share} |"
 
 

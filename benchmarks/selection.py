@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loki_kernels.ops import count_lowest
 
-from .measure import DEVICE, floor, interleave, pair
+from .measure import DEVICE, attempt, floor, interleave, pair
 
 
 def cases(scope: str) -> Iterator[tuple[tuple[int, int, int], float]]:
@@ -59,24 +59,28 @@ def count_indices(indices: Tensor, width: int) -> Tensor:
 
 def run(scope: str) -> Iterator[dict[str, Any]]:
     for shape, quota in cases(scope):
-        generator = torch.Generator().manual_seed(0)
-        scores = torch.randn(shape, generator=generator).to(DEVICE)
-        k = max(1, int(shape[-1] * quota / 100))
-        contenders = {
-            "ours": count_lowest,
-            "torch_ops": partial(count_lowest, backend="torch"),
-            "topk": count_by_topk,
-            "numpy_argsort": _numpy,
-        }
-        want = _numpy(scores, k)
-        for name, count in contenders.items():
-            if not torch.equal(count(scores, k).cpu(), want):
-                raise SystemExit(f"{name} counts otherwise at {shape}; a wrong result is not timed")
-        times = interleave(
-            {name: partial(count, scores, k) for name, count in contenders.items()},
-            rounds=2 if scope == "dry" else 15,
-        )
-        samples, layers, width = shape
-        case = {"samples": samples, "layers": layers, "nodes": width, "quota": quota}
-        moved = 4 * scores.numel() + 8 * layers * width  # scores once, counts once
-        yield from pair("selection", case, times, floor_s=floor(0, moved))
+        with attempt(f"selection, {shape}, quota {quota:g}"):
+            yield from _measure(shape, quota, 2 if scope == "dry" else 15)
+
+
+def _measure(shape: tuple[int, int, int], quota: float, rounds: int) -> Iterator[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(shape, generator=generator).to(DEVICE)
+    k = max(1, int(shape[-1] * quota / 100))
+    contenders = {
+        "ours": count_lowest,
+        "torch_ops": partial(count_lowest, backend="torch"),
+        "topk": count_by_topk,
+        "numpy_argsort": _numpy,
+    }
+    want = _numpy(scores, k)
+    for name, count in contenders.items():
+        if not torch.equal(count(scores, k).cpu(), want):
+            raise SystemExit(f"{name} counts otherwise; a wrong result is not timed")
+    times = interleave(
+        {name: partial(count, scores, k) for name, count in contenders.items()}, rounds
+    )
+    samples, layers, width = shape
+    case = {"samples": samples, "layers": layers, "nodes": width, "quota": quota}
+    moved = 4 * scores.numel() + 8 * layers * width  # scores once, counts once
+    yield from pair("selection", case, times, floor_s=floor(0, moved))

@@ -24,6 +24,7 @@ from .train import train
 
 MOMENTS = ".moments.safetensors"
 _FAILURES = 8  # groups, after which something is wrong with all
+_WAIT = 5.0  # seconds for an answer, before it is asked who is still there
 
 
 class Pool:
@@ -74,12 +75,9 @@ class Pool:
                 print("out of time", flush=True)
                 break
             try:
-                answer = self._answers.get(timeout=min(left, 5.0))
+                answer = self._answers.get(timeout=min(left, _WAIT))
             except queue.Empty:
-                killed = [w.exitcode for w in self._workers if w.exitcode]
-                if killed:
-                    print(f"a process was killed ({killed[0]}); perhaps by full memory", flush=True)
-                    self.failed += 1
+                if not self._go_on():
                     break
                 continue
             self._out -= 1
@@ -90,6 +88,20 @@ class Pool:
             self._give()
         for worker in self._workers:
             worker.kill()
+
+    def _go_on(self) -> bool:
+        """Whether somebody works on, without the group of each process that a signal has ended.
+
+        Full memory ends one, so no other is started in its place.
+        """
+        for worker in [w for w in self._workers if w.exitcode]:
+            self._workers.remove(worker)
+            print(f"a process was killed ({worker.exitcode}); perhaps by full memory", flush=True)
+            self.failed += 1
+            self._out -= 1
+            if worker.exitcode > 0:  # what one cannot start with none can
+                return False
+        return any(worker.exitcode is None for worker in self._workers)
 
     def _give(self) -> None:
         if self._groups:

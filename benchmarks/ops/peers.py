@@ -20,8 +20,8 @@ from torch import Tensor
 from loki_kernels import ops
 from loki_kernels.ops import _dispatch
 
-from ..measure import DEVICE, DTYPE, DTYPE_NAME, relative_error
-from .suite import Case, Work, check_results, expected, timed
+from ..measure import DEVICE, DTYPE, DTYPE_NAME, attempt, relative_error
+from .suite import Case, Work, check_results, expected, timed, title
 
 # Those that compile for long come last: a run may be out of its time.
 OPS = ("gated_product", "target_probability", "shared_prefix_attention", "count_lowest")
@@ -34,13 +34,14 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
         module = importlib.import_module(f".{op}", __package__)
         shapes = getattr(module, "PEER_SHAPES", module.SHAPES)
         for shape in shapes["dry" if scope == "dry" else DEVICE.type]:
-            torch.manual_seed(0)
-            case = module.make_case(**shape)
             described = {"op": op, **shape, "dtype": DTYPE_NAME}
             found = []
-            for record in compare(op, module, case, described, 2 if scope == "dry" else 5):
-                found.append(record)
-                yield record
+            with attempt(title(described)):
+                torch.manual_seed(0)
+                case = module.make_case(**shape)
+                for record in compare(op, module, case, described, 2 if scope == "dry" else 5):
+                    found.append(record)
+                    yield record
             for line in verdicts(found):
                 print(line, flush=True)
 
@@ -62,11 +63,11 @@ def compare(
             peer = make(case.inputs)
             results = _dispatch._evaluate(peer, case.inputs, case.differentiable)
         except Exception as error:  # whatever a library raises, the others are still timed
-            print(f"{name}: not run, {_title(described)}: {_first_line(error)}", flush=True)
+            print(f"{name}: not run, {title(described)}: {_first_line(error)}", flush=True)
             continue
         wrong = _disagreement(results, exact, allowed)
         if wrong:
-            print(f"{name}: not timed, {_title(described)}: {wrong}", flush=True)
+            print(f"{name}: not timed, {title(described)}: {wrong}", flush=True)
             continue
         contenders[name] = peer
     del exact
@@ -92,7 +93,7 @@ def verdicts(records: Iterable[dict[str, Any]]) -> Iterator[str]:
         device, host = (record[x]["p50"] / ours[x]["p50"] for x in ("device_s", "host_s"))
         yield (
             f"{record['peer']}: {device:.3g} times ours on the device, {host:.3g} on the host, "
-            f"{_title(record['case'])}"
+            f"{title(record['case'])}"
         )
 
 
@@ -122,11 +123,6 @@ def _copied(case: Case) -> dict[str, Any]:
 
 def _both(call: Callable[[], Tensor], leaves: list[Tensor], gradient: Tensor) -> Any:
     return torch.autograd.grad(call(), leaves, gradient)
-
-
-def _title(described: dict[str, Any]) -> str:
-    rest = " ".join(f"{name}={value}" for name, value in described.items() if name != "op")
-    return f"{described['op']} {rest}"
 
 
 def _first_line(error: Exception) -> str:

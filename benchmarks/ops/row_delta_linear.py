@@ -33,14 +33,14 @@ def make_case(tokens: int, in_features: int, out_features: int, rows: int, rank:
         "index": some_of(out_features, k),
     }
     dense, selected = 2 * tokens * in_features * out_features, 2 * tokens * k * in_features
-    added = selected if k < out_features else 0  # of all rows one product with the sum is enough
+    # A dense update is not multiplied: one product with the weight and it, summed, is enough.
     low = 2 * tokens * rank * (in_features + k)
     update = k * in_features if not rank else rank * (k + in_features)
     ends = tokens * (in_features + out_features) + out_features * in_features
     # backward: through the update to x, and its own gradient
-    forward = Work(dense + (low or added), DTYPE.itemsize * (ends + update))
+    forward = Work(dense + low, DTYPE.itemsize * (ends + update))
     backward = Work(
-        dense + (2 * low or selected + added),
+        dense + (2 * low or selected),
         DTYPE.itemsize * (ends + tokens * in_features + 2 * update),
     )
     differentiable = ("x", "delta_a", "delta_b") if rank else ("x", "delta_a")

@@ -22,6 +22,7 @@ from ..measure import (
     DEVICE,
     DTYPE,
     DTYPE_NAME,
+    attempt,
     check,
     floor,
     floor_fields,
@@ -76,12 +77,19 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
     for op in OPS:
         module = importlib.import_module(f".{op}", __package__)
         for shape in module.SHAPES["dry" if scope == "dry" else DEVICE.type]:
-            torch.manual_seed(0)
-            case = module.make_case(**shape)
-            # an op composed of others runs on the backends of one of them
-            backends = backends_of(getattr(module, "BACKENDS_OF", op))
             described = {"op": op, **shape, "dtype": DTYPE_NAME}
-            yield from measure_case(op, backends, case, described, 2 if scope == "dry" else 5)
+            with attempt(title(described)):
+                torch.manual_seed(0)
+                case = module.make_case(**shape)
+                # an op composed of others runs on the backends of one of them
+                backends = backends_of(getattr(module, "BACKENDS_OF", op))
+                yield from measure_case(op, backends, case, described, 2 if scope == "dry" else 5)
+
+
+def title(described: dict[str, Any]) -> str:
+    """A case in a line."""
+    rest = " ".join(f"{name}={value}" for name, value in described.items() if name != "op")
+    return f"{described['op']} {rest}"
 
 
 def backends_of(op: str) -> list[str]:

@@ -50,7 +50,8 @@ def block_of(method: str, dtype: torch.dtype, sizes: dict[str, int]) -> nn.Modul
         names = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            get_peft_model(model, LoraConfig(r=16, target_modules=[], target_parameters=names))
+            config = LoraConfig(r=16, target_modules=[], target_parameters=names)
+            get_peft_model(model, config, autocast_adapter_dtype=False)  # as `peers.lora`
     else:
         experts.down_proj.requires_grad_(True)
         experts.gate_up_proj.requires_grad_(method == "all experts")

@@ -83,7 +83,11 @@ def trainable_tokens(linear: nn.Linear, rows: Tensor) -> nn.Module:
 def lora(
     model: nn.Module, targets: str | list[str] = "all-linear", *, dora: bool = False
 ) -> nn.Module:
-    """PEFT's LoRA of rank 16 on every linear layer of the decoder, or some; DoRA if so asked."""
+    """PEFT's LoRA of rank 16 on every linear layer of the decoder, or some; DoRA if so asked.
+
+    The factors have the model's dtype, which is LoRA at its fastest: PEFT would make them float32,
+    and multiply in float32 where the step is under no autocast.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -91,4 +95,4 @@ def lora(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, autocast_adapter_dtype=False)

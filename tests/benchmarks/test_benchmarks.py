@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import measure, processes, records, report
+from benchmarks import attribution, measure, processes, records, report
 from benchmarks.__main__ import SUITES, _line, main
-from benchmarks.training import memory
+from benchmarks.ops import row_masked_linear
+from benchmarks.shapes import build
+from benchmarks.training import memory, peers, step
 
 
 def test_contenders_take_turns():
@@ -99,6 +102,81 @@ def test_a_wrong_result_is_not_timed():
             measure.check("scores", bad, good, 1e-6)
 
 
+def test_a_part_that_fails_ends_no_other(capsys):
+    measure.finish()
+    for what, error in (("a", None), ("b", ValueError("no\nroom")), ("c", SystemExit("is off"))):
+        with measure.attempt(what):
+            if error:
+                raise error
+    said = capsys.readouterr().out
+    assert said == "not measured: b: ValueError: no\nnot measured: c: is off\n"
+    with pytest.raises(SystemExit, match=r"^not measured: b; c$"):
+        measure.finish()
+    measure.finish()
+    with pytest.raises(KeyboardInterrupt), measure.attempt("d"):  # out of its time
+        raise KeyboardInterrupt
+
+
+def test_a_wrong_method_is_not_timed_and_the_others_are(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "ceilings", lambda: measure.Ceilings(1e12, 1e10))
+    begun = step.begin
+    losses = {"full": 9.0, "lora": 5.5}
+
+    def begin(method, *case):
+        if method == "dora":
+            raise RuntimeError("no room")
+        return begun(method, *case)[0], losses.get(method, 5.5)
+
+    monkeypatch.setattr(step, "begin", begin)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "training_step", "--dry-run"])
+    with pytest.raises(SystemExit, match=r"^not measured: .*full; .*dora$"):
+        main()
+    said = capsys.readouterr().out
+    assert "32 tokens, full: its first loss is 9 and not 5.5" in said
+    assert "32 tokens, dora: RuntimeError: no room" in said
+    assert "lora" in said.partition("ours ")[2]
+
+    monkeypatch.setitem(row_masked_linear.PEERS, "delta_form", lambda *_: {}["nothing"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "row_masked_linear", "--dry-run"])
+    with pytest.raises(SystemExit, match=r"^not measured: row_masked_linear, delta_form$"):
+        main()
+    assert "trainable_tokens" in capsys.readouterr().out
+
+
+def test_a_process_that_fails_leaves_the_others_peaks(monkeypatch, capsys):
+    def run(command, **_):
+        failed = "lora" in command
+        return SimpleNamespace(
+            returncode=failed, stderr="full", stdout='{"peak": 1, "optimizer": 1}'
+        )
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert {record["peer"] for record in memory.run("dry")} == {"full", "ours_protected"}
+    assert "not measured: memory, tiny, lora: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        measure.finish()
+
+
+def test_lora_multiplies_in_the_models_dtype():
+    model = build("tiny").bfloat16()
+    for dora in (False, True):
+        made = peers.lora(copy.deepcopy(model), dora=dora)
+        trained = [p for p in made.parameters() if p.requires_grad]
+        assert {p.dtype for p in trained} == {torch.bfloat16}
+
+
+def test_the_least_work_by_count(monkeypatch):
+    """Of Llama-3.1-8B's shape, counted by hand."""
+    monkeypatch.setattr(measure, "ceilings", lambda: measure.Ceilings(1e12, 1e30))
+    monkeypatch.setattr(attribution, "DTYPE", torch.bfloat16)
+    model = "Llama-3.1-8B"
+    for tokens, tera in ((128, 5.310), (512, 10.79), (2048, 33.48)):
+        assert attribution.least_work(model, None, tokens, 7) / 1e12 == pytest.approx(tera, 1e-3)
+    assert attribution.least_bytes(model, None) / 1e9 == pytest.approx(43.98, 1e-3)
+    for layers, tokens, seconds in ((4, 4096, 21.31), (8, 8192, 71.6)):
+        assert step.least_time(model, layers, tokens) == pytest.approx(seconds, 1e-3)
+
+
 def record(device="GPU 1", suite="selection", peer="numpy_argsort", ours=1.0, ratio=4.0, **case):
     spread = {"p20": ratio / 2, "p50": ratio, "p80": ratio * 2}
     return {
@@ -169,6 +247,15 @@ def test_a_scaled_peer_says_so():
     assert "published (three of the layers" in report.tables(
         [record(peer="published") | {"note": "three of the layers, scaled to all"}]
     )
+
+
+def test_a_floor_that_was_counted_again_is_said():
+    again = record() | {"recounted": "2026-11-29"}
+    assert "\nCounted again since: the floors of selection.\n" in report.tables([again])
+    assert "Counted again" not in report.tables([record()])
+    memory = record(suite="memory", peer="lora") | {"note": "factors in float32"}
+    sizes = dict.fromkeys(("ours_bytes", "peer_bytes"), 1 << 20)
+    assert "| lora (factors in float32) |" in report.tables([memory | sizes])
 
 
 def test_growth_curves(tmp_path):

@@ -6,6 +6,7 @@ import json
 import queue
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -408,6 +409,41 @@ def test_a_group_that_does_not_fit_is_halved(device, monkeypatch, capsys):
     assert found == pytest.approx([1e-4, 1e-4, 2e-4, 2e-4, 3e-4])
     assert pool.failed == 1
     assert "another reason" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("code", "trained"), [(-9, {2.0, 3.0, 4.0}), (1, set())])
+def test_the_others_go_on_without_one_that_is_killed(code, trained, monkeypatch, capsys):
+    """Full memory ends one process; one that cannot start means that none can."""
+    ended = threading.Event()
+
+    class Mortal(Threads):
+        def Process(self, target, args, daemon):
+            def run():
+                try:
+                    target(*args)
+                except SystemExit:
+                    process.exitcode = code
+                    ended.set()
+
+            process = super().Process(run, (), daemon)
+            return process
+
+    def train(group, _):
+        if group[0].rate == 1:
+            raise SystemExit
+        ended.wait(10)
+        time.sleep(1)  # meanwhile it is asked who is still there
+        return [{"before": job.rate} for job in group]
+
+    monkeypatch.setattr(workers, "train", train)
+    monkeypatch.setattr(workers, "laboratory", lambda *_: None)
+    monkeypatch.setattr(workers, "_WAIT", 0.1)
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: Mortal())
+    jobs = [Job("LoRA", ARMS["LoRA"], "gsm8k", rate, 0, 2) for rate in (1.0, 2.0, 3.0, 4.0)]
+    pool = Pool(None, "cpu", None, False, [[job] for job in jobs], 2)
+    assert {record["before"] for record in pool.run(20)} == trained
+    assert pool.failed == 1
+    assert f"a process was killed ({code})" in capsys.readouterr().out
 
 
 def test_other_texts_are_refused():

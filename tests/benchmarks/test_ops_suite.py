@@ -53,6 +53,27 @@ def test_a_wrong_backend_is_not_timed(monkeypatch):
         suite.check_results("gated_product", {"wrong": wrong}, case)
 
 
+def test_an_op_that_disagrees_ends_no_other(monkeypatch, capsys):
+    exact = ops.gated_product
+    monkeypatch.setattr(ops, "gated_product", lambda *a, **o: 1.1 * exact(*a, **o))
+    monkeypatch.setattr(suite, "OPS", ("gated_product", "count_lowest"))
+    assert {record["case"]["op"] for record in suite.run("dry")} == {"count_lowest"}
+    said = capsys.readouterr().out
+    assert "not measured: gated_product tokens=3 width=5 dtype=" in said
+    with pytest.raises(SystemExit, match=r"^not measured: gated_product [^;]*$"):
+        measure.finish()
+
+
+def test_the_least_work_of_an_update_is_one_product():
+    """Tokens, in_features and out_features of SmolLM2's layer; the gradient of its own besides."""
+    module = importlib.import_module("benchmarks.ops.row_delta_linear")
+    dense = 2 * 64 * 1536 * 576
+    for rows, own in ((57, 2 * 64 * 57 * 1536), (576, dense)):
+        case = module.make_case(64, 1536, 576, rows=rows, rank=0)
+        assert case.forward.flops == dense
+        assert case.backward.flops == dense + own
+
+
 def test_bfloat16_is_judged_by_what_rounding_costs(monkeypatch):
     for name in ("benchmarks.ops.suite", "benchmarks.ops.sync_rows"):
         monkeypatch.setattr(f"{name}.DTYPE", torch.bfloat16)

@@ -18,6 +18,9 @@ from tests import cuda_emulator
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _GPU = torch.cuda.is_available()
 _CUDA_COMPILED = _GPU and _native.why_not("cuda") is None
+# Of what several ops share, which has no backend: they run on every device.
+_DEVICES = ["cpu", "cuda"] if _GPU and not _INTERPRETED else ["cpu"]
+_OF_SEVERAL = ("test_grouped", "test_products")
 
 
 def _backends() -> list[str]:
@@ -58,6 +61,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairs = [(op, b) for op in _dispatch._ops for b in _backends() if b in _implemented(op)]
         metafunc.parametrize(("op", "backend"), pairs, indirect=["backend"])
         return
+    if module in _OF_SEVERAL:
+        metafunc.parametrize("backend", _DEVICES, indirect=True)
+        return
     op = module.removeprefix("test_")
     if op not in ops.__all__:  # of the dispatcher, not of an op
         return
@@ -72,6 +78,10 @@ def backend(request, monkeypatch):
     name = getattr(request, "param", None)
     if name is None:
         yield None
+        return
+    if name in ("cpu", "cuda") and request.module.__name__.endswith(_OF_SEVERAL):
+        with torch.device(name):
+            yield name
         return
     monkeypatch.setenv("LOKI_KERNELS_BACKEND", name)
     on_gpu = _GPU and not _INTERPRETED and name in ("triton", "cuda")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import loki_kernels as loki
 from loki_kernels.training.experts import LokiExperts
-from tests.models import assert_unchanged, snapshot
+from tests.models import DEVICE, assert_unchanged, snapshot
 from tests.tiny_training import logits, train
 from tests.zoo.build import build
 
@@ -31,7 +31,7 @@ def without_torchao(monkeypatch):
 
 @functools.cache
 def built(family):
-    return build(f"{family}ForCausalLM")
+    return build(f"{family}ForCausalLM", device=DEVICE)
 
 
 def trained(family, rows=ROWS, rank=None, protect=None):

@@ -14,7 +14,7 @@ import loki_kernels as loki
 from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import moments
 from loki_kernels.training.experts import LokiExperts
-from tests.models import assert_unchanged, snapshot
+from tests.models import DEVICE, assert_unchanged, snapshot, to_device
 from tests.tiny_training import load_model, logits, train
 from tests.training.test_experts import ROWS, build_model, one_module, routed, run, stacks
 from tests.zoo.build import build
@@ -41,7 +41,7 @@ def inputs_by_gradient(model, name, windows):
     hook = experts.register_forward_pre_hook(lambda _, args: given.append(args))
     with torch.no_grad():
         for window in windows:
-            model(input_ids=torch.tensor([window]))
+            model(input_ids=to_device(torch.tensor([window])))
     hook.remove()
     weight = experts.down_proj.requires_grad_()
     found = []
@@ -52,7 +52,7 @@ def inputs_by_gradient(model, name, windows):
             (gradient,) = torch.autograd.grad(output[0, 0], weight)
             found.append(gradient[..., 0] if experts.is_transposed else gradient[:, 0])
     weight.requires_grad_(False)
-    return torch.stack(found, dim=1).double()  # [E, tokens, in_features]
+    return torch.stack(found, dim=1).double().cpu()  # [E, tokens, in_features]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,7 +101,7 @@ def test_an_expert_that_nothing_reaches_is_not_protected():
 
 
 def test_layers_that_text_passes_by_are_protected_from_nothing(caplog):
-    model = build("MllamaForCausalLM")
+    model = build("MllamaForCausalLM", device=DEVICE)
     protection = protection_of(model)
     passed = {name for name, held in protection.directions.items() if not held.any()}
     assert 0 < len(passed) < len(protection.directions)
@@ -162,7 +162,7 @@ def protected(family, rows, rank=None):
 
 def update_by_definition(ours):
     delta = ours.update if ours.rank is None else ours.delta_a @ ours.delta_b
-    keep = torch.eye(delta.shape[-1]) - ours.directions @ ours.directions.mT
+    keep = to_device(torch.eye(delta.shape[-1])) - ours.directions @ ours.directions.mT
     return delta @ keep
 
 
@@ -175,7 +175,7 @@ def test_values_and_every_gradient_are_the_definition_s(family, rank):
     trained = [p for _, p in ours.trained_parameters()]
     along = (ours.base_rows + update_by_definition(ours)).movedim(-2, ours.axis)
     weight = dense.down_proj.detach().index_copy(ours.axis, ours.index, along)
-    inputs, upstream = routed(ours), torch.randn(6, ours.frozen.shape[ours.axis])
+    inputs, upstream = routed(ours), to_device(torch.randn(6, ours.frozen.shape[ours.axis]))
     with torch.no_grad():
         dense.down_proj.copy_(weight)
     *want, of_weight = run(dense, dense.down_proj, inputs, upstream)
@@ -196,7 +196,7 @@ def test_the_whole_form_is_protected_too(sharded):
     ours.sharded = sharded
     along = (ours.base_rows + update_by_definition(ours)).movedim(-2, ours.axis)
     weight = dense.down_proj.detach().index_copy(ours.axis, ours.index, along)
-    x, upstream = torch.randn(4 * 3, 32), torch.randn(12, 32)
+    x, upstream = to_device((torch.randn(4 * 3, 32), torch.randn(12, 32)))
     with torch.no_grad():
         dense.down_proj.copy_(weight)
     (of_weight,) = torch.autograd.grad(dense(x), dense.down_proj, upstream)
@@ -226,7 +226,7 @@ def test_what_is_merged_and_saved_leaves_the_directions_out(family, rank, tmp_pa
         change = module.down_proj.detach() - base[f"{name}.down_proj"]
         change = change.mT if module.is_transposed else change
         assert change.abs().max() > 1e-3
-        assert (change @ protection.directions[name]).abs().max() < 1e-5
+        assert (change @ to_device(protection.directions[name])).abs().max() < 1e-5
     for reopened in (
         load_model(tmp_path / "checkpoint"),
         loki.load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter").merge(),

@@ -19,10 +19,11 @@ import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
 from loki_kernels.training import patching, writer
 from loki_kernels.training.experts import LokiExperts
-from tests.models import assert_unchanged, snapshot
+from tests.models import DEVICE, assert_unchanged, snapshot, to_device
 from tests.tiny_training import logits, straight_and_resumed, tiny_trainer, token_batch, train
-from tests.zoo.build import build
+from tests.zoo import build as zoo
 
+build = functools.partial(zoo.build, device=DEVICE)
 # (experts in one tensor, how they lie): with a shared expert, biased and transposed, of their own
 # forward pass; the first layers of GLM and DeepSeek are dense.
 FAMILIES = ["Qwen3Moe", "Mixtral", "GptOss", "Glm4Moe", "DeepseekV3", "Llama4"]
@@ -70,7 +71,7 @@ def routed(experts, dtype=torch.float32):
     shares, chosen = torch.rand(6, experts.num_experts - 1).topk(2)
     up = experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj
     width = up.shape[1 if experts.is_transposed else 2]
-    return torch.randn(6, width).to(dtype), chosen, shares.to(dtype)
+    return to_device((torch.randn(6, width).to(dtype), chosen, shares.to(dtype)))
 
 
 def run(module, weight, inputs, upstream):
@@ -93,14 +94,15 @@ def test_gradients_are_those_of_dense_training(family, implementation, dtype):
     module.config = copy.copy(module.config)
     module.config._experts_implementation = implementation
     dense = copy.deepcopy(module).requires_grad_(False)
-    rows = torch.tensor([1, 5, 17])
+    rows = to_device(torch.tensor([1, 5, 17]))
     axis = 2 if dense.is_transposed else 1
     ours = LokiExperts(module, "down_proj", axis, rows)
     assert ours.why_whole is None
     ours.update.data.normal_(0, 0.1)
     with torch.no_grad():
         dense.down_proj.copy_(ours.put_rows(dense.down_proj, ours.merged_rows()))
-    inputs, upstream = routed(ours, dtype), torch.randn(6, axis_width(ours), dtype=dtype)
+    inputs = routed(ours, dtype)
+    upstream = to_device(torch.randn(6, axis_width(ours), dtype=dtype))
     want = run(dense, dense.down_proj.requires_grad_(), inputs, upstream)
     want[-1] = want[-1].index_select(axis, rows).movedim(axis, -2)
     got = run(ours, ours.update, inputs, upstream)
@@ -118,7 +120,7 @@ def test_the_whole_form_has_the_gradients_of_dense_training():
     ours.update.data.normal_(0, 0.1)
     with torch.no_grad():
         dense.down_proj.copy_(ours.put_rows(dense.down_proj, ours.merged_rows()))
-    x, upstream = torch.randn(4 * 3, 32), torch.randn(12, 32)
+    x, upstream = to_device((torch.randn(4 * 3, 32), torch.randn(12, 32)))
     weight = dense.down_proj
     (want,) = torch.autograd.grad(dense(x), weight, upstream)
     for sharded in (False, True):  # a merged copy there
@@ -209,7 +211,9 @@ def test_checkpoints_and_adapters_restore_the_model(family, tmp_path):
     torch.testing.assert_close(logits(model), want)
 
     def load(folder):
-        return AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        load = AutoModelForCausalLM.from_pretrained
+        loaded, info = load(tmp_path / folder, output_loading_info=True)
+        return loaded.to(DEVICE), info
 
     plain, info = load("saved")  # plain transformers
     assert not info["missing_keys"]
@@ -485,7 +489,7 @@ def test_other_linear_layers(family, rank, tmp_path):
     assert not torch.allclose(learned, want)
     model.save_pretrained(tmp_path / "saved")
     loki.save_adapter(model, tmp_path / "adapter")
-    plain = type(model).from_pretrained(tmp_path / "saved")
+    plain = type(model).from_pretrained(tmp_path / "saved").to(DEVICE)
     torch.testing.assert_close(logits(plain), learned)
     again = loki.load_adapter(build(family), tmp_path / "adapter").merge()
     torch.testing.assert_close(logits(again), learned)

@@ -78,8 +78,13 @@ def tiny_config(kind: type, values: dict[str, Any] | None = None, *, text: bool 
     return kind(**(chosen | values))
 
 
-def build(name: str, seed: int = 0) -> transformers.PreTrainedModel:
-    """A tiny model of the class in float32 on the CPU, in evaluation mode; or what prevents it."""
+def build(
+    name: str, seed: int = 0, device: torch.device | str = "cpu"
+) -> transformers.PreTrainedModel:
+    """A tiny model of the class in float32, in evaluation mode; or what prevents it.
+
+    It is the same on any device.
+    """
     kind = getattr(transformers, name)
     config = tiny_config(config_class(name), OVERRIDES.get(name))
     torch.manual_seed(seed)
@@ -93,7 +98,7 @@ def build(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
     model = kind(config).float().eval()
     redraw(model)
-    return model
+    return model.to(device)
 
 
 def redraw(model: nn.Module) -> None:
