@@ -30,6 +30,11 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def is_first() -> bool:
+    """Whether this process is the first one of its group, or alone; it writes for all."""
+    return not is_distributed() or torch.distributed.get_rank() == 0
+
+
 def of_the_first(content: T) -> T:
     """The first process's object, in all of the group; every process has to ask."""
     shared = [content]

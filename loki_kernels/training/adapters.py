@@ -18,7 +18,7 @@ from ..discovery import find_structure
 from ..errors import explained
 from ..files import check_folder
 from ..protection import fingerprint_of
-from ..sharding import full_shape, is_distributed
+from ..sharding import full_shape, is_first
 from ..structure import Structure
 from . import adapter_file
 from .handle import Patch
@@ -73,7 +73,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "protection": fingerprint,
         **adapter_file.base_rows_content(adapter_file.base_of(layers)),
     }
-    if not is_distributed() or torch.distributed.get_rank() == 0:
+    if is_first():
         adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
         adapter_file.write_protection(path, protection)
     return path
@@ -175,7 +175,7 @@ def export_lora(
             rank, max(exact.values()), (lost / total) ** 0.5,
         )  # fmt: skip
     tensors |= {n: x.clone() for n, x in adapter_file.other_tensors(others).items()}
-    if not is_distributed() or torch.distributed.get_rank() == 0:
+    if is_first():
         adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
     return path
 
