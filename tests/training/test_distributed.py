@@ -306,6 +306,32 @@ def test_what_shards_are_read_into_holds_the_base(one_process):
         torch.testing.assert_close(model(ids).logits, want)
 
 
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_what_is_sharded_after_it_was_written_is_the_base_again(one_process, kind):
+    """Else every pass would form its whole update and keep it for backward, 7.5 GB at 8B."""
+    model = build_experts() if kind == "experts" else build_model("llama_mlp_bias", device="cpu")
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    handle = loki.patch(model, ROWS)
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        for _, layer in handle.named_layers():
+            layer.update.add_(0.1)
+    want = model(input_ids=ids, labels=ids)
+    want.loss.backward()
+    gradients = [layer.update.grad.clone() for _, layer in handle.named_layers()]
+    model.zero_grad()
+    model.state_dict()  # as accelerate asks for it before it shards
+    assert all(layer.written for _, layer in handle.named_layers())
+    shard(model)
+    got = model(input_ids=ids, labels=ids)
+    got.loss.backward()
+    torch.testing.assert_close(got.logits, want.logits)
+    for (name, layer), gradient in zip(handle.named_layers(), gradients, strict=True):
+        assert not layer.written
+        assert torch.equal(full_values(layer.frozen), base[f"{name}.{layer.parameter}"])
+        torch.testing.assert_close(full_values(layer.update.grad), gradient)
+
+
 def test_merged_adapters_of_shards_are_put_back_in_turn(one_process):
     peft = pytest.importorskip("peft")
     from loki_kernels.peft import LokiConfig
