@@ -162,7 +162,14 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what FSDP2 has gathered of a model's weights."""
+    """Free what FSDP2 has gathered of a model's weights: the parameters are those that it keeps.
+
+    After a forward pass without a backward one what it has gathered is the model's still, of what
+    the root holds and with ``reshard_after_forward=False`` of all. Values that are read there may
+    be rounded (mixed precision), and what is written is lost when they are freed.
+    """
+    if not is_distributed():
+        return
     for part in _fsdp_modules(model):
         part.reshard()
 

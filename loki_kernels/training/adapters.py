@@ -18,7 +18,7 @@ from ..discovery import find_structure
 from ..errors import explained
 from ..files import check_folder
 from ..protection import fingerprint_of
-from ..sharding import full_shape, is_first
+from ..sharding import full_shape, is_first, reshard
 from ..structure import Structure
 from . import adapter_file
 from .handle import Patch
@@ -291,6 +291,7 @@ def task_type(model: nn.Module) -> str:
 
 def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiRows]]:
     structure = find_structure(model)
+    reshard(structure.causal_lm)
     modules: dict[str, nn.Module] = {d.name: d.module for d in structure.projections()}
     layers = {n: layer for n, layer in modules.items() if isinstance(layer, LokiRows)}
     if not layers:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..memory import TrainingMemory
 from ..protection import Protection
 from ..selection import RowSelection
-from ..sharding import full_values, is_partitioned, is_sharded, shard_like
+from ..sharding import full_values, is_partitioned, is_sharded, reshard, shard_like
 from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import Layers, SavedUpdate
@@ -132,6 +132,7 @@ class Patch:
         """
         self._check_active()
         check_known(self._layers.values())
+        reshard(self.model)
         parts = adapter_file.parts_of(self._layers)
         others = adapter_file.other_tensors(trained_whole(self.model))
         return adapter_file.write_side_file(folder, self._layers, parts, others)
@@ -206,6 +207,7 @@ class Patch:
 
     def _load(self, saved: SavedUpdate) -> str | None:
         """Load rows and what was trained whole beside them; else change nothing and say why not."""
+        reshard(self.model)
         reason = why_other_modules(self.model, saved.others)
         reason = reason or adapter_file.load_update(self._layers, saved)
         if reason is None:
@@ -242,6 +244,7 @@ class Patch:
         self._check_active()
         if self._writer.held:
             raise RuntimeError("the model is inside handle.inference(); leave it first.")
+        reshard(self.model)
         if any(is_sharded(layer.frozen) for layer in self._layers.values()):
             raise RuntimeError(
                 "the model's weights are sharded; save the checkpoint (model.state_dict() holds "
@@ -272,6 +275,7 @@ def _merged_parameters(model: nn.Module, layers: Layers) -> Iterator[tuple[str, 
     """What `Patch.merged_parameters` gives, which raises when it is called and not when read."""
     updates = {f"{name}.{part}" for name in layers for part in TRAINED}
     merged = {f"{name}.{layer.parameter}": layer for name, layer in layers.items()}
+    reshard(model)
     for wrapped, parameter in model.named_parameters():
         name = plain_name(wrapped)
         if name in merged:

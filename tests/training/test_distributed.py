@@ -251,14 +251,14 @@ def test_fsdp1_is_refused_before_training(one_process):
         model(input_ids=torch.ones(1, 4, dtype=torch.int64))
 
 
-def shard(model):
+def shard(model, **options):
     """As a loop of one's own does."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
 
 
 @pytest.mark.parametrize("case", ["unpatched", "rows", "fused", "whole", "loaded", "experts"])
@@ -330,6 +330,59 @@ def test_what_is_sharded_after_it_was_written_is_the_base_again(one_process, kin
         assert not layer.written
         assert torch.equal(full_values(layer.frozen), base[f"{name}.{layer.parameter}"])
         torch.testing.assert_close(full_values(layer.update.grad), gradient)
+
+
+@pytest.mark.parametrize("reshard", [None, False])
+def test_what_is_saved_after_a_forward_pass_is_what_is_kept(one_process, reshard, tmp_path):
+    """And not what FSDP2 has gathered of it, rounded to what it computes in."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = build_model("llama_mlp_bias", device="cpu")
+    handle = loki.patch(model, ROWS, modules_to_save=["norm"])
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    writers = {
+        "adapter": lambda folder: loki.save_adapter(model, folder),
+        "lora": lambda folder: loki.export_lora(model, folder),
+        "state": lambda folder: handle.save_state(folder),
+    }
+    (tmp_path / "state").mkdir()
+    for name, write in writers.items():
+        write(tmp_path / name)
+    want = {name: value.clone() for name, value in handle.merged_parameters()}
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    shard(model, reshard_after_forward=reshard, mp_policy=policy)
+
+    def run():
+        with torch.no_grad():
+            model(ids)
+
+    (tmp_path / "state-again").mkdir()
+    for name, write in writers.items():
+        run()
+        write(tmp_path / f"{name}-again")
+        (file,) = (path.name for path in (tmp_path / name).iterdir() if path.suffix != ".json")
+        got = load_file(tmp_path / f"{name}-again" / file)
+        for key, value in load_file(tmp_path / name / file).items():
+            assert torch.equal(got[key], value), (name, key)
+    run()
+    for name, value in handle.merged_parameters():
+        assert torch.equal(value, want[name]), name
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.zero_()
+    run()
+    handle.load_state(tmp_path / "state")
+    run()
+    with pytest.raises(RuntimeError, match="are sharded"):
+        handle.merge()
+    got = {name: full_values(p) for name, p in model.named_parameters() if name in trained}
+    torch.testing.assert_close(got, trained, rtol=0, atol=0)
 
 
 def test_merged_adapters_of_shards_are_put_back_in_turn(one_process):
