@@ -18,7 +18,7 @@ from ..discovery import find_structure
 from ..errors import explained
 from ..files import check_folder
 from ..protection import fingerprint_of
-from ..sharding import full_shape, is_first, reshard
+from ..sharding import full_shape, full_values, is_first, reshard
 from ..structure import Structure
 from . import adapter_file
 from .handle import Patch
@@ -56,8 +56,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     path = check_folder(folder)
     protection = adapter_file.protection_of(layers)
     others = trained_whole(structure.causal_lm)
-    tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers))
-    tensors |= adapter_file.other_tensors(others)
+    keep = is_first()
+    tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers), keep=keep)
+    tensors |= adapter_file.other_tensors(others, keep=keep)
+    if not keep:
+        return path
     fingerprint = fingerprint_of(protection)
     if fingerprint is not None:
         tensors |= adapter_file.protection_tensors(layers, fingerprint)
@@ -73,9 +76,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "protection": fingerprint,
         **adapter_file.base_rows_content(adapter_file.base_of(layers)),
     }
-    if is_first():
-        adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
-        adapter_file.write_protection(path, protection)
+    adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
+    adapter_file.write_protection(path, protection)
     return path
 
 
@@ -157,8 +159,12 @@ def export_lora(
         _warn_of_servers(rank)
     tensors: dict[str, Tensor] = {}
     lost = total = 0.0
+    keep = is_first()
     for name, layer in layers.items():
-        a, b = _lora_factors(layer)
+        update = {part: full_values(p) for part, p in layer.trained_parameters()}
+        if not keep:
+            continue
+        a, b = _lora_factors(layer, layer.formed(update))
         if max_rank is not None:
             total += float((b.mT @ b @ a * a).sum())
         if exact[name] > ranks[name]:
@@ -174,8 +180,9 @@ def export_lora(
             "the adapter of rank %d holds an update of rank %d but for a relative error of %.2g.",
             rank, max(exact.values()), (lost / total) ** 0.5,
         )  # fmt: skip
-    tensors |= {n: x.clone() for n, x in adapter_file.other_tensors(others).items()}
-    if is_first():
+    gathered = adapter_file.other_tensors(others, keep=keep)
+    tensors |= {name: tensor.clone() for name, tensor in gathered.items()}
+    if keep:
         adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
     return path
 
@@ -189,11 +196,14 @@ def _warn_of_servers(rank: int) -> None:
         )  # fmt: skip
 
 
-def _lora_factors(layer: LokiRows) -> tuple[Tensor, Tensor]:
-    """(A ``[..., r, in_features]``, B ``[..., out_features, r]``) whose product is the update."""
+def _lora_factors(layer: LokiRows, formed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(A ``[..., r, in_features]``, B ``[..., out_features, r]``) whose product is the update.
+
+    ``formed`` is the update as it acts, whole.
+    """
     placement = torch.zeros(full_shape(layer.frozen)[layer.axis], len(layer.index))
     placement[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
-    parts = {name: tensor.float().cpu() for name, tensor in layer.formed_update().items()}
+    parts = {name: tensor.float().cpu() for name, tensor in formed.items()}
     if layer.rank is None:
         update = parts["update"]
         k, width = update.shape[-2:]

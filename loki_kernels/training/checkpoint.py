@@ -98,7 +98,8 @@ class SavePretrained:
         others: dict[str, Tensor],
     ) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        adapter_file.write_side_file(folder, self.layers, parts, others)
+        tensors = adapter_file.adapter_tensors(self.layers, parts) | others
+        adapter_file.write_side_file(folder, self.layers, tensors)
 
     def _lacks_sharded(self, state_dict: dict[str, Tensor]) -> bool:
         """Whether a state dict has not every update that FSDP2 or ZeRO-3 looks after."""

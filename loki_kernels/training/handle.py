@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..memory import TrainingMemory
 from ..protection import Protection
 from ..selection import RowSelection
-from ..sharding import full_values, is_partitioned, is_sharded, reshard, shard_like
+from ..sharding import full_values, is_first, is_partitioned, is_sharded, reshard, shard_like
 from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import Layers, SavedUpdate
@@ -124,7 +124,7 @@ class Patch:
         """Write the update beside a checkpoint, as ``model.save_pretrained`` does.
 
         That is of the rows, and what is trained whole beside them; and its protection.
-        With sharded parameters every process has to call it.
+        With sharded parameters every process has to call it, and the first one writes.
 
         Raises:
             RuntimeError: if the model was already merged or unpatched, or weights were loaded whose
@@ -133,9 +133,16 @@ class Patch:
         self._check_active()
         check_known(self._layers.values())
         reshard(self.model)
+        others = trained_whole(self.model)
+        # every process has all of what is not sharded, and writes where it is asked to
+        sharded = [*others.values(), *(layer.frozen for layer in self._layers.values())]
+        keep = is_first() or not any(map(is_sharded, sharded))
         parts = adapter_file.parts_of(self._layers)
-        others = adapter_file.other_tensors(trained_whole(self.model))
-        return adapter_file.write_side_file(folder, self._layers, parts, others)
+        tensors = adapter_file.adapter_tensors(self._layers, parts, keep=keep)
+        tensors |= adapter_file.other_tensors(others, keep=keep)
+        if keep:
+            adapter_file.write_side_file(folder, self._layers, tensors)
+        return Path(folder) / adapter_file.SIDE_FILE
 
     def load_state(self, folder: str | os.PathLike[str]) -> None:
         """Read back what `save_state` or ``save_pretrained`` wrote.

@@ -142,9 +142,13 @@ def test_checkpoint_at_the_end_is_ordinary(alone, torch_engines, case):
     assert_same_weights(alone, case, model.state_dict())
     assert (folder / "loki_rows.update").exists()
     if case != "ddp":  # what save_pretrained gathers by itself, called in every process
-        own = folder.with_name(f"{case}-own")
-        for file in ("model.safetensors", "loki_rows.update"):
-            got = load_file(own / file)
+        own, state = (folder.with_name(f"{case}-{kind}") for kind in ("own", "state"))
+        for where, file in (
+            (own, "model.safetensors"),
+            (own, "loki_rows.update"),
+            (state, "loki_rows.update"),
+        ):
+            got = load_file(where / file)
             for name, tensor in load_file(folder / file).items():
                 assert torch.equal(got[name], tensor), name
 
