@@ -21,6 +21,7 @@ from ..protection import fingerprint_of
 from ..sharding import full_shape, full_values, is_first, reshard
 from ..structure import Structure
 from . import adapter_file
+from .adapter_file import Layers
 from .handle import Patch
 from .patching import patch_saved
 from .rows import LokiRows, check_known
@@ -157,28 +158,12 @@ def export_lora(
         ranks = dict.fromkeys(layers, rank)
         config["target_modules"] = sorted(layers)
         _warn_of_servers(rank)
-    tensors: dict[str, Tensor] = {}
-    lost = total = 0.0
     keep = is_first()
-    for name, layer in layers.items():
-        update = {part: full_values(p) for part, p in layer.trained_parameters()}
-        if not keep:
-            continue
-        a, b = _lora_factors(layer, layer.formed(update))
-        if max_rank is not None:
-            total += float((b.mT @ b @ a * a).sum())
-        if exact[name] > ranks[name]:
-            a, b, error = _truncated(a, b, ranks[name])
-            lost += error
-        missing = ranks[name] - a.shape[-2]
-        a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
-        a, b = _as_peft_lays(layer, a, b)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    if lost:
+    tensors, error = _lora_tensors(layers, ranks, exact, keep=keep)
+    if error:
         logger.warning(
             "the adapter of rank %d holds an update of rank %d but for a relative error of %.2g.",
-            rank, max(exact.values()), (lost / total) ** 0.5,
+            rank, max(exact.values()), error,
         )  # fmt: skip
     gathered = adapter_file.other_tensors(others, keep=keep)
     tensors |= {name: tensor.clone() for name, tensor in gathered.items()}
@@ -194,6 +179,35 @@ def _warn_of_servers(rank: int) -> None:
             "max_rank=%d) writes the best approximation of that rank.",
             rank, _LARGEST_SERVED, _LARGEST_SERVED,
         )  # fmt: skip
+
+
+def _lora_tensors(
+    layers: Layers, ranks: Mapping[str, int], exact: Mapping[str, int], *, keep: bool
+) -> tuple[dict[str, Tensor], float]:
+    """The factors of each layer's rank, named for PEFT, and what they lose of ``exact`` ranks.
+
+    That is the relative error in the Frobenius norm. Every process has to ask; without ``keep`` it
+    takes part in gathering the update and factors nothing.
+    """
+    tensors: dict[str, Tensor] = {}
+    lost = total = 0.0
+    truncated = any(exact[name] > rank for name, rank in ranks.items())
+    for name, layer in layers.items():
+        update = {part: full_values(p) for part, p in layer.trained_parameters()}
+        if not keep:
+            continue
+        a, b = _lora_factors(layer, layer.formed(update))
+        if truncated:
+            total += float((b.mT @ b @ a * a).sum())
+        if exact[name] > ranks[name]:
+            a, b, error = _truncated(a, b, ranks[name])
+            lost += error
+        missing = ranks[name] - a.shape[-2]
+        a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+        a, b = _as_peft_lays(layer, a, b)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    return tensors, (lost / total) ** 0.5 if lost else 0.0
 
 
 def _lora_factors(layer: LokiRows, formed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

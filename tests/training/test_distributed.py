@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import loki_kernels as loki
 from loki_kernels.sharding import full_values
-from tests.models import build_model
+from tests.models import assert_unchanged, build_model, snapshot
 from tests.tiny_training import ROWS
 from tests.training.distributed_worker import build_experts, protection
 
@@ -253,6 +253,20 @@ def test_fsdp1_is_refused_before_training(one_process):
     )
     with pytest.raises(loki.UnsupportedModelError, match="FSDP2"):
         model(input_ids=torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_a_model_inside_ddp_is_refused(one_process, tmp_path):
+    """It adds up no gradients of parameters that are younger; evaluating needs none."""
+    model = build_model(device="cpu")
+    before = snapshot(model)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for around in (wrapped, torch.compile(wrapped)):
+        with pytest.raises(loki.UnsupportedModelError, match="patch the model first, then wrap"):
+            loki.patch(around, ROWS)
+    assert_unchanged(model, before)
+    with loki.patch(build_model(device="cpu"), ROWS) as handle:
+        loki.save_adapter(handle.model, tmp_path)
+    loki.load_adapter(wrapped, tmp_path).unpatch()
 
 
 def shard(model, **options):
