@@ -215,6 +215,21 @@ def full_values(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
+def writable(parameter: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A parameter's values may be written in it, the same in every process.
+
+    One that ZeRO-3 has split is whole inside, and then what the first process wrote is split.
+    """
+    if not is_partitioned(parameter):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        [parameter], modifier_rank=0
+    )
+    return gathered
+
+
 def own_part(parameter: Tensor) -> Tensor:
     """What this process has of a DTensor, in the same memory."""
     return cast(DTensor, parameter.detach()).to_local()

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from ..memory import TrainingMemory
 from ..protection import Protection
 from ..selection import RowSelection
-from ..sharding import full_values, is_first, is_partitioned, is_sharded, reshard, shard_like
+from ..sharding import (
+    full_values,
+    is_first,
+    is_partitioned,
+    is_sharded,
+    reshard,
+    shard_like,
+    writable,
+)
 from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import Layers, SavedUpdate
@@ -220,11 +228,13 @@ class Patch:
         if reason is None:
             self._writer.refusal = None
             parameters = parameters_of(self.model)
-            with torch.no_grad():
-                for name, values in saved.others.items():
-                    parameter = parameters[name]
-                    if not any(parameters[n] is parameter for n in self._replaced):
-                        self._replaced[name] = parameter.detach().cpu().clone()
+            for name, values in saved.others.items():
+                parameter = parameters[name]
+                # what ZeRO-3 has split is never put back
+                known = any(parameters[n] is parameter for n in self._replaced)
+                if not known and not is_partitioned(parameter):
+                    self._replaced[name] = parameter.detach().cpu().clone()
+                with torch.no_grad(), writable(parameter):
                     parameter.copy_(shard_like(values.to(parameter.dtype), parameter))
         return reason
 
@@ -264,6 +274,11 @@ class Patch:
                 write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
             else:
                 layer.reset_rows()
+        self._leave(trained=trained)
+        return self.model
+
+    def _leave(self, *, trained: bool) -> None:
+        """Put the model's own modules back, whose weights hold what they are to hold."""
         try:
             if not trained:
                 parameters = parameters_of(self.model)
@@ -275,7 +290,6 @@ class Patch:
             # the trainer's callback may live on, and would keep what was trained: 12 GB at 8B
             self._layers.clear()
             self._active = False
-        return self.model
 
 
 def _merged_parameters(model: nn.Module, layers: Layers) -> Iterator[tuple[str, Tensor]]:

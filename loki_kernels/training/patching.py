@@ -318,7 +318,11 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
 
 
 def _load(handle: Patch, saved: SavedUpdate) -> None:
-    """Load what was saved into a model that was just patched, which is unpatched if it fails."""
+    """Load what was saved into a model that was just patched.
+
+    It is unpatched if that fails, without writing rows into its weights: none holds an update yet,
+    and sharded ones cannot be written.
+    """
     present = handle.protection
     try:
         refusal = adapter_file.why_other_protection(saved.protection, fingerprint_of(present))
@@ -330,7 +334,7 @@ def _load(handle: Patch, saved: SavedUpdate) -> None:
             raise explained(ValueError(message))
         handle._refuse_training(refusal)
     except BaseException:
-        handle.unpatch()
+        handle._leave(trained=False)
         raise
 
 

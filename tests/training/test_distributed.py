@@ -73,7 +73,9 @@ def torch_engines(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
-    return launch_worker(tmp_path_factory.mktemp("zero"), [*ZERO, *ZERO_TRAINER, APART])
+    return launch_worker(
+        tmp_path_factory.mktemp("zero"), [*ZERO, *ZERO_TRAINER, APART, "continued"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -484,6 +486,17 @@ def test_zero_keeps_the_update_itself_where_weights_are_not_gathered(alone, zero
     for folder in ("last", "checkpoint-2"):
         assert not list((zero / APART / folder).glob("loki_rows*"))
         assert list((zero / APART / folder).glob("global_step*"))
+
+
+@deepspeed
+def test_zero_goes_on_from_what_was_trained_whole(zero):
+    """A parameter is an empty stand-in there; and what fails says why, and not that the weights are
+    sharded, which nothing has written."""
+    for read, rows, said, left in json.loads((zero / "continued.json").read_text()):
+        assert read
+        assert rows
+        assert "none of this model's: it was trained on another base" in said
+        assert not left
 
 
 def assert_trainer(alone: Path, out: Path, case: str) -> None:
