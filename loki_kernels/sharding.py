@@ -30,6 +30,11 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def is_first() -> bool:
+    """Whether this process is the first one of its group, or alone; it writes for all."""
+    return not is_distributed() or torch.distributed.get_rank() == 0
+
+
 def of_the_first(content: T) -> T:
     """The first process's object, in all of the group; every process has to ask."""
     shared = [content]
@@ -157,7 +162,14 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what FSDP2 has gathered of a model's weights."""
+    """Free what FSDP2 has gathered of a model's weights: the parameters are those that it keeps.
+
+    After a forward pass without a backward one what it has gathered is the model's still, of what
+    the root holds and with ``reshard_after_forward=False`` of all. Values that are read there may
+    be rounded (mixed precision), and what is written is lost when they are freed.
+    """
+    if not is_distributed():
+        return
     for part in _fsdp_modules(model):
         part.reshard()
 
@@ -201,6 +213,21 @@ def full_values(parameter: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
+
+
+def writable(parameter: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A parameter's values may be written in it, the same in every process.
+
+    One that ZeRO-3 has split is whole inside, and then what the first process wrote is split.
+    """
+    if not is_partitioned(parameter):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        [parameter], modifier_rank=0
+    )
+    return gathered
 
 
 def own_part(parameter: Tensor) -> Tensor:

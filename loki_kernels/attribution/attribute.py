@@ -167,11 +167,16 @@ def attribute(
 
 
 def _limits(structure: Structure, batch_size: int | None, team: Team) -> BatchLimits:
-    """The batches' limits: those of the process that has least room, so that all plan the same."""
+    """The batches' limits: those of the process that has least room, so that all plan the same.
+
+    A model that one GPU has room for may be on the CPU in the process of another: then a CPU's.
+    """
     room = points_that_fit(structure, structure.device)
-    least = min(int(told) for told in team.tell(str(room or 0)))
+    told = [each.split() for each in team.tell(f"{structure.device.type} {room or 0}")]
+    least = min(int(points) for _, points in told)
+    device = torch.device("cpu") if "cpu" in dict(told) else structure.device
     border = rotary_border(structure.causal_lm)
-    return BatchLimits.of(structure.device, batch_size, team.size, least or None, border)
+    return BatchLimits.of(device, batch_size, team.size, least or None, border)
 
 
 def _check_attributable(structure: Structure, engine: EngineName | None) -> None:

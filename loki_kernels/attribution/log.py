@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import explained
 from ..files import atomic_path, check_writable, lock, read_safetensors, write_safetensors
+from ..sharding import of_the_first
 from ..team import Team
 from .plan import BatchLimits, PlannedBatch
 from .result import Attribution, AttributionCounts, counts_metadata, scores_metadata
@@ -117,6 +118,8 @@ class Log(contextlib.AbstractContextManager["Log"]):
             numbers = [int(path.stem.split("-")[0]) for path in self._journals()]
             name = f"{1 + max(numbers, default=-1):06d}-{self.team.rank:04d}.jsonl"
             self.team.meet()  # before anything of this run is there to be read
+            if self.team.size > 1:  # another machine may not see all that is there
+                self._done, self._finished = of_the_first((self._done, self._finished))
             for array in self.layout.empty:
                 (self.folder / array).touch()
                 self._files[array] = stack.enter_context(io.FileIO(self.folder / array, "r+"))
@@ -191,6 +194,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
 
         Raises:
             ValueError: if there were more prompts before.
+            RuntimeError: if batches are not to be found that were written.
             PermissionError: if an older file cannot be replaced; Windows replaces no open one.
         """
         self._keep_counts()
@@ -198,8 +202,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
         self.team.meet()
         if not self._finished and self.team.rank == 0:
             self._read()
-            if len(self._done) > batches:
-                raise self._other("prompts")
+            self._check_batches(batches)
             try:
                 os.replace(self._assemble(total), self.out)
             except PermissionError as error:
@@ -215,6 +218,19 @@ class Log(contextlib.AbstractContextManager["Log"]):
         return (Attribution if self.counter is None else AttributionCounts).load(self.out)
 
     # what is there
+
+    def _check_batches(self, count: int) -> None:
+        """Raise unless so many batches are there, before any is part of the result."""
+        every = set(range(count))
+        if self._done.keys() - every:
+            raise self._other("prompts")
+        missing = every - self._done.keys()
+        if missing:
+            raise RuntimeError(
+                f"{self.folder} lacks {len(missing)} of {count} batches, number {min(missing)} for "
+                "one: a file of theirs is damaged, or was written on another machine and is not "
+                "seen here yet. Make the same call again, which computes what is still missing."
+            )
 
     def _other(self, what: str) -> ValueError:
         return ValueError(

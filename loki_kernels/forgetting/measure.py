@@ -316,5 +316,4 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
         with evaluating(model), torch.no_grad(), rows_held(model):
             yield
     finally:
-        if shards_its_weights(model):  # FSDP2 leaves what the root holds gathered
-            reshard(model)
+        reshard(model)

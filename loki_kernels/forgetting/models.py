@@ -19,7 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import import_extra
 from ..inspection import load_model
-from ..sharding import is_partitioned, is_sharded, settle
+from ..sharding import is_partitioned, is_sharded, reshard, settle
 from ..structure import text_config, unwrap
 from ..training import load_adapter
 from ..training.adapter_file import ADAPTER_FILE, read_saved
@@ -273,6 +273,7 @@ def update_factors(model: nn.Module) -> list[nn.Parameter]:
             cannot be written here.
     """
     causal_lm = unwrap(model)
+    reshard(causal_lm)
     layers = [module for module in causal_lm.modules() if isinstance(module, LokiRows)]
     if not layers:
         raise ValueError(

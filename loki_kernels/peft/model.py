@@ -18,7 +18,7 @@ from ..discovery import find_structure
 from ..errors import UnsupportedModelError, explained
 from ..fingerprint import BaseRows
 from ..protection import Protection, fingerprint_of
-from ..sharding import ignore_in_ddp, is_distributed, shards_its_weights
+from ..sharding import ignore_in_ddp, is_distributed, is_first, shards_its_weights
 from ..structure import Structure, refuse_tensor_parallelism
 from ..training.adapter_file import (
     PROTECTION_FILE,
@@ -360,8 +360,7 @@ def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
         )
     config.protection = present
     # the process that saves needs it: of all rows at 8B it takes 1.9 GB of the host's memory
-    saves = not is_distributed() or torch.distributed.get_rank() == 0
-    config.kept = protection if saves else None
+    config.kept = protection if is_first() else None
     return protection
 
 

@@ -203,15 +203,15 @@ def cached_protection(structure: Structure, tokenizer: Any) -> Protection:
         ValueError: as `estimate_protection`, and where ZeRO-3 has the weights in parts.
         RuntimeError: if the first process fails.
     """
+    if any(map(is_partitioned, structure.causal_lm.parameters())):
+        raise ValueError(
+            "ZeRO-3 has split the weights, and one process alone cannot run the model to "
+            "estimate a protection; write one first (loki-kernels protection MODEL FILE) and "
+            "pass protect=FILE."
+        )
     with Team() as team:
         if team.size == 1:
             return _cached_or_estimated(structure, tokenizer)
-        if any(map(is_partitioned, structure.causal_lm.parameters())):
-            raise ValueError(
-                "ZeRO-3 has split the weights, and one process alone cannot run the model to "
-                "estimate a protection; write one first (loki-kernels protection MODEL FILE) and "
-                "pass protect=FILE."
-            )
         found = None if team.rank else _cached_or_estimated(structure, tokenizer)
         team.meet("the first one estimates the protection of all")
         result = _of_the_first(found, [d.name for d in structure.projections()])

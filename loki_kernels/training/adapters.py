@@ -18,9 +18,10 @@ from ..discovery import find_structure
 from ..errors import import_extra
 from ..files import check_folder
 from ..protection import fingerprint_of
-from ..sharding import full_shape, is_distributed
+from ..sharding import full_shape, full_values, is_first, reshard
 from ..structure import Structure
 from . import adapter_file
+from .adapter_file import Layers
 from .handle import Patch
 from .patching import patch_saved
 from .rows import LokiRows, check_known
@@ -56,8 +57,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     path = check_folder(folder)
     protection = adapter_file.protection_of(layers)
     others = trained_whole(structure.causal_lm)
-    tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers))
-    tensors |= adapter_file.other_tensors(others)
+    keep = is_first()
+    tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers), keep=keep)
+    tensors |= adapter_file.other_tensors(others, keep=keep)
+    if not keep:
+        return path
     fingerprint = fingerprint_of(protection)
     if fingerprint is not None:
         tensors |= adapter_file.protection_tensors(layers, fingerprint)
@@ -73,9 +77,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "protection": fingerprint,
         **adapter_file.base_rows_content(adapter_file.base_of(layers)),
     }
-    if not is_distributed() or torch.distributed.get_rank() == 0:
-        adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
-        adapter_file.write_protection(path, protection)
+    adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
+    adapter_file.write_protection(path, protection)
     return path
 
 
@@ -155,27 +158,16 @@ def export_lora(
         ranks = dict.fromkeys(layers, rank)
         config["target_modules"] = sorted(layers)
         _warn_of_servers(rank)
-    tensors: dict[str, Tensor] = {}
-    lost = total = 0.0
-    for name, layer in layers.items():
-        a, b = _lora_factors(layer)
-        if max_rank is not None:
-            total += float((b.mT @ b @ a * a).sum())
-        if exact[name] > ranks[name]:
-            a, b, error = _truncated(a, b, ranks[name])
-            lost += error
-        missing = ranks[name] - a.shape[-2]
-        a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
-        a, b = _as_peft_lays(layer, a, b)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    if lost:
+    keep = is_first()
+    tensors, error = _lora_tensors(layers, ranks, exact, keep=keep)
+    if error:
         logger.warning(
             "the adapter of rank %d holds an update of rank %d but for a relative error of %.2g.",
-            rank, max(exact.values()), (lost / total) ** 0.5,
+            rank, max(exact.values()), error,
         )  # fmt: skip
-    tensors |= {n: x.clone() for n, x in adapter_file.other_tensors(others).items()}
-    if not is_distributed() or torch.distributed.get_rank() == 0:
+    gathered = adapter_file.other_tensors(others, keep=keep)
+    tensors |= {name: tensor.clone() for name, tensor in gathered.items()}
+    if keep:
         adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
     return path
 
@@ -189,11 +181,43 @@ def _warn_of_servers(rank: int) -> None:
         )  # fmt: skip
 
 
-def _lora_factors(layer: LokiRows) -> tuple[Tensor, Tensor]:
-    """(A ``[..., r, in_features]``, B ``[..., out_features, r]``) whose product is the update."""
+def _lora_tensors(
+    layers: Layers, ranks: Mapping[str, int], exact: Mapping[str, int], *, keep: bool
+) -> tuple[dict[str, Tensor], float]:
+    """The factors of each layer's rank, named for PEFT, and what they lose of ``exact`` ranks.
+
+    That is the relative error in the Frobenius norm. Every process has to ask; without ``keep`` it
+    takes part in gathering the update and factors nothing.
+    """
+    tensors: dict[str, Tensor] = {}
+    lost = total = 0.0
+    truncated = any(exact[name] > rank for name, rank in ranks.items())
+    for name, layer in layers.items():
+        update = {part: full_values(p) for part, p in layer.trained_parameters()}
+        if not keep:
+            continue
+        a, b = _lora_factors(layer, layer.formed(update))
+        if truncated:
+            total += float((b.mT @ b @ a * a).sum())
+        if exact[name] > ranks[name]:
+            a, b, error = _truncated(a, b, ranks[name])
+            lost += error
+        missing = ranks[name] - a.shape[-2]
+        a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+        a, b = _as_peft_lays(layer, a, b)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    return tensors, (lost / total) ** 0.5 if lost else 0.0
+
+
+def _lora_factors(layer: LokiRows, formed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(A ``[..., r, in_features]``, B ``[..., out_features, r]``) whose product is the update.
+
+    ``formed`` is the update as it acts, whole.
+    """
     placement = torch.zeros(full_shape(layer.frozen)[layer.axis], len(layer.index))
     placement[layer.index.cpu(), torch.arange(len(layer.index))] = 1.0
-    parts = {name: tensor.float().cpu() for name, tensor in layer.formed_update().items()}
+    parts = {name: tensor.float().cpu() for name, tensor in formed.items()}
     if layer.rank is None:
         update = parts["update"]
         k, width = update.shape[-2:]
@@ -285,6 +309,7 @@ def task_type(model: nn.Module) -> str:
 
 def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiRows]]:
     structure = find_structure(model)
+    reshard(structure.causal_lm)
     modules: dict[str, nn.Module] = {d.name: d.module for d in structure.projections()}
     layers = {n: layer for n, layer in modules.items() if isinstance(layer, LokiRows)}
     if not layers:

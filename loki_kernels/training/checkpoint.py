@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..sharding import full_state_dict, has_fsdp, is_partitioned, is_sharded
+from ..sharding import full_state_dict, has_fsdp, is_first, is_partitioned, is_sharded
 from . import adapter_file
 from .adapter_file import Layers, Parts
 from .arithmetic import updated_rows
@@ -48,7 +47,7 @@ class SavePretrained:
             # Every process is here, and the first one has it all and writes alone, as transformers
             # does it where it has sharded a model itself.
             state_dict = full_state_dict(self.model)
-            is_main_process = is_main_process and torch.distributed.get_rank() == 0
+            is_main_process = is_main_process and is_first()
         elif state_dict is None:
             state_dict = self.model.state_dict()
         whole = {n: state_dict[n] for n in trained_whole(self.model) if n in state_dict}
@@ -99,7 +98,8 @@ class SavePretrained:
         others: dict[str, Tensor],
     ) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        adapter_file.write_side_file(folder, self.layers, parts, others)
+        tensors = adapter_file.adapter_tensors(self.layers, parts) | others
+        adapter_file.write_side_file(folder, self.layers, tensors)
 
     def _lacks_sharded(self, state_dict: dict[str, Tensor]) -> bool:
         """Whether a state dict has not every update that FSDP2 or ZeRO-3 looks after."""

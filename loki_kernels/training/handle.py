@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from ..memory import TrainingMemory
 from ..protection import Protection
 from ..selection import RowSelection
-from ..sharding import full_values, is_partitioned, is_sharded, shard_like
+from ..sharding import (
+    full_values,
+    is_first,
+    is_partitioned,
+    is_sharded,
+    reshard,
+    shard_like,
+    writable,
+)
 from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import Layers, SavedUpdate
@@ -124,7 +132,7 @@ class Patch:
         """Write the update beside a checkpoint, as ``model.save_pretrained`` does.
 
         That is of the rows, and what is trained whole beside them; and its protection.
-        With sharded parameters every process has to call it.
+        With sharded parameters every process has to call it, and the first one writes.
 
         Raises:
             RuntimeError: if the model was already merged or unpatched, or weights were loaded whose
@@ -132,9 +140,17 @@ class Patch:
         """
         self._check_active()
         check_known(self._layers.values())
+        reshard(self.model)
+        others = trained_whole(self.model)
+        # every process has all of what is not sharded, and writes where it is asked to
+        sharded = [*others.values(), *(layer.frozen for layer in self._layers.values())]
+        keep = is_first() or not any(map(is_sharded, sharded))
         parts = adapter_file.parts_of(self._layers)
-        others = adapter_file.other_tensors(trained_whole(self.model))
-        return adapter_file.write_side_file(folder, self._layers, parts, others)
+        tensors = adapter_file.adapter_tensors(self._layers, parts, keep=keep)
+        tensors |= adapter_file.other_tensors(others, keep=keep)
+        if keep:
+            adapter_file.write_side_file(folder, self._layers, tensors)
+        return Path(folder) / adapter_file.SIDE_FILE
 
     def load_state(self, folder: str | os.PathLike[str]) -> None:
         """Read back what `save_state` or ``save_pretrained`` wrote.
@@ -206,16 +222,19 @@ class Patch:
 
     def _load(self, saved: SavedUpdate) -> str | None:
         """Load rows and what was trained whole beside them; else change nothing and say why not."""
+        reshard(self.model)
         reason = why_other_modules(self.model, saved.others)
         reason = reason or adapter_file.load_update(self._layers, saved)
         if reason is None:
             self._writer.refusal = None
             parameters = parameters_of(self.model)
-            with torch.no_grad():
-                for name, values in saved.others.items():
-                    parameter = parameters[name]
-                    if not any(parameters[n] is parameter for n in self._replaced):
-                        self._replaced[name] = parameter.detach().cpu().clone()
+            for name, values in saved.others.items():
+                parameter = parameters[name]
+                # what ZeRO-3 has split is never put back
+                known = any(parameters[n] is parameter for n in self._replaced)
+                if not known and not is_partitioned(parameter):
+                    self._replaced[name] = parameter.detach().cpu().clone()
+                with torch.no_grad(), writable(parameter):
                     parameter.copy_(shard_like(values.to(parameter.dtype), parameter))
         return reason
 
@@ -242,6 +261,7 @@ class Patch:
         self._check_active()
         if self._writer.held:
             raise RuntimeError("the model is inside handle.inference(); leave it first.")
+        reshard(self.model)
         if any(is_sharded(layer.frozen) for layer in self._layers.values()):
             raise RuntimeError(
                 "the model's weights are sharded; save the checkpoint (model.state_dict() holds "
@@ -254,6 +274,11 @@ class Patch:
                 write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
             else:
                 layer.reset_rows()
+        self._leave(trained=trained)
+        return self.model
+
+    def _leave(self, *, trained: bool) -> None:
+        """Put the model's own modules back, whose weights hold what they are to hold."""
         try:
             if not trained:
                 parameters = parameters_of(self.model)
@@ -265,13 +290,13 @@ class Patch:
             # the trainer's callback may live on, and would keep what was trained: 12 GB at 8B
             self._layers.clear()
             self._active = False
-        return self.model
 
 
 def _merged_parameters(model: nn.Module, layers: Layers) -> Iterator[tuple[str, Tensor]]:
     """What `Patch.merged_parameters` gives, which raises when it is called and not when read."""
     updates = {f"{name}.{part}" for name in layers for part in TRAINED}
     merged = {f"{name}.{layer.parameter}": layer for name, layer in layers.items()}
+    reshard(model)
     for wrapped, parameter in model.named_parameters():
         name = plain_name(wrapped)
         if name in merged:

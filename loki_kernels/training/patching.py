@@ -41,6 +41,7 @@ from .targets import (
     check_arguments,
     check_patchable,
     check_processes_agree,
+    check_trainable,
     find_modules,
     new_heads,
     parameters_of,
@@ -114,10 +115,10 @@ def patch(
             analysis, or one of them beside rows; a model that is patched or has a PEFT adapter;
             unknown ``modules_to_save``; a damaged file, or an update of another base; a protection
             of another model; processes with other rows or protections. The model is unchanged.
-        UnsupportedModelError: if the model has no FFN down-projections, or not plain ones.
+        UnsupportedModelError: if it has no FFN down-projections, or not plain ones; or DDP around.
     """
     structure = find_structure(model)
-    check_patchable(structure)
+    check_trainable(structure)
     check_arguments(rows, quota, criterion, analysis, rank, modules_to_save)
     folder, saved = rows, _saved_update(rows)
     if saved is not None:
@@ -317,7 +318,11 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
 
 
 def _load(handle: Patch, saved: SavedUpdate) -> None:
-    """Load what was saved into a model that was just patched, which is unpatched if it fails."""
+    """Load what was saved into a model that was just patched.
+
+    It is unpatched if that fails, without writing rows into its weights: none holds an update yet,
+    and sharded ones cannot be written.
+    """
     present = handle.protection
     try:
         refusal = adapter_file.why_other_protection(saved.protection, fingerprint_of(present))
@@ -329,7 +334,7 @@ def _load(handle: Patch, saved: SavedUpdate) -> None:
             raise explained(ValueError(message))
         handle._refuse_training(refusal)
     except BaseException:
-        handle.unpatch()
+        handle._leave(trained=False)
         raise
 
 

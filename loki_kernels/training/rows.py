@@ -12,7 +12,15 @@ from ..errors import explained
 from ..ops import sync_rows
 from ..ops._directions import LeaveOutOfGradient, leave_out, padded
 from ..protection import Protection
-from ..sharding import DTensor, full_shape, full_values, is_partitioned, is_sharded, shard_like
+from ..sharding import (
+    DTensor,
+    full_shape,
+    full_values,
+    is_partitioned,
+    is_sharded,
+    own_part,
+    shard_like,
+)
 from .arithmetic import (
     digest_of,
     initial_factors,
@@ -234,8 +242,18 @@ class LokiRows(nn.Module):
 
     @torch.no_grad()
     def write_base(self) -> None:
-        """Put the rows of the weight back to what they were before training."""
-        write_into(self.frozen.data, self.base_rows, self.index, self.axis)
+        """Put the rows of the weight back to what they were before training.
+
+        Of a sharded weight this process's part of them, without asking the others.
+        """
+        if isinstance(self.frozen, DTensor):
+            whole = torch.zeros(full_shape(self.frozen), dtype=torch.bool)
+            chosen = self.put_rows(whole, torch.ones_like(self.base_rows, dtype=torch.bool))
+            base = self.put_rows(whole.to(self.base_rows.dtype), self.base_rows)
+            chosen, base = (own_part(shard_like(part, self.frozen)) for part in (chosen, base))
+            own_part(self.frozen).copy_(base.where(chosen, own_part(self.frozen)))
+        else:
+            write_into(self.frozen.data, self.base_rows, self.index, self.axis)
         self.written = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

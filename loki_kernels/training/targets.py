@@ -146,6 +146,21 @@ def refuse_patched(model: nn.Module) -> None:
         )
 
 
+def check_trainable(structure: Structure) -> None:
+    """`check_patchable`, and that DDP is not around the model already.
+
+    It adds up the gradients of the parameters that it found when it was made, and every process
+    would train an update of its own.
+    """
+    parts = structure.given.modules()
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
+        raise UnsupportedModelError(
+            "DistributedDataParallel is around the model, and would add up no gradients of what "
+            "patching trains; patch the model first, then wrap it."
+        )
+    check_patchable(structure)
+
+
 def check_patchable(structure: Structure) -> None:
     refuse_patched(structure.causal_lm)
     adapter = _peft_layer(structure.causal_lm)

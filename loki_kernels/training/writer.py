@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import explained
 from ..protection import fingerprint_of
-from ..sharding import full_shape, is_distributed, shards_its_weights
+from ..sharding import DTensor, full_shape, is_distributed, shards_its_weights
 from .adapter_file import protection_of
 from .arithmetic import check_gradients, coarse_dtype
 from .rows import TRAINED, LokiRows, write_rows
@@ -89,8 +89,11 @@ class RowWriter:
             self.versions = self._versions()
         for layer in self.layers:
             layer.sharded = sharded
-            if layer.written and not layer.can_write and not sharded:
-                layer.write_base()  # a state dict was made of it; what it adds to is the base
+            # A state dict was made of it, or it ran before an engine sharded it; what is added to
+            # is the base. What FSDP2 has gathered by now, in the root's own group, is not kept.
+            added_to = isinstance(layer.frozen, DTensor) if sharded else not layer.can_write
+            if layer.written and added_to:
+                layer.write_base()
         for layer in written:
             layer.in_step = True
 

@@ -262,6 +262,31 @@ def test_what_is_damaged_is_computed_again(keep, damage, model, out, monkeypatch
     assert len(attributed) == BATCHES - spared
 
 
+@pytest.mark.parametrize(
+    ("keep", "unseen"), [("scores", "jsonl"), ("counts", "jsonl"), ("counts", "counts")]
+)
+def test_what_is_not_seen_at_the_end_makes_no_result(keep, unseen, model, out, monkeypatch):
+    """As another machine's file, which NFS may hide for a while: its batches would be left out."""
+    monkeypatch.setattr(log, "_SECONDS_BETWEEN_COUNTS", 0)
+    want = attribute(model, PROMPTS, keep=keep, **OPTIONS)
+    leave_two_batches(model, out, monkeypatch, keep=keep)
+    (file,) = partial(out).glob(f"*.{unseen}")
+    hidden = file.with_suffix(".hidden")
+    result = log.Log.result
+
+    def hide(*arguments):
+        file.rename(hidden)
+        return result(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log.Log, "result", hide)
+        with pytest.raises(RuntimeError, match=r"lacks 2 of 4 batches.*same call again"):
+            attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS)
+    assert not out.exists()
+    hidden.rename(file)
+    assert_same(attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS), want)
+
+
 def test_a_damaged_description_is_refused(model, out, monkeypatch):
     leave_two_batches(model, out, monkeypatch)
     path = partial(out) / "run.json"

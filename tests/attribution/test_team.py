@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,11 +63,12 @@ def test_what_ends_one_process_ends_both_and_is_continued(found, keep):
     first, second = (each[keep] for each in found[1])
     assert second["failed"] == "KeyError: 'killed'"
     assert "process 1, which shares this job, failed with KeyError" in first["failed"]
-    assert first["continued"]["same"]
-    assert second["continued"]["same"]
-    done = first["continued"]["before"] + second["continued"]["before"]
-    assert second["continued"]["before"] == 2
-    assert first["continued"]["after"] + second["continued"]["after"] == 6 - done
+    for name in ("continued", "unseen"):  # in the second process, which the first one tells
+        assert first[name]["same"]
+        assert second[name]["same"]
+        done = first[name]["before"] + second[name]["before"]
+        assert second[name]["before"] == 2
+        assert first[name]["after"] + second[name]["after"] == 6 - done
 
 
 def test_what_is_not_one_job_is_refused_by_all(found):
@@ -124,6 +126,29 @@ def test_few_prompts_are_batches_for_all():
         assert [len(b.members) for b in window.batches(0, limits, 7)] == want
     limits = BatchLimits.of(torch.device("cuda"), 5, 64)
     assert [len(b.members) for b in window.batches(0, limits, 7)] == [5, 5]
+
+
+def test_a_process_on_the_cpu_makes_all_plan_as_a_cpu_does(monkeypatch):
+    """Where one GPU has room for the model and another has not; else their batches would differ."""
+    module = sys.modules["loki_kernels.attribution.attribute"]
+    monkeypatch.setattr(module, "points_that_fit", lambda _, on: None if on.type == "cpu" else 9000)
+
+    class Others:
+        size = 2
+
+        def __init__(self, other):
+            self.other = other
+
+        def tell(self, mine):
+            return [mine, self.other]
+
+    def limits(device, other):
+        structure = SimpleNamespace(device=torch.device(device), causal_lm=build_model())
+        return module._limits(structure, None, Others(other))
+
+    want = BatchLimits.of(torch.device("cpu"), None, 2)
+    assert limits("cpu", "cuda 9000") == limits("cuda", "cpu 0") == want
+    assert limits("cuda", "cuda 8000") == BatchLimits.of(torch.device("cuda"), None, 2, 8000)
 
 
 def test_a_process_without_a_group_shares_nothing():

@@ -31,7 +31,7 @@ from loki_kernels.discovery import find_structure
 from loki_kernels.fingerprint import tensors_fingerprint
 from loki_kernels.protection import estimate
 from loki_kernels.sharding import full_values
-from loki_kernels.training import targets
+from loki_kernels.training import adapters, targets
 from tests.models import GQA, build_model
 from tests.tiny_training import ROWS
 
@@ -171,9 +171,13 @@ def save_in_every_process(model, handle, state, path):
     A LoRA adapter of experts is several times as large, and of PEFT's own versions.
     """
     model.save_pretrained(path.with_name(f"{path.name}-own"), is_main_process=dist.get_rank() == 0)
-    loki.save_adapter(model, path.with_name(f"{path.name}-adapter"))
-    if "experts" not in path.name:
-        loki.export_lora(model, path.with_name(f"{path.name}-lora"))
+    with keeping_in_the_first_alone() as factored:
+        loki.save_adapter(model, path.with_name(f"{path.name}-adapter"))
+        path.with_name(f"{path.name}-state").mkdir(exist_ok=True)
+        handle.save_state(path.with_name(f"{path.name}-state"))
+        if "experts" not in path.name:
+            loki.export_lora(model, path.with_name(f"{path.name}-lora"))
+            assert len(factored) == (0 if dist.get_rank() else len(handle.named_layers()))
     sent = dict(handle.merged_parameters())
     assert not any("update" in name or "delta" in name for name in sent)
     for name, tensor in sent.items():
@@ -182,6 +186,33 @@ def save_in_every_process(model, handle, state, path):
         want = [state.get(name)]
         dist.broadcast_object_list(want)
         torch.testing.assert_close(tensor.detach().cpu(), want[0], rtol=0, atol=0, msg=name)
+
+
+@contextlib.contextmanager
+def keeping_in_the_first_alone():
+    """Every process takes part in gathering an update, and the first alone has it on its host.
+
+    Gives the layers of which this process makes LoRA factors.
+    """
+    file, gathered, written, factored = adapters.adapter_file, [], [], []
+    real = file.adapter_tensors, file.write_tensors, adapters._lora_factors
+
+    def recording(make, calls):
+        def call(*arguments, **options):
+            calls.append(make(*arguments, **options))
+            return calls[-1]
+
+        return call
+
+    file.adapter_tensors = recording(file.adapter_tensors, gathered)
+    file.write_tensors = recording(file.write_tensors, written)
+    adapters._lora_factors = recording(adapters._lora_factors, factored)
+    try:
+        yield factored
+    finally:
+        file.adapter_tensors, file.write_tensors, adapters._lora_factors = real
+    assert [bool(tensors) for tensors in gathered] == [dist.get_rank() == 0] * 2
+    assert bool(written) == (dist.get_rank() == 0)
 
 
 _HERE = contextlib.nullcontext()
@@ -253,6 +284,47 @@ def zero(case):
             check_merging(model, state, gathered)
         return losses, state, model
     return losses, model.state_dict(), model
+
+
+def continued(case):
+    """Goes on under ZeRO-3 from an update with a module trained whole: its values, and what is said
+    of an update that does not fit; a list a process.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+
+    def split(seed):
+        model = build_model(seed=seed)
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        return model
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = build_model()
+        with loki.patch(source, ROWS, modules_to_save=["norm"]) as handle:
+            with torch.no_grad():
+                for parameter in source.parameters():
+                    parameter.add_(parameter.requires_grad)
+            handle.save_state(folder)  # in each process
+            saved = source.model.norm.weight.tolist()
+        model = split(seed=0)
+        handle = loki.patch(model, folder)
+        read = full_values(model.model.norm.weight).tolist()
+        rows = all(float(layer.update.min()) == 1 for _, layer in handle.named_layers())
+        other, said = split(seed=1), ""
+        try:
+            loki.patch(other, folder)
+        except ValueError as error:
+            said = str(error)
+        left = any(isinstance(module, loki.LokiLinear) for module in other.modules())
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [read == saved, rows, said, left])
+    return everyone, None, None
 
 
 def _let_accelerate_shard_on_a_cpu():
@@ -444,7 +516,7 @@ def do_not_compile_shared_memory():
 
 def main(out: Path, cases: list[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
-    if any("zero" in case for case in cases):
+    if any("zero" in case or case == "continued" for case in cases):
         do_not_compile_shared_memory()
     if os.environ["RANK"] == "0":
         build_model("llama_mlp_bias").save_pretrained(out / "base")

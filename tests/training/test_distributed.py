@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import loki_kernels as loki
 from loki_kernels.sharding import full_values
-from tests.models import build_model
+from tests.models import assert_unchanged, build_model, snapshot
 from tests.tiny_training import ROWS
 from tests.training.distributed_worker import build_experts, protection
 
@@ -73,7 +73,9 @@ def torch_engines(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
-    return launch_worker(tmp_path_factory.mktemp("zero"), [*ZERO, *ZERO_TRAINER, APART])
+    # a Trainer under ZeRO-3 has transformers split whatever is built after it
+    cases = ["continued", *ZERO, *ZERO_TRAINER, APART]
+    return launch_worker(tmp_path_factory.mktemp("zero"), cases)
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +144,13 @@ def test_checkpoint_at_the_end_is_ordinary(alone, torch_engines, case):
     assert_same_weights(alone, case, model.state_dict())
     assert (folder / "loki_rows.update").exists()
     if case != "ddp":  # what save_pretrained gathers by itself, called in every process
-        own = folder.with_name(f"{case}-own")
-        for file in ("model.safetensors", "loki_rows.update"):
-            got = load_file(own / file)
+        own, state = (folder.with_name(f"{case}-{kind}") for kind in ("own", "state"))
+        for where, file in (
+            (own, "model.safetensors"),
+            (own, "loki_rows.update"),
+            (state, "loki_rows.update"),
+        ):
+            got = load_file(where / file)
             for name, tensor in load_file(folder / file).items():
                 assert torch.equal(got[name], tensor), name
 
@@ -251,14 +257,28 @@ def test_fsdp1_is_refused_before_training(one_process):
         model(input_ids=torch.ones(1, 4, dtype=torch.int64))
 
 
-def shard(model):
+def test_a_model_inside_ddp_is_refused(one_process, tmp_path):
+    """It adds up no gradients of parameters that are younger; evaluating needs none."""
+    model = build_model(device="cpu")
+    before = snapshot(model)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for around in (wrapped, torch.compile(wrapped)):
+        with pytest.raises(loki.UnsupportedModelError, match="patch the model first, then wrap"):
+            loki.patch(around, ROWS)
+    assert_unchanged(model, before)
+    with loki.patch(build_model(device="cpu"), ROWS) as handle:
+        loki.save_adapter(handle.model, tmp_path)
+    loki.load_adapter(wrapped, tmp_path).unpatch()
+
+
+def shard(model, **options):
     """As a loop of one's own does."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
 
 
 @pytest.mark.parametrize("case", ["unpatched", "rows", "fused", "whole", "loaded", "experts"])
@@ -304,6 +324,85 @@ def test_what_shards_are_read_into_holds_the_base(one_process):
         assert torch.equal(rows, layer.base_rows)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, want)
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_what_is_sharded_after_it_was_written_is_the_base_again(one_process, kind):
+    """Else every pass would form its whole update and keep it for backward, 7.5 GB at 8B."""
+    model = build_experts() if kind == "experts" else build_model("llama_mlp_bias", device="cpu")
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    handle = loki.patch(model, ROWS)
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        for _, layer in handle.named_layers():
+            layer.update.add_(0.1)
+    want = model(input_ids=ids, labels=ids)
+    want.loss.backward()
+    gradients = [layer.update.grad.clone() for _, layer in handle.named_layers()]
+    model.zero_grad()
+    model.state_dict()  # as accelerate asks for it before it shards
+    assert all(layer.written for _, layer in handle.named_layers())
+    shard(model)
+    got = model(input_ids=ids, labels=ids)
+    got.loss.backward()
+    torch.testing.assert_close(got.logits, want.logits)
+    for (name, layer), gradient in zip(handle.named_layers(), gradients, strict=True):
+        assert not layer.written
+        assert torch.equal(full_values(layer.frozen), base[f"{name}.{layer.parameter}"])
+        torch.testing.assert_close(full_values(layer.update.grad), gradient)
+
+
+@pytest.mark.parametrize("reshard", [None, False])
+def test_what_is_saved_after_a_forward_pass_is_what_is_kept(one_process, reshard, tmp_path):
+    """And not what FSDP2 has gathered of it, rounded to what it computes in."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = build_model("llama_mlp_bias", device="cpu")
+    handle = loki.patch(model, ROWS, modules_to_save=["norm"])
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    writers = {
+        "adapter": lambda folder: loki.save_adapter(model, folder),
+        "lora": lambda folder: loki.export_lora(model, folder),
+        "state": lambda folder: handle.save_state(folder),
+    }
+    (tmp_path / "state").mkdir()
+    for name, write in writers.items():
+        write(tmp_path / name)
+    want = {name: value.clone() for name, value in handle.merged_parameters()}
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    shard(model, reshard_after_forward=reshard, mp_policy=policy)
+
+    def run():
+        with torch.no_grad():
+            model(ids)
+
+    (tmp_path / "state-again").mkdir()
+    for name, write in writers.items():
+        run()
+        write(tmp_path / f"{name}-again")
+        (file,) = (path.name for path in (tmp_path / name).iterdir() if path.suffix != ".json")
+        got = load_file(tmp_path / f"{name}-again" / file)
+        for key, value in load_file(tmp_path / name / file).items():
+            assert torch.equal(got[key], value), (name, key)
+    run()
+    for name, value in handle.merged_parameters():
+        assert torch.equal(value, want[name]), name
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.zero_()
+    run()
+    handle.load_state(tmp_path / "state")
+    run()
+    with pytest.raises(RuntimeError, match="are sharded"):
+        handle.merge()
+    got = {name: full_values(p) for name, p in model.named_parameters() if name in trained}
+    torch.testing.assert_close(got, trained, rtol=0, atol=0)
 
 
 def test_merged_adapters_of_shards_are_put_back_in_turn(one_process):
@@ -387,6 +486,17 @@ def test_zero_keeps_the_update_itself_where_weights_are_not_gathered(alone, zero
     for folder in ("last", "checkpoint-2"):
         assert not list((zero / APART / folder).glob("loki_rows*"))
         assert list((zero / APART / folder).glob("global_step*"))
+
+
+@deepspeed
+def test_zero_goes_on_from_what_was_trained_whole(zero):
+    """A parameter is an empty stand-in there; and what fails says why, and not that the weights are
+    sharded, which nothing has written."""
+    for read, rows, said, left in json.loads((zero / "continued.json").read_text()):
+        assert read
+        assert rows
+        assert "none of this model's: it was trained on another base" in said
+        assert not left
 
 
 def assert_trainer(alone: Path, out: Path, case: str) -> None:

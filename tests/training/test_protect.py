@@ -715,3 +715,11 @@ def test_gentle_rows_of_another_run_are_not_projected_in_16_bits(protection):
     protected.load_state_dict(merged, strict=False)
     with torch.no_grad(), pytest.raises(RuntimeError, match="not the update itself"):
         protected(input_ids=token_batch())
+
+
+def test_weights_that_zero_3_has_split_are_estimated_from_in_no_process():
+    """Of one alone too, whose weights are empty outside of a layer's forward pass."""
+    model = build_model()
+    model.model.norm.weight.ds_id = 0
+    with pytest.raises(ValueError, match="ZeRO-3 has split the weights"):
+        loki.patch(model, ROWS, protect=True, tokenizer=object())
