@@ -327,7 +327,8 @@ def _branches(layer: nn.Module, layer_name: str) -> list[_Branch]:
 
 
 def _examine_layer(layer: nn.Module, layer_name: str, hidden_size: int) -> Layer:
-    layer = getattr(layer, WRAPPED, layer)
+    while hasattr(layer, WRAPPED):  # accelerate puts an offloading one around a recomputing one
+        layer = getattr(layer, WRAPPED)
     if hasattr(layer, "backward_pass"):
         return _refused(
             layer_name,
