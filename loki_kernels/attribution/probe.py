@@ -95,7 +95,7 @@ def check_sums(structure: Structure, input_ids: Tensor) -> None:
         raise UnsupportedModelError(
             f"{type(structure.causal_lm).__name__} does more than add up what {kinds} of a layer "
             f"give (moving the sum changes the logits: relative error {error:.2g}, allowed "
-            f"{tolerance:.0e}), so that a layer's FFN has no node of which each is a part."
+            f"{tolerance:.0e}); a node is a coordinate of their plain sum."
         )
 
 
