@@ -327,7 +327,8 @@ def _branches(layer: nn.Module, layer_name: str) -> list[_Branch]:
 
 
 def _examine_layer(layer: nn.Module, layer_name: str, hidden_size: int) -> Layer:
-    layer = getattr(layer, WRAPPED, layer)
+    while hasattr(layer, WRAPPED):  # accelerate puts an offloading one around a recomputing one
+        layer = getattr(layer, WRAPPED)
     if hasattr(layer, "backward_pass"):
         return _refused(
             layer_name,
@@ -371,23 +372,26 @@ def _choose(
     """The linears of each branch that end an FFN.
 
     Beside a gated FFN, or experts, one that is not gated is none, such as Gemma-3n's low-rank
-    residual and Gemma-4's per-layer input; nor is a narrower one beside a plain FFN.
+    residual and Gemma-4's per-layer input; nor is a narrower one beside a plain FFN. Where experts
+    have another width than the model (Nemotron-H's latent ones), what leads out of them is one
+    beside their shared expert's, however narrow.
     """
     linears = [linear for branch in branches for linear in branch.linears]
     found = {
         branch.name: [x for x in branch.linears if _is_down(x, hidden_size, linears)]
         for branch in branches
     }
+    latent = {b.name: found[b.name] for b in branches if b.stacks and not experts[b.name]}
     gated = {name: [x for x in own if _is_gated(x, linears)] for name, own in found.items()}
     if any(experts.values()):
-        return {n: gated[n] or (own if experts[n] else []) for n, own in found.items()}
+        return {n: gated[n] or (own if experts[n] else []) for n, own in found.items()} | latent
     if any(gated.values()):
         widest = max(x.in_features for own in gated.values() for x in own)
         return {
             n: own if any(x.in_features == widest for x in own) else [] for n, own in gated.items()
-        }
+        } | latent
     widest = max((x.in_features for own in found.values() for x in own), default=0)
-    return {n: [x for x in own if x.in_features == widest] for n, own in found.items()}
+    return {n: [x for x in own if x.in_features == widest] for n, own in found.items()} | latent
 
 
 def _why_refused(
@@ -409,7 +413,8 @@ def _why_refused(
                 f"{branch.name} ({branch.kind}) holds {name} {list(shape)}, which is neither a "
                 "linear layer's nor experts' that are known here."
             )
-    if branch.stacks and not stacks and not own:
+    wide = any(hidden_size in stack.shape[1:] for stack in branch.stacks)
+    if branch.stacks and not stacks and (wide or not own):
         first = branch.stacks[0]
         return (
             f"{branch.name} ({branch.kind}) holds {first.name}.{first.parameter} "

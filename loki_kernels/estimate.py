@@ -20,7 +20,8 @@ from .attribution.plan import BatchLimits, rotary_border, windows
 from .attribution.prompts import WINDOW, tokenize_prompts
 from .cut import Cut
 from .discovery import find_structure
-from .inspection import build_model, dtype_named
+from .inspection import build_model, dtype_named, dtype_of
+from .memory import weights_size
 from .options import DEFAULT_DEFINITION, DEFAULT_STEPS, DefinitionName, EngineName
 from .questions import load_questions
 from .structure import Structure, text_config
@@ -197,12 +198,12 @@ def estimate(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = AutoConfig.from_pretrained(name)
-    own = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    own = dtype_of(config) or torch.float32
     chosen = own if dtype == "auto" else dtype_named(dtype)
     model = build_model(config, torch.device("meta"), chosen)
     structure = find_structure(model)
     integral = PathIntegral.resolve(definition, {}, steps)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = weights_size(model)
     room = points_that_fit(structure, device, beside=weights)
     limits = BatchLimits.of(device, batch_size, gpus, room, rotary_border(model))
     cut = Cut.find(config)

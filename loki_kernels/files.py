@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import logging
 import math
 import mmap
 import os
@@ -19,6 +21,11 @@ import torch
 from torch import Tensor
 
 from .errors import explained
+
+logger = logging.getLogger(__name__)
+
+# What a file system says that knows no locks, or whose server of locks is not there (NFS, Lustre).
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def check_writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
@@ -136,6 +143,8 @@ def write_safetensors(
 def lock(file: io.FileIO) -> None:
     """Lock an open file until it is closed, which the end of the process does too.
 
+    Where the file system knows no locks a warning says so, and the file is not locked.
+
     Raises:
         BlockingIOError: if another process has it locked.
     """
@@ -149,7 +158,17 @@ def lock(file: io.FileIO) -> None:
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(
+                "%s is not locked, since its file system has no locks (%s): let no other process "
+                "write there at the same time.",
+                file.name,
+                error.strerror,
+            )
 
 
 @contextmanager

@@ -31,9 +31,7 @@ def inspect_model(name: str | os.PathLike[str]) -> str:
         OSError: if there is no config.
     """
     config = transformers.AutoConfig.from_pretrained(name)
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype
-    model = build_model(config, torch.device("meta"), dtype)
+    model = build_model(config, torch.device("meta"), dtype_of(config))
     kind = type(model).__name__
     try:
         decoder, _, layers = examine(model)
@@ -139,6 +137,12 @@ def _lacking(kind: Any, config: Any, names: Collection[str]) -> set[str]:
     with torch.device("meta"):
         model = kind.from_config(config)
     return set(names) - {name for name, _ in model.named_modules()}
+
+
+def dtype_of(config: Any) -> torch.dtype | None:
+    """That of a checkpoint, which a config of several parts says once or in each; None if none."""
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return dtype_named(dtype) if isinstance(dtype, str) else dtype
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -143,6 +143,32 @@ def deepseek():
     return built(transformers.DeepseekV3ForCausalLM, config)
 
 
+def nemotron_latent():
+    """Experts between 48 and 20 dimensions, of which ``fc2_latent_proj`` leads back."""
+    config = transformers.NemotronHConfig(
+        **(GQA | {"num_hidden_layers": 4}), layers_block_type=["mlp", "attention", "moe", "moe"],
+        head_dim=12, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=32, n_group=1, topk_group=1, pad_token_id=0,
+    )  # fmt: skip
+    if not hasattr(config, "moe_latent_size"):
+        pytest.skip("this transformers has no latent experts")
+    config.moe_latent_size = 20
+    return built(transformers.NemotronHForCausalLM, config)
+
+
+def gemma4_moe():
+    """Each of a layer's two blocks has a norm of its own before they are added up."""
+    if not hasattr(transformers, "Gemma4ForCausalLM"):
+        pytest.skip("this transformers has no Gemma4")
+    config = transformers.Gemma4TextConfig(
+        **(GQA | {"num_hidden_layers": 2}), head_dim=12, global_head_dim=16, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4, top_k_experts=2,
+        moe_intermediate_size=24,
+    )  # fmt: skip
+    return built(transformers.Gemma4ForCausalLM, config)
+
+
 def gemma4():
     """The last two of four layers attend to the keys and values of the two before."""
     if not hasattr(transformers, "Gemma4ForCausalLM"):

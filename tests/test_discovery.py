@@ -11,7 +11,16 @@ from torch import nn
 import loki_kernels as loki
 from loki_kernels.cli import main
 from loki_kernels.discovery import find_structure, is_mixer
-from tests.architectures import PROMPT, built, falcon_h1, glm_moe, internvl, lfm2, mamba
+from tests.architectures import (
+    PROMPT,
+    built,
+    falcon_h1,
+    glm_moe,
+    internvl,
+    lfm2,
+    mamba,
+    nemotron_latent,
+)
 from tests.models import TINY, assert_unchanged, build_model, snapshot
 
 
@@ -36,6 +45,43 @@ def test_models_without_an_ffn_are_refused_before_anything_changes():
         with pytest.raises(loki.UnsupportedModelError, match="no decoder layer of Mamba"):
             use()
     assert_unchanged(model, before)
+
+
+def test_latent_experts_end_in_what_leads_out_of_them():
+    """It is narrower than the shared expert's, and a part of the FFN like it."""
+    model = nemotron_latent()
+    ffns = find_structure(model).ffns
+    assert ffns[1] is None
+    blocks = [model.model.layers[i].mixer for i in (2, 3)]
+    assert [ffn.nodes for ffn in ffns[2:]] == [(block,) for block in blocks]
+    for ffn in ffns[2:]:
+        names = [down.name.rpartition("mixer.")[2] for down in ffn.projections]
+        assert names == ["shared_experts.down_proj", "fc2_latent_proj"]
+    ids = torch.tensor([PROMPT[0]["input_ids"]])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loki.patch(model, [[1, 5], [], [0], [7]])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    trained = model.state_dict()
+    changed = {n: (trained[n] != t).nonzero()[:, :1].unique().tolist() for n, t in before.items()}
+    assert {n.partition("layers.")[2]: rows for n, rows in changed.items() if rows} == {
+        "0.mixer.down_proj.weight": [1, 5],
+        "2.mixer.fc2_latent_proj.weight": [0],
+        "2.mixer.shared_experts.down_proj.weight": [0],
+        "3.mixer.fc2_latent_proj.weight": [7],
+        "3.mixer.shared_experts.down_proj.weight": [7],
+    }
+
+
+def test_experts_that_write_the_models_width_in_an_unknown_way_are_refused():
+    """Beside a shared expert, which would be a part of the FFN."""
+    model = glm_moe()
+    for layer in model.model.layers[1:]:
+        experts = layer.mlp.experts
+        experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[:, :-1].detach().clone())
+    with pytest.raises(loki.UnsupportedModelError, match="no experts' down-projection"):
+        find_structure(model)
 
 
 @pytest.mark.parametrize("build", [lfm2, falcon_h1])

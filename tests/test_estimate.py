@@ -22,7 +22,7 @@ from loki_kernels.discovery import find_structure
 from loki_kernels.errors import UnsupportedModelError
 from loki_kernels.estimate import Shape, _peak, _Speed, _whole_peak, estimate
 from loki_kernels.structure import Structure
-from tests.architectures import falcon_h1, glm_moe
+from tests.architectures import falcon_h1, glm_moe, llava
 from tests.models import build_model
 from tests.zoo.build import build as zoo_build
 
@@ -98,6 +98,21 @@ def test_what_cannot_be_attributed_is_refused(tmp_path):
     transformers.MambaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="has an FFN"):
         estimate(tmp_path, [{"input_ids": [1]}])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_config_of_several_parts_says_its_dtype_once(dtype, base_folder, tmp_path, monkeypatch):
+    """At its top, as Llava's checkpoints do; the part of the text may have none."""
+    shutil.copytree(base_folder, tmp_path, dirs_exist_ok=True)
+    model = llava()
+    whole = model.config.to_dict() | {"dtype": dtype}
+    whole["text_config"].pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    monkeypatch.setattr(_Speed, "measure", lambda *_: _Speed(1e-9, 1e-9, 0.0))
+    monkeypatch.setattr("loki_kernels.estimate._engine", lambda *_: "decode")
+    size = getattr(torch, dtype).itemsize
+    result = estimate(tmp_path, [{"input_ids": [1, 2, 3]}], device="cpu")
+    assert result.weights == size * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("build", [glm_moe, falcon_h1])

@@ -12,8 +12,10 @@ from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..options import Site
 from ..progress import progress_bar
+from .engine import short_prompt
 from .plan import BatchLimits, rotary_border, windows
 from .prefill import keep_site
+from .probe import check_sums
 from .prompts import WINDOW, tokenize_prompts
 from .steering import borrowed, hooking
 
@@ -49,7 +51,8 @@ def mean_activations(
 
     Raises:
         ValueError: as `attribute` for prompts, and for images and sounds.
-        UnsupportedModelError: if the model's layers are not known.
+        UnsupportedModelError: if the model's layers are not known, or one does more with what its
+            blocks give than add it up.
     """
     structure = find_structure(model)
     sums = torch.zeros(len(structure.layers), structure.width(site), dtype=torch.float64)
@@ -70,6 +73,8 @@ def mean_activations(
                     "mean_activations reads text alone, and some prompts have images or sounds: "
                     "their places would be averaged as those of the tokens that stand for them."
                 )
+            if not tokens:
+                check_sums(structure, short_prompt(part.sequences[0]).to(structure.device))
             kept: dict[int, Tensor] = {}
             with hooking(keep_site(structure, site, kept)):
                 structure.run_decoder(input_ids=batch.input_ids)

@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import logging
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -27,7 +29,7 @@ from ..discovery import is_mixer
 from ..errors import UnsupportedModelError
 from ..head import check_logits
 from ..options import EngineName
-from ..placement import free_bytes
+from ..placement import free_bytes, memory_is_full
 from ..structure import FFN, Structure, embedding_weight
 from .definitions import PathIntegral
 from .integration import guard_tolerance, integrate, relative_error
@@ -35,6 +37,8 @@ from .path import path_points
 from .prefill import Batch, keep_site
 from .scores import Scores
 from .steering import OUT_OF_PLACE, hook_site, hooking, like, refusing, rerunning
+
+logger = logging.getLogger(__name__)
 
 # What the copies of a chunk may keep beside the model, their caches or their hidden states: where
 # nothing tells what is free (a CPU), and of what is.
@@ -94,7 +98,7 @@ class _Prompt:
         return _Prompt(self.ids[:, :end], kept)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Copies:
     """Attributes one prompt after another, some layers at a time.
 
@@ -111,6 +115,7 @@ class Copies:
     integral: PathIntegral
     cached: bool
     numbered: Literal["all", "text", "none"] = "text"
+    _room: float = field(default=math.inf, init=False)  # bytes, half of what did not fit
 
     @property
     def name(self) -> EngineName:
@@ -146,11 +151,34 @@ class Copies:
             cache = self._prefill(prompt) if cached else None
         check_logits(structure.causal_lm, logits)
         answer = logits.argmax(-1) if prompt.answer is None else prompt.answer.to(logits.device)
-        parts = []
-        for layers in self._chunks(list(nodes), prompt.length, cache):
+        left, parts = list(nodes), []
+        each = self._bytes_of_a_copy(prompt.length, cache)
+        count = self._layers_at_once(each)
+        while left:
+            layers = left[:count]
             what = f"{1 + len(layers) * len(self.integral.alphas)} copies in its own forward pass"
-            with refusing(structure, what), torch.enable_grad():
-                parts.append(self._attribute_layers(layers, prompt, cache, starts, logits, answer))
+            try:
+                with refusing(structure, what), torch.enable_grad():
+                    scores = self._attribute_layers(layers, prompt, cache, starts, logits, answer)
+            except RuntimeError as error:
+                # processes that share a model's weights stay in step
+                if len(layers) == 1 or structure.sharded or not memory_is_full(error):
+                    raise
+                logger.warning(
+                    "%d layers of a prompt of %d tokens do not fit into the device's memory at "
+                    "once: half as many at a time from now on (%s)",
+                    len(layers),
+                    prompt.length,
+                    str(error),  # a handler may keep the record, and an error keeps what it stopped
+                )
+            else:
+                parts.append(scores)
+                left = left[count:]
+                continue
+            count = len(layers) // 2
+            self._room = each * (1 + count * len(self.integral.alphas))
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()  # now that the error and what it held are gone
         return Scores.of_layers(parts)
 
     def _baseline(self, prompt: _Prompt) -> dict[int, Tensor] | None:
@@ -303,18 +331,20 @@ class Copies:
     def _arguments(self) -> Any:
         return inspect.signature(type(self.structure.causal_lm).forward).parameters
 
-    def _chunks(self, layers: list[int], tokens: int, cache: Any) -> Iterator[list[int]]:
-        """As many layers at a time as there is room for copies."""
+    def _bytes_of_a_copy(self, tokens: int, cache: Any) -> int:
+        """What a copy of a prompt keeps beside the model."""
+        weight = next(self.structure.causal_lm.parameters())
+        states = _STATES * len(self.structure.layers) * self.structure.hidden_size
+        return weight.element_size() * states * (1 if self.cached else tokens) + _size(cache)
+
+    def _layers_at_once(self, each: int) -> int:
+        """As many as there is room for the copies of."""
         device = self.structure.device
         # of a sharded model the same in all processes
         free = None if self.structure.sharded else free_bytes(device)
         room = _BYTES_UNTOLD if free is None else _SHARE_OF_FREE * free
-        weight = next(self.structure.causal_lm.parameters())
-        states = _STATES * len(self.structure.layers) * self.structure.hidden_size
-        each = weight.element_size() * states * (1 if self.cached else tokens) + _size(cache)
-        count = max(1, int((room / each - 1) // len(self.integral.alphas)))
-        for first in range(0, len(layers), count):
-            yield layers[first : first + count]
+        copies = int(min(room, self._room)) // each
+        return max(1, (copies - 1) // len(self.integral.alphas))
 
 
 # What transformers calls a cache, in arguments and outputs.
@@ -352,12 +382,16 @@ class _Kept(weakref.WeakKeyDictionary[Any, Tensor]):
 
 
 def _size(cache: Any) -> int:
-    """Bytes of the tensors in a cache of one prompt."""
+    """Bytes of the tensors that a copy of a prompt's cache takes."""
     total = 0
     for layer in getattr(cache, "layers", []):
+        # Of a state that is written in place the backward pass keeps some three more.
+        times = 1 if type(layer) in OUT_OF_PLACE else 4
         for value in vars(layer).values():
+            if isinstance(value, dict):  # a layer's several states, by number
+                value = list(value.values())
             held = value if isinstance(value, (list, tuple)) else [value]
-            total += sum(x.nbytes for x in held if isinstance(x, Tensor))
+            total += times * sum(x.nbytes for x in held if isinstance(x, Tensor))
     return total
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..errors import UnsupportedModelError
 from ..files import check_writable
 from ..fingerprint import model_fingerprint
 from ..ops._dispatch import warm_up
@@ -191,15 +192,42 @@ class Job:
         return [planned for planned in plan if any(planned.number in told for told in everyone)]
 
     def _compute(self, planned: PlannedBatch, engine: Engine, fitting: Fitting) -> Scores:
-        def compute(part: PlannedBatch) -> Scores:
-            return attribute_batch(engine, part.on(self.structure.device))
-
         # processes that share a model's weights stay in step; other engines take a prompt at a time
         halved = engine.name == "staircase" and not self.structure.sharded
+
+        def compute(part: PlannedBatch) -> Scores:
+            try:
+                return attribute_batch(engine, part.on(self.structure.device))
+            except UnsupportedModelError as error:
+                if not halved or self.engine is not None:
+                    raise
+                if len(part.members) == 1:
+                    return self._decode(part, error)
+            return Scores.of_samples([compute(half) for half in part.halves()])
+
         scores = fitting.run(planned, compute) if halved else compute(planned)
         scores = scores.at(list(self.structure.present()), len(self.structure.layers))
         if self.counter is not None:
             _check_rankable(scores, planned.members)
+        return scores
+
+
+    def _decode(self, planned: PlannedBatch, refused: UnsupportedModelError) -> Scores:
+        """Of one prompt that the staircase, which others take, has refused.
+
+        It may have an image, be longer than a chunk of the model's attention, or be routed by
+        rounding to other experts.
+
+        Raises:
+            UnsupportedModelError: as it was refused, if the decode engine refuses too.
+        """
+        try:
+            engine = choose_engine(self.structure, planned.sequences, self.integral, "decode")
+            scores = attribute_batch(engine, planned.on(self.structure.device))
+        except UnsupportedModelError as error:
+            raise refused from error
+        (number,) = planned.members
+        logger.info("prompt %d is attributed by the decode engine (%s)", number, refused)
         return scores
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,17 +11,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
-from ..structure import Structure, in_float64
+from ..structure import TOLERANCE, Structure, embedding_weight, in_float64
+from .integration import guard_tolerance, relative_error
 from .prefill import Batch, native_forward
+from .steering import hook_site, hooking, refusing
 
-# Largest relative difference between results that are the same but for rounding.
-_TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 3e-2,
-}
-_TOKENS = 16
 # Of logits that the head is tried with: large enough for a soft-cap to show.
 _LOGITS = 20.0
 
@@ -31,8 +25,8 @@ _checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.W
 def check_model(structure: Structure, batch: Batch) -> None:
     """Raise unless earlier tokens do not see later ones and the head is what its config says.
 
-    One forward pass of two short prompts, the first time a model is attributed in a dtype and with
-    an attention implementation.
+    One forward pass of two prompts, the first time a model is attributed in a dtype and with an
+    attention implementation: they are the short one that engines are tried with, and another.
 
     Raises:
         UnsupportedModelError: naming what does not hold.
@@ -43,22 +37,21 @@ def check_model(structure: Structure, batch: Batch) -> None:
     if tried in _checked.setdefault(model, set()):
         return
     tokens = batch.input_ids[0, : int(batch.lengths[0])]
-    tokens = tokens.repeat(-(-_TOKENS // len(tokens)))[-_TOKENS:]
     other = tokens[tokens != tokens[-1]]
     changed = tokens.clone()
     changed[-1] = other[0] if len(other) else (tokens[-1] + 1) % structure.vocab_size
     input_ids = torch.stack([tokens, changed])
-    lengths = torch.full((2,), _TOKENS, device=input_ids.device)
+    lengths = torch.full((2,), len(tokens), device=input_ids.device)
     hidden = _large_hidden(head.weight)
 
     def put_hidden() -> Iterator[RemovableHandle]:
         yield model.get_output_embeddings().register_forward_pre_hook(
-            lambda _module, _args: (hidden.expand(2, _TOKENS, -1),)
+            lambda _module, _args: (hidden.expand(2, len(tokens), -1),)
         )
 
     batch = Batch([], input_ids, lengths)
     logits, prefix = native_forward(structure, input_ids, batch, put_hidden())
-    tolerance = _TOLERANCE[head.weight.dtype]
+    tolerance = TOLERANCE[head.weight.dtype]
     name = type(model).__name__
     for layer, (keys, values) in prefix.items():
         if max(_difference(x[0, :, :-1], x[1, :, :-1]) for x in (keys, values)) > tolerance:
@@ -73,6 +66,37 @@ def check_model(structure: Structure, batch: Batch) -> None:
             "as its config says."
         )
     _checked[model].add(tried)
+
+
+def check_sums(structure: Structure, input_ids: Tensor) -> None:
+    """Raise unless a layer with several blocks adds up what they give, and does no more with it.
+
+    Two forward passes of a prompt ``[1, T]``: the model's own, and one where the last block gives
+    the sum and the others zero.
+
+    Raises:
+        UnsupportedModelError: if the logits differ: a node is a coordinate of the sum.
+    """
+    several = [ffn for ffn in structure.present().values() if len(ffn.nodes) > 1]
+    if not several:
+        return
+
+    def logits(handles: Iterable[RemovableHandle]) -> Tensor:
+        with hooking(handles), refusing(structure, "its forward pass over the prompt"):
+            last: Tensor = structure.run(input_ids=input_ids, use_cache=False).logits[:, -1]
+        return last
+
+    own = logits([])
+    moved = (hook for ffn in several for hook in hook_site(ffn, "down_proj", lambda x: x))
+    error = relative_error(logits(moved), own)
+    tolerance = guard_tolerance(own.dtype, embedding_weight(structure.causal_lm).dtype)
+    if error > tolerance:
+        kinds = " and ".join(type(node).__name__ for node in several[0].nodes)
+        raise UnsupportedModelError(
+            f"{type(structure.causal_lm).__name__} does more than add up what {kinds} of a layer "
+            f"give (moving the sum changes the logits: relative error {error:.2g}, allowed "
+            f"{tolerance:.0e}); a node is a coordinate of their plain sum."
+        )
 
 
 def _large_hidden(weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
+from ..placement import memory_is_full
 from ..sharding import settle
 from ..structure import FFN, Structure, evaluating
 
@@ -220,11 +221,11 @@ def refusing(structure: Structure, what: str) -> Iterator[None]:
 
     Raises:
         UnsupportedModelError: for what wrong shapes, types and missing parts raise; being out of
-            memory is no reason.
+            memory, in whoever's words, is no reason.
     """
     try:
         yield
-    except (UnsupportedModelError, torch.OutOfMemoryError):
+    except UnsupportedModelError:
         raise
     except (
         AssertionError,
@@ -235,6 +236,8 @@ def refusing(structure: Structure, what: str) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
+        if memory_is_full(error):
+            raise
         settle(structure.given, failed=True)
         summary = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UnsupportedModelError(

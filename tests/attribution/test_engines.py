@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,19 +14,21 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import loki_kernels as loki
-from loki_kernels.attribution import copies, integration
+from loki_kernels.attribution import copies, integration, staircase
 from loki_kernels.attribution.reference import attribute_reference
 from tests.architectures import (
     deepseek,
     falcon,
     falcon_h1,
     gemma4,
+    gemma4_moe,
     glm_moe,
     gpt2,
     granite_moe_hybrid,
     lfm2,
     llava,
     mixtral,
+    nemotron_latent,
     paligemma,
     qwen_vl,
 )
@@ -42,11 +45,14 @@ ENGINES = {
     lfm2: "decode",
     falcon_h1: "decode",
     granite_moe_hybrid: "decode",
+    nemotron_latent: "decode",
 }
 
 
-def assert_exact(model, result, tolerance=1e-4, **options):
-    for scores, prompt in zip(result.scores, PROMPTS, strict=True):
+def assert_exact(model, result, tolerance=1e-4, prompts=PROMPTS, **options):
+    without = result.run.get("without_ffn", [])
+    present = [layer for layer in range(result.scores.shape[1]) if layer not in without]
+    for scores, prompt in zip(result.scores[:, present], prompts, strict=True):
         want = attribute_reference(model, torch.tensor(prompt["input_ids"]), **options)
         error = (scores - want).norm(dim=-1) / want.norm(dim=-1)
         assert error.max() <= tolerance
@@ -145,6 +151,115 @@ def test_a_mixer_that_drops_the_gradient_is_noticed():
     attention.register_forward_hook(lambda _m, _a, output: (output[0].detach(), *output[1:]))
     with pytest.raises(loki.UnsupportedModelError, match="gives no gradient"):
         loki.attribute(model, PROMPTS, engine="decode")
+
+
+def loud(dtype):
+    """A convolution that counts: of random weights it is a tenth of what goes past it."""
+    model = lfm2()
+    with torch.no_grad():
+        model.model.layers[1].conv.out_proj.weight.mul_(4)
+    return model.to(dtype)
+
+
+def gate_alone(model):
+    """Of lfm2's convolution one token has the gradient of its gate alone, as a fused kernel's."""
+
+    def drop(_module, _args, output):
+        if output.shape[1] > 1:
+            return output
+        before, gate, inner = output.chunk(3, dim=-1)
+        return torch.cat([before.detach(), gate, inner.detach()], dim=-1)
+
+    model.model.layers[1].conv.in_proj.register_forward_hook(drop)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_mixer_that_drops_a_part_of_the_gradient_is_noticed(dtype):
+    model = gate_alone(loud(dtype))
+    for engine in (None, "decode"):
+        with pytest.raises(loki.UnsupportedModelError, match=r"fused kernel .*uninstall it"):
+            loki.attribute(model, PROMPTS, engine=engine)
+    got = loki.attribute(model, PROMPTS[:1], engine="reforward")
+    want = loki.attribute(loud(dtype), PROMPTS[:1], engine="reforward")
+    assert torch.equal(got.scores, want.scores)
+
+
+def test_where_whole_prompts_are_refused_the_gradient_is_not_compared(monkeypatch):
+    """Then nothing says what it should be."""
+    run = copies.Copies.attribute
+
+    def refuse(engine, batch):
+        if engine.name == "reforward":
+            raise loki.UnsupportedModelError("no whole prompts")
+        return run(engine, batch)
+
+    monkeypatch.setattr(copies.Copies, "attribute", refuse)
+    assert loki.attribute(lfm2(), PROMPTS).run["engine"] == "decode"
+
+
+def test_blocks_that_a_layer_does_not_just_add_up_are_refused():
+    """The sum's place in the model is none, and no engine helps."""
+    model = gemma4_moe()
+    before = snapshot(model)
+    for engine in (None, "decode", "reforward"):
+        with pytest.raises(loki.UnsupportedModelError, match="more than add up") as raised:
+            loki.attribute(model, PROMPTS, engine=engine)
+        assert "hundred times" not in str(raised.value)
+    with pytest.raises(loki.UnsupportedModelError, match="more than add up"):
+        loki.mean_activations(model, PROMPTS)
+    assert_unchanged(model, before)
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """The staircase refuses batches with token 42, as bfloat16 may a mixture's."""
+    tried, own = [], staircase.Staircase._guard
+
+    def guard(self, *args):
+        ids = self.batch.input_ids
+        tried.append(len(ids))
+        if (ids == 42).any():
+            raise loki.UnsupportedModelError("rounding has routed a token elsewhere")
+        own(self, *args)
+
+    monkeypatch.setattr(staircase.Staircase, "_guard", guard)
+    return tried
+
+
+def test_a_prompt_that_the_staircase_refuses_takes_decode(refused, caplog):
+    caplog.set_level("INFO")
+    model = build_model()
+    odd = {"input_ids": [42, 43, 44]}
+    got = loki.attribute(model, [*PROMPTS, odd], batch_size=4)
+    assert refused[1:] == [4, 2, 1, 1, 2]
+    assert got.run["engine"] == "staircase"
+    assert "prompt 3 is attributed by the decode engine (rounding has" in caplog.text
+    assert caplog.text.count("by the decode engine") == 1
+    assert_exact(model, got, prompts=[*PROMPTS, odd])
+    with pytest.raises(loki.UnsupportedModelError, match="rounding"):
+        loki.attribute(model, [*PROMPTS, odd], engine="staircase")
+    with pytest.raises(loki.UnsupportedModelError, match="rounding"):
+        loki.attribute(model, [*PROMPTS, odd], definition="captum")  # which decode cannot compute
+
+
+def test_an_image_may_come_after_the_staircase_is_chosen(monkeypatch):
+    """As in the second window of a stream; and an answer of several tokens."""
+    module = sys.modules[loki.attribute.__module__]
+    monkeypatch.setattr(module, "WINDOW", 2)
+    model, image = llava(), with_image(llava)
+    want = loki.attribute(model, [image]).scores[0]
+    got = loki.attribute(model, iter([*PROMPTS[:2], PROMPTS[0], image]))
+    assert got.run["engine"] == "staircase"
+    torch.testing.assert_close(got.scores[3], want)
+    torch.testing.assert_close(got.scores[2], got.scores[0])
+    model = build_model()
+    answers = [[3], [4], [5], [6, 7]]
+    prompts = [*PROMPTS[:2], *PROMPTS[:2]]
+    got = loki.attribute(model, iter(prompts), target=answers)
+    assert got.run["engine"] == "staircase"
+    want = loki.attribute(model, prompts, target=answers, engine="decode")
+    assert torch.allclose(got.scores, want.scores, rtol=1e-4, atol=1e-6)
 
 
 def test_layers_without_an_ffn_have_no_rows():

@@ -10,12 +10,12 @@ import torch
 
 import loki_kernels as loki
 from loki_kernels import placement
-from loki_kernels.attribution import fitting, job, plan
+from loki_kernels.attribution import copies, fitting, job, plan
 from loki_kernels.attribution.fitting import Fitting
 from loki_kernels.attribution.plan import PlannedBatch
 from loki_kernels.attribution.prompts import Tokens
 from loki_kernels.discovery import find_structure
-from tests.architectures import mixtral
+from tests.architectures import lfm2, mixtral
 from tests.models import build_model
 
 PROMPTS = [{"input_ids": [*range(1, 2 + n)]} for n in (3, 7, 5, 4, 6, 2, 8)]
@@ -56,15 +56,49 @@ def test_what_does_not_fit_is_halved_with_the_same_result(keep, room, caplog):
         torch.testing.assert_close(getattr(got, name), getattr(want, name))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "Triton Error [CUDA]: out of memory",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
-        "shapes do not fit",
-    ],
-)
-def test_full_memory_in_the_words_of_other_libraries(words, room, monkeypatch):
+WORDS = [
+    "Triton Error [CUDA]: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+]
+
+
+def full_above(model, rows, words):
+    """A model whose first FFN has no room for more samples or copies than so many."""
+    tried = []
+
+    def crowded(_module, args):
+        tried.append(len(args[0]))
+        if len(args[0]) > rows:
+            raise RuntimeError(words)
+
+    model.model.layers[0].mlp.register_forward_pre_hook(crowded)
+    return tried
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_full_memory_in_the_words_of_other_libraries(words, room, caplog):
+    """Raised by the model's own code, where other errors are a reason to refuse the model."""
+    want = loki.attribute(build_model(device="cpu"), PROMPTS[:4], batch_size=4)
+    room["tried"].clear()
+    model = build_model(device="cpu")
+    full_above(model, 2, words)
+    got = loki.attribute(model, PROMPTS[:4], batch_size=4)
+    assert [prompts for prompts, _ in room["tried"]] == [4, 2, 2]
+    assert words in caplog.text
+    assert got.run["engine"] == "staircase"
+    torch.testing.assert_close(got.scores, want.scores)
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_full_memory_chooses_no_other_engine(words):
+    model = build_model(device="cpu")
+    full_above(model, 1, words)  # the head is tried with two prompts
+    with pytest.raises(RuntimeError, match=r"memory|ALLOC"):
+        loki.attribute(model, PROMPTS[:1])
+
+
+def test_another_error_is_not_halved(room, monkeypatch):
     room["tokens"] = 13
     crowded = job.attribute_batch
 
@@ -72,15 +106,38 @@ def test_full_memory_in_the_words_of_other_libraries(words, room, monkeypatch):
         try:
             return crowded(engine, batch)
         except torch.OutOfMemoryError:
-            raise RuntimeError(words) from None
+            raise RuntimeError("shapes do not fit") from None
 
     monkeypatch.setattr(job, "attribute_batch", other)
-    if "shapes" in words:
-        with pytest.raises(RuntimeError, match="do not fit"):
-            loki.attribute(build_model(device="cpu"), PROMPTS[:4], batch_size=4)
-    else:
+    with pytest.raises(RuntimeError, match="do not fit"):
         loki.attribute(build_model(device="cpu"), PROMPTS[:4], batch_size=4)
-        assert (1, 8) in room["tried"]
+
+
+@pytest.mark.parametrize("engine", ["decode", "reforward"])
+def test_copies_that_do_not_fit_are_fewer_layers_at_a_time(engine, caplog):
+    """Of 3 layers of 7 points; so many of one layer do fit."""
+    model = build_model(device="cpu")
+    prompts = PROMPTS[1:2] * 2
+    want = loki.attribute(model, prompts, engine=engine)
+    tried = full_above(model, 8, WORDS[0])
+    got = loki.attribute(model, prompts, engine=engine)
+    assert [rows for rows in tried if rows > 4] == [22, 8, 8, 8, 8, 8, 8]
+    assert caplog.text.count("do not fit") == 1
+    torch.testing.assert_close(got.scores, want.scores)
+    full_above(model, 7, WORDS[0])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loki.attribute(model, prompts, engine=engine)
+
+
+def test_states_that_are_written_in_place_count_four_times():
+    """A copy's own, and three that the backward pass keeps. Of lfm2 two layers attend."""
+    model = lfm2()
+    config, ids = model.config, torch.arange(1, 8)[None]
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    keys = ids.shape[1] * config.num_key_value_heads * (config.hidden_size // 4)
+    window = config.hidden_size * config.conv_L_cache
+    assert copies._size(cache) == 4 * (2 * 2 * keys + 4 * window)
 
 
 def test_what_did_not_fit_is_not_tried_again(room):

@@ -352,6 +352,25 @@ def test_two_processes_do_not_write_one_file(model, out, attributed, monkeypatch
     attribute(model, PROMPTS, out=out, **OPTIONS)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="flock is of Unix")
+@pytest.mark.parametrize("code", ["ENOSYS", "EOPNOTSUPP", "ENOLCK", "EIO"])
+def test_a_file_system_without_locks(code, model, out, monkeypatch, caplog):
+    """As some of NFS, Lustre and FUSE are; another error is one."""
+
+    def flock(*_):
+        raise OSError(getattr(errno, code), "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    if code == "EIO":
+        with pytest.raises(OSError, match="no locks"):
+            loki.attribute(model, PROMPTS, out=out, **OPTIONS)
+        return
+    got = loki.attribute(model, PROMPTS, out=out, **OPTIONS)
+    assert_same(got, loki.attribute(model, PROMPTS, **OPTIONS))
+    assert caplog.text.count("is not locked") == 1
+    assert list(out.parent.iterdir()) == [out]
+
+
 def test_another_machine_goes_on_with_the_same_batches_and_is_named(
     model, out, monkeypatch, caplog, attributed
 ):

@@ -14,7 +14,10 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+    offload_wrapper,
+)
 from transformers import AutoModelForCausalLM
 
 import loki_kernels as loki
@@ -889,14 +892,16 @@ def test_an_interrupted_step_is_none(model):
         loki.limit_drift(handle, 0.1, texts)
 
 
-def test_checkpoint_wrappers_around_the_layers(model, tmp_path):
-    """What accelerate's ``activation_checkpointing`` does to a model that is patched."""
+@pytest.mark.parametrize("offload", [False, True])
+def test_checkpoint_wrappers_around_the_layers(offload, model, tmp_path):
+    """What accelerate's ``activation_checkpointing`` and its ``_offload`` do to a patched model."""
     names = [name for name, _ in model.named_parameters()]
     handle = loki.patch(model, ROWS, modules_to_save=["layers.2.input_layernorm"])
     train(model)
     want = logits(model)
     for i, layer in enumerate(model.model.layers):
-        model.model.layers[i] = checkpoint_wrapper(layer)
+        wrapped = checkpoint_wrapper(layer)
+        model.model.layers[i] = offload_wrapper(wrapped) if offload else wrapped
     assert [name for name, _ in handle.merged_parameters()] == names
     model.load_state_dict(dict(handle.merged_parameters()), strict=False)
     loki.save_adapter(model, tmp_path / "adapter")
