@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,6 @@ class LokiRows(nn.Module):
         protected: how many there are, of one expert at most.
     """
 
-    index: Tensor
     base_rows: Tensor
     directions: Tensor | None
     protected: int
@@ -88,7 +87,8 @@ class LokiRows(nn.Module):
             )
         index = sorted_index(rows, full_shape(weight)[axis]).to(weight.device)
         weight.requires_grad_(False)
-        self.register_buffer("index", index)
+        self._numbers, self._index = index.cpu(), index
+        self._buffers["index"] = index.clone()
         base = take_rows(full_values(weight), index, axis).contiguous()
         self.register_buffer("base_rows", base, persistent=False)
         held = None if directions is None else padded(directions.to(weight.device, weight.dtype))
@@ -108,6 +108,22 @@ class LokiRows(nn.Module):
         return cast(nn.Parameter, self._parameters[self.parameter])
 
     @property
+    def index(self) -> Tensor:
+        """int64 ``[k]``, sorted, where ``base_rows`` lie.
+
+        The buffer of this name stands for it in a state dict alone, as the digest's does: torch's
+        AveragedModel averages buffers, by which row 7 becomes row 6.
+        """
+        if self._index.device != self.base_rows.device:
+            self._index = self._numbers.to(self.base_rows.device)
+        return self._index
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._index = self.index  # moved now, since torch.compile would trace it
+        return self
+
+    @property
     def can_write(self) -> bool:
         """Whether the rows can be written into the weight before a product."""
         return self.rank is None
@@ -122,6 +138,9 @@ class LokiRows(nn.Module):
         self.protection = protection
         digest = digest_of(protection.fingerprint)
         self.register_buffer(_DIGEST, digest.to(self.base_rows.device))
+
+    def _digest(self) -> Tensor | None:
+        return None if self.protection is None else digest_of(self.protection.fingerprint)
 
     def check_loaded(self, *, to_train: bool = False) -> None:
         """Raise RuntimeError if what was loaded last is not enough to be used, or to train from."""
@@ -240,11 +259,11 @@ class LokiRows(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in (prefix + part for part in BESIDE):
-            if name in destination:
+        for part, own in {"index": self.index, _DIGEST: self._digest()}.items():
+            if own is not None:
                 # Copies: torch's distributed checkpoints are read into the tensors of a state dict,
                 # and what was read is then compared with the model's own.
-                destination[name] = destination[name].clone()
+                destination[prefix + part] = own.to(self.base_rows.device, copy=True)
         if is_partitioned(self.frozen):  # DeepSpeed keeps every parameter's parts by itself
             return
         weight = self.merged_weight()
@@ -344,7 +363,7 @@ class LokiRows(nn.Module):
         index = state_dict.get(prefix + "index")
         if index is not None and not torch.equal(index.cpu(), self.index.cpu()):
             return "the rows that were trained are others than this model's; patch it with those."
-        digests = state_dict.get(prefix + _DIGEST), self._buffers.get(_DIGEST)
+        digests = state_dict.get(prefix + _DIGEST), self._digest()
         saved, own = (None if digest is None else digest.tolist() for digest in digests)
         if index is not None and saved != own:
             return _OTHER

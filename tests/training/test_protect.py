@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 import loki_kernels as loki
@@ -715,3 +716,28 @@ def test_gentle_rows_of_another_run_are_not_projected_in_16_bits(protection):
     protected.load_state_dict(merged, strict=False)
     with torch.no_grad(), pytest.raises(RuntimeError, match="not the update itself"):
         protected(input_ids=token_batch())
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("protected", [False, True])
+def test_an_average_is_of_the_same_rows(protected, use_buffers, protection):
+    """torch averages integer buffers too, and rounds down what comes out."""
+    protect = protection if protected else None
+    model = build_model()
+    loki.patch(model, ROWS, protect=protect)
+    average = get_ema_multi_avg_fn(0.9)
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=use_buffers)
+    want = {}
+    for _ in range(4):
+        train(model, 1)
+        averaged.update_parameters(model)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                want[name] = 0.9 * want.get(name, p.detach()) + 0.1 * p.detach()
+    again = build_model()
+    loki.patch(again, ROWS, protect=protect)
+    again.load_state_dict(averaged.module.state_dict())  # it compares rows and protections
+    for name, parameter in again.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.detach(), want[name], msg=name)
+    torch.testing.assert_close(logits(averaged.module), logits(again))
