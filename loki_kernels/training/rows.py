@@ -22,6 +22,7 @@ from .arithmetic import (
     updated_rows,
     write_into,
 )
+from .refusals import MERGED_ALONE, OTHER, OTHER_ROWS, PASSED_OVER
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")
@@ -62,6 +63,7 @@ class LokiRows(nn.Module):
     held = False  # whether they stay as they are, inside `Patch.inference`
     in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
     written = False  # whether the weight may hold an update
+    lent = False  # whether it may until the next pass, in a state dict that is read before
     merged_alone: Tensor | None = None  # rows of a merged weight that was loaded without its update
     loaded_alone = False  # the same, also where these rows are what the update gives
     misfits = False  # whether what acts is not those rows, so that not even evaluating makes sense
@@ -136,7 +138,7 @@ class LokiRows(nn.Module):
     def protect(self, protection: Protection) -> None:
         """Note what the directions are a part of, which a state dict tells apart from another."""
         self.protection = protection
-        digest = digest_of(protection.fingerprint)
+        digest = cast(Tensor, self._digest())
         self.register_buffer(_DIGEST, digest.to(self.base_rows.device))
 
     def _digest(self) -> Tensor | None:
@@ -145,9 +147,9 @@ class LokiRows(nn.Module):
     def check_loaded(self, *, to_train: bool = False) -> None:
         """Raise RuntimeError if what was loaded last is not enough to be used, or to train from."""
         if self.passed_over:
-            raise RuntimeError(_PASSED_OVER)
+            raise RuntimeError(PASSED_OVER)
         if self.misfits or (to_train and self.merged_alone is not None):
-            raise explained(RuntimeError(_MERGED_ALONE))
+            raise explained(RuntimeError(MERGED_ALONE))
 
     def check_forward(self) -> None:
         """Raise RuntimeError if what was loaded last is not enough for a forward pass."""
@@ -163,7 +165,8 @@ class LokiRows(nn.Module):
             return self.delta_a, self.delta_b, self.directions
         if self.written:
             update = leave_out(self.update, self.directions)
-            return update + (self.base_rows.to(update) - self._weight_rows()), None, None
+            held = self.take_rows(self.frozen.detach()).to(update)
+            return update + (self.base_rows.to(update) - held), None, None
         return self.update, None, self.directions
 
     def _written_update(self) -> Tensor:
@@ -201,9 +204,6 @@ class LokiRows(nn.Module):
         """Whether the update is one that was read, and not trained since."""
         return self._read_version == self.trained_parameters()[-1][1]._version
 
-    def _weight_rows(self) -> Tensor:
-        return take_rows(self.frozen.detach(), self.index, self.axis).to(self.update.dtype)
-
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of ``update``, or of ``delta_a`` and ``delta_b``."""
         return [(name, p) for name, p in self.named_parameters(recurse=False) if name in TRAINED]
@@ -218,14 +218,17 @@ class LokiRows(nn.Module):
         return updated_rows(self.base_rows, *self.formed_update().values())
 
     def merged_weight(self) -> Tensor:
-        """The weight as trained so far, sharded if it is."""
+        """The weight as trained so far, sharded if it is; a copy where it will hold the base."""
         self.check_loaded()
         if self.rank is None and not is_sharded(self.frozen):
             # of a model that was just patched there is nothing to write, nor a protected update to
             # form: accelerate asks for its state dict on the CPU before it shards it
-            if self.written or self.update.is_meta or bool(self.update.any()):
+            moved = self.written or self.update.is_meta or bool(self.update.any())
+            in_place = self.can_write or self.lent
+            if moved and in_place:
                 write_rows([self])
-            return self.frozen.detach()
+            if in_place or not moved:
+                return self.frozen.detach()
         return shard_like(self.put_rows(full_values(self.frozen), self.merged_rows()), self.frozen)
 
     def take_rows(self, weight: Tensor) -> Tensor:
@@ -267,7 +270,7 @@ class LokiRows(nn.Module):
         if is_partitioned(self.frozen):  # DeepSpeed keeps every parameter's parts by itself
             return
         weight = self.merged_weight()
-        if self.rank is not None or is_sharded(self.frozen):
+        if not self.can_write or is_sharded(self.frozen):
             destination[prefix + self.parameter] = weight
 
     def _load_from_state_dict(
@@ -309,12 +312,12 @@ class LokiRows(nn.Module):
                 # would hide a gentle one; what rounding itself moves is a tenth of it.
                 within = 1.0 if rows.element_size() > 2 else 0.25
                 self.misfits = not same_rows(rows, self._updated_rows(), within=within)
-            if self.rank is None and not isinstance(self.frozen, DTensor):
+            if self.can_write and not isinstance(self.frozen, DTensor):
                 self.written = True
                 return
             # In the delta form what the weight holds is the base.
             restored = self.put_rows(merged, self.base_rows)
-            if local_metadata.get("assign_to_params_buffers") and self.rank is not None:
+            if local_metadata.get("assign_to_params_buffers") and not self.can_write:
                 # else the caller's state dict would change
                 setattr(self, self.parameter, nn.Parameter(self.frozen.detach().clone(), False))
             self.frozen.data.copy_(shard_like(restored, self.frozen))
@@ -362,11 +365,11 @@ class LokiRows(nn.Module):
         """Why an update that was saved is none of this layer's rows, or of other base rows."""
         index = state_dict.get(prefix + "index")
         if index is not None and not torch.equal(index.cpu(), self.index.cpu()):
-            return "the rows that were trained are others than this model's; patch it with those."
+            return OTHER_ROWS
         digests = state_dict.get(prefix + _DIGEST), self._digest()
         saved, own = (None if digest is None else digest.tolist() for digest in digests)
         if index is not None and saved != own:
-            return _OTHER
+            return OTHER
         weight = state_dict.get(prefix + self.parameter)
         names = [prefix + name for name, _ in self.trained_parameters()]
         if weight is None or is_partitioned(self.frozen) or not state_dict.keys() >= set(names):
@@ -385,28 +388,7 @@ class LokiRows(nn.Module):
                 for (name, _), factor in zip(self.trained_parameters(), factors, strict=True)
             }
         )
-        return None if same_rows(rows, updated_rows(self.base_rows, *whole.values())) else _OTHER
-
-
-_OTHER = (
-    "the update that was saved is of other base weights, or of another protection; patch the model "
-    "it was trained on, not a merged one, with the same protect=."
-)
-_READ_IT = (
-    "Read the update beside the checkpoint: with handle.trainer_callback() for HF Trainer, "
-    "loki_kernels.patch(model, rows=<checkpoint folder>), or "
-    "handle.load_state(<checkpoint folder>)."
-)
-_PASSED_OVER = (
-    "a state dict of this model's layers was loaded that has nothing of these rows under their "
-    "names in memory, as the files of save_pretrained have not where a family's names differ "
-    f"(experts one by one), so the update is not that of the other weights. {_READ_IT}"
-)
-_MERGED_ALONE = (
-    "the weights that were loaded hold trained rows merged into them and not the update itself, so "
-    f"training would go on from a rounding. {_READ_IT} To start anew from these weights, merge and "
-    "patch."
-)
+        return None if same_rows(rows, updated_rows(self.base_rows, *whole.values())) else OTHER
 
 
 # What another device's products may move the rows that one update gives, in roundings of theirs.
