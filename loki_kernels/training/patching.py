@@ -313,7 +313,7 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
         return "low-rank rows need the product itself"
     if is_sharded(down_proj.weight):
         return "its weights are sharded"
-    return find_gating(down_proj)
+    return find_gating(down_proj, to_train=True)
 
 
 def _load(handle: Patch, saved: SavedUpdate) -> None:
