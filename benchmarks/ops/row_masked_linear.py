@@ -48,7 +48,7 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
         k = rows_per_layer(quota, out_features)
         rows = torch.randperm(out_features)[:k].sort().values.to(DEVICE)
         layers = {name: peer(linear, rows) for name, peer in PEERS.items()}
-        layers["ours"] = LokiLinear.from_linear(linear, rows)
+        layers["ours"] = LokiLinear(linear, rows)
         x = torch.randn(tokens, in_features, device=DEVICE, dtype=DTYPE, requires_grad=True)
         gradient = torch.randn(tokens, out_features, device=DEVICE, dtype=DTYPE)
         _check(layers, x, gradient, rows)

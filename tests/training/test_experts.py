@@ -505,7 +505,7 @@ def test_other_linear_layers(family, rank, tmp_path):
 def test_conv1d_has_the_gradient_of_its_columns():
     torch.manual_seed(0)
     linear = Conv1D(9, 7)
-    layer = loki.LokiLinear.from_linear(copy.deepcopy(linear), [8, 2])
+    layer = loki.LokiLinear(copy.deepcopy(linear), [8, 2])
     layer.update.data.normal_()
     x, upstream = torch.randn(2, 5, 7), torch.randn(2, 5, 9)
     with torch.no_grad():

@@ -63,7 +63,7 @@ def layer_with(directions, rank=None, dtype=torch.float64, rows=(1, 4), seed=0):
         linear.weight.copy_(torch.randn(6, 11, generator=generator))
         linear.bias.copy_(torch.randn(6, generator=generator))
     torch.manual_seed(seed)
-    layer = LokiLinear.from_linear(to_device(linear), list(rows), rank, directions)
+    layer = LokiLinear(to_device(linear), list(rows), rank, directions)
     for _, parameter in layer.trained_parameters():
         torch.nn.init.normal_(parameter)
     return layer
@@ -293,7 +293,7 @@ def test_what_is_no_protection_of_the_model_is_refused(protection, tmp_path):
     with pytest.raises(FileNotFoundError):
         loki.patch(wide, ROWS, protect=tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="directions must be"):
-        LokiLinear.from_linear(torch.nn.Linear(4, 3), [0], directions=torch.eye(3))
+        LokiLinear(torch.nn.Linear(4, 3), [0], directions=torch.eye(3))
 
 
 def test_accumulation_autocast_and_checkpointing_train_it(protection):
