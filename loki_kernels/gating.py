@@ -40,11 +40,12 @@ class Gating:
         return (first, second) if self.gate_first else (second, first)
 
 
-def find_gating(down_proj: DownProjection) -> Gating | str:
+def find_gating(down_proj: DownProjection, *, to_train: bool = False) -> Gating | str:
     """How the MLP around a down-projection is gated, or why it cannot be fused.
 
     The linears and the activation are found by structure and known by what they compute: the
-    activation by its values, which linear is the gate by the MLP's output on random input.
+    activation by its values, which linear is the gate by the MLP's output on random input; that is
+    compared in training mode too where the MLP is to be trained.
     """
     mlp = down_proj.parent
     # linears of any library, with the features and the weight of torch's
@@ -80,8 +81,7 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
     entering: list[Tensor] = []
     hook = down.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
     try:
-        with torch.no_grad():
-            leaving = mlp(x)
+        leaving = _output(mlp, x, training=False)
     finally:
         hook.remove()
     with torch.no_grad():
@@ -93,8 +93,24 @@ def find_gating(down_proj: DownProjection) -> Gating | str:
                 and _equal(product, entering[0])
                 and _equal(down(product), leaving)
             ):
+                if to_train and not _equal(_output(mlp, x, training=True), leaving):
+                    return "it computes something else in training mode, as dropout does"
                 return gating
     return unknown
+
+
+@torch.no_grad()
+def _output(mlp: nn.Module, x: Tensor, *, training: bool) -> Tensor:
+    """Of a mode of the MLP alone, by which its forward pass may call a function such as dropout."""
+    on_cuda = [x.device] if x.device.type == "cuda" else []
+    before = mlp.training
+    try:
+        mlp.training = training
+        with torch.random.fork_rng(on_cuda):
+            output: Tensor = mlp(x)
+    finally:
+        mlp.training = before
+    return output
 
 
 def _equal(got: Tensor, want: Tensor) -> bool:

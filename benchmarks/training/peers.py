@@ -56,7 +56,7 @@ class FullLinear(nn.Module):
 
 def delta_form(linear: nn.Linear, rows: Tensor) -> nn.Module:
     """Our own layer as it computes where the weight is not written: sharded, and with PEFT."""
-    layer = LokiLinear.from_linear(copy.deepcopy(linear), rows)
+    layer = LokiLinear(copy.deepcopy(linear), rows)
     layer.sharded = True
     return layer
 

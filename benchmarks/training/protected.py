@@ -35,8 +35,8 @@ def run(tokens: Sequence[int], quotas: Sequence[float], rounds: int) -> Iterator
             rows = torch.arange(rows_per_layer(quota, OUT), device=DEVICE)
             directions = torch.linalg.qr(torch.randn(IN, PROTECTED))[0].to(DEVICE)
             layers = {
-                "ours": LokiLinear.from_linear(linear, rows, directions=directions),
-                "unprotected": LokiLinear.from_linear(linear, rows),
+                "ours": LokiLinear(linear, rows, directions=directions),
+                "unprotected": LokiLinear(linear, rows),
                 "full": FullLinear(linear, rows),
             }
             x = torch.randn(count, IN, device=DEVICE, dtype=DTYPE, requires_grad=True)

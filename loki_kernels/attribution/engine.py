@@ -134,7 +134,7 @@ def choose_engine(
         try:
             _refuse_early(engine, structure, integral)
             attribute_batch(engine, probe)
-            if engine.name == "decode":
+            if isinstance(engine, Copies) and engine.cached:
                 _check_gradient(engine, text)
         except UnsupportedModelError as error:
             reasons.append(f"{engine.name}: {error}")
@@ -209,9 +209,7 @@ def _check_gradient(engine: Copies, text: Batch) -> None:
     round the logits. Where whole prompts are refused, there is nothing to compare with.
     """
     structure, one = engine.structure, torch.ones(1, dtype=torch.float64)
-    definition = Definition(
-        objective="logit", multiply=False, site=engine.integral.definition.site
-    )
+    definition = Definition(objective="logit", multiply=False, site=engine.integral.definition.site)
     gradient = replace(engine, integral=PathIntegral(definition, one, one))
     try:
         (got,) = gradient.attribute(text).scores

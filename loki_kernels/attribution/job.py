@@ -211,7 +211,6 @@ class Job:
             _check_rankable(scores, planned.members)
         return scores
 
-
     def _decode(self, planned: PlannedBatch, refused: UnsupportedModelError) -> Scores:
         """Of one prompt that the staircase, which others take, has refused.
 

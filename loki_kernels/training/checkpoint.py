@@ -49,7 +49,7 @@ class SavePretrained:
             state_dict = full_state_dict(self.model)
             is_main_process = is_main_process and is_first()
         elif state_dict is None:
-            state_dict = self.model.state_dict()
+            state_dict = self._lent_state_dict()
         whole = {n: state_dict[n] for n in trained_whole(self.model) if n in state_dict}
         others = adapter_file.other_tensors(whole)
         lacks = self._lacks_sharded(state_dict)
@@ -75,6 +75,20 @@ class SavePretrained:
                 state_dict=state_dict,
                 **kwargs,
             )
+
+    def _lent_state_dict(self) -> dict[str, Tensor]:
+        """The model's, of which nothing is copied since it is saved at once.
+
+        Experts' weights as trained would take 19 GB more of Qwen3-30B-A3B, by count.
+        """
+        for layer in self.layers.values():
+            layer.lent = True
+        try:
+            state_dict: dict[str, Tensor] = self.model.state_dict()
+        finally:
+            for layer in self.layers.values():
+                layer.lent = False
+        return state_dict
 
     @contextmanager
     def _uploading_the_side_file(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""`Patch`: the handle on a patched model, and the report of what was done to it."""
+"""`Patch`: the handle on a patched model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..memory import TrainingMemory
 from ..protection import Protection
 from ..selection import RowSelection
 from ..sharding import (
@@ -29,61 +28,13 @@ from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import Layers, SavedUpdate
 from .arithmetic import write_into
+from .report import Report
 from .rows import TRAINED, LokiRows, check_known
 from .targets import parameters_of, trained_whole, why_other_modules
 from .writer import RowWriter
 
 if TYPE_CHECKING:
     from .trainer import SideFileCallback
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `patch` did.
-
-    Attributes:
-        patched: layer name -> number of trained rows.
-        skipped: layer name -> why it was left alone.
-        fused: MLP name -> activation of those that recompute their activation product.
-        not_fused: MLP name -> why not, of the others, if ``fuse_mlp`` was asked for.
-        whole: module name -> dtype of those that are trained whole beside the rows.
-        notes: what else a user should know.
-        protected: how many directions of its inputs a layer's update leaves alone, at most.
-        memory: what training the rows takes beside the model and its activations, with AdamW.
-        trainable: trained parameters.
-        total: parameters of the model, the trained rows counted once.
-    """
-
-    patched: dict[str, int]
-    skipped: dict[str, str]
-    fused: dict[str, str]
-    not_fused: dict[str, str]
-    whole: dict[str, str]
-    notes: list[str]
-    protected: int
-    memory: TrainingMemory
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable / self.total
-        lines = [
-            f"{len(self.patched)} down-projections patched, {self.trainable:,} of {self.total:,} "
-            f"parameters trained ({share:.2f} %)"
-        ]
-        if self.protected:
-            lines.append(f"updates leave alone up to {self.protected} directions of the inputs")
-        beside = "beside the model and its activations, with AdamW"
-        lines.append(f"the rows take {self.memory} {beside}")
-        lines += [f"{name} is trained whole, in {dtype}" for name, dtype in self.whole.items()]
-        lines += self.notes
-        lines += [f"skipped {name}: {why}" for name, why in self.skipped.items()]
-        if self.fused:
-            lines.append(
-                f"{len(self.fused)} MLPs fused ({', '.join(sorted(set(self.fused.values())))})"
-            )
-        lines += [f"not fused {name}: {why}" for name, why in self.not_fused.items()]
-        return "\n".join(lines)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -59,35 +60,10 @@ class LokiLinear(LokiRows):
     def __init__(
         self,
         linear: nn.Linear | Conv1D,
-        rows: Tensor,
+        rows: Tensor | Sequence[int],
         rank: int | None = None,
         directions: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        check_rank(rank)
-        axis = 1 if isinstance(linear, Conv1D) else 0
-        weight = cast(nn.Parameter, linear.weight)  # torch declares a Tensor
-        self.in_features, self.out_features = full_shape(weight)[1 - axis], full_shape(weight)[axis]
-        if directions is not None and (directions.ndim != 2 or len(directions) != self.in_features):
-            raise ValueError(
-                f"directions must be [{self.in_features}, r]; they are {list(directions.shape)}."
-            )
-        # Shared with `linear`, not copied: a patched model is no larger than before.
-        self.weight = weight
-        self.bias = cast("nn.Parameter | None", linear.bias)
-        self._train_rows(rows, "weight", axis, rank, directions)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self.train(linear.training)
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear | Conv1D,
-        rows: Tensor | list[int],
-        rank: int | None = None,
-        directions: Tensor | None = None,
-    ) -> LokiLinear:
         """Take over ``linear``'s weight (shared, frozen) and train ``rows`` of it.
 
         Args:
@@ -101,9 +77,24 @@ class LokiLinear(LokiRows):
             ValueError: for rows out of range or duplicated, a rank below 1, a non-floating weight,
                 or directions of another width.
         """
+        super().__init__()
         if not isinstance(linear, (nn.Linear, Conv1D)):
             raise TypeError(f"LokiLinear takes over an nn.Linear, not a {type(linear).__name__}.")
-        return cls(linear, torch.as_tensor(rows), rank, directions)
+        check_rank(rank)
+        axis = 1 if isinstance(linear, Conv1D) else 0
+        weight = cast(nn.Parameter, linear.weight)  # torch declares a Tensor
+        self.in_features, self.out_features = full_shape(weight)[1 - axis], full_shape(weight)[axis]
+        if directions is not None and (directions.ndim != 2 or len(directions) != self.in_features):
+            raise ValueError(
+                f"directions must be [{self.in_features}, r]; they are {list(directions.shape)}."
+            )
+        # Shared with `linear`, not copied: a patched model is no larger than before.
+        self.weight = weight
+        self.bias = cast("nn.Parameter | None", linear.bias)
+        self._train_rows(torch.as_tensor(rows), "weight", axis, rank, directions)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.train(linear.training)
 
     @property
     def can_write(self) -> bool:

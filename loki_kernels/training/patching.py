@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,27 +11,27 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from ..attribution.analysis import AnalysisOptions
 from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..errors import explained
 from ..gating import Gating, find_gating
-from ..memory import training_memory, warn_of_memory
+from ..memory import warn_of_memory
 from ..ops._dispatch import warm_up
 from ..options import Criterion
 from ..protection import Protection, fingerprint_of
 from ..selection import RowSelection
-from ..sharding import full_shape, heed_in_ddp, ignore_in_ddp, is_distributed, is_sharded
-from ..structure import DownProjection, Structure, embedding_weight
+from ..sharding import heed_in_ddp, ignore_in_ddp, is_distributed, is_sharded
+from ..structure import DownProjection, Structure
 from . import adapter_file
 from .adapter_file import SavedUpdate
 from .checkpoint import SavePretrained
 from .experts import LokiExperts
-from .handle import Patch, Report
+from .handle import Patch
 from .linear import LokiLinear
 from .mlp import FusedMLP
+from .report import plan, whole_weights
 from .rows import LokiRows
 from .targets import (
     Protect,
@@ -175,87 +174,26 @@ def _patch_rows(
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
     gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
     causal_lm = structure.causal_lm
-    report = _plan(structure, by_layer, rank, gatings, whole, protection)
+    report = plan(structure, by_layer, rank, gatings, whole, protection)
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
         _freeze(causal_lm, undo, but=whole)
-        kept = {} if protection is None else protection.directions
-        layers = {
-            d.name: _replace_module(d, index, rank, kept.get(d.name), undo) for d, index in selected
-        }
-        if protection is not None:
-            for layer in layers.values():
+        layers: dict[str, LokiRows] = {}
+        for d, index in selected:
+            kept = None if protection is None else protection.directions.get(d.name)
+            layer = layers[d.name] = _layer_for(d, index, rank, kept)
+            if protection is not None:
                 layer.protect(protection)
+            _replace_module(d, layer, undo)
         for down_proj, _ in selected:
             gating = gatings.get(down_proj.name)
             if isinstance(gating, Gating):
                 _replace_mlp(causal_lm, down_proj, gating, undo)
         writer = _attach(structure, layers, undo, agreed=together)
         trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
-        report = replace(report, trainable=trained, notes=[*report.notes, *_whole_weights(layers)])
+        report = replace(report, trainable=trained, notes=[*report.notes, *whole_weights(layers)])
         logger.info("%s", report)
         _warm_up(layers, fused=any(isinstance(gating, Gating) for gating in gatings.values()))
         return Patch(causal_lm, selection, report, protection, layers, writer, undo.pop_all())
-
-
-def _plan(
-    structure: Structure,
-    by_layer: list[tuple[DownProjection, Tensor]],
-    rank: int | None,
-    gatings: dict[str, Gating | str],
-    whole: dict[str, nn.Module],
-    protection: Protection | None,
-) -> Report:
-    """What will be done, of a model that is not yet changed; ``trainable`` is counted later."""
-    mlps = {
-        d.name if d.of_experts else d.name.rpartition(".")[0]: gatings[d.name]
-        for d, _ in by_layer
-        if d.name in gatings
-    }
-    own = [d.name for d, index in by_layer if len(index) and "forward" in d.module.__dict__]
-    notes = []
-    if own:  # accelerate's hooks, for one
-        notes = [
-            f"{len(own)} of the down-projections ({own[0]}, ...) had a forward of their own, which "
-            "is not called while the model is patched"
-        ]
-    tokens = embedding_weight(structure.causal_lm)
-    if not any(p is tokens for module in whole.values() for p in module.parameters()):
-        notes += _new_tokens(structure)
-    return Report(
-        patched={d.name: len(index) for d, index in by_layer if len(index)},
-        skipped={d.name: "no row of this layer is selected" for d, i in by_layer if not len(i)},
-        fused={name: g.activation for name, g in mlps.items() if isinstance(g, Gating)},
-        not_fused={name: g for name, g in mlps.items() if isinstance(g, str)},
-        whole=_dtypes(whole),
-        notes=notes,
-        protected=0
-        if protection is None
-        else max((x.shape[-1] for x in protection.directions.values()), default=0),
-        memory=training_memory(
-            ((d, len(index)) for d, index in by_layer),
-            protected=False if protection is None else protection.directions,
-            rank=rank,
-        ),
-        trainable=0,
-        total=sum(math.prod(full_shape(p)) for p in structure.causal_lm.parameters()),
-    )
-
-
-def _whole_weights(layers: dict[str, LokiRows]) -> list[str]:
-    """A note on experts whose whole weights get a gradient for a moment."""
-    whole = {
-        name: layer.why_whole
-        for name, layer in layers.items()
-        if isinstance(layer, LokiExperts) and layer.why_whole is not None
-    }
-    if not whole:
-        return []
-    name, reason = next(iter(whole.items()))
-    return [
-        f"{len(whole)} modules of experts ({name}, ...) run their own forward pass, so that "
-        "backward forms the gradient of a layer's whole down-projection and keeps its rows: "
-        f"{reason}"
-    ]
 
 
 def _warm_up(layers: dict[str, LokiRows], *, fused: bool) -> None:
@@ -282,31 +220,6 @@ def _beside(folder: Any, saved: SavedUpdate, protect: Protect | None) -> Protect
     return path
 
 
-def _dtypes(modules: dict[str, nn.Module]) -> dict[str, str]:
-    return {
-        name: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in m.parameters()}))
-        for name, m in modules.items()
-    }
-
-
-def _new_tokens(structure: Structure) -> list[str]:
-    """A note on tokens that the model has and its checkpoint has not."""
-    name = getattr(structure.causal_lm, "name_or_path", None)
-    if not name:
-        return []
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
-        return []
-    known = getattr(config.get_text_config(), "vocab_size", structure.vocab_size)
-    if structure.vocab_size <= known:
-        return []
-    return [
-        f"the embeddings of tokens {known} to {structure.vocab_size - 1} are new and frozen; "
-        "modules_to_save names what to train"
-    ]
-
-
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:
     if down_proj.of_experts:
         return "its experts are products of sorted tokens, which keep what they need themselves"
@@ -314,7 +227,7 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
         return "low-rank rows need the product itself"
     if is_sharded(down_proj.weight):
         return "its weights are sharded"
-    return find_gating(down_proj)
+    return find_gating(down_proj, to_train=True)
 
 
 def _load(handle: Patch, saved: SavedUpdate) -> None:
@@ -352,14 +265,8 @@ def _freeze(model: nn.Module, undo: contextlib.ExitStack, but: dict[str, nn.Modu
         module.requires_grad_(True)
 
 
-def _replace_module(
-    down_proj: DownProjection,
-    index: Tensor,
-    rank: int | None,
-    directions: Tensor | None,
-    undo: contextlib.ExitStack,
-) -> LokiRows:
-    module, layer = down_proj.module, _layer_for(down_proj, index, rank, directions)
+def _replace_module(down_proj: DownProjection, layer: LokiRows, undo: contextlib.ExitStack) -> None:
+    module = down_proj.module
     for hooks in _HOOKS:  # the same objects, so that a handle removes its hook from both
         setattr(layer, hooks, getattr(module, hooks))
 
@@ -376,7 +283,6 @@ def _replace_module(
 
     setattr(down_proj.parent, down_proj.attribute, layer)
     undo.callback(put_back)
-    return layer
 
 
 def _layer_for(
@@ -386,7 +292,7 @@ def _layer_for(
         return LokiExperts(
             down_proj.module, down_proj.parameter, down_proj.axis, index, rank, directions
         )
-    return LokiLinear.from_linear(cast(nn.Linear, down_proj.module), index, rank, directions)
+    return LokiLinear(cast(nn.Linear, down_proj.module), index, rank, directions)
 
 
 # What a module calls around its forward pass, in torch 2.11 to 2.13.

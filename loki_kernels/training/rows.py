@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from .arithmetic import (
     updated_rows,
     write_into,
 )
+from .refusals import MERGED_ALONE, OTHER, OTHER_ROWS, PASSED_OVER
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")
@@ -61,7 +62,6 @@ class LokiRows(nn.Module):
         protected: how many there are, of one expert at most.
     """
 
-    index: Tensor
     base_rows: Tensor
     directions: Tensor | None
     protected: int
@@ -71,6 +71,7 @@ class LokiRows(nn.Module):
     held = False  # whether they stay as they are, inside `Patch.inference`
     in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
     written = False  # whether the weight may hold an update
+    lent = False  # whether it may until the next pass, in a state dict that is read before
     merged_alone: Tensor | None = None  # rows of a merged weight that was loaded without its update
     loaded_alone = False  # the same, also where these rows are what the update gives
     misfits = False  # whether what acts is not those rows, so that not even evaluating makes sense
@@ -96,7 +97,8 @@ class LokiRows(nn.Module):
             )
         index = sorted_index(rows, full_shape(weight)[axis]).to(weight.device)
         weight.requires_grad_(False)
-        self.register_buffer("index", index)
+        self._numbers, self._index = index.cpu(), index
+        self._buffers["index"] = index.clone()
         base = take_rows(full_values(weight), index, axis).contiguous()
         self.register_buffer("base_rows", base, persistent=False)
         held = None if directions is None else padded(directions.to(weight.device, weight.dtype))
@@ -116,6 +118,22 @@ class LokiRows(nn.Module):
         return cast(nn.Parameter, self._parameters[self.parameter])
 
     @property
+    def index(self) -> Tensor:
+        """int64 ``[k]``, sorted, where ``base_rows`` lie.
+
+        The buffer of this name stands for it in a state dict alone, as the digest's does: torch's
+        AveragedModel averages buffers, by which row 7 becomes row 6.
+        """
+        if self._index.device != self.base_rows.device:
+            self._index = self._numbers.to(self.base_rows.device)
+        return self._index
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._index = self.index  # moved now, since torch.compile would trace it
+        return self
+
+    @property
     def can_write(self) -> bool:
         """Whether the rows can be written into the weight before a product."""
         return self.rank is None
@@ -128,15 +146,18 @@ class LokiRows(nn.Module):
     def protect(self, protection: Protection) -> None:
         """Note what the directions are a part of, which a state dict tells apart from another."""
         self.protection = protection
-        digest = digest_of(protection.fingerprint)
+        digest = cast(Tensor, self._digest())
         self.register_buffer(_DIGEST, digest.to(self.base_rows.device))
+
+    def _digest(self) -> Tensor | None:
+        return None if self.protection is None else digest_of(self.protection.fingerprint)
 
     def check_loaded(self, *, to_train: bool = False) -> None:
         """Raise RuntimeError if what was loaded last is not enough to be used, or to train from."""
         if self.passed_over:
-            raise RuntimeError(_PASSED_OVER)
+            raise RuntimeError(PASSED_OVER)
         if self.misfits or (to_train and self.merged_alone is not None):
-            raise explained(RuntimeError(_MERGED_ALONE))
+            raise explained(RuntimeError(MERGED_ALONE))
 
     def check_forward(self) -> None:
         """Raise RuntimeError if what was loaded last is not enough for a forward pass."""
@@ -152,7 +173,8 @@ class LokiRows(nn.Module):
             return self.delta_a, self.delta_b, self.directions
         if self.written:
             update = leave_out(self.update, self.directions)
-            return update + (self.base_rows.to(update) - self._weight_rows()), None, None
+            held = self.take_rows(self.frozen.detach()).to(update)
+            return update + (self.base_rows.to(update) - held), None, None
         return self.update, None, self.directions
 
     def _written_update(self) -> Tensor:
@@ -190,9 +212,6 @@ class LokiRows(nn.Module):
         """Whether the update is one that was read, and not trained since."""
         return self._read_version == self.trained_parameters()[-1][1]._version
 
-    def _weight_rows(self) -> Tensor:
-        return take_rows(self.frozen.detach(), self.index, self.axis).to(self.update.dtype)
-
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of ``update``, or of ``delta_a`` and ``delta_b``."""
         return [(name, p) for name, p in self.named_parameters(recurse=False) if name in TRAINED]
@@ -207,14 +226,17 @@ class LokiRows(nn.Module):
         return updated_rows(self.base_rows, *self.formed_update().values())
 
     def merged_weight(self) -> Tensor:
-        """The weight as trained so far, sharded if it is."""
+        """The weight as trained so far, sharded if it is; a copy where it will hold the base."""
         self.check_loaded()
         if self.rank is None and not is_sharded(self.frozen):
             # of a model that was just patched there is nothing to write, nor a protected update to
             # form: accelerate asks for its state dict on the CPU before it shards it
-            if self.written or self.update.is_meta or bool(self.update.any()):
+            moved = self.written or self.update.is_meta or bool(self.update.any())
+            in_place = self.can_write or self.lent
+            if moved and in_place:
                 write_rows([self])
-            return self.frozen.detach()
+            if in_place or not moved:
+                return self.frozen.detach()
         return shard_like(self.put_rows(full_values(self.frozen), self.merged_rows()), self.frozen)
 
     def take_rows(self, weight: Tensor) -> Tensor:
@@ -258,15 +280,15 @@ class LokiRows(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in (prefix + part for part in BESIDE):
-            if name in destination:
+        for part, own in {"index": self.index, _DIGEST: self._digest()}.items():
+            if own is not None:
                 # Copies: torch's distributed checkpoints are read into the tensors of a state dict,
                 # and what was read is then compared with the model's own.
-                destination[name] = destination[name].clone()
+                destination[prefix + part] = own.to(self.base_rows.device, copy=True)
         if is_partitioned(self.frozen):  # DeepSpeed keeps every parameter's parts by itself
             return
         weight = self.merged_weight()
-        if self.rank is not None or is_sharded(self.frozen):
+        if not self.can_write or is_sharded(self.frozen):
             destination[prefix + self.parameter] = weight
 
     def _load_from_state_dict(
@@ -308,12 +330,12 @@ class LokiRows(nn.Module):
                 # would hide a gentle one; what rounding itself moves is a tenth of it.
                 within = 1.0 if rows.element_size() > 2 else 0.25
                 self.misfits = not same_rows(rows, self._updated_rows(), within=within)
-            if self.rank is None and not isinstance(self.frozen, DTensor):
+            if self.can_write and not isinstance(self.frozen, DTensor):
                 self.written = True
                 return
             # In the delta form what the weight holds is the base.
             restored = self.put_rows(merged, self.base_rows)
-            if local_metadata.get("assign_to_params_buffers") and self.rank is not None:
+            if local_metadata.get("assign_to_params_buffers") and not self.can_write:
                 # else the caller's state dict would change
                 setattr(self, self.parameter, nn.Parameter(self.frozen.detach().clone(), False))
             self.frozen.data.copy_(shard_like(restored, self.frozen))
@@ -361,11 +383,11 @@ class LokiRows(nn.Module):
         """Why an update that was saved is none of this layer's rows, or of other base rows."""
         index = state_dict.get(prefix + "index")
         if index is not None and not torch.equal(index.cpu(), self.index.cpu()):
-            return "the rows that were trained are others than this model's; patch it with those."
-        digests = state_dict.get(prefix + _DIGEST), self._buffers.get(_DIGEST)
+            return OTHER_ROWS
+        digests = state_dict.get(prefix + _DIGEST), self._digest()
         saved, own = (None if digest is None else digest.tolist() for digest in digests)
         if index is not None and saved != own:
-            return _OTHER
+            return OTHER
         weight = state_dict.get(prefix + self.parameter)
         names = [prefix + name for name, _ in self.trained_parameters()]
         if weight is None or is_partitioned(self.frozen) or not state_dict.keys() >= set(names):
@@ -384,28 +406,7 @@ class LokiRows(nn.Module):
                 for (name, _), factor in zip(self.trained_parameters(), factors, strict=True)
             }
         )
-        return None if same_rows(rows, updated_rows(self.base_rows, *whole.values())) else _OTHER
-
-
-_OTHER = (
-    "the update that was saved is of other base weights, or of another protection; patch the model "
-    "it was trained on, not a merged one, with the same protect=."
-)
-_READ_IT = (
-    "Read the update beside the checkpoint: with handle.trainer_callback() for HF Trainer, "
-    "loki_kernels.patch(model, rows=<checkpoint folder>), or "
-    "handle.load_state(<checkpoint folder>)."
-)
-_PASSED_OVER = (
-    "a state dict of this model's layers was loaded that has nothing of these rows under their "
-    "names in memory, as the files of save_pretrained have not where a family's names differ "
-    f"(experts one by one), so the update is not that of the other weights. {_READ_IT}"
-)
-_MERGED_ALONE = (
-    "the weights that were loaded hold trained rows merged into them and not the update itself, so "
-    f"training would go on from a rounding. {_READ_IT} To start anew from these weights, merge and "
-    "patch."
-)
+        return None if same_rows(rows, updated_rows(self.base_rows, *whole.values())) else OTHER
 
 
 # What another device's products may move the rows that one update gives, in roundings of theirs.

@@ -62,6 +62,7 @@ class RowWriter:
         ]
 
     def before_forward(self, decoder: nn.Module, _inputs: Any) -> None:
+        self._check_forwards()
         if torch.compiler.is_compiling():  # there the weight is not written
             return
         if getattr(decoder, "_is_replica", False):
@@ -163,6 +164,23 @@ class RowWriter:
             )
         if self.refusal is not None:
             raise RuntimeError(f"the update that was loaded cannot be trained on: {self.refusal}.")
+
+    def _check_forwards(self) -> None:
+        """Raise RuntimeError if another program's forward pass runs in place of a layer's own.
+
+        One that wraps it, as accelerate's hooks do, is a function and not a method of the layer.
+        """
+        for name, layer in self.named_layers.items():
+            replaced = getattr(layer.__dict__.get("forward"), "__func__", None)
+            if replaced is None or replaced is type(layer).forward:
+                continue
+            by = getattr(replaced, "__qualname__", replaced)
+            raise RuntimeError(
+                f"something has replaced the forward pass of {name} by {by} after "
+                "loki_kernels.patch: the update of its rows would neither act nor be "
+                "trained. Liger (use_liger_kernel) does that to experts; leave them as they are by "
+                'TrainingArguments(liger_kernel_config={"swiglu": False}).'
+            )
 
     def _check_training(self) -> None:
         self._check_allowed()

@@ -509,7 +509,7 @@ def test_other_linear_layers(family, rank, tmp_path):
 def test_conv1d_has_the_gradient_of_its_columns():
     torch.manual_seed(0)
     linear = Conv1D(9, 7)
-    layer = loki.LokiLinear.from_linear(copy.deepcopy(linear), [8, 2])
+    layer = loki.LokiLinear(copy.deepcopy(linear), [8, 2])
     layer.update.data.normal_()
     x, upstream = torch.randn(2, 5, 7), torch.randn(2, 5, 9)
     with torch.no_grad():
@@ -609,3 +609,37 @@ def test_merging_inside_inference_is_refused():
     with handle.inference(), pytest.raises(RuntimeError, match="leave it first"):
         handle.merge()
     handle.merge()
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GPT2LMHeadModel"])
+def test_a_state_dict_of_what_holds_the_base_stays_as_it_is(name):
+    """What a forward pass adds an update to is the base, not what was merged to be saved."""
+    model = build(name)
+    loki.patch(model, ROWS)
+    learned = logits(train(model))
+    state = model.state_dict()
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    torch.testing.assert_close(logits(model), learned)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state.items())
+    again = build(name)
+    loki.patch(again, ROWS)
+    again.load_state_dict(state, assign=True)
+    torch.testing.assert_close(logits(again), learned)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GPT2LMHeadModel"])
+def test_saving_copies_no_weight(name, tmp_path, monkeypatch):
+    model = build(name)
+    handle = loki.patch(model, ROWS)
+    learned = logits(train(model))
+    saved = {}
+    monkeypatch.setattr(
+        type(model), "save_pretrained", lambda *_, state_dict, **__: saved.update(state_dict)
+    )
+    model.save_pretrained(tmp_path)
+    for key, layer in handle.named_layers():
+        weight = saved[f"{key}.{layer.parameter}"]
+        assert weight.data_ptr() == layer.frozen.data_ptr()
+        assert torch.equal(layer.take_rows(weight), layer.merged_rows())
+    torch.testing.assert_close(logits(model), learned)

@@ -20,7 +20,7 @@ def fresh_compiler():
 def make_layers(bias=True, dtype=torch.float32, rank=None, rows=(0, 3, 8)):
     torch.manual_seed(0)
     linear = nn.Linear(7, 9, bias=bias).to(models.DEVICE, dtype)
-    return copy.deepcopy(linear), LokiLinear.from_linear(linear, torch.tensor(rows), rank)
+    return copy.deepcopy(linear), LokiLinear(linear, torch.tensor(rows), rank)
 
 
 def random_input(*shape):
@@ -232,7 +232,7 @@ def test_a_state_of_other_rows_or_another_base_is_refused():
     assert torch.equal(other.update, torch.zeros_like(other.update))
     merged = nn.Linear(7, 9).to(models.DEVICE)
     merged.load_state_dict({name: state[name] for name in ("weight", "bias")})
-    again = LokiLinear.from_linear(merged, [0, 3, 8])
+    again = LokiLinear(merged, [0, 3, 8])
     with pytest.raises(RuntimeError, match="of other base weights"):
         again.load_state_dict(state)
     assert torch.equal(again.update, torch.zeros_like(again.update))
@@ -304,10 +304,10 @@ def test_reset_rows():
 def test_bad_rows(rows, rank, message):
     linear = nn.Linear(7, 9)
     with pytest.raises(ValueError, match=message):
-        LokiLinear.from_linear(linear, torch.tensor(rows), rank)
+        LokiLinear(linear, torch.tensor(rows), rank)
     assert linear.weight.requires_grad
     with pytest.raises(TypeError, match="not a Conv1d"):
-        LokiLinear.from_linear(nn.Conv1d(1, 1, 1), [0])
+        LokiLinear(nn.Conv1d(1, 1, 1), [0])
 
 
 def test_rows_that_a_state_dict_passed_over_are_not_merged():

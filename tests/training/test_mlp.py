@@ -178,6 +178,19 @@ class Scaled(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.5)
 
 
+class Dropping(Scaled):
+    """An MLP whose dropout is a function and no module, as Seed-OSS's."""
+
+    def forward(self, x):
+        y = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return nn.functional.dropout(y, 0.1, training=self.training)
+
+
+def drop_in_mlp(model):
+    model.model.layers[1].mlp = Dropping(model.model.layers[1].mlp).eval()
+    return model
+
+
 def scale_mlp(model):
     model.model.layers[1].mlp = Scaled(model.model.layers[1].mlp)
     return model
@@ -191,6 +204,7 @@ def scale_mlp(model):
         (lambda m: change_mlp(m, 1, norm=nn.LayerNorm(48)), "parameters besides"),
         (lambda m: change_mlp(m, 1, dropout=nn.Dropout(0.1)), "dropout"),
         (scale_mlp, "does not compute"),
+        (drop_in_mlp, "training mode, as dropout"),
     ],
 )
 def test_what_cannot_be_fused_is_left_and_reported(make, reason):
@@ -203,6 +217,17 @@ def test_what_cannot_be_fused_is_left_and_reported(make, reason):
     assert len(report.fused) == 2
     assert model.model.layers[1].mlp is mlp
     torch.testing.assert_close(model.eval()(input_ids=IDS).logits, want)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_dropout_is_found_in_either_mode(training):
+    """By a forward pass in training mode, after which everything draws what it would have drawn."""
+    model = drop_in_mlp(build_model()).train(training)
+    state = torch.get_rng_state()
+    report = loki.patch(model, ROWS, fuse_mlp=True).report
+    assert "dropout" in report.not_fused["model.layers.1.mlp"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.model.layers[1].mlp.training is training
 
 
 def test_ungated_and_low_rank_are_reported():

@@ -933,3 +933,36 @@ def test_a_bare_decoder_has_no_new_head():
     handle = loki.patch(model, ROWS)
     model(input_ids=token_batch()).last_hidden_state.sum().backward()
     assert all(layer.update.grad.abs().sum() > 0 for _, layer in handle.named_layers())
+
+
+def test_a_forward_pass_of_another_program_is_refused(model):
+    """It would read the base's weight, as a fused kernel's does, and no update."""
+    want = logits(loki.patch(model, ROWS).model)
+    layer = model.model.layers[1].mlp.down_proj
+
+    def fused(self, x):
+        return torch.nn.functional.linear(x, self.weight)
+
+    for mode in (model.train, model.eval):
+        mode()
+        layer.forward = fused.__get__(layer)
+        with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.down_proj by .*fused"):
+            model(token_batch())
+        del layer.forward
+    torch.testing.assert_close(logits(model), want)
+
+
+def test_a_forward_pass_that_is_wrapped_runs(model):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    want = logits(loki.patch(model, ROWS).model)
+    layers = [layer.mlp.down_proj for layer in model.model.layers]
+    for layer in layers:
+        add_hook_to_module(layer, ModelHook())
+    assert "forward" in layers[0].__dict__
+    assert torch.equal(logits(model), want)
+    for layer in layers:
+        remove_hook_from_module(layer)
+        layer.compile(backend="eager")
+    assert "forward" in layers[0].__dict__  # accelerate leaves the layer's own method there
+    assert torch.equal(logits(model), want)

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 import loki_kernels as loki
@@ -62,7 +63,7 @@ def layer_with(directions, rank=None, dtype=torch.float64, rows=(1, 4), seed=0):
         linear.weight.copy_(torch.randn(6, 11, generator=generator))
         linear.bias.copy_(torch.randn(6, generator=generator))
     torch.manual_seed(seed)
-    layer = LokiLinear.from_linear(to_device(linear), list(rows), rank, directions)
+    layer = LokiLinear(to_device(linear), list(rows), rank, directions)
     for _, parameter in layer.trained_parameters():
         torch.nn.init.normal_(parameter)
     return layer
@@ -292,7 +293,7 @@ def test_what_is_no_protection_of_the_model_is_refused(protection, tmp_path):
     with pytest.raises(FileNotFoundError):
         loki.patch(wide, ROWS, protect=tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="directions must be"):
-        LokiLinear.from_linear(torch.nn.Linear(4, 3), [0], directions=torch.eye(3))
+        LokiLinear(torch.nn.Linear(4, 3), [0], directions=torch.eye(3))
 
 
 def test_accumulation_autocast_and_checkpointing_train_it(protection):
@@ -723,3 +724,45 @@ def test_weights_that_zero_3_has_split_are_estimated_from_in_no_process():
     model.model.norm.weight.ds_id = 0
     with pytest.raises(ValueError, match="ZeRO-3 has split the weights"):
         loki.patch(model, ROWS, protect=True, tokenizer=object())
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("protected", [False, True])
+def test_an_average_is_of_the_same_rows(protected, use_buffers, protection):
+    """torch averages integer buffers too, and rounds down what comes out."""
+    protect = protection if protected else None
+    model = build_model()
+    loki.patch(model, ROWS, protect=protect)
+    average = get_ema_multi_avg_fn(0.9)
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=use_buffers)
+    want = {}
+    for _ in range(4):
+        train(model, 1)
+        averaged.update_parameters(model)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                want[name] = 0.9 * want.get(name, p.detach()) + 0.1 * p.detach()
+    again = build_model()
+    loki.patch(again, ROWS, protect=protect)
+    again.load_state_dict(averaged.module.state_dict())  # it compares rows and protections
+    for name, parameter in again.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.detach(), want[name], msg=name)
+    torch.testing.assert_close(logits(averaged.module), logits(again))
+
+
+def test_of_averaged_state_dicts_the_updates_are_loaded():
+    """In 16 bits the average of merged rows is not what the average update gives."""
+    model = build_model(dtype=torch.bfloat16)
+    loki.patch(model, ROWS)
+    average = {key: tensor.float() for key, tensor in model.state_dict().items()}
+    for _ in range(3):
+        for key, tensor in train(model, 1).state_dict().items():
+            average[key].mul_(0.9).add_(tensor.float(), alpha=0.1)
+    again = build_model(dtype=torch.bfloat16)
+    loki.patch(again, ROWS)
+    with pytest.raises(RuntimeError, match="load the updates alone: "):
+        again.load_state_dict(average)
+    updates = {k: v for k, v in average.items() if k.endswith(("update", "delta_a", "delta_b"))}
+    assert not again.load_state_dict(updates, strict=False).unexpected_keys
+    train(again, 1)

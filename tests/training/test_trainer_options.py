@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -12,6 +14,7 @@ import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
 from tests.models import DEVICE, changed_rows
 from tests.tiny_training import ROWS, load_model, protection_file, tiny_trainer
+from tests.zoo.build import build
 
 WAYS = ["patch", "peft", "patch, protected", "peft, protected"]
 STEPS = 3
@@ -144,6 +147,29 @@ def test_liger_kernel(plain, base_folder, tmp_path, monkeypatch):
             torch.testing.assert_close(update, want[name], rtol=1e-3, atol=1e-4, msg=name)
         trainer.save_model(str(tmp_path / "out"))
         assert_ordinary(way, tmp_path / "out", base_folder)
+
+
+def test_liger_kernel_does_not_replace_experts(tmp_path, monkeypatch):
+    """Its forward pass of experts reads the base's weight alone."""
+    pytest.importorskip("liger_kernel")
+    from transformers.models.mixtral import modeling_mixtral
+
+    experts = modeling_mixtral.MixtralExperts  # which Liger replaces for models to come too
+    monkeypatch.setattr(modeling_mixtral, "MixtralExperts", experts)
+    kernels = {"rope": False, "rms_norm": False, "fused_linear_cross_entropy": False}
+    base = build("MixtralForCausalLM")
+
+    def train(**options):
+        model = copy.deepcopy(base)
+        loki.patch(model, [[1], [0], [7, 3], [2]])
+        options = {"use_liger_kernel": True, "liger_kernel_config": kernels, **options}
+        tiny_trainer(model, tmp_path, STEPS, **options).train()
+        return updates(model)
+
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        with pytest.raises(RuntimeError, match=r"experts by LigerExperts\.forward"):
+            train(**options)
+    assert all(u.any() for u in train(liger_kernel_config={**kernels, "swiglu": False}).values())
 
 
 def _plain_loss(hidden_states, lm_head_weight, labels, hidden_size, shift_labels=None, **_):
