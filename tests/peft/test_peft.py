@@ -287,7 +287,7 @@ def test_rows_of_another_selection_are_not_loaded_into_an_adapter(tmp_path):
 def test_a_patched_model_is_refused():
     model = build_model()
     loki.patch(model, ROWS)
-    with pytest.raises(ValueError, match=r"call merge\(\) or unpatch\(\)"):
+    with pytest.raises(ValueError, match=r"call unpatch\(\) or merge\(\)"):
         peft.get_peft_model(model, LokiConfig(rows=ROWS))
 
 
