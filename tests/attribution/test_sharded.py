@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.two_processes import run_worker
+
 OWN = [[3, 2], [4]], [[1, 0], [4]]  # the second process fills up with the last batch
 ALL = [[3, 2], [1, 0], [4]]
 
@@ -19,14 +16,7 @@ ALL = [[3, 2], [1, 0], [4]]
 def found(tmp_path_factory):
     """What each of the two processes says."""
     out = tmp_path_factory.mktemp("sharded")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*launch, "--nproc-per-node", "2", "-m", "tests.attribution.sharded_worker", str(out)],
-        cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    errors = [line for line in result.stderr.splitlines() if line.startswith("[rank")]
-    assert result.returncode == 0, "\n".join(errors[-30:])
+    run_worker("tests.attribution.sharded_worker", out)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,23 +16,14 @@ from loki_kernels.attribution.prompts import Tokens
 from loki_kernels.team import Team
 from tests.attribution.test_log import PROMPTS as TINY_PROMPTS
 from tests.models import build_model
-
-ROOT = Path(__file__).parents[2]
+from tests.two_processes import run_worker
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, base_folder):
     """The folder, and what each of the two processes says."""
     out = tmp_path_factory.mktemp("team")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*launch, "--nproc-per-node", "2", "-m", "tests.attribution.team_worker", str(out),
-         str(base_folder)],
-        cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    errors = [line for line in result.stderr.splitlines() if line.startswith("[rank")]
-    assert result.returncode == 0, "\n".join(errors[-30:])
+    run_worker("tests.attribution.team_worker", out, base_folder)
     return out, [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 

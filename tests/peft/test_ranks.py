@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.two_processes import run_worker
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks") / "out.json"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    result = subprocess.run(
-        [*command, "--nproc-per-node", "2", "-m", "tests.peft.ranks_worker", str(out)],
-        cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_worker("tests.peft.ranks_worker", out)
     return json.loads(out.read_text())
 
 

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,8 +23,8 @@ from loki_kernels.sharding import full_values
 from tests.models import assert_unchanged, build_model, snapshot
 from tests.tiny_training import ROWS
 from tests.training.distributed_worker import build_experts, protection
+from tests.two_processes import run_worker
 
-ROOT = Path(__file__).parents[2]
 OPTIONS = ("rank", "bf16", "peft", "protect", "experts")
 PLAIN = ["plain", *(f"plain-{option}" for option in OPTIONS), "plain-protect-experts",
          "plain-protect-peft"]  # fmt: skip
@@ -50,17 +47,7 @@ deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed
 
 
 def launch_worker(out: Path, cases: list[str]) -> Path:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"
-    }  # fmt: skip
-    result = subprocess.run(
-        [*command, "--nproc-per-node", "2", "-m", "tests.training.distributed_worker",
-         str(out), *cases],
-        cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600,
-    )  # fmt: skip
-    errors = [line for line in result.stderr.splitlines() if line.startswith("[rank")]
-    assert result.returncode == 0, "\n".join(errors[-30:])
+    run_worker("tests.training.distributed_worker", out, *cases, DS_ACCELERATOR="cpu")
     return out
 
 
