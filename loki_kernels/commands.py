@@ -37,13 +37,13 @@ def _join_processes() -> bool:
 
 
 def attribute(arguments: argparse.Namespace) -> None:
-    import torch
     from transformers import AutoTokenizer
 
     from . import attribution
     from .attribution.result import check_suffix
     from .files import check_writable
     from .inspection import load_model
+    from .placement import device_to_use
     from .questions import load_questions
 
     suffix = check_suffix(check_writable(arguments.out))
@@ -53,7 +53,7 @@ def attribute(arguments: argparse.Namespace) -> None:
     questions = load_questions() if questions is None else questions
     first = _join_processes()
     model = load_model(arguments.model, arguments.dtype)
-    model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device_to_use(arguments.device))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     result = attribution.attribute(
         model,
@@ -120,7 +120,6 @@ def protection(arguments: argparse.Namespace) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    import torch
     from transformers import AutoTokenizer
 
     from .files import check_folder
@@ -128,6 +127,7 @@ def merge(arguments: argparse.Namespace) -> None:
     from .forgetting.limit import check_limit
     from .forgetting.texts import read_texts
     from .inspection import load_model
+    from .placement import device_to_use
     from .training.adapter_file import read_saved
     from .training.patching import patch_saved
 
@@ -144,7 +144,7 @@ def merge(arguments: argparse.Namespace) -> None:
     base = load_model(arguments.base, arguments.dtype, saved.modules)
     handle = patch_saved(base, saved)
     if arguments.max_kl is not None:
-        handle.model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        handle.model.to(device_to_use(arguments.device))
         tokenizer = AutoTokenizer.from_pretrained(arguments.base)
         share, left = limit_drift(handle, arguments.max_kl, arguments.texts, tokenizer=tokenizer)
         if not share:

@@ -26,6 +26,7 @@ from .cache import cache_folder
 from .environment import environment
 from .files import check_folder
 from .ops import _dispatch
+from .placement import device_to_use
 from .selection import select
 from .training.patching import patch
 
@@ -166,7 +167,7 @@ def _without_bars() -> Iterator[None]:
 
 def _fine_tune() -> str:
     """Attribute, select, patch, train, save and load a random model of three layers."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_to_use()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         config = LlamaConfig(

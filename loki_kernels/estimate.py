@@ -23,6 +23,7 @@ from .discovery import find_structure
 from .inspection import build_model, dtype_named, dtype_of
 from .memory import weights_size
 from .options import DEFAULT_DEFINITION, DEFAULT_STEPS, DefinitionName, EngineName
+from .placement import device_to_use
 from .questions import load_questions
 from .structure import Structure, text_config
 from .team import share_out
@@ -196,7 +197,7 @@ def estimate(
         ValueError: if transformers knows no language model of this config, or for what `attribute`
             refuses.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device_to_use(device))
     config = AutoConfig.from_pretrained(name)
     own = dtype_of(config) or torch.float32
     chosen = own if dtype == "auto" else dtype_named(dtype)

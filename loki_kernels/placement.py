@@ -20,6 +20,11 @@ _MARGIN = 1.2
 _LEAST_FREE = 2 * 10**9
 
 
+def device_to_use(named: str | torch.device | None = None) -> str | torch.device:
+    """The device that is named; else CUDA where there is one, else the CPU."""
+    return named or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def accelerator() -> tuple[torch.device, int] | None:
     """This process's accelerator and its free bytes; None if there is none that tells them."""
     if not torch.accelerator.is_available():

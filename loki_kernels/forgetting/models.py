@@ -19,6 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import import_extra
 from ..inspection import load_model
+from ..placement import device_to_use
 from ..sharding import is_partitioned, is_sharded, reshard, settle
 from ..structure import text_config, unwrap
 from ..training import load_adapter
@@ -131,7 +132,7 @@ def open_model(
     if isinstance(model, nn.Module):
         return model
     loaded = load_model(os.fspath(model), dtype, holding)
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded.to(device_to_use(device))
     return loaded  # type: ignore[no-any-return]
 
 
