@@ -55,13 +55,14 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free + module.memory_reserved(device) - module.memory_allocated(device))
 
 
-def warn_of_slow_products(weight: Tensor) -> None:
+def warn_of_slow_products(weight: Tensor | None) -> None:
     """Log where a model's 16-bit weights lie on a CPU that has no instructions for their products.
 
     transformers loads what a checkpoint holds, bfloat16 mostly. Without AVX-512 or AMX oneDNN does
-    not multiply it, and torch's own loops take up to TIMES times as long as float32's.
+    not multiply it, and torch's own loops take 7 times as long as float32's forwards and 120 times
+    backwards (docs/troubleshooting.md).
     """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight is None or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     short = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(weight.dtype)
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None)

@@ -233,6 +233,18 @@ def test_padding_is_no_text(side):
     assert torch.equal(got, want)
 
 
+def test_other_columns_of_a_data_set_are_passed_over():
+    """As TRL leaves them, in torch's format."""
+    base = build_model()
+    tuned, records = moved(base), texts()
+    beside = [
+        {**r, "completion_mask": torch.ones_like(r["input_ids"]), "idx": torch.tensor(3)}
+        for r in records
+    ]
+    want, got = (loki.drift(base, tuned, given).token_kl for given in (records, beside))
+    assert torch.equal(got, want)
+
+
 def test_images_are_refused():
     record = {"input_ids": [1, 2, 3], "pixel_values": torch.ones(1, 3, 4, 4)}
     with pytest.raises(ValueError, match="text 0 has images or sounds"):

@@ -217,6 +217,27 @@ def test_a_cpu_that_multiplies_16_bits_slowly_is_named(dtype, supported, monkeyp
     assert all("dtype=torch.float32" in message for message in said)
 
 
+class Packed(nn.Module):
+    """A linear layer that holds its weight under another name, as GPTQ's do."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.register_buffer("qweight", linear.weight.detach())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight, self.bias)
+
+
+def test_a_layer_without_a_weight_is_attributed():
+    model = build_model(device="cpu")
+    want = loki.attribute(model, PROMPTS, steps=1)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Packed(layer.mlp.down_proj)
+    torch.testing.assert_close(loki.attribute(model, PROMPTS, steps=1).scores, want.scores)
+
+
 def test_a_long_attribution_says_so(monkeypatch, caplog):
     """A minute a token, of 3 and then 2 tokens."""
     clock = iter([0.0, 180.0])

@@ -27,8 +27,9 @@ def eager(gate: Tensor, up: Tensor) -> Tensor:
 def peers() -> dict[str, Callable[..., Tensor]]:
     if DEVICE.type == "cpu":  # a C++ compiler takes longer than all of them
         return {"eager": eager}
-    # its backward pass runs again and again on what one forward pass has kept
-    torch._functorch.config.donated_buffer = False
+    from torch._functorch import config
+
+    config.donated_buffer = False  # the backward pass runs again on what one forward pass has kept
     return {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
 
 

@@ -192,7 +192,8 @@ def _check_attributable(structure: Structure, engine: EngineName | None) -> None
     if model.get_output_embeddings() is not None or not model.can_generate():
         # raises; a model that generates has logits, with a linear head or not
         structure.head_module()
-    warn_of_slow_products(next(structure.projections()).weight)
+    down = next(structure.projections())
+    warn_of_slow_products(getattr(down.module, down.parameter, None))  # GPTQ's have none
 
 
 def _make_counter(

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Job:
     counter: Counter | None
     team: Team
     engine: EngineName | None = None
+    decoded: list[int] = field(default_factory=list, init=False)  # prompts that others are not
 
     def run(
         self,
@@ -84,6 +85,12 @@ class Job:
         with store, borrowed(self.structure), bar:
             every = itertools.chain([first], others)
             prompts, batches = self._run_windows(every, store, bar)
+            if self.decoded:
+                logger.warning(
+                    "the staircase refused %d of %d prompts, number %d first, which the slower "
+                    "decode engine attributed; at level INFO it is said why.",
+                    len(self.decoded), prompts, self.decoded[0],
+                )  # fmt: skip
             result = store.result(prompts, batches)
             bar.update(self.team.advance(0))
         return result
@@ -201,8 +208,9 @@ class Job:
             except UnsupportedModelError as error:
                 if not halved or self.engine is not None:
                     raise
-                if len(part.members) == 1:
-                    return self._decode(part, error)
+                refused = str(error)  # the error itself keeps what it stopped
+            if len(part.members) == 1:
+                return self._decode(part, refused)
             return Scores.of_samples([compute(half) for half in part.halves()])
 
         scores = fitting.run(planned, compute) if halved else compute(planned)
@@ -211,7 +219,7 @@ class Job:
             _check_rankable(scores, planned.members)
         return scores
 
-    def _decode(self, planned: PlannedBatch, refused: UnsupportedModelError) -> Scores:
+    def _decode(self, planned: PlannedBatch, refused: str) -> Scores:
         """Of one prompt that the staircase, which others take, has refused.
 
         It may have an image, be longer than a chunk of the model's attention, or be routed by
@@ -224,8 +232,9 @@ class Job:
             engine = choose_engine(self.structure, planned.sequences, self.integral, "decode")
             scores = attribute_batch(engine, planned.on(self.structure.device))
         except UnsupportedModelError as error:
-            raise refused from error
+            raise UnsupportedModelError(refused) from error
         (number,) = planned.members
+        self.decoded.append(number)
         logger.info("prompt %d is attributed by the decode engine (%s)", number, refused)
         return scores
 

@@ -38,7 +38,7 @@ _BESIDE = frozenset(
 
 
 # Parts of the names that transformers' models give to what their processors make.
-_MEDIA = re.compile("pixel|image|video|audio|feature|aspect_ratio|second_per|cross_attention_mask")
+MEDIA = re.compile("pixel|image|video|audio|feature|aspect_ratio|second_per|cross_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def _as_media(name: str, value: Any) -> Tensor | None:
     """
     if isinstance(value, Tensor):
         return value.cpu()
-    if isinstance(value, (list, np.ndarray)) and _MEDIA.search(name):
+    if isinstance(value, (list, np.ndarray)) and MEDIA.search(name):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             return torch.as_tensor(np.asarray(value))  # not of pictures, or of their paths
     return None

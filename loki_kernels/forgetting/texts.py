@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attribution.prompts import tokenize_prompts
+from ..attribution.prompts import MEDIA, tokenize_prompts
 from ..questions import Question, from_json, load_questions
 
 UNKNOWN = -1  # the target of a text's last token
+# Of a record with token ids, and images, which are refused; a data set has more columns.
+_READ = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
         column = next((name for name in columns if record.get(name) is not None), None)
         content = None if column is None else record[column]
         if column == "input_ids":
-            return Text(_token_ids(record, where), domain, where)
+            read = {n: x for n, x in record.items() if n in _READ or MEDIA.search(n)}
+            return Text(_token_ids(read, where), domain, where)
     if isinstance(content, str):
         if not content.strip():
             raise ValueError(f"{where} is blank.")

@@ -53,9 +53,12 @@ class Protection:
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Protection:
         """The same tensors, which nothing writes: of a copied model at 8B they are 1.9 GB."""
-        return Protection(
+        copied = Protection(
             dict(self.directions), dict(self.energies), dict(self.totals), dict(self.info)
         )
+        if "fingerprint" in vars(self):  # for which a gigabyte is read
+            vars(copied)["fingerprint"] = self.fingerprint
+        return copied
 
     def shares(self) -> dict[str, float]:
         """Layer name -> the share of its inputs' energy that its directions hold; 1 of none."""

@@ -125,7 +125,8 @@ class LokiRows(nn.Module):
         AveragedModel averages buffers, by which row 7 becomes row 6.
         """
         if self._index.device != self.base_rows.device:
-            self._index = self._numbers.to(self.base_rows.device)
+            with torch.inference_mode(False):  # else a training pass could not keep it
+                self._index = self._numbers.to(self.base_rows.device)
         return self._index
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -330,14 +331,13 @@ class LokiRows(nn.Module):
                 # would hide a gentle one; what rounding itself moves is a tenth of it.
                 within = 1.0 if rows.element_size() > 2 else 0.25
                 self.misfits = not same_rows(rows, self._updated_rows(), within=within)
-            if self.can_write and not isinstance(self.frozen, DTensor):
-                self.written = True
-                return
-            # In the delta form what the weight holds is the base.
-            restored = self.put_rows(merged, self.base_rows)
             if local_metadata.get("assign_to_params_buffers") and not self.can_write:
                 # else the caller's state dict would change
                 setattr(self, self.parameter, nn.Parameter(self.frozen.detach().clone(), False))
+            if (self.can_write or self.held) and not isinstance(self.frozen, DTensor):
+                self.written = True
+                return
+            restored = self.put_rows(merged, self.base_rows)  # of the delta form it is the base
             self.frozen.data.copy_(shard_like(restored, self.frozen))
             self.written = False
 

@@ -236,6 +236,7 @@ def test_a_prompt_that_the_staircase_refuses_takes_decode(refused, caplog):
     assert got.run["engine"] == "staircase"
     assert "prompt 3 is attributed by the decode engine (rounding has" in caplog.text
     assert caplog.text.count("by the decode engine") == 1
+    assert "the staircase refused 1 of 4 prompts, number 3 first" in caplog.text
     assert_exact(model, got, prompts=[*PROMPTS, odd])
     with pytest.raises(loki.UnsupportedModelError, match="rounding"):
         loki.attribute(model, [*PROMPTS, odd], engine="staircase")

@@ -602,6 +602,25 @@ def test_after_a_checkpoint_the_update_is_added_to_the_base_again(tmp_path):
     assert all(torch.equal(layer.take_rows(layer.frozen), layer.base_rows) for layer in layers)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GPT2LMHeadModel"])
+def test_a_checkpoint_that_is_loaded_inside_inference_acts(name, assign):
+    """Of layers that cannot write their rows too; and the caller's state dict stays as it was."""
+    model = build(name)
+    loki.patch(model, ROWS)
+    state, want = train(model).state_dict(), logits(model)
+    kept = {key: tensor.clone() for key, tensor in state.items()}
+    model = build(name)
+    handle = loki.patch(model, ROWS)
+    with handle.inference(), torch.no_grad():
+        base = logits(model)
+        model.load_state_dict(state, assign=assign)
+        torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(base, want, rtol=1e-3)
+    torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(kept[key], tensor) for key, tensor in state.items())
+
+
 def test_merging_inside_inference_is_refused():
     model = build_model("Mixtral")
     handle = loki.patch(model, ROWS)
