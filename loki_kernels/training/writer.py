@@ -177,9 +177,9 @@ class RowWriter:
             by = getattr(replaced, "__qualname__", replaced)
             raise RuntimeError(
                 f"something has replaced the forward pass of {name} by {by} after "
-                "loki_kernels.patch: the update of its rows may neither act nor be trained (a wrapper "
-                "of your own has to be a plain function, or a hook). Liger (use_liger_kernel) does "
-                "that to experts; leave them as they are by "
+                "loki_kernels.patch: the update of its rows may neither act nor be trained (a "
+                "wrapper of your own has to be a plain function, or a hook). Liger "
+                "(use_liger_kernel) does that to experts; leave them as they are by "
                 'TrainingArguments(liger_kernel_config={"swiglu": False}).'
             )
 
