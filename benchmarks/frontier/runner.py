@@ -329,7 +329,9 @@ def main() -> None:
         help="with a random model of this shape",
     )
     parser.add_argument(
-        "--bfloat16", action="store_true", help="train under autocast; what is measured is float32"
+        "--bfloat16",
+        action="store_true",
+        help="train under autocast, for GPUs and CPUs with AVX-512; what is measured is float32",
     )
     parser.add_argument("--processes", type=int, default=2, help="that train at a time")
     parser.add_argument(
