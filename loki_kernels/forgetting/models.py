@@ -112,7 +112,8 @@ def tokenizer_of_pair(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
     if tokenizer is not None:
         return tokenizer
     # the base of a chat model has seldom a template
-    return next((t for t in known if t.chat_template), next(iter(known), None))
+    with_template = (t for t in known if getattr(t, "chat_template", None))
+    return next(with_template, next(iter(known), None))
 
 
 def _load_tokenizer(name: Any) -> Any:
