@@ -19,12 +19,12 @@ import loki_kernels as loki
 from loki_kernels import attribute
 from loki_kernels.attribution import job, log
 from loki_kernels.cli import main as command
+from tests.attribution.results import differing
 from tests.models import build_model
 
 RANK = int(os.environ["RANK"])
 PROMPTS = [{"input_ids": [1 + i, 5, *range(2, 2 + i % 4)]} for i in range(11)]
 OPTIONS = {"batch_size": 2, "steps": 2}
-KEPT = ("targets", "value", "completeness", "change")
 
 attributed: list[list[int]] = []
 compute = job.attribute_batch
@@ -33,11 +33,6 @@ compute = job.attribute_batch
 def recording(engine, batch):
     attributed.append(batch.members)
     return compute(engine, batch)
-
-
-def same(got, want) -> bool:
-    names = (*KEPT, "counts" if hasattr(want, "counts") else "scores")
-    return all(torch.equal(getattr(got, name), getattr(want, name)) for name in names)
 
 
 def failing(after: int, error: Exception):
@@ -65,7 +60,7 @@ def results(model, folder: Path, keep: str) -> dict[str, object]:
         if name == "one batch":
             found[name] = len(got.targets)
             continue
-        found[name] = {"same": same(got, alone), "batches": attributed[:]}
+        found[name] = {"same": not differing(got, alone), "batches": attributed[:]}
     out = folder / "killed.safetensors"
     read = log.Log._read
     for name in ("continued", "unseen"):
@@ -80,7 +75,11 @@ def results(model, folder: Path, keep: str) -> dict[str, object]:
             log.Log._read = lambda _: None
         got = attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS)
         log.Log._read = read
-        found[name] = {"same": same(got, alone), "before": before, "after": len(attributed)}
+        found[name] = {
+            "same": not differing(got, alone),
+            "before": before,
+            "after": len(attributed),
+        }
         dist.barrier()
         out.unlink(missing_ok=True)
     return found

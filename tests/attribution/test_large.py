@@ -14,10 +14,10 @@ from packaging.version import Version
 import loki_kernels as loki
 from loki_kernels.structure import Structure
 from tests.architectures import falcon_h1, glm_moe
+from tests.attribution.results import assert_same
 from tests.models import GQA, build_model, snapshot
 
 PROMPTS = [{"input_ids": [1 + i, 5, *range(2, 4 + i)]} for i in range(3)]
-KEPT = ("targets", "scores", "value", "completeness", "change")
 
 
 def offloaded(model, folder, *, stay=()):
@@ -26,13 +26,6 @@ def offloaded(model, folder, *, stay=()):
     parts += ["lm_head", *(f"model.layers.{i}" for i in range(len(model.model.layers)))]
     places = {name: "cpu" if name in stay else "disk" for name in parts}
     return dispatch_model(model, places, offload_dir=folder, force_hooks=True)
-
-
-def assert_same(got, want):
-    for name in KEPT:
-        got_, want_ = getattr(got, name), getattr(want, name)
-        assert (got_ is None) == (want_ is None), name
-        assert got_ is None or torch.equal(got_, want_), name
 
 
 def flags_and_hooks(model):

@@ -26,6 +26,7 @@ from loki_kernels import Attribution, attribute
 from loki_kernels.attribution import job, log
 from loki_kernels.attribution.plan import BatchLimits
 from loki_kernels.attribution.result import model_settings
+from tests.attribution.results import BESIDE, assert_same
 from tests.models import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,6 @@ BATCHES = 4
 TINIEST = transformers.LlamaConfig(
     hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=97
 )
-NAMES = ("targets", "value", "completeness", "change")
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,6 @@ def attributed(monkeypatch):
 
 def partial(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
-
-
-def assert_same(got, want):
-    assert type(got) is type(want)
-    for name in (*NAMES, "scores" if isinstance(want, Attribution) else "counts"):
-        a, b = getattr(got, name), getattr(want, name)
-        assert (a is None) == (b is None), name
-        assert a is None or torch.equal(a, b), name
 
 
 class Killed(BaseException):
@@ -147,7 +139,7 @@ def test_killed_again_and_again(model, out, monkeypatch, attributed):
     want = attribute(model, PROMPTS, keep="counts", **OPTIONS)
     attributed.clear()
     killer = Killer(monkeypatch, out)
-    of_a_batch = 1 + 2 * len(NAMES)
+    of_a_batch = 1 + 2 * len(BESIDE)
     for _ in range(BATCHES):
         # the machine's line, a batch, and the first byte of the next
         killer.kill(
@@ -395,7 +387,7 @@ def test_sigterm_is_handled_as_before_afterwards(model, out):
 def test_any_reader_of_safetensors_reads_it(model, out):
     got = attribute(model, PROMPTS, out=out, **OPTIONS)
     with safe_open(out, framework="np") as file:
-        assert set(file.keys()) == {"scores", *NAMES}
+        assert set(file.keys()) == {"scores", *BESIDE}
         assert (file.get_tensor("scores") == got.scores.numpy()).all()
         assert json.loads(file.metadata()["run"]) == got.run
 

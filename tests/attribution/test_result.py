@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import loki_kernels as loki
 from loki_kernels import Attribution, AttributionCounts, files, ranking
 from loki_kernels.attribution import table
+from tests.attribution.results import differing
 
 
 def make_result(samples=5, layers=3, width=7, complete=True) -> Attribution:
@@ -35,10 +36,7 @@ def make_result(samples=5, layers=3, width=7, complete=True) -> Attribution:
 
 def assert_same(got: Attribution, want: Attribution) -> None:
     assert got.run == want.run
-    for name in ("scores", "targets", "value", "completeness", "change"):
-        a, b = getattr(got, name), getattr(want, name)
-        assert (a is None) == (b is None), name
-        assert a is None or (a.dtype == b.dtype and torch.equal(a, b)), name
+    assert not differing(got, want)
 
 
 def write_hole(path, samples, layers, width):

@@ -14,7 +14,8 @@ from loki_kernels import PromptStream, attribute
 from loki_kernels.attribution import job, log
 from loki_kernels.cli import main
 from loki_kernels.questions import Question
-from tests.attribution.test_log import PROMPTS, Killer, assert_same
+from tests.attribution.results import assert_same
+from tests.attribution.test_log import PROMPTS, Killer
 from tests.models import build_model
 
 QUESTION = {"question": "Is it?", "choices": ["a", "b", "c", "d"], "answer": 1}

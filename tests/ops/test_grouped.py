@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loki_kernels.ops import _grouped
 from loki_kernels.ops._grouped import Update, grouped_linear
-from tests.ops.tolerance import assert_as_close
+from tests.ops.tolerance import assert_as_close, in_float64, output_and_gradients
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # in_features, out_features, rows, tokens of each expert
@@ -56,12 +58,7 @@ def protected(inputs, count):
     return inputs | {"directions": basis.to(inputs["x"].dtype)}
 
 
-def run(op, inputs, upstream, dtype=None):
-    """Output and gradients of x and update, the inputs brought to ``dtype``."""
-    inputs = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in inputs.items()}
-    wanted = [inputs[name].detach().requires_grad_() for name in ("x", "update")]
-    y = op(**(inputs | dict(zip(("x", "update"), wanted, strict=True))))
-    return [y.detach(), *torch.autograd.grad(y, wanted, upstream.to(y.dtype))]
+run = partial(output_and_gradients, wanted=("x", "update"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +70,7 @@ def test_is_the_dense_product(dtype, shape, transposed, loop, monkeypatch):
     if loop:
         monkeypatch.setattr(_grouped, "_why_loop", lambda *_: "asked for")
     upstream = torch.randn(len(inputs["x"]), shape[1]).to(dtype)
-    exact = run(reference, inputs, upstream, torch.float64)
+    exact = run(reference, in_float64(inputs), upstream)
     same = run(reference, inputs, upstream)
     assert_as_close(run(ours, inputs, upstream), same, exact, 1e-6)
 
@@ -83,7 +80,7 @@ def test_is_the_dense_product(dtype, shape, transposed, loop, monkeypatch):
 def test_protected_directions(shape, dtype):
     inputs = protected(make(*shape, dtype=dtype), 3)
     upstream = torch.randn(len(inputs["x"]), shape[1]).to(dtype)
-    exact = run(reference, inputs, upstream, torch.float64)
+    exact = run(reference, in_float64(inputs), upstream)
     same = run(reference, inputs, upstream)
     assert_as_close(run(ours, inputs, upstream), same, exact, 1e-5)
 

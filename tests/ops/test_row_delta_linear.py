@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loki_kernels.ops import row_delta_linear
 from loki_kernels.ops._directions import acting_factors
 from loki_kernels.ops.row_delta_linear.reference import row_delta_linear_reference
-from tests.ops.tolerance import assert_as_close, relative
+from tests.ops.tolerance import assert_as_close, in_float64, output_and_gradients, relative
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # leading shape of x, in_features, out_features, rows, rank
@@ -47,16 +48,7 @@ def make(lead, in_features, out_features, k, rank, bias=True, dtype=torch.float3
     }
 
 
-def run(op, inputs, upstream, dtype=None):
-    """Output and gradients, the inputs brought to ``dtype``."""
-    inputs = {
-        name: x if x is None or name == "index" else x.detach().to(dtype or x.dtype)
-        for name, x in inputs.items()
-    }
-    wanted = [inputs[n].requires_grad_() for n in GRADIENTS if inputs[n] is not None]
-    y = op(**inputs)
-    gradients = torch.autograd.grad(y, wanted, upstream.to(y.dtype))
-    return [y.detach(), *gradients]
+run = partial(output_and_gradients, wanted=GRADIENTS)
 
 
 def assert_few_roundings(inputs):
@@ -69,8 +61,8 @@ def assert_few_roundings(inputs):
     """
     upstream = torch.randn(1, 1).to(inputs["x"].dtype)
     sizes = {n: x if x is None or n == "index" else x.abs() for n, x in inputs.items()}
-    exact = run(row_delta_linear_reference, inputs, upstream, torch.float64)
-    terms = run(row_delta_linear_reference, sizes, upstream.abs(), torch.float64)
+    exact = run(row_delta_linear_reference, in_float64(inputs), upstream)
+    terms = run(row_delta_linear_reference, in_float64(sizes), upstream.abs())
     limits = torch.finfo(upstream.dtype)
     for g, e, size in zip(run(row_delta_linear, inputs, upstream), exact, terms, strict=True):
         assert g.dtype == upstream.dtype
@@ -82,7 +74,7 @@ def assert_two_references(inputs, floor=1e-6):
         return assert_few_roundings(inputs)
     shape = (*inputs["x"].shape[:-1], inputs["weight"].shape[0])
     upstream = torch.randn(shape).to(inputs["weight"].dtype)
-    exact = run(row_delta_linear_reference, inputs, upstream, torch.float64)
+    exact = run(row_delta_linear_reference, in_float64(inputs), upstream)
     same = run(row_delta_linear_reference, inputs, upstream)
     got = run(row_delta_linear, inputs, upstream)
     assert_as_close(got, same, exact, floor)
@@ -143,7 +135,7 @@ def test_autocast_leaves_float64():
 def test_autocast():
     inputs = make((2, 4), 63, 129, 30, 4)
     upstream = torch.randn(2, 4, 129)
-    exact = run(row_delta_linear_reference, inputs, upstream, torch.float64)
+    exact = run(row_delta_linear_reference, in_float64(inputs), upstream)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         same = run(row_delta_linear_reference, inputs, upstream)
         got = run(row_delta_linear, inputs, upstream)

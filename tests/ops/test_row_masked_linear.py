@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from loki_kernels.ops import row_masked_linear
 from loki_kernels.ops.row_masked_linear.reference import row_masked_linear_reference
-from tests.ops.tolerance import assert_as_close, relative
+from tests.ops.tolerance import assert_as_close, in_float64, output_and_gradients, relative
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # leading shape of x, in_features, out_features, rows
@@ -38,24 +40,18 @@ def make(lead, in_features, out_features, k, bias=True, dtype=torch.float32, row
 
 def exact(inputs):
     """The same numbers in float64, the rows as the weight holds them."""
-    rows = inputs["rows"].to(inputs["weight"].dtype)
-    floats = inputs | {"rows": rows}
-    return {n: x if x is None or n == "index" else x.double() for n, x in floats.items()}
+    return in_float64(inputs | {"rows": inputs["rows"].to(inputs["weight"].dtype)})
 
 
-def run(op, inputs, upstream, wanted=GRADIENTS):
-    inputs = {n: x if x is None else x.detach() for n, x in inputs.items()}
-    leaves = [inputs[n].requires_grad_() for n in wanted if inputs[n] is not None]
-    y = op(**inputs)
-    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+run = partial(output_and_gradients, wanted=GRADIENTS)
 
 
 def assert_two_references(inputs, floor=1e-6, wanted=GRADIENTS):
     shape = (*inputs["x"].shape[:-1], inputs["weight"].shape[0])
     upstream = torch.randn(shape).to(inputs["weight"].dtype)
-    best = run(row_masked_linear_reference, exact(inputs), upstream, wanted)
-    same = run(row_masked_linear_reference, inputs, upstream, wanted)
-    got = run(row_masked_linear, inputs, upstream, wanted)
+    best = run(row_masked_linear_reference, exact(inputs), upstream, wanted=wanted)
+    same = run(row_masked_linear_reference, inputs, upstream, wanted=wanted)
+    got = run(row_masked_linear, inputs, upstream, wanted=wanted)
     assert_as_close(got, same, best, floor)
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from loki_kernels.ops import row_masked_linear, swiglu_row_masked_linear
 from loki_kernels.ops.swiglu_row_masked_linear.reference import swiglu_row_masked_linear_reference
-from tests.ops.tolerance import assert_as_close
+from tests.ops.tolerance import assert_as_close, in_float64, output_and_gradients
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu_tanh"]
@@ -39,23 +41,18 @@ def make(lead, in_features, out_features, k, bias=True, dtype=torch.float32, row
 
 def exact(inputs):
     """The same numbers in float64, the rows as the weight holds them."""
-    floats = inputs | {"rows": inputs["rows"].to(inputs["weight"].dtype)}
-    return {n: x if x is None or n == "index" else x.double() for n, x in floats.items()}
+    return in_float64(inputs | {"rows": inputs["rows"].to(inputs["weight"].dtype)})
 
 
-def run(op, inputs, upstream, wanted=GRADIENTS, **options):
-    inputs = {n: x if x is None else x.detach() for n, x in inputs.items()}
-    leaves = [inputs[n].requires_grad_() for n in wanted if inputs[n] is not None]
-    y = op(**inputs, **options)
-    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+run = partial(output_and_gradients, wanted=GRADIENTS)
 
 
-def assert_two_references(inputs, wanted=GRADIENTS, **options):
+def assert_two_references(inputs, **options):
     shape = (*inputs["gate"].shape[:-1], inputs["weight"].shape[0])
     upstream = torch.randn(shape).to(inputs["weight"].dtype)
-    best = run(swiglu_row_masked_linear_reference, exact(inputs), upstream, wanted, **options)
-    same = run(swiglu_row_masked_linear_reference, inputs, upstream, wanted, **options)
-    got = run(swiglu_row_masked_linear, inputs, upstream, wanted, **options)
+    best = run(swiglu_row_masked_linear_reference, exact(inputs), upstream, **options)
+    same = run(swiglu_row_masked_linear_reference, inputs, upstream, **options)
+    got = run(swiglu_row_masked_linear, inputs, upstream, **options)
     floor = 1e-12 if inputs["gate"].dtype == torch.float64 else 1e-6
     assert_as_close(got, same, best, floor)
 
@@ -79,7 +76,7 @@ def test_float32_rows_of_a_low_precision_weight(dtype):
 
 @pytest.mark.parametrize("wanted", [("rows",), ("gate",), ("up", "bias"), ("gate", "rows")])
 def test_any_subset_of_gradients(wanted):
-    assert_two_references(make((4,), 63, 129, 30, dtype=torch.float64), wanted)
+    assert_two_references(make((4,), 63, 129, 30, dtype=torch.float64), wanted=wanted)
 
 
 def test_non_contiguous():

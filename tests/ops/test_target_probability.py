@@ -9,7 +9,7 @@ from torch import library as torch_library
 
 from loki_kernels.ops import TargetProbability, target_probability
 from loki_kernels.ops.target_probability.reference import target_probability_reference
-from tests.ops.tolerance import assert_as_close, example
+from tests.ops.tolerance import assert_as_close, example, in_float64
 
 # `import ... as` would give the function, which the package puts in its module's place
 module = importlib.import_module("loki_kernels.ops.target_probability.torch_impl")
@@ -35,10 +35,6 @@ def make(tokens, width, vocabulary, bias=True, dtype=torch.float32):
     }
 
 
-def exact(inputs):
-    return {n: x if x is None or n == "target" else x.double() for n, x in inputs.items()}
-
-
 def run(op, inputs, upstream, **options):
     """The three outputs and the gradient of their sum weighted by ``upstream``."""
     hidden = inputs["hidden"].detach().requires_grad_()
@@ -50,7 +46,7 @@ def run(op, inputs, upstream, **options):
 
 def assert_two_references(inputs, mix=(1, 1, 1), floor=1e-6, **options):
     upstream = [torch.randn(len(inputs["hidden"])) if used else None for used in mix]
-    best = run(target_probability_reference, exact(inputs), upstream, **options)
+    best = run(target_probability_reference, in_float64(inputs), upstream, **options)
     same = run(target_probability_reference, inputs, upstream, **options)
     got = run(target_probability, inputs, upstream, **options)
     assert_as_close(got, same, best, floor)

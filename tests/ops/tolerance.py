@@ -1,4 +1,4 @@
-"""What the op tests share: a small case of each op, and how close is close enough."""
+"""What the op tests share: a small case of each op, gradients, and how close is close enough."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ def example(op):
     """The inputs of the op's self-check, in float32 on the device under test."""
     inputs, _ = _dispatch.example(op, torch.get_default_device(), torch.float32)
     return inputs
+
+
+def in_float64(inputs):
+    """The same numbers; None and whole numbers stay."""
+    floats = {n: x for n, x in inputs.items() if x is not None and x.is_floating_point()}
+    return inputs | {name: x.double() for name, x in floats.items()}
+
+
+def output_and_gradients(op, inputs, upstream, wanted, **options):
+    """What ``op`` gives, and the gradients of what is ``wanted`` and there."""
+    inputs = {n: x if x is None else x.detach() for n, x in inputs.items()}
+    leaves = [inputs[n].requires_grad_() for n in wanted if inputs[n] is not None]
+    y = op(**inputs, **options)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
 
 
 def relative(got, want):
