@@ -1,12 +1,12 @@
-"""Where `patch` analyses and estimates: on the accelerator, if the model fits there."""
+"""Where `patch` analyses and estimates, on the accelerator if the model fits there; what fits."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .sharding import is_sharded
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Beside the weights: a fifth for what a small batch keeps, and what CUDA and its libraries take.
 _MARGIN = 1.2
@@ -88,6 +90,31 @@ def memory_is_full(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         words in str(error) for words in _MEMORY_FULL
     )
+
+
+def computed_if_it_fits(compute: Callable[[], T], what: str, *, halves: bool) -> T | None:
+    """What ``compute`` gives; None if memory was full, so that half of ``what`` should be tried.
+
+    Args:
+        compute: of what.
+        what: in the plural, for the log.
+        halves: whether there can be half as many; if not the error is raised.
+    """
+    try:
+        return compute()
+    except Exception as error:
+        # Triton and cuBLAS ask for memory of their own, and say so in other words.
+        if not halves or not memory_is_full(error):
+            raise
+        logger.warning(
+            "%s do not fit into the device's memory at once: half as many at a time from now on "
+            "(%s)",
+            what,
+            str(error),  # a handler may keep the record, and an error keeps what it stopped
+        )
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()  # now that the error and what it held are gone
+    return None
 
 
 @contextlib.contextmanager

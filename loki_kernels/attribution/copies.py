@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from ..discovery import is_mixer
 from ..errors import UnsupportedModelError
 from ..head import check_logits
 from ..options import EngineName
-from ..placement import free_bytes, memory_is_full
+from ..placement import computed_if_it_fits, free_bytes
 from ..structure import FFN, Structure, embedding_weight
 from .definitions import PathIntegral
 from .integration import guard_tolerance, integrate, relative_error
@@ -37,8 +37,6 @@ from .path import path_points
 from .prefill import Batch, keep_site
 from .scores import Scores
 from .steering import OUT_OF_PLACE, hook_site, hooking, like, refusing, rerunning
-
-logger = logging.getLogger(__name__)
 
 # What the copies of a chunk may keep beside the model, their caches or their hidden states: where
 # nothing tells what is free (a CPU), and of what is.
@@ -156,29 +154,17 @@ class Copies:
         count = self._layers_at_once(each)
         while left:
             layers = left[:count]
-            what = f"{1 + len(layers) * len(self.integral.alphas)} copies in its own forward pass"
-            try:
-                with refusing(structure, what), torch.enable_grad():
-                    scores = self._attribute_layers(layers, prompt, cache, starts, logits, answer)
-            except RuntimeError as error:
-                # processes that share a model's weights stay in step
-                if len(layers) == 1 or structure.sharded or not memory_is_full(error):
-                    raise
-                logger.warning(
-                    "%d layers of a prompt of %d tokens do not fit into the device's memory at "
-                    "once: half as many at a time from now on (%s)",
-                    len(layers),
-                    prompt.length,
-                    str(error),  # a handler may keep the record, and an error keeps what it stopped
-                )
+            compute = partial(self._attribute_layers, layers, prompt, cache, starts, logits, answer)
+            # processes that share a model's weights stay in step
+            halves = len(layers) > 1 and not structure.sharded
+            what = f"{len(layers)} layers of a prompt of {prompt.length} tokens"
+            scores = computed_if_it_fits(compute, what, halves=halves)
+            if scores is None:
+                count = len(layers) // 2
+                self._room = each * (1 + count * len(self.integral.alphas))
             else:
                 parts.append(scores)
                 left = left[count:]
-                continue
-            count = len(layers) // 2
-            self._room = each * (1 + count * len(self.integral.alphas))
-            if torch.accelerator.is_available():
-                torch.accelerator.empty_cache()  # now that the error and what it held are gone
         return Scores.of_layers(parts)
 
     def _baseline(self, prompt: _Prompt) -> dict[int, Tensor] | None:
@@ -244,7 +230,8 @@ class Copies:
                 )
             yield from _check_mixers(structure)
 
-        with hooking(hooks()), _mutable(cache):
+        what = f"{rows} copies in its own forward pass"
+        with refusing(structure, what), torch.enable_grad(), hooking(hooks()), _mutable(cache):
             got = self._step(prompt, cache, rows) if self.cached else self._run(prompt, rows)
             wide = torch.float64 if got.dtype == torch.float64 else torch.float32
             objectives = _objectives(got.to(wide), answer)

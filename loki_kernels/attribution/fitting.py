@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from ..placement import free_bytes, memory_is_full
+from ..placement import computed_if_it_fits, free_bytes
 from ..structure import Structure, embedding_weight
 from .plan import PlannedBatch
 from .scores import Scores
-
-logger = logging.getLogger(__name__)
 
 _SHARE = 0.6  # of what is free
 _MOST = 131_072  # 600 prompts of a small model, which is enough to share the launches
@@ -59,6 +57,10 @@ def points_that_fit(structure: Structure, device: torch.device, beside: int = 0)
     return min(_MOST, 1 << max(0, points.bit_length() - 1))
 
 
+class Refused:
+    """In the place of scores: of several prompts that the engine does not take together."""
+
+
 @dataclass
 class Fitting:
     """Halves what does not fit, until it does; what is as large is halved at once from then on.
@@ -70,8 +72,10 @@ class Fitting:
     points: int
     _below: float = field(default=math.inf, init=False)  # in `PlannedBatch.cost`: what did not fit
 
-    def run(self, planned: PlannedBatch, compute: Callable[[PlannedBatch], Scores]) -> Scores:
-        """A batch's results.
+    def run(
+        self, planned: PlannedBatch, compute: Callable[[PlannedBatch], Scores | Refused]
+    ) -> Scores:
+        """A batch's results; of one that ``compute`` refuses those of its halves.
 
         Raises:
             torch.OutOfMemoryError: if one prompt alone does not fit.
@@ -79,32 +83,15 @@ class Fitting:
         left, done = [planned], []
         while left:
             part = left.pop()
-            if len(part.members) > 1 and part.cost(self.points) >= self._below:
-                left += reversed(part.halves())
-                continue
-            scores = self._try(part, compute)
-            if scores is None:
-                left.append(part)
+            several, cost = len(part.members) > 1, part.cost(self.points)
+            found: Scores | Refused | None = None
+            if not several or cost < self._below:
+                what = f"{len(part.members)} prompts of up to {part.longest} tokens"
+                found = computed_if_it_fits(partial(compute, part), what, halves=several)
+                if found is None:
+                    self._below = cost
+            if isinstance(found, Scores):
+                done.append(found)
             else:
-                done.append(scores)
+                left += reversed(part.halves())
         return done[0] if len(done) == 1 else Scores.of_samples(done)
-
-    def _try(self, part: PlannedBatch, compute: Callable[[PlannedBatch], Scores]) -> Scores | None:
-        """None if it did not fit, but half of it may."""
-        try:
-            return compute(part)
-        except RuntimeError as error:
-            # Triton and cuBLAS ask for memory of their own, and say so in other words.
-            if len(part.members) == 1 or not memory_is_full(error):
-                raise
-            logger.warning(
-                "%d prompts of up to %d tokens do not fit into the device's memory at once: half "
-                "as many at a time from now on (%s)",
-                len(part.members),
-                part.longest,
-                str(error),  # a handler may keep the record, and an error keeps what it stopped
-            )
-        self._below = part.cost(self.points)
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()  # now that the error and what it held are gone
-        return None

@@ -28,7 +28,7 @@ from ..structure import Structure, embedding_weight
 from ..team import Team
 from .definitions import PathIntegral
 from .engine import Engine, attribute_batch, choose_engine, short_prompt
-from .fitting import Fitting
+from .fitting import Fitting, Refused
 from .fusing import Fusion, find_fusion
 from .log import Log
 from .plan import BatchLimits, PlannedBatch, Window
@@ -202,18 +202,19 @@ class Job:
         # processes that share a model's weights stay in step; other engines take a prompt at a time
         halved = engine.name == "staircase" and not self.structure.sharded
 
-        def compute(part: PlannedBatch) -> Scores:
+        def compute(part: PlannedBatch) -> Scores | Refused:
             try:
                 return attribute_batch(engine, part.on(self.structure.device))
             except UnsupportedModelError as error:
-                if not halved or self.engine is not None:
+                if self.engine is not None:
                     raise
                 refused = str(error)  # the error itself keeps what it stopped
-            if len(part.members) == 1:
-                return self._decode(part, refused)
-            return Scores.of_samples([compute(half) for half in part.halves()])
+            return Refused() if len(part.members) > 1 else self._decode(part, refused)
 
-        scores = fitting.run(planned, compute) if halved else compute(planned)
+        if halved:
+            scores = fitting.run(planned, compute)
+        else:
+            scores = attribute_batch(engine, planned.on(self.structure.device))
         scores = scores.at(list(self.structure.present()), len(self.structure.layers))
         if self.counter is not None:
             _check_rankable(scores, planned.members)

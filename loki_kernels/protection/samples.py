@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from ..options import DEFAULT_SAMPLES
-from ..placement import memory_is_full
+from ..placement import computed_if_it_fits
 from ..progress import progress_bar
 
 LENGTH = 256  # tokens
@@ -54,12 +55,11 @@ def draw_samples(
         for number, (opening, end) in enumerate(openings):
             left = count // len(openings) + (number < count % len(openings))
             while left:
-                try:
-                    drawn = _generate(model, opening, min(left, size), length, end)
-                except Exception as error:
-                    size = min(left, size) // 2
-                    if not memory_is_full(error) or not size:
-                        raise
+                together = min(left, size)
+                generate = partial(_generate, model, opening, together, length, end)
+                drawn = computed_if_it_fits(generate, f"{together} samples", halves=together > 1)
+                if drawn is None:
+                    size = together // 2
                     continue
                 samples += drawn
                 left -= len(drawn)

@@ -15,6 +15,7 @@ from loki_kernels.attribution.fitting import Fitting
 from loki_kernels.attribution.plan import PlannedBatch
 from loki_kernels.attribution.prompts import Tokens
 from loki_kernels.discovery import find_structure
+from loki_kernels.errors import UnsupportedModelError
 from tests.architectures import lfm2, mixtral
 from tests.models import build_model
 
@@ -145,6 +146,30 @@ def test_what_did_not_fit_is_not_tried_again(room):
     loki.attribute(build_model(device="cpu"), PROMPTS[:4] * 3, batch_size=4)
     sizes = [tokens * prompts for prompts, tokens in room["tried"]]
     assert sum(size > 13 for size in sizes) == 2  # 4 prompts, then 2
+
+
+def test_a_batch_whose_halves_do_not_fit_was_only_refused(monkeypatch, caplog):
+    """Six prompts that the engine takes by three alone, and whose memory is enough for two."""
+    model, tried, compute = build_model(device="cpu"), [], job.attribute_batch
+    prompts = [{"input_ids": [1 + i, 5, 2]} for i in range(6)]
+    want = loki.attribute(model, prompts)
+
+    def refusing(engine, batch):
+        count = len(batch.input_ids)
+        tried.append(count)
+        if count > 3:
+            raise UnsupportedModelError("not so many together")
+        if count > 2:
+            raise torch.OutOfMemoryError("full")
+        return compute(engine, batch)
+
+    monkeypatch.setattr(job, "attribute_batch", refusing)
+    got = loki.attribute(model, prompts, batch_size=6)
+    assert tried == [6, 3, 1, 2, 1, 2]
+    assert caplog.text.count("do not fit") == 1
+    assert "3 prompts" in caplog.text
+    assert "decode" not in caplog.text
+    torch.testing.assert_close(got.scores, want.scores)
 
 
 def test_one_prompt_that_does_not_fit_is_an_error(room):
