@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument(
         "--engine", choices=get_args(EngineName), help="(default: the first that is exact)"
     )
-    _add_selection_options(attribute)
+    _add_selection_options(attribute, "with --keep counts: ")
     attribute.set_defaults(run=commands.attribute)
 
     select = subparsers.add_parser("select", help="choose rows from an attribution")
@@ -187,7 +187,9 @@ def _json_object(text: str) -> dict[str, Any]:
 def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
     """What is attributed, how, and on what."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--questions", help="your own questions: MMLU's csv, jsonl or parquet")
+    source.add_argument(
+        "--questions", help="MMLU's csv; jsonl or parquet of questions, messages, prompt or text"
+    )
     source.add_argument("--dataset", help="a Hugging Face dataset, NAME or NAME:CONFIG")
     parser.add_argument("--split", help="of the data set (default: test)")
     parser.add_argument(
@@ -199,8 +201,8 @@ def _add_analysis_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one)")
 
 
-def _add_selection_options(parser: argparse.ArgumentParser) -> None:
-    rows = f"percentage of rows (default: {DEFAULT_QUOTA:g})"
+def _add_selection_options(parser: argparse.ArgumentParser, when: str = "") -> None:
+    rows = f"{when}percentage of rows (default: {DEFAULT_QUOTA:g})"
     parser.add_argument("--quota", type=float, help=rows)
-    default = f"(default: {DEFAULT_CRITERION})"
+    default = f"{when}scores nearest to zero, or the lowest (default: {DEFAULT_CRITERION})"
     parser.add_argument("--criterion", choices=get_args(Criterion), help=default)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .ops._directions import padded_count
 from .placement import accelerator, free_bytes
 from .protection.moments import default_directions
 from .ranking import rows_per_layer
@@ -28,7 +29,7 @@ class TrainingMemory(NamedTuple):
         update: what is trained, its gradient and two moments, in float32 (float64 of a float64
             weight).
         base: the rows as they were, in the weight's dtype.
-        directions: that are left alone, likewise.
+        directions: that are left alone, likewise, with the zeros that products are padded by.
     """
 
     update: int
@@ -58,10 +59,11 @@ def training_memory(
         numbers = rows * width if rank is None else rank * (rows + width)
         update += 4 * max(4, size) * experts * numbers
         base += size * experts * rows * width
-        if not isinstance(protected, bool):
-            directions += size * protected[down_proj.name].numel()
-        elif protected:
-            directions += size * experts * width * default_directions(width)
+        if isinstance(protected, bool):
+            count = default_directions(width) if protected else 0
+        else:
+            count = protected[down_proj.name].shape[-1]
+        directions += size * experts * width * padded_count(count)
     return TrainingMemory(update, base, directions)
 
 

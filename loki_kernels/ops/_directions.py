@@ -12,13 +12,18 @@ from ._check import without_autocast
 from ._products import STEP
 
 
+def padded_count(directions: int) -> int:
+    """How many columns `padded` gives so many."""
+    return directions + -directions % STEP
+
+
 def padded(directions: Tensor) -> Tensor:
     """U with columns of zeros up to the next multiple of 16, which leave nothing out.
 
     Tensor cores take other widths by slower kernels (`_products.STEP`); a fourteenth of the
     features is one of 14,336 and of few others: 878 at 12,288, 586 at 8,192.
     """
-    missing = -directions.shape[-1] % STEP
+    missing = padded_count(directions.shape[-1]) - directions.shape[-1]
     return functional.pad(directions, (0, missing)) if missing else directions
 
 

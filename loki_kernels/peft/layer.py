@@ -51,7 +51,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         loki_delta_a: ``[k, r]`` instead of it, zero at first (LoKI*).
         loki_delta_b: ``[r, in_features]`` (LoKI*).
         loki_directions: protected ones ``[in_features, r]`` by adapter, then columns of zeros, in
-            float32 or the base's dtype; of those that are trained.
+            the base's dtype; of those that are trained.
         loki_protection: uint8 ``[32]`` by adapter, the fingerprint of what it is protected with,
             by which a state dict is known to be of the same.
         formed: inside `LokiModel.generate` and a measurement of drift the protected factors by

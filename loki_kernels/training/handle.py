@@ -145,8 +145,8 @@ class Patch:
 
         What runs are the merged weights, as they are saved, in the model's dtype. For a loop of
         your own that generates, a token a pass; ``model.generate`` enters it by itself. What
-        changes the update inside, training above all, is not seen; a training step raises
-        RuntimeError.
+        changes the update alone inside (an optimizer, `load_state`) is not seen; a state dict that
+        is loaded acts, since it has merged weights; a training step raises RuntimeError.
         """
         self._check_active()
         return self._writer.hold()

@@ -80,8 +80,9 @@ def patch(
     (``AutoModelForSequenceClassification``). Train with any trainer; ``save_pretrained`` gives an
     ordinary checkpoint, with the update in a file beside it.
 
-    Analyses and estimates are kept in ``$LOKI_KERNELS_CACHE`` (``~/.cache/loki_kernels``) and made
-    on the accelerator if the model fits there; in distributed training by the first process.
+    Analyses and estimates are kept in ``$LOKI_KERNELS_CACHE`` (else ``~/.cache/loki_kernels``) and
+    made on the accelerator if the model fits there. In distributed training the first process
+    estimates, and all share an analysis, whose rows are the first one's.
 
     Args:
         model: a transformers causal language model.
@@ -103,7 +104,8 @@ def patch(
             enough.
         fuse_mlp: where the MLP is ``down_proj(act(gate(x)) * up(x))`` with SiLU or
             tanh-approximated GELU, keep gate and up alone for the backward pass, not act(gate) and
-            the product: half of the MLP's activation memory. The report says where.
+            the product: half of the MLP's activation memory, a quarter under FSDP2 and ZeRO-3,
+            none under ``torch.compile``. The report says where.
 
     Returns:
         A `Patch` handle.
