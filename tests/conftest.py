@@ -73,6 +73,16 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of this process alone, in which sharding does all that it does among others."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
 def model() -> transformers.PreTrainedModel:
     from tests.models import build_model
 

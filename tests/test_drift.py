@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import weakref
 
 import peft
 import pytest
@@ -298,6 +299,21 @@ def test_a_patched_model_from_its_own_base(rank):
         assert torch.equal(value, before[name]), name
     with pytest.raises(ValueError, match="is not patched"):
         loki.drift(base, texts=texts())
+
+
+def test_a_named_base_is_gone_before_the_second_is_loaded(base_folder, tmp_path, monkeypatch):
+    moved(load_model(base_folder)).save_pretrained(tmp_path)
+    opened, alive, real = [], [], meter.open_model
+
+    def opening(model, *options):
+        alive.append([reference() is not None for reference in opened])
+        loaded = real(model, *options)
+        opened.append(weakref.ref(loaded.model))  # all but the head, which is kept
+        return loaded
+
+    monkeypatch.setattr(meter, "open_model", opening)
+    loki.drift(base_folder, tmp_path, texts())
+    assert alive == [[], [False]]
 
 
 @pytest.mark.parametrize("way", ["patch", "peft"])
@@ -801,7 +817,17 @@ def test_the_callback_refuses_bad_input_at_once(tmp_path):
         loki.DriftCallback(trainer, "no.txt")
 
 
-def test_sharded_weights():
+def test_the_bundled_questions_are_logged_together(tmp_path):
+    model = build_model()
+    loki.patch(model, ROWS)
+    trainer = tiny_trainer(model, tmp_path, 1)
+    trainer.add_callback(loki.DriftCallback(trainer, tokenizer=WordTokenizer(), tokens=300))
+    trainer.train()
+    keys = {key for entry in trainer.state.log_history for key in entry if "drift" in key}
+    assert keys == {"drift/kl", "drift/perplexity"}
+
+
+def test_sharded_weights(one_process):
     from torch.distributed.fsdp import fully_shard
 
     from loki_kernels.forgetting.texts import read_texts, tokenize
@@ -809,24 +835,16 @@ def test_sharded_weights():
     base = build_model()
     want = loki.drift(base, moved(base), texts())
     batches = tokenize(read_texts(texts()), None, 512, None).batches(2048)
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        sharded = copy.deepcopy(base)
-        for module in (*sharded.model.layers, sharded):
-            fully_shard(module, mesh=mesh)
-        kept = measure.record(sharded, batches)
-        assert not measure.compare(kept, sharded).kl.any()
-        with torch.no_grad():
-            for parameter, value in zip(
-                sharded.parameters(), moved(base).parameters(), strict=True
-            ):
-                parameter.to_local().copy_(value)
-        got = measure.compare(kept, sharded)
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    sharded = copy.deepcopy(base)
+    for module in (*sharded.model.layers, sharded):
+        fully_shard(module, mesh=mesh)
+    kept = measure.record(sharded, batches)
+    assert not measure.compare(kept, sharded).kl.any()
+    with torch.no_grad():
+        for parameter, value in zip(sharded.parameters(), moved(base).parameters(), strict=True):
+            parameter.to_local().copy_(value)
+    got = measure.compare(kept, sharded)
     torch.testing.assert_close(got.kl, want.token_kl)
 
 

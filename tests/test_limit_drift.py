@@ -60,31 +60,25 @@ def test_as_much_is_read_as_it_is_told():
 
 
 @pytest.mark.parametrize("reshard", [None, False])
-def test_sharded_rows(reshard):
+def test_sharded_rows(reshard, one_process):
     """Also after a forward pass, which with ``reshard_after_forward=False`` leaves them gathered:
     what was written then would lie in memory that is freed."""
     from torch.distributed.fsdp import fully_shard
 
     _, handle = trained()
     kl = loki.drift(handle, texts=texts()).overall.kl / 4
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        sharded = copy.deepcopy(handle.model)
-        for module in (*sharded.model.layers, sharded):
-            fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
-        ids = torch.arange(6)[None].to(sharded.device)
-        with torch.no_grad():
-            sharded(ids)
-        whole = loki.drift(sharded, texts=texts()).overall.kl
-        assert whole == pytest.approx(4 * kl, rel=1e-4)
-        with torch.no_grad():
-            sharded(ids)
-        share, found = loki.limit_drift(sharded, kl, texts())
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    sharded = copy.deepcopy(handle.model)
+    for module in (*sharded.model.layers, sharded):
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+    ids = torch.arange(6)[None].to(sharded.device)
+    with torch.no_grad():
+        sharded(ids)
+    whole = loki.drift(sharded, texts=texts()).overall.kl
+    assert whole == pytest.approx(4 * kl, rel=1e-4)
+    with torch.no_grad():
+        sharded(ids)
+    share, found = loki.limit_drift(sharded, kl, texts())
     want_share, want = loki.limit_drift(handle, kl, texts())
     # float32 log-probabilities of about 5 are rounded by 2e-7, a KL of .008 by as much a token; the
     # share goes by its root

@@ -5,7 +5,6 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,13 +16,6 @@ from tests.models import build_model
 
 ROWS = [[1], [2], [3]]
 PROMPT = [{"input_ids": [1, 2, 3]}]
-
-
-@pytest.fixture
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def split(linear, mesh, dimension):
@@ -44,7 +36,7 @@ def refused(model, message):
 
 
 @pytest.mark.parametrize(("name", "dimension"), [(None, 1), (None, -1), ("tp", 1), ("tp", 0)])
-def test_a_split_down_projection(group, name, dimension):
+def test_a_split_down_projection(one_process, name, dimension):
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=name and (name,))
     model = build_model(device="cpu")
     for layer in model.model.layers:
@@ -52,7 +44,7 @@ def test_a_split_down_projection(group, name, dimension):
     refused(model, r"split by tensor parallelism .* patch does not support")
 
 
-def test_smaller_plain_weights(group):
+def test_smaller_plain_weights(one_process):
     """As transformers' earlier versions leave them: the model knows how many parts there are."""
     model = build_model(device="cpu")
     model._tp_size = 2
@@ -62,7 +54,7 @@ def test_smaller_plain_weights(group):
 
 
 @pytest.mark.parametrize("dimension", [0, 1])
-def test_fully_shard_is_something_else(group, dimension):
+def test_fully_shard_is_something_else(one_process, dimension):
     model = build_model(device="cpu")
     mesh = init_device_mesh("cpu", (1,))
     fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(min(dimension, p.ndim - 1)))
@@ -72,7 +64,7 @@ def test_fully_shard_is_something_else(group, dimension):
     assert torch.equal(loki.attribute(model, PROMPT).scores, want.scores)
 
 
-def test_tp_plan_of_transformers(group, tmp_path, monkeypatch):
+def test_tp_plan_of_transformers(one_process, tmp_path, monkeypatch):
     """What from_pretrained(tp_plan="auto") gives in one process is a model, whole or refused."""
     transformers = pytest.importorskip("transformers")
     for name in ("RANK", "LOCAL_RANK"):

@@ -82,7 +82,8 @@ class RowWriter:
             return
         sharded = shards_its_weights(self.model)
         if graded and sharded:  # whose gradients come to no hook
-            self._check_allowed()
+            for layer in self.layers:
+                self._check_gradient(layer)
         written = [layer for layer in self.layers if layer.can_write and not sharded]
         kept, self.kept = self.kept, False  # for one forward pass
         if not kept or self.versions != self._versions():

@@ -173,17 +173,6 @@ def test_a_baseline_of_mean_activations(engine):
     assert len(got.run["baseline_values"]) == 64
 
 
-def test_they_are_part_of_what_a_log_continues(tmp_path):
-    model = build_model()
-    mean = loki.mean_activations(model, [PROMPT])
-    out = tmp_path / "scores.safetensors"
-    loki.attribute(model, [PROMPT], target=[[11, 12]], contrast=[[3]], baseline=mean, out=out)
-    read = loki.Attribution.load(out)
-    again = loki.attribute(model, [PROMPT], target=[[11, 12]], contrast=[[3]], baseline=mean)
-    assert torch.equal(read.scores, again.scores)
-    assert read.run["baseline_values"] == again.run["baseline_values"]
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -184,6 +184,14 @@ def leave_two_batches(model, out, monkeypatch, **options):
             attribute(model, PROMPTS, out=out, **(OPTIONS | options))
 
 
+def configured(model):
+    """The same weights, of another function."""
+    other = build_model()
+    other.load_state_dict(model.state_dict())
+    other.config.rms_norm_eps *= 2
+    return other
+
+
 def trained(model):
     other = build_model()
     other.load_state_dict(model.state_dict())
@@ -196,6 +204,8 @@ def trained(model):
     ("change", "message"),
     [
         ({"model": trained}, "differs in: model"),
+        ({"model": configured}, "differs in: settings"),
+        ({"engine": "decode"}, "differs in: engine"),
         ({"steps": 3}, "differs in: steps"),
         ({"definition": "paper"}, "differs in: multiply, objective, rule"),
         ({"batch_size": 3}, "differs in: batch_size"),
@@ -219,6 +229,21 @@ def test_another_run_is_refused_and_the_first_goes_on(
     attributed.clear()
     assert_same(attribute(model, PROMPTS, out=out, **OPTIONS), want)
     assert len(attributed) == BATCHES - 2
+
+
+def test_answers_and_a_baseline_are_a_part_of_what_goes_on(model, out, monkeypatch):
+    mean = loki.mean_activations(model, PROMPTS[:1])
+    given = {"target": [[11, 12]] * 8, "contrast": [[3]] * 8, "baseline": mean}
+    want = attribute(model, PROMPTS, **OPTIONS | given)
+    leave_two_batches(model, out, monkeypatch, **given)
+    for change, what in (
+        ({"baseline": 2 * mean}, "baseline_values"),
+        ({"target": [[11, 13]] * 8}, "prompts"),
+        ({"contrast": [[4]] * 8}, "prompts"),
+    ):
+        with pytest.raises(ValueError, match=f"differs in: {what}"):
+            attribute(model, PROMPTS, out=out, **OPTIONS | given | change)
+    assert_same(attribute(model, PROMPTS, out=out, **OPTIONS | given), want)
 
 
 @pytest.mark.parametrize("keep", ["scores", "counts"])

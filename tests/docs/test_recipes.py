@@ -147,20 +147,14 @@ def test_quantized(names, base_folder):
     assert (got - want).abs().max() < want.abs().max() / 127  # no more than int8 rounds
 
 
-def test_several_gpus(names):
+def test_several_gpus(names, one_process):
     from torch.distributed.fsdp import fully_shard
 
     # what two processes do with it is in test_distributed
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        run("Several GPUs", names, fully_shard=lambda module: fully_shard(module, mesh=mesh))
-        names["model"](input_ids=names["ids"], labels=names["ids"]).loss.backward()
-        assert names["model"].model.layers[0].mlp.down_proj.update.grad is not None
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    run("Several GPUs", names, fully_shard=lambda module: fully_shard(module, mesh=mesh))
+    names["model"](input_ids=names["ids"], labels=names["ids"]).loss.backward()
+    assert names["model"].model.layers[0].mlp.down_proj.update.grad is not None
 
 
 def test_adapter_and_lora(names, base_folder):

@@ -96,6 +96,15 @@ def test_base_weights_are_never_written():
     assert down_proj(model).loki_update["default"].grad is not None
 
 
+def test_a_merged_adapter_that_is_turned_off_is_the_base():
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    learned = logits(train(model))
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(build_model()))
+    assert torch.equal(logits(model), learned)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_merging_is_undone_bit_for_bit(rank):
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, rank=rank))

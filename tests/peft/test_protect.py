@@ -44,6 +44,22 @@ def test_trains_as_patch_does(rank, file):
     torch.testing.assert_close(logits(model.merge_and_unload()), logits(patched))
 
 
+@pytest.mark.parametrize("when", ["added", "run"])
+def test_zero_3_trains_no_protected_adapter(when, file):
+    """It collects a state dict by itself, which would hold the update as it does not act."""
+    config, model = LokiConfig(rows=ROWS, protect=str(file)), build_model()
+    if when == "run":  # split once it is made
+        model = peft.get_peft_model(model, config)
+    for parameter in model.parameters():
+        parameter.ds_id = 0
+    attempt = {
+        "added": lambda: peft.get_peft_model(model, config),
+        "run": lambda: model(input_ids=token_batch()),
+    }[when]
+    with pytest.raises(loki.UnsupportedModelError, match="cannot train a protected LoKI adapter"):
+        attempt()
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_an_adapter_needs_its_protection_to_be_trained_on_alone(rank, file, tmp_path):
     build_model().save_pretrained(tmp_path / "base")

@@ -221,16 +221,6 @@ def test_efficient_loading_is_refused_in_every_process(torch_engines):
         assert all("cpu_ram_efficient_loading" in said for said in process)
 
 
-@pytest.fixture
-def one_process():
-    """A group of this process alone, in which sharding does all that it does among others."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_fsdp1_is_refused_before_training(one_process):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -461,6 +451,38 @@ def test_zero_saves_an_ordinary_checkpoint(alone, zero, case):
     model, info = AutoModelForCausalLM.from_pretrained(zero / case, output_loading_info=True)
     assert not info["unexpected_keys"]
     assert_same_weights(alone, case, model.state_dict())
+
+
+def test_an_update_to_be_used_is_not_trained_in_shards(one_process, tmp_path):
+    """In evaluation mode too, where no hook sees a gradient that FSDP2 scatters."""
+    model = build_model("llama_mlp_bias", device="cpu")
+    with loki.patch(model, ROWS, protect=protection(model)) as handle:
+        handle.save_state(tmp_path)
+    loki.load_adapter(model, tmp_path)
+    shard(model.eval())
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        model(ids)
+    with pytest.raises(RuntimeError, match="cannot be trained on"):
+        model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("way", ["patch", "peft"])
+def test_ddp_sends_none_of_our_buffers(one_process, way, tmp_path):
+    model = build_model("llama_mlp_bias", device="cpu")
+    file = tmp_path / "protection.safetensors"
+    protection(model).save(file)
+    if way == "patch":
+        loki.patch(model, ROWS, protect=file)
+    else:
+        peft = pytest.importorskip("peft")
+        from loki_kernels.peft import LokiConfig
+
+        model = peft.get_peft_model(model, LokiConfig(rows=ROWS, protect=str(file)))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    ours = {name for name, _ in model.named_buffers() if ".down_proj." in name}
+    assert len(ours) == (12 if way == "patch" else 9)
+    assert not ours & wrapped.named_module_buffers.keys()
 
 
 @deepspeed

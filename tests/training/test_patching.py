@@ -305,6 +305,26 @@ def test_side_file_restores_what_the_checkpoint_rounds(tmp_path, rank):
     assert "save_pretrained" not in model.__dict__
 
 
+@pytest.mark.parametrize(
+    ("rows", "rank", "said"),
+    [
+        (ROWS, 3, "another rank"),
+        (ROWS, None, "another rank"),
+        ([ROWS[0], [], ROWS[2]], 2, "rows of other layers"),
+    ],
+)
+def test_an_update_of_another_shape_changes_nothing(tmp_path, rows, rank, said):
+    model = build_model()
+    loki.patch(model, ROWS, rank=2)
+    train(model).save_pretrained(tmp_path)
+    again = build_model()
+    handle = loki.patch(again, rows, rank=rank)
+    before = {name: p.clone() for name, p in again.named_parameters()}
+    with pytest.raises(ValueError, match=f"patched otherwise.*{said}"):
+        handle.load_state(tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_update_fits_the_base_in_another_dtype(tmp_path, dtype):
     model = build_model(dtype=torch.bfloat16)
@@ -731,18 +751,22 @@ def test_rows_are_written_once_for_accumulated_batches(writes, tmp_path):
         assert torch.equal(tensor, states[1][name]), name
 
 
-@pytest.mark.parametrize("between", ["on_step_begin", "on_evaluate", "a change"])
+@pytest.mark.parametrize(
+    "between",
+    ["on_step_begin", "on_step_end", "on_evaluate", "on_predict", "adalomo", "a change"],
+)
 def test_rows_that_may_have_changed_are_written(between, writes):
     model = build_model()
     handle = loki.patch(model, ROWS)
     train(model)
     callback = handle.trainer_callback()
     logits(model)
-    callback.on_substep_end(SimpleNamespace(optim="adamw_torch"), None, None)
+    optim = between if "lomo" in between else "adamw_torch"
+    callback.on_substep_end(SimpleNamespace(optim=optim), None, None)
     if between == "a change":
         with torch.no_grad():
             handle.named_layers()[0][1].update.add_(1.0)
-    else:
+    elif between != optim:
         getattr(callback, between)(None, None, None)
     del writes[:]
     logits(model)

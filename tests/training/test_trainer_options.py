@@ -133,16 +133,24 @@ def test_liger_kernel(plain, base_folder, tmp_path, monkeypatch):
 
     for name in ("LlamaMLP", "LlamaRMSNorm", "apply_rotary_pos_emb"):  # which Liger replaces
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
-    parts = {}
+    parts, ran = {}, set()
     if DEVICE.type == "cpu":
         parts = {"rope": False, "rms_norm": False}
-        monkeypatch.setattr(swiglu, "_swiglu_dispatch", lambda a, b, *_: functional.silu(a) * b)
-        monkeypatch.setattr(llama, "LigerForCausalLMLoss", _plain_loss)
+        monkeypatch.setattr(
+            swiglu,
+            "_swiglu_dispatch",
+            lambda a, b, *_: ran.add("mlp") or functional.silu(a) * b,
+        )
+        monkeypatch.setattr(
+            llama, "LigerForCausalLMLoss", lambda *a, **k: ran.add("loss") or _plain_loss(*a, **k)
+        )
     options = {"use_liger_kernel": True, "liger_kernel_config": parts}
     for fuse_mlp in (False, True) if way.startswith("patch") else (False,):
         model, callbacks = start(way, base_folder, fuse_mlp=fuse_mlp)
         trainer = tiny_trainer(model, tmp_path, STEPS, callbacks, **options)
         trainer.train()
+        assert DEVICE.type != "cpu" or ran == {"mlp", "loss"}
+        ran.clear()
         for name, update in updates(model).items():
             torch.testing.assert_close(update, want[name], rtol=1e-3, atol=1e-4, msg=name)
         trainer.save_model(str(tmp_path / "out"))

@@ -46,6 +46,20 @@ def test_a_checkpoint_is_merged_with_them(trained):
     torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=0)
 
 
+def test_unpatching_puts_back_the_base_whatever_was_read_last(trained):
+    folder, model, handle = trained
+    train(model)
+    (folder / "later").mkdir()
+    handle.save_state(folder / "later")
+    base = load_model(folder / "base")
+    want = snapshot(base)
+    again = loki.patch(base, folder / "checkpoint")
+    again.load_state(folder / "later")
+    torch.testing.assert_close(logits(base), logits(model), rtol=0, atol=0)
+    again.unpatch()
+    assert_unchanged(base, want)
+
+
 def test_a_model_that_trains_others_is_refused(trained):
     folder, _, _ = trained
     base = load_model(folder / "base")
