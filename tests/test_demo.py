@@ -139,14 +139,17 @@ def test_methods_are_compared_where_all_of_them_got():
     """Half the KL at every loss; and one that only got where another one never was."""
     points = [(0.1, 0.8), (0.2, 0.2), (0.4, 0.05)]
     methods = {"a": points, "b": [(loss, kl / 2) for loss, kl in points], "c": [(0.2, 0.6)]}
-    loss, kl = at_equal_loss(methods)
-    assert loss == 0.2
+    losses, kl = at_equal_loss(methods)
+    assert losses == (0.2, 0.2)
     assert kl == pytest.approx({"a": 0.2, "b": 0.1, "c": 0.6})
-    loss, kl = at_equal_loss({"a": points[1:], "c": [(0.3, 0.6)], "d": [(0.05, 0.5)]})
-    assert loss == 0.3
+    losses, kl = at_equal_loss({"a": points[1:], "c": [(0.3, 0.6)], "d": [(0.05, 0.5)]})
+    assert losses == (0.3, 0.3)
     assert kl == pytest.approx({"a": 0.1, "c": 0.6})
-    assert "2.0 times as much after LoRA" in demo._sentence(0.2, {LOKI: 0.1, LORA: 0.2})
-    assert "no loss on the calls" in demo._sentence(0.2, {LORA: 0.2})
+    losses, kl = at_equal_loss({"a": points, "b": [(0.2, 0.8), (0.3, 0.8), (0.35, 0.7)]})
+    assert losses == (0.2, 0.35)
+    assert kl["a"] == pytest.approx(0.2 / 2**0.75)  # halved within .1, on the way to .35
+    assert "2.0 times as much after LoRA" in demo._sentence((0.2, 0.3), {LOKI: 0.1, LORA: 0.2})
+    assert "no loss on the calls" in demo._sentence((0.2, 0.2), {LORA: 0.2})
 
 
 def test_the_plot_is_written(tmp_path):

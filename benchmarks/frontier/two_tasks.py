@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import loki_kernels as loki
 from loki_kernels.cache import cache_folder
 from loki_kernels.demo.evaluation import token_log_probabilities
-from loki_kernels.demo.frontier import at_loss
+from loki_kernels.demo.frontier import at_loss, frontier
 from loki_kernels.demo.function_calls import generate_examples
 from loki_kernels.demo.methods import Update
 from loki_kernels.demo.model import load_smollm2
@@ -106,7 +106,7 @@ def run(
             found = tasks.losses(learner)
             points.append((found["calls"], found["plays"] - after_plays[first]))
             yield {"after": "the calls", "way": way, "rate": rate, "share": share, **found}
-        fronts[way] = sorted(points)
+        fronts[way] = frontier(points)
 
     learner = copy.deepcopy(model).requires_grad_(True)
     yield learn_plays(FULL, learner)

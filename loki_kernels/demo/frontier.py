@@ -11,6 +11,8 @@ from ..plots import picture
 
 Point = tuple[float, float]  # task loss, log KL
 
+_STEPS = 10  # of the losses at which methods are compared
+
 
 def frontier(points: Iterable[Point]) -> list[Point]:
     """Those that no other beats in both, by rising loss and falling KL."""
@@ -34,19 +36,26 @@ def at_loss(front: Sequence[Point], loss: float) -> float | None:
 
 def at_equal_loss(
     methods: Mapping[str, Iterable[tuple[float, float]]],
-) -> tuple[float, dict[str, float]]:
-    """The lowest task loss that all methods reach, and each one's KL there.
+) -> tuple[tuple[float, float], dict[str, float]]:
+    """The task losses between which all methods were measured, and each one's mean KL there.
 
-    Of a method the (task loss, KL) of its measurements; one whose measurements do not include that
-    loss between them is left out.
+    Of a method the (task loss, KL) of its measurements; one that never had a loss which all others
+    reach is left out. The mean is that of log KL over equal steps of the loss: at the lowest one
+    alone, the end of the method that learns least, that method's KL rises steepest.
     """
     fronts = {
         name: frontier((loss, math.log(kl)) for loss, kl in points if kl > 0)
         for name, points in methods.items()
     }
-    loss = max(front[0][0] for front in fronts.values())
-    found = {name: at_loss(front, loss) for name, front in fronts.items()}
-    return loss, {name: math.exp(kl) for name, kl in found.items() if kl is not None}
+    low = max(front[0][0] for front in fronts.values())
+    fronts = {name: front for name, front in fronts.items() if front[-1][0] >= low}
+    high = min(front[-1][0] for front in fronts.values())
+    losses = [low + (high - low) * i / _STEPS for i in range(_STEPS)] + [high]
+    found = {}
+    for name, front in fronts.items():
+        logs = [kl for loss in losses if (kl := at_loss(front, loss)) is not None]
+        found[name] = math.exp(sum(logs) / len(logs))
+    return (low, high), found
 
 
 def plot_frontier(

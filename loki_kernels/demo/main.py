@@ -136,20 +136,20 @@ def _write_results(
 ) -> None:
     points = {name: [(e.loss, e.kl) for e in shares.values()] for name, shares in results.items()}
     plot_frontier(out / "frontier.png", points, before.loss)
-    loss, kl = at_equal_loss(points)
+    losses, kl = at_equal_loss(points)
     columns = {"before": before} | {name: shares[1.0] for name, shares in results.items()}
-    table = _table(columns, report["trained"], loss, kl)
+    table = _table(columns, report["trained"], losses, kl)
     report |= {
         "before": asdict(before),
         "results": {
             name: {str(share): asdict(e) for share, e in shares.items()}
             for name, shares in results.items()
         },
-        "equal_loss": {"loss": loss, "kl": kl},
+        "equal_loss": {"losses": losses, "kl": kl},
     }
     with atomic_path(out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    text = f"{table}\n{_sentence(loss, kl)}\n"
+    text = f"{table}\n{_sentence(losses, kl)}\n"
     with atomic_path(out / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(
@@ -223,7 +223,7 @@ def _save_and_check(
 def _table(
     columns: Mapping[str, Evaluation],
     trained: Mapping[str, int],
-    loss: float,
+    losses: tuple[float, float],
     kl: Mapping[str, float],
 ) -> str:
     lines = {
@@ -237,14 +237,15 @@ def _table(
     rows = {"numbers trained": [f"{trained[n]:,}" if n in trained else "" for n in columns]}
     for label, (name, spec) in lines.items():
         rows[label] = [format(getattr(column, name), spec) for column in columns.values()]
-    rows[f"text and questions, KL where calls have {loss:.3f}"] = [
+    low, high = losses
+    rows[f"text and questions, mean KL where calls have {low:.3f} to {high:.3f}"] = [
         f"{kl[name]:.4f}" if name in kl else "" for name in columns
     ]
     text = f"| | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}\n"
     return text + "".join(f"| {label} | {' | '.join(c)} |\n" for label, c in rows.items())
 
 
-def _sentence(loss: float, kl: Mapping[str, float]) -> str:
+def _sentence(losses: tuple[float, float], kl: Mapping[str, float]) -> str:
     """The result in words that ask for no knowledge of the method."""
     others = [
         f"{kl[name] / kl[LOKI]:.1f} times as much after {name}"
@@ -257,7 +258,7 @@ def _sentence(loss: float, kl: Mapping[str, float]) -> str:
             "what each has forgotten for what it learned."
         )
     return (
-        f"Having learned equally well to call functions that it was never shown ({loss:.2f} nats "
-        f"a token), the model's predictions on everything else moved {' and '.join(others)} as "
-        "with the protected update."
+        f"Having learned equally well to call functions that it was never shown ({losses[0]:.2f} "
+        f"to {losses[1]:.2f} nats a token), the model's predictions on everything else moved "
+        f"{' and '.join(others)} as with the protected update."
     )

@@ -183,6 +183,40 @@ def test_large_logits_stay_finite():
     assert_two_references(inputs)
 
 
+@pytest.mark.parametrize("offset", [-100.0, -20.0, 0.0, 20.0, 100.0])
+@pytest.mark.parametrize("ahead", [8.0, 14.0, 30.0])
+def test_tokens_that_the_model_is_sure_of(ahead, offset):
+    """1 - p, by which all of the gradient of log p goes, to the digits that the logits have."""
+    inputs = make(9, 63, 129)
+    inputs["bias"] = torch.full((129,), offset)
+    logits = torch.nn.functional.linear(inputs["hidden"], inputs["weight"])
+    inputs["target"] = logits.argmax(-1)
+    inputs["bias"][inputs["target"]] += ahead
+    inputs["target"] = (logits + inputs["bias"]).argmax(-1)
+    upstream = [None, None, torch.ones(9)]
+    got = run(target_probability, inputs, upstream)
+    best = run(target_probability_reference, in_float64(inputs), upstream)
+    # float32 logits of `ahead + offset` are rounded, once more where the bias is added
+    spacing = 2.0**-23 * (abs(offset) + ahead + 8)
+    for result, want in zip(got[2:], best[2:], strict=True):
+        size = want.abs() if want.ndim == 1 else want.abs().amax(1, True)
+        assert ((result.double() - want).abs() <= 4 * spacing * size).all()
+
+
+def test_logits_of_tokens_that_are_ruled_out():
+    """A head may give -inf for padding of its vocabulary, and for all tokens but one."""
+    inputs = make(3, 5, 7)
+    inputs["target"] = torch.tensor([1, 1, 2])
+    inputs["bias"][3:] = float("-inf")
+    upstream = torch.ones(3, 3)
+    best = run(target_probability_reference, in_float64(inputs), upstream)
+    for got, want in zip(run(target_probability, inputs, upstream), best, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    inputs["bias"][[0, 2]] = float("-inf")
+    got = target_probability(**inputs | {"target": torch.tensor([1, 1, 1])})
+    assert got.probability.tolist() == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("gradient", [True, False])
 def test_registration(gradient):
     inputs = example("target_probability")

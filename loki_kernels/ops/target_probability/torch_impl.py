@@ -13,8 +13,8 @@ from torch.nn import functional
 # 128 Mi bfloat16 = 256 MiB, 1,046 tokens of its vocabulary.
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 
-# (logits, target, softcap, logit_scale, gradient) -> target's final logit [tokens], log of the
-# normaliser [tokens], and, in the logits' dtype, d log p / d logits [tokens, V] or None
+# (logits, target, softcap, logit_scale, gradient) -> target's final logit [tokens], its log-odds
+# log(p / (1 - p)) [tokens], and, in the logits' dtype, d log-odds / d logits [tokens, V] or None
 Reduce = Callable[[Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor, Tensor | None]]
 
 
@@ -32,14 +32,14 @@ def in_chunks(
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     tokens, width = hidden.shape
     logit = torch.empty(tokens, dtype=wide, device=hidden.device)
-    log_normaliser = torch.empty_like(logit)
+    log_odds = torch.empty_like(logit)
     pull = torch.empty(tokens if gradient else 0, width, dtype=hidden.dtype, device=hidden.device)
     elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
     chunk = max(1, elements // weight.shape[0])
     for start in range(0, tokens, chunk):
         part = slice(start, start + chunk)
         logits = functional.linear(hidden[part], weight, bias)
-        logit[part], log_normaliser[part], grad_logits = reduce(
+        logit[part], log_odds[part], grad_logits = reduce(
             logits, target[part], softcap, logit_scale, gradient
         )
         if grad_logits is not None:
@@ -47,7 +47,7 @@ def in_chunks(
     slope = torch.full_like(logit if gradient else logit[:0], logit_scale)
     if gradient and softcap is not None:
         slope *= 1.0 - (logit / softcap).square()
-    log_probability = logit - log_normaliser
+    log_probability = functional.logsigmoid(log_odds)
     return log_probability.exp(), logit, log_probability, pull, slope
 
 
@@ -62,15 +62,19 @@ def _reduce(
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     index = target[:, None]
     logit = logits.gather(1, index)
-    log_normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+    limits = torch.finfo(logits.dtype)
+    others = logits.scatter(1, index, float("-inf"))
+    top = others.amax(1, keepdim=True).clamp_min_(limits.min)  # all others may be -inf
+    others = others.sub_(top).exp_()
+    total = others.sum(1, keepdim=True).add_(limits.tiny)
+    log_odds = logit - top - total.log()
     grad_logits = None
     if gradient:
-        grad_logits = torch.exp(logits - log_normaliser).neg_()
-        grad_logits.scatter_add_(1, index, torch.ones_like(logit))
+        grad_logits = others.div_(total.neg_()).scatter_(1, index, 1.0)
         if softcap is not None:
             grad_logits.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
         grad_logits = grad_logits.mul_(logit_scale).to(dtype)
-    return logit.squeeze(1), log_normaliser.squeeze(1), grad_logits
+    return logit.squeeze(1), log_odds.squeeze(1), grad_logits
 
 
 forward = functools.partial(in_chunks, _reduce)

@@ -31,7 +31,7 @@ def _final(logits, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    logits, target, logit, log_normaliser, vocabulary, scale, softcap,
+    logits, target, logit, log_odds, vocabulary, scale, softcap,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -40,27 +40,27 @@ def forward_kernel(
     # another warp's store
     wanted = tl.load(target + token)
     logit_wanted = _final(tl.load(logits + wanted), scale, softcap, SOFTCAP)
-    # a running maximum and sum for each lane; they meet once, at the end
+    # a running maximum and sum of the others for each lane; they meet once, at the end
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         entry = start + tl.arange(0, BLOCK)
         value = _final(tl.load(logits + entry, mask=entry < vocabulary), scale, softcap, SOFTCAP)
-        value = tl.where(entry < vocabulary, value, float("-inf"))
+        value = tl.where((entry < vocabulary) & (entry != wanted), value, float("-inf"))
         peak = tl.maximum(highest, value)
         met = (peak > float("-inf")) | (value != value)  # a maximum passes over NaN
         total = tl.where(met, total * tl.exp(highest - peak) + tl.exp(value - peak), total)
         highest = peak
-    top = tl.max(highest, 0)
-    normaliser = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
-    tl.store(log_normaliser + token, normaliser)
+    top = tl.maximum(tl.max(highest, 0), -3.4e38)  # all others may be -inf
+    log_total = tl.log(tl.sum(total * tl.exp(highest - top), 0) + 1.2e-38)
+    tl.store(log_odds + token, logit_wanted - top - log_total)
     tl.store(logit + token, logit_wanted)
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
             entry = start + tl.arange(0, BLOCK)
             mask = entry < vocabulary
             value = _final(tl.load(logits + entry, mask=mask, other=0.0), scale, softcap, SOFTCAP)
-            slope = tl.where(entry == wanted, 1.0, 0.0) - tl.exp(value - normaliser)
+            slope = tl.where(entry == wanted, 1.0, -tl.exp(value - top - log_total))
             if SOFTCAP:
                 slope = slope * (1 - (value / softcap) * (value / softcap))
             tl.store(logits + entry, narrow(slope * scale, logits.dtype.element_ty), mask=mask)
@@ -72,13 +72,13 @@ def _reduce(
     tokens, vocabulary = logits.shape
     logits = logits.contiguous()
     logit = torch.empty(tokens, dtype=torch.float32, device=logits.device)
-    log_normaliser = torch.empty_like(logit)
+    log_odds = torch.empty_like(logit)
     with torch.cuda.device_of(logits):
         forward_kernel[(tokens,)](
             logits,
             target.contiguous(),
             logit,
-            log_normaliser,
+            log_odds,
             vocabulary,
             logit_scale,
             1.0 if softcap is None else softcap,
@@ -86,7 +86,7 @@ def _reduce(
             GRADIENT=gradient,
             **_CONFIG.all_kwargs(),
         )
-    return logit, log_normaliser, logits if gradient else None
+    return logit, log_odds, logits if gradient else None
 
 
 forward = functools.partial(in_chunks, _reduce)
@@ -95,7 +95,7 @@ forward = functools.partial(in_chunks, _reduce)
 def compilations() -> Iterator[Compilation]:
     for name in DTYPES.values():
         types = {"logits": f"*{name}", "target": "*i64", "vocabulary": "i32"}
-        types |= {"logit": "*fp32", "log_normaliser": "*fp32", "scale": "fp32", "softcap": "fp32"}
+        types |= {"logit": "*fp32", "log_odds": "*fp32", "scale": "fp32", "softcap": "fp32"}
         for options in (False, True):
             yield Compilation(
                 forward_kernel, types, {"SOFTCAP": options, "GRADIENT": True}, (_CONFIG,), name
