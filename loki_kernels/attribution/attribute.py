@@ -144,9 +144,7 @@ def attribute(
             ``out`` begun with another model, other options or prompts; or processes with such.
         TypeError: for prompts of another kind, or text without a tokenizer.
         UnsupportedModelError: if no engine treats the model's layers exactly.
-        RuntimeError: if another process writes ``out``, or one that shares the job has failed, or
-            its batches are not seen yet (the same call goes on).
-        OSError: if ``out`` cannot be written.
+        RuntimeError, OSError: if ``out`` cannot be written, or another process writes it or failed.
     """
     integral = PathIntegral.resolve(definition, overrides, steps)
     structure = find_structure(model)

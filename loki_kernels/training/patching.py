@@ -80,9 +80,8 @@ def patch(
     (``AutoModelForSequenceClassification``). Train with any trainer; ``save_pretrained`` gives an
     ordinary checkpoint, with the update in a file beside it.
 
-    Analyses and estimates are kept in ``$LOKI_KERNELS_CACHE`` (else ``~/.cache/loki_kernels``) and
-    made on the accelerator if the model fits there. In distributed training the first process
-    estimates, and all share an analysis, whose rows are the first one's.
+    Analyses and estimates are kept in ``$LOKI_KERNELS_CACHE`` (``~/.cache/loki_kernels``) and made
+    on the accelerator if the model fits; in distributed training all share them, the first's.
 
     Args:
         model: a transformers causal language model.
@@ -103,9 +102,8 @@ def patch(
             dtype, such as ``["embed_tokens"]`` for new tokens; as in PEFT, the end of a name is
             enough.
         fuse_mlp: where the MLP is ``down_proj(act(gate(x)) * up(x))`` with SiLU or
-            tanh-approximated GELU, keep gate and up alone for the backward pass, not act(gate) and
-            the product: half of the MLP's activation memory, a quarter under FSDP2 and ZeRO-3,
-            none under ``torch.compile``. The report says where.
+            tanh-approximated GELU, keep gate and up alone for the backward pass: half of the MLP's
+            activations (FSDP2, ZeRO-3: a quarter; ``torch.compile``: none). The report says where.
 
     Returns:
         A `Patch` handle.
