@@ -126,9 +126,8 @@ def attribute(
             default what the model predicts. With ``contrast``, of F(target) - F(contrast).
         keep: ``"counts"`` keeps only what `select` needs for one ``quota`` and ``criterion``, how
             often each node is among its layer's lowest: L * D numbers for any number of prompts.
-        out: a ``.safetensors`` file that receives the results as they come, so that memory does not
-            grow with N. If the process ends early (after a batch on SIGTERM), the same call goes on
-            from the folder ``OUT.partial`` beside it.
+        out: a ``.safetensors`` file that receives the results as they come; memory does not grow
+            with N. If the process ends early, the same call goes on from ``OUT.partial`` beside it.
         share: under torchrun the processes share the prompts, and each returns all results; all
             have to make this call. False: this process attributes all by itself.
         progress: True or False for the bar; by default it shows on a terminal and in a notebook.
@@ -144,7 +143,7 @@ def attribute(
             ``out`` begun with another model, other options or prompts; or processes with such.
         TypeError: for prompts of another kind, or text without a tokenizer.
         UnsupportedModelError: if no engine treats the model's layers exactly.
-        RuntimeError, OSError: if ``out`` cannot be written, or another process writes it or failed.
+        RuntimeError, OSError: if ``out`` cannot be written, or another process does or has failed.
     """
     integral = PathIntegral.resolve(definition, overrides, steps)
     structure = find_structure(model)
