@@ -652,13 +652,16 @@ def test_saving_copies_no_weight(name, tmp_path, monkeypatch):
     model = build(name)
     handle = loki.patch(model, ROWS)
     learned = logits(train(model))
-    saved = {}
-    monkeypatch.setattr(
-        type(model), "save_pretrained", lambda *_, state_dict, **__: saved.update(state_dict)
-    )
+    checked = []
+
+    def check(*_, state_dict, **__):
+        for key, layer in handle.named_layers():
+            weight = state_dict[f"{key}.{layer.parameter}"]
+            assert weight.data_ptr() == layer.frozen.data_ptr()
+            assert torch.equal(layer.take_rows(weight), layer.merged_rows())
+            checked.append(key)
+
+    monkeypatch.setattr(type(model), "save_pretrained", check)
     model.save_pretrained(tmp_path)
-    for key, layer in handle.named_layers():
-        weight = saved[f"{key}.{layer.parameter}"]
-        assert weight.data_ptr() == layer.frozen.data_ptr()
-        assert torch.equal(layer.take_rows(weight), layer.merged_rows())
+    assert len(checked) == len(handle.named_layers())
     torch.testing.assert_close(logits(model), learned)
