@@ -106,6 +106,19 @@ def check_gradients(
     ]
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """How often autograd saw its values change; None of one that inference mode made."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def place_of(tensor: Tensor) -> int:
+    """Where its values lie, by which others that stand in for a while are told; 0 where sharded.
+
+    A backward pass that is to come keeps the memory of those it was begun with.
+    """
+    return 0 if is_sharded(tensor) else tensor.data_ptr()
+
+
 def digest_of(fingerprint: str) -> Tensor:
     """A fingerprint as a state dict holds it."""
     return torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8)

@@ -42,6 +42,18 @@ class SavePretrained:
         **kwargs: Any,
     ) -> Any:
         check_known(self.layers.values())
+        try:
+            return self._save(save_directory, is_main_process, state_dict, **kwargs)
+        finally:
+            self._take_back()
+
+    def _save(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool,
+        state_dict: dict[str, Tensor] | None,
+        **kwargs: Any,
+    ) -> Any:
         parts = adapter_file.parts_of(self.layers)
         if state_dict is None and has_fsdp(self.model):
             # Every process is here, and the first one has it all and writes alone, as transformers
@@ -89,6 +101,15 @@ class SavePretrained:
             for layer in self.layers.values():
                 layer.lent = False
         return state_dict
+
+    def _take_back(self) -> None:
+        """Put the base back where the update is not written for a pass but was lent to the file.
+
+        Else an average that is swapped in right after would be added to what holds the update.
+        """
+        for layer in self.layers.values():
+            if layer.written and not (layer.can_write or layer.held or is_sharded(layer.frozen)):
+                layer.write_base()
 
     @contextmanager
     def _uploading_the_side_file(self) -> Iterator[None]:

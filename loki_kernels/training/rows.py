@@ -24,19 +24,20 @@ from ..sharding import (
 from .arithmetic import (
     digest_of,
     initial_factors,
+    place_of,
     same_rows,
     sorted_index,
     take_rows,
     updated_rows,
+    version_of,
     write_into,
 )
-from .refusals import MERGED_ALONE, OTHER, OTHER_ROWS, PASSED_OVER
+from .refusals import DIGEST, MERGED_ALONE, PASSED_OVER, why_not_load
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")
-_DIGEST = "protection_digest"
 # What a patched module's state dict has beside the merged weight.
-BESIDE = ("index", _DIGEST)
+BESIDE = ("index", DIGEST)
 
 
 class LokiRows(nn.Module):
@@ -77,7 +78,8 @@ class LokiRows(nn.Module):
     misfits = False  # whether what acts is not those rows, so that not even evaluating makes sense
     passed_over = False  # whether a state dict was loaded that had nothing of these rows
     protection: Protection | None = None  # which the directions are a part of
-    _read_version: int | None = None  # of the update
+    _read_version: int | None = -1  # of the update
+    _written_from: int | None = None  # where the update lies that the weight was last written with
     sharded = False  # whether the decoder's last forward pass found the weight sharded
 
     def _train_rows(
@@ -147,10 +149,10 @@ class LokiRows(nn.Module):
     def protect(self, protection: Protection) -> None:
         """Note what the directions are a part of, which a state dict tells apart from another."""
         self.protection = protection
-        digest = cast(Tensor, self._digest())
-        self.register_buffer(_DIGEST, digest.to(self.base_rows.device))
+        digest = cast(Tensor, self.digest())
+        self.register_buffer(DIGEST, digest.to(self.base_rows.device))
 
-    def _digest(self) -> Tensor | None:
+    def digest(self) -> Tensor | None:
         return None if self.protection is None else digest_of(self.protection.fingerprint)
 
     def check_loaded(self, *, to_train: bool = False) -> None:
@@ -207,11 +209,11 @@ class LokiRows(nn.Module):
         """Note that the update was read from a file, which is all of it that there is to know."""
         self.merged_alone, self.loaded_alone, self.passed_over = None, False, False
         self.misfits = False
-        self._read_version = self.trained_parameters()[-1][1]._version
+        self._read_version = version_of(self.trained_parameters()[-1][1])
 
     def is_as_read(self) -> bool:
         """Whether the update is one that was read, and not trained since."""
-        return self._read_version == self.trained_parameters()[-1][1]._version
+        return self._read_version == version_of(self.trained_parameters()[-1][1])
 
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of ``update``, or of ``delta_a`` and ``delta_b``."""
@@ -251,8 +253,9 @@ class LokiRows(nn.Module):
 
     def _write_rows(self) -> None:
         # A layer that gradient checkpointing runs again, inside the backward pass, is as its
-        # forward pass left it.
-        again = self.written and torch._C._current_graph_task_id() != -1
+        # forward pass left it, unless another update was written since.
+        same = self.written and self._written_from == place_of(self.update)
+        again = same and torch._C._current_graph_task_id() != -1
         if not self.in_step and not again:
             write_rows([self])
 
@@ -281,7 +284,7 @@ class LokiRows(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for part, own in {"index": self.index, _DIGEST: self._digest()}.items():
+        for part, own in {"index": self.index, DIGEST: self.digest()}.items():
             if own is not None:
                 # Copies: torch's distributed checkpoints are read into the tensors of a state dict,
                 # and what was read is then compared with the model's own.
@@ -305,7 +308,7 @@ class LokiRows(nn.Module):
         own = {prefix + name for name in (*BESIDE, *TRAINED)}
         weight = state_dict.get(prefix + self.parameter)
         partitioned = is_partitioned(self.frozen)
-        error = self._why_not_load(state_dict, prefix)
+        error = why_not_load(self, state_dict, prefix)
         if error is not None:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
@@ -379,35 +382,6 @@ class LokiRows(nn.Module):
         read = updated_rows(self.base_rows, *as_it_acts)
         return same_rows(rows, read[some], within=within)
 
-    def _why_not_load(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """Why an update that was saved is none of this layer's rows, or of other base rows."""
-        index = state_dict.get(prefix + "index")
-        if index is not None and not torch.equal(index.cpu(), self.index.cpu()):
-            return OTHER_ROWS
-        digests = state_dict.get(prefix + _DIGEST), self._digest()
-        saved, own = (None if digest is None else digest.tolist() for digest in digests)
-        if index is not None and saved != own:
-            return OTHER
-        weight = state_dict.get(prefix + self.parameter)
-        names = [prefix + name for name, _ in self.trained_parameters()]
-        if weight is None or is_partitioned(self.frozen) or not state_dict.keys() >= set(names):
-            return None
-        factors: list[Tensor] = [state_dict[name] for name in names]
-        if tuple(weight.shape) != full_shape(self.frozen) or any(
-            tuple(f.shape) != full_shape(p)
-            for f, (_, p) in zip(factors, self.trained_parameters(), strict=True)
-        ):
-            return None  # torch says so
-        rows = self.take_rows(full_values(weight)).to(self.base_rows.device)
-        # Where the rows were made, since another device's products are others, above all in TF32.
-        whole = self.formed(
-            {
-                name: full_values(factor).to(rows.device)
-                for (name, _), factor in zip(self.trained_parameters(), factors, strict=True)
-            }
-        )
-        return None if same_rows(rows, updated_rows(self.base_rows, *whole.values())) else OTHER
-
 
 # What another device's products may move the rows that one update gives, in roundings of theirs.
 # A whole one would be too much: in 16 bits two checkpoints' updates differ by less.
@@ -423,12 +397,23 @@ def check_known(layers: Iterable[LokiRows]) -> None:
         layer.check_loaded()
 
 
+def _note_written(layer: LokiRows) -> None:
+    """Note which update is written, and tell autograd where another one was there before.
+
+    A backward pass that is to come would multiply by the other's rows: a teacher's, an average's.
+    """
+    layer.written = True
+    before, layer._written_from = layer._written_from, place_of(layer.update)
+    if before not in (None, layer._written_from) and not layer.frozen.is_inference():
+        torch.autograd.graph.increment_version(layer.frozen)
+
+
 @torch.no_grad()
 def write_rows(layers: Sequence[LokiRows]) -> None:
     """Put base plus update into the weights of layers without a rank."""
     groups: dict[Any, list[LokiRows]] = {}
     for layer in layers:
-        layer.written = True
+        _note_written(layer)
         # DeepSpeed casts parameters and leaves buffers as they are.
         cast_alone = layer.base_rows.dtype != layer.frozen.dtype
         if layer.axis or layer.frozen.ndim > 2 or cast_alone:
@@ -441,7 +426,7 @@ def write_rows(layers: Sequence[LokiRows]) -> None:
         groups.setdefault(key, []).append(layer)
     for group in groups.values():
         # Through .data: the values a pending backward pass reads do not change unless `update` did,
-        # which row_masked_linear notices, so the weights' versions must not.
+        # which row_masked_linear notices, or is another, so the weights' versions must not.
         sync_rows(
             [layer.frozen.data for layer in group],
             [layer.base_rows for layer in group],

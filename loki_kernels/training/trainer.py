@@ -69,7 +69,7 @@ class SideFileCallback(TrainerCallback):
 
     def on_substep_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         """A micro-batch that no optimizer's step follows; LOMO's is made in its backward pass."""
-        if "lomo" not in str(args.optim):
+        if "lomo" not in args.optim:
             self.writer.keep_rows()
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:

@@ -19,7 +19,7 @@ from ..errors import explained
 from ..protection import fingerprint_of
 from ..sharding import DTensor, full_shape, is_distributed, shards_its_weights
 from .adapter_file import protection_of
-from .arithmetic import check_gradients, coarse_dtype
+from .arithmetic import check_gradients, coarse_dtype, place_of, version_of
 from .rows import TRAINED, LokiRows, write_rows
 from .targets import check_processes_agree
 
@@ -41,7 +41,8 @@ class RowWriter:
     agreed: bool = False  # whether the processes train the same rows in the same directions
     warned: bool = field(default=False, init=False)  # that small steps are lost
     holders: int = field(default=0, init=False)  # who want the rows to stay as they were written
-    versions: list[int] | None = field(default=None, init=False)  # of the updates last written
+    # Where the updates lie that were last written, and their versions.
+    versions: list[tuple[int, int | None]] | None = field(default=None, init=False)
     kept: bool = field(default=False, init=False)  # whether a trainer says that they are as then
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
 
@@ -86,9 +87,11 @@ class RowWriter:
                 self._check_gradient(layer)
         written = [layer for layer in self.layers if layer.can_write and not sharded]
         kept, self.kept = self.kept, False  # for one forward pass
-        if not kept or self.versions != self._versions():
+        versions = self._versions()
+        unknown = any(version is None for _, version in versions)
+        if not kept or unknown or self.versions != versions:
             write_rows(written)
-            self.versions = self._versions()
+            self.versions = versions
         for layer in self.layers:
             layer.sharded = sharded
             # A state dict was made of it, or it ran before an engine sharded it; what is added to
@@ -112,8 +115,9 @@ class RowWriter:
         """The next forward pass writes the rows, whoever else says that they are as they were."""
         self.kept, self.versions = False, None
 
-    def _versions(self) -> list[int]:
-        return [p._version for layer in self.layers for _, p in layer.trained_parameters()]
+    def _versions(self) -> list[tuple[int, int | None]]:
+        trained = (p for layer in self.layers for _, p in layer.trained_parameters())
+        return [(place_of(p), version_of(p)) for p in trained]
 
     def after_forward(self, _decoder: nn.Module, _inputs: Any, _output: Any) -> None:
         if not torch.compiler.is_compiling() and not self.held:

@@ -70,6 +70,7 @@ def _messages():
 NOT_OURS = {
     "UnsupportedModelError",
     "CUDA out of memory",
+    "has been modified by an inplace operation",
     "KeyError: 'LOKI'",
     "Your setup doesn't support bf16/gpu",
 }
