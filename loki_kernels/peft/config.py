@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftType, TaskType
 from ..errors import check_choice
 from ..options import Criterion
 from ..protection import Protection
-from ..training.adapter_file import PROTECTION_FILE, write_protection
+from ..training.adapter_file import PROTECTION_FILE, keep_protection, write_protection
 from ..training.targets import as_selection, check_arguments
 
 logger = logging.getLogger(__name__)
@@ -124,15 +124,10 @@ class LokiConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         if self.fingerprint is None:
             return
-        beside = Path(save_directory, PROTECTION_FILE)
         if self.kept is not None or self.protection is None:
             write_protection(save_directory, self.kept)
-        elif isinstance(self.protect, str) and Path(self.protect).is_file():
-            # an adapter that was loaded to be used keeps none in memory
-            if not beside.is_file() or not beside.samefile(self.protect):
-                write_protection(save_directory, Protection.load(self.protect))
-        elif beside.is_file() and Protection.load(beside).fingerprint != self.protection:
-            beside.unlink()  # another adapter's
+        else:
+            keep_protection(save_directory, self.protection, self.protect)
 
     @classmethod
     def from_pretrained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from ..protection import Protection, fingerprint_of
 from ..sharding import full_shape, full_values, shard_like
 from .arithmetic import digest_of
 from .rows import TRAINED, LokiRows
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -73,6 +76,7 @@ class SavedUpdate:
         others: name in the model -> a parameter that was trained whole beside the rows.
         trained_on: the rows that the update is added to.
         protection: fingerprint of the one that the update was trained with.
+        protection_file: where that one's `PROTECTION_FILE` lies, or would.
         base: name or path of the model it was trained on, where an adapter's config has one.
     """
 
@@ -80,6 +84,7 @@ class SavedUpdate:
     others: dict[str, Tensor]
     trained_on: BaseRows | None
     protection: str | None = None
+    protection_file: str = PROTECTION_FILE
     base: str | None = None
 
     def rows_of(self, names: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -183,10 +188,10 @@ def write_side_file(
     path = Path(folder) / SIDE_FILE
     metadata = base_rows_content(base_of(layers))
     metadata["base_sketch"] = json.dumps(metadata["base_sketch"])
-    protection = protection_of(layers)
-    write_protection(path.parent, protection)
-    if protection is not None:
-        metadata["protection"] = protection.fingerprint
+    write_protection_of(layers, path.parent)
+    protected = protected_with(layers)
+    if protected is not None:
+        metadata["protection"] = protected
     write_tensors(path, tensors, **metadata)
     return path
 
@@ -198,6 +203,56 @@ def write_protection(folder: str | os.PathLike[str], protection: Protection | No
         path.unlink(missing_ok=True)
     else:
         protection.save(path)
+
+
+def keep_protection(
+    folder: str | os.PathLike[str], fingerprint: str, source: str | bool | None
+) -> None:
+    """Have `PROTECTION_FILE` of an update that was loaded to be used, which keeps none in memory.
+
+    It is copied from ``source`` if that is this one still; another update's is taken away.
+    """
+    path = Path(folder) / PROTECTION_FILE
+    if _protection_in(path, fingerprint) is not None:
+        return
+    protection = _protection_in(Path(source), fingerprint) if isinstance(source, str) else None
+    if protection is None:
+        logger.warning(
+            "what the update in %s is protected with was not found (%s), so there is no %s: the "
+            "update can be used and not trained on.", folder, source, PROTECTION_FILE,
+        )  # fmt: skip
+    write_protection(folder, protection)
+
+
+def _protection_in(path: Path, fingerprint: str) -> Protection | None:
+    """The protection of this fingerprint, if the file holds it."""
+    try:
+        found = Protection.load(path)
+    except (OSError, ValueError):
+        return None
+    return found if found.fingerprint == fingerprint else None
+
+
+def write_protection_of(layers: Layers, folder: str | os.PathLike[str]) -> None:
+    """Write `PROTECTION_FILE` of what the layers' update was trained with."""
+    protection, loaded = protection_of(layers), _loaded_with(layers)
+    if protection is None and loaded is not None:
+        keep_protection(folder, *loaded)
+    else:
+        write_protection(folder, protection)
+
+
+def protected_with(layers: Layers) -> str | None:
+    """Fingerprint of what the layers' update was trained with.
+
+    Of one that was loaded to be used the layers protect nothing, and the update is protected still.
+    """
+    protection, loaded = protection_of(layers), _loaded_with(layers)
+    return loaded[0] if protection is None and loaded is not None else fingerprint_of(protection)
+
+
+def _loaded_with(layers: Layers) -> tuple[str, str] | None:
+    return next((x.trained_with for x in layers.values() if x.trained_with is not None), None)
 
 
 def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
@@ -228,7 +283,8 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
             raise ValueError(f"{path} is not whole: of {name} it has {', '.join(sorted(parts))}.")
     with of_a_whole_file(path):
         base = base_rows_of(metadata)
-    return SavedUpdate(layers, others, base, metadata.get("protection"))
+    beside = os.path.abspath(Path(path).with_name(PROTECTION_FILE))
+    return SavedUpdate(layers, others, base, metadata.get("protection"), beside)
 
 
 def protection_tensors(layers: Layers, protection: str) -> dict[str, Tensor]:
@@ -331,6 +387,8 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
                 values = saved.layers[name][part].to(parameter.dtype)
                 parameter.copy_(shard_like(values, parameter))
             layer.mark_read()
+            kept = saved.protection
+            layer.trained_with = None if kept is None else (kept, saved.protection_file)
     return None
 
 

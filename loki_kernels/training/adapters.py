@@ -17,7 +17,6 @@ from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..errors import import_extra
 from ..files import check_folder
-from ..protection import fingerprint_of
 from ..sharding import full_shape, full_values, is_first, reshard
 from ..structure import Structure
 from . import adapter_file
@@ -55,14 +54,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     structure, layers = _patched_layers(model)
     path = check_folder(folder)
-    protection = adapter_file.protection_of(layers)
     others = trained_whole(structure.causal_lm)
     keep = is_first()
     tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers), keep=keep)
     tensors |= adapter_file.other_tensors(others, keep=keep)
     if not keep:
         return path
-    fingerprint = fingerprint_of(protection)
+    fingerprint = adapter_file.protected_with(layers)
     if fingerprint is not None:
         tensors |= adapter_file.protection_tensors(layers, fingerprint)
     config = {
@@ -78,7 +76,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         **adapter_file.base_rows_content(adapter_file.base_of(layers)),
     }
     adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
-    adapter_file.write_protection(path, protection)
+    adapter_file.write_protection_of(layers, path)
     return path
 
 

@@ -77,6 +77,7 @@ class LokiRows(nn.Module):
     misfits = False  # whether what acts is not those rows, so that not even evaluating makes sense
     passed_over = False  # whether a state dict was loaded that had nothing of these rows
     protection: Protection | None = None  # which the directions are a part of
+    trained_with: tuple[str, str] | None = None  # else fingerprint and file of what was loaded
     _read_version: int | None = None  # of the update
     sharded = False  # whether the decoder's last forward pass found the weight sharded
 
@@ -434,8 +435,7 @@ def write_rows(layers: Sequence[LokiRows]) -> None:
         if layer.axis or layer.frozen.ndim > 2 or cast_alone:
             write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
             continue
-        # The protected update is another tensor, at all rows as large as the weights in float32:
-        # a layer at a time.
+        # A protected update is formed anew, of all rows as large as the weights: a layer at a time.
         alone = None if layer.directions is None else id(layer)
         key = layer.frozen.device, layer.frozen.dtype, layer.update.dtype, alone
         groups.setdefault(key, []).append(layer)
