@@ -67,7 +67,8 @@ class SavePretrained:
             # before the class's own, which may upload the folder
             self._write_side_file(save_directory, parts, others)
         save = type(self.model).save_pretrained
-        with self._uploading_the_side_file() if kwargs.get("push_to_hub") else nullcontext():
+        uploading = self._uploading_the_side_file() if kwargs.get("push_to_hub") else nullcontext()
+        with uploading, self._quantizer_given(state_dict):
             return save(
                 self.model,
                 save_directory,
@@ -81,14 +82,44 @@ class SavePretrained:
 
         Experts' weights as trained would take 19 GB more of Qwen3-30B-A3B, by count.
         """
+        with self._lent():
+            state_dict: dict[str, Tensor] = self.model.state_dict()
+        return state_dict
+
+    @contextmanager
+    def _lent(self) -> Iterator[None]:
         for layer in self.layers.values():
             layer.lent = True
         try:
-            state_dict: dict[str, Tensor] = self.model.state_dict()
+            yield
         finally:
             for layer in self.layers.values():
                 layer.lent = False
-        return state_dict
+
+    @contextmanager
+    def _quantizer_given(self, merged: dict[str, Tensor]) -> Iterator[None]:
+        """transformers drops a state dict that it is given where the model has a quantizer.
+
+        It asks that one for its own, or for none and then the model, whose own names the update.
+        """
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        if quantizer is None:
+            yield
+            return
+        ask = quantizer.get_state_dict_and_metadata
+
+        def ask_merged(*args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+            with self._lent():
+                found, metadata = ask(*args, **kwargs)
+            if found is None:
+                return merged, metadata
+            return self._merge_trained(found, adapter_file.parts_of(self.layers)), metadata
+
+        quantizer.get_state_dict_and_metadata = ask_merged
+        try:
+            yield
+        finally:
+            del quantizer.get_state_dict_and_metadata
 
     @contextmanager
     def _uploading_the_side_file(self) -> Iterator[None]:
