@@ -68,7 +68,7 @@ class SavePretrained:
             self._write_side_file(save_directory, parts, others)
         save = type(self.model).save_pretrained
         uploading = self._uploading_the_side_file() if kwargs.get("push_to_hub") else nullcontext()
-        with uploading, self._quantizer_given(state_dict):
+        with uploading, self._asked_for(state_dict):
             return save(
                 self.model,
                 save_directory,
@@ -82,44 +82,32 @@ class SavePretrained:
 
         Experts' weights as trained would take 19 GB more of Qwen3-30B-A3B, by count.
         """
-        with self._lent():
-            state_dict: dict[str, Tensor] = self.model.state_dict()
-        return state_dict
-
-    @contextmanager
-    def _lent(self) -> Iterator[None]:
         for layer in self.layers.values():
             layer.lent = True
         try:
-            yield
+            state_dict: dict[str, Tensor] = self.model.state_dict()
         finally:
             for layer in self.layers.values():
                 layer.lent = False
+        return state_dict
 
     @contextmanager
-    def _quantizer_given(self, merged: dict[str, Tensor]) -> Iterator[None]:
-        """transformers drops a state dict that it is given where the model has a quantizer.
+    def _asked_for(self, merged: dict[str, Tensor]) -> Iterator[None]:
+        """Of a model with a quantizer transformers drops the state dict that it is given.
 
-        It asks that one for its own, or for none and then the model, whose own names the update.
+        It asks the quantizer, which asks the model, or else the model itself.
         """
-        quantizer = getattr(self.model, "hf_quantizer", None)
-        if quantizer is None:
+        held = self.model.__dict__
+        if getattr(self.model, "hf_quantizer", None) is None:
             yield
             return
-        ask = quantizer.get_state_dict_and_metadata
-
-        def ask_merged(*args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-            with self._lent():
-                found, metadata = ask(*args, **kwargs)
-            if found is None:
-                return merged, metadata
-            return self._merge_trained(found, adapter_file.parts_of(self.layers)), metadata
-
-        quantizer.get_state_dict_and_metadata = ask_merged
+        others = {name: held[name] for name in ("state_dict",) if name in held}
+        held["state_dict"] = lambda *_, **__: dict(merged)
         try:
             yield
         finally:
-            del quantizer.get_state_dict_and_metadata
+            del held["state_dict"]
+            held.update(others)
 
     @contextmanager
     def _uploading_the_side_file(self) -> Iterator[None]:
