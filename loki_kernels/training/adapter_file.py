@@ -166,6 +166,28 @@ def other_tensors(parameters: Mapping[str, Tensor], *, keep: bool = True) -> dic
     return tensors
 
 
+def refuse_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError if an adapter would lie in a checkpoint's folder.
+
+    transformers loads it onto the weights there by itself, which hold the update already.
+    """
+    for name in ("config.json", SIDE_FILE):
+        if Path(folder, name).is_file():
+            raise ValueError(
+                f"{folder} is a checkpoint's folder ({name}), whose weights transformers would add "
+                "the adapter to; name another folder for the adapter."
+            )
+
+
+def refuse_adapter(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a checkpoint, or the update beside it, would lie beside an adapter."""
+    if Path(folder, CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{folder} is an adapter's folder ({CONFIG_FILE}), and transformers would add that "
+            "adapter to the weights of a checkpoint there; name another folder for the checkpoint."
+        )
+
+
 def write_adapter(
     folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], task_type: str | None
 ) -> None:
@@ -297,7 +319,8 @@ def read_saved(folder: str | os.PathLike[str]) -> SavedUpdate:
 
     Raises:
         FileNotFoundError: if the folder has neither.
-        ValueError: if it is damaged, another method's, or has embeddings of single tokens.
+        ValueError: if it is damaged, another method's, or has embeddings of single tokens; or if
+            it has both, which may be two updates.
     """
     folder = Path(folder)
     path = folder / CONFIG_FILE
@@ -308,6 +331,11 @@ def read_saved(folder: str | os.PathLike[str]) -> SavedUpdate:
                 f"and has no {SIDE_FILE}."
             )
         return read_update(folder / SIDE_FILE)
+    if (folder / SIDE_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter ({CONFIG_FILE}) and the update of a checkpoint "
+            f"({SIDE_FILE}), which may be two; move the one that is meant into another folder."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         method, trained_on = config["peft_type"], base_rows_of(config)

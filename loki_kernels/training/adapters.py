@@ -48,12 +48,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         folder: to write to.
 
     Raises:
-        ValueError: if the model is not patched.
+        ValueError: if the model is not patched, or the folder is a checkpoint's.
         RuntimeError: if weights were loaded whose update is another one. Nothing is written.
         OSError: if the folder cannot be created or written.
     """
     structure, layers = _patched_layers(model)
     path = check_folder(folder)
+    adapter_file.refuse_checkpoint(path)
     others = trained_whole(structure.causal_lm)
     keep = is_first()
     tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers), keep=keep)
@@ -123,7 +124,8 @@ def export_lora(
             in the Frobenius norm, and its relative error is logged. None writes it exactly.
 
     Raises:
-        ValueError: if the model is not patched, or max_rank is below 1.
+        ValueError: if the model is not patched, max_rank is below 1, or the folder is a
+            checkpoint's.
         RuntimeError: if weights were loaded whose update is another one. Nothing is written.
         ImportError: for a mixture of experts without PEFT.
         OSError: if the folder cannot be created or written.
@@ -132,6 +134,7 @@ def export_lora(
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank must be positive; it is {max_rank}.")
     path = check_folder(folder)
+    adapter_file.refuse_checkpoint(path)
     exact = {
         name: layer.rank or min(len(layer.index), layer.base_rows.shape[-1])
         for name, layer in layers.items()

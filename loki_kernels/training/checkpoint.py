@@ -42,6 +42,7 @@ class SavePretrained:
         **kwargs: Any,
     ) -> Any:
         check_known(self.layers.values())
+        adapter_file.refuse_adapter(save_directory)
         parts = adapter_file.parts_of(self.layers)
         if state_dict is None and has_fsdp(self.model):
             # Every process is here, and the first one has it all and writes alone, as transformers

@@ -223,6 +223,28 @@ def test_outputs_that_cannot_be_written(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+def test_an_adapter_and_a_checkpoint_have_a_folder_each(trained, tmp_path):
+    """transformers would load the one onto the other, and the update act twice."""
+    model, folder = trained
+    handle = loki.load_adapter(build_model(), folder)
+    want = {path: path.read_bytes() for path in folder.iterdir()}
+    for save in (model.save_pretrained, handle.save_state):
+        with pytest.raises(ValueError, match="is an adapter's folder"):
+            save(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == want
+    (tmp_path / "state").mkdir()
+    handle.save_state(tmp_path / "state")
+    handle.merge().save_pretrained(tmp_path / "merged")
+    for name in ("state", "merged"):
+        for save in (loki.save_adapter, loki.export_lora):
+            with pytest.raises(ValueError, match="is a checkpoint's folder"):
+                save(model, tmp_path / name)
+        assert not (tmp_path / name / "adapter_config.json").exists()
+    shutil.copy(tmp_path / "state" / "loki_rows.update", folder)
+    with pytest.raises(ValueError, match="which may be two"):
+        loki.patch(build_model(), folder)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("rows", [ROWS, [[1, 5, 40], [], [7]]])
 def test_lora_export_is_exact(tmp_path, rank, rows):
