@@ -403,8 +403,11 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
             tuple(parts[part].shape) != full_shape(held[part]) for part in held
         ):
             return f"{name} has another rank or width there"
-    base = saved.trained_on
-    reason = base.why_other(base_of(layers)) if base is not None else None
+    base, reason = saved.trained_on, None
+    if base is not None:
+        present = base_of(layers)
+        updates = (_whole_update(saved.layers[name]) for name in layers)
+        reason = base.why_other(present) or base.why_merged(present, updates)
     if reason is not None:
         return (
             f"it was trained on another base ({saved.base or 'a model without a name'}): {reason}"
@@ -418,6 +421,11 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
             kept = saved.protection
             layer.trained_with = None if kept is None else (kept, saved.protection_file)
     return None
+
+
+def _whole_update(parts: Parts) -> Tensor:
+    """``[..., k, in_features]``, of what is kept of a layer."""
+    return parts["update"] if "update" in parts else parts["delta_a"] @ parts["delta_b"]
 
 
 def base_of(layers: Layers) -> BaseRows:

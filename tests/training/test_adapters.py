@@ -303,6 +303,32 @@ def test_a_sketch_knows_a_quantized_copy_from_another_model(bits):
     assert "have other values" in base.why_other(near)
 
 
+@pytest.mark.parametrize(
+    ("rank", "dtype", "lr"),
+    [
+        (None, torch.float32, 1e-3),  # an update of 4 %, over a quantized base
+        (2, torch.float32, 1e-3),
+        (None, torch.bfloat16, 2e-4),  # of .7 %, where roundings are .2 %
+        (2, torch.bfloat16, 1e-3),
+    ],
+)
+def test_merged_rows_are_no_copy_of_the_base(rank, dtype, lr, tmp_path):
+    rows = [list(range(40))] * 3
+    handle = loki.patch(build_model(), rows, rank=rank)
+    loki.save_adapter(train(handle.model, lr=lr), tmp_path)
+    if dtype == torch.float32:
+        edit_config(tmp_path, base_dtype="quantized")
+    merged = handle.merge().to(dtype)
+    saved, copied = adapter_file.read_saved(tmp_path), copy.deepcopy(merged)
+    present = adapter_file.base_of(loki.patch(copied, rows)._layers)
+    assert saved.trained_on.why_other(present) is None
+    before = snapshot(merged)
+    with pytest.raises(ValueError, match="hold it already"):
+        loki.load_adapter(merged, tmp_path)
+    assert_unchanged(merged, before)
+    loki.load_adapter(build_model(dtype=torch.bfloat16), tmp_path)
+
+
 @pytest.mark.parametrize("save", [loki.save_adapter, loki.export_lora])
 def test_merged_weights_alone_are_no_adapter(save, tmp_path):
     model = build_model()
