@@ -16,6 +16,7 @@ from packaging.version import Version
 from peft import PeftConfig, PeftType, TaskType
 
 from ..errors import check_choice
+from ..fingerprint import BaseRows
 from ..options import Criterion
 from ..protection import Protection
 from ..training.adapter_file import PROTECTION_FILE, keep_protection, write_protection
@@ -117,6 +118,7 @@ class LokiConfig(PeftConfig):
         if self.rows is not None:
             self.rows = [layer.tolist() for layer in as_selection(self.rows)]
         self.kept: Protection | None = None  # what ``protection`` is the fingerprint of
+        self.present: BaseRows | None = None  # the rows of the model that it was made for
         self.hub: Callable[[], str] | None = None  # fetches its file
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
