@@ -14,9 +14,11 @@ _Kept = TypeVar("_Kept")
 
 def cache_folder() -> Path:
     """``$LOKI_KERNELS_CACHE``, else ``$XDG_CACHE_HOME/loki_kernels``, else ``~/.cache/...``."""
-    if "LOKI_KERNELS_CACHE" in os.environ:
-        return Path(os.environ["LOKI_KERNELS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loki_kernels"
+    own, shared = (os.environ.get(name) for name in ("LOKI_KERNELS_CACHE", "XDG_CACHE_HOME"))
+    # an empty one is none, and not the working directory; who names one may have no home
+    if own:
+        return Path(own)
+    return (Path(shared) if shared else Path.home() / ".cache") / "loki_kernels"
 
 
 def read_cached(path: Path, load: Callable[[Path], _Kept]) -> _Kept | None:

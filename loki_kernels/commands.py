@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -155,11 +156,24 @@ def merge(arguments: argparse.Namespace) -> None:
         print(f"{share:.3g} of the update is kept, KL {left.overall.kl:.3g} from the base")
     model: Any = handle.merge()
     model.save_pretrained(out)
-    try:
-        AutoTokenizer.from_pretrained(arguments.base).save_pretrained(out)
-    except (OSError, ValueError) as error:
-        logger.warning("no tokenizer was copied: %s", error)
+    _copy_processor(arguments.base, out)
     print(f"merged model -> {out}")
+
+
+def _copy_processor(base: str, out: Path) -> None:
+    """Copy a model's processor, which is its tokenizer where it reads text alone.
+
+    One of images or sounds may need a library that is not installed; then the tokenizer alone.
+    """
+    from transformers import AutoProcessor, AutoTokenizer
+
+    kinds: dict[str, Any] = {"processor": AutoProcessor, "tokenizer": AutoTokenizer}
+    for name, kind in kinds.items():
+        try:
+            kind.from_pretrained(base, trust_remote_code=False).save_pretrained(out)
+            return
+        except (ImportError, KeyError, OSError, ValueError) as error:
+            logger.warning("no %s was copied: %s", name, error)
 
 
 def adapter(arguments: argparse.Namespace) -> None:

@@ -88,6 +88,31 @@ class BaseRows:
             f"{allowed:.0%}"
         )
 
+    def why_merged(self, present: BaseRows, update: Iterable[Tensor]) -> str | None:
+        """Why the update ``[..., k, in_features]`` of each layer may not be added to ``present``.
+
+        Over a quantized base that is merged, or in other dtypes where an update is below 1 %,
+        `why_other` takes rows that hold the update already for a copy. Sketches are sums, so what
+        was added to these rows is the difference of two; it is the update where it stands out from
+        what is beside it, roundings, by six times their size in one direction.
+        """
+        if self.fingerprint == present.fingerprint or len(self.sketch) < _LEAST_LAYERS:
+            return None
+        added = torch.tensor([_sketch(rows.detach().flatten(0, -2)) for rows in update])
+        moved = torch.tensor(present.sketch) - torch.tensor(self.sketch)
+        length = float(added.norm().clamp_min(1e-30))
+        share = float((moved * added).sum()) / length**2
+        beside = float((moved - share * added).norm()) / (moved.numel() - 1) ** 0.5
+        if not 0.5 < share < 1.5 or share * length < 6 * beside:
+            return None
+        return (
+            "the rows that the update is added to hold it already; load the model it was trained "
+            "on, not a merged one"
+        )
+
+
+# Twelve sums: of chance alone four in 100,000 would stand out by six times their size.
+_LEAST_LAYERS = 3
 
 # How far copies of one model may be apart: 4-bit types are off by 8 to 13 % (nf4, int4), float16
 # and bfloat16 by under .5 %; rows of two models by over 100 %.

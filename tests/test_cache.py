@@ -15,6 +15,8 @@ from loki_kernels.cache import cache_folder
         ({"LOKI_KERNELS_CACHE": "/own", "XDG_CACHE_HOME": "/xdg"}, "/own"),
         ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/loki_kernels"),
         ({}, "/home/someone/.cache/loki_kernels"),
+        ({"LOKI_KERNELS_CACHE": "", "XDG_CACHE_HOME": "/xdg"}, "/xdg/loki_kernels"),
+        ({"LOKI_KERNELS_CACHE": "", "XDG_CACHE_HOME": ""}, "/home/someone/.cache/loki_kernels"),
     ],
 )
 def test_the_folder_of_the_cache(variables, folder, monkeypatch):
@@ -24,3 +26,17 @@ def test_the_folder_of_the_cache(variables, folder, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Path, "home", lambda: Path("/home/someone"))
     assert cache_folder() == Path(folder)
+
+
+@pytest.mark.parametrize("variable", ["LOKI_KERNELS_CACHE", "XDG_CACHE_HOME"])
+def test_a_process_without_a_home_has_the_folder_that_is_named(variable, monkeypatch):
+    """As in a container that runs under a number of its own."""
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LOKI_KERNELS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "/named")
+    monkeypatch.setattr(Path, "home", home)
+    assert cache_folder().is_relative_to("/named")

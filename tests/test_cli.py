@@ -120,6 +120,28 @@ def test_merge(folder):
     assert main(command) == 1  # the folder is not empty any more
 
 
+@pytest.mark.parametrize("error", [None, ImportError("no library of images"), KeyError("own")])
+def test_a_processor_is_merged_along(error, folder, monkeypatch, caplog):
+    class Processor:
+        def save_pretrained(self, path):
+            (path / "processor.txt").write_text("with the tokenizer")
+
+    def load(*_, **__):
+        if error is not None:
+            raise error
+        return Processor()
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", load)
+    model = build_model()
+    loki.patch(model, [[1], [2], [3]])
+    loki.save_adapter(model, folder / "adapter")
+    out = folder / "merged"
+    assert main(["merge", str(folder / "model"), str(folder / "adapter"), str(out)]) == 0
+    found = "processor.txt" if error is None else "tokenizer.txt"
+    assert [path.name for path in out.glob("*.txt")] == [found]
+    assert ("no processor was copied" in caplog.text) == (error is not None)
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -141,7 +141,8 @@ def find_tokenizer(model: nn.Module) -> Any:
     name = getattr(model, "name_or_path", "")
     if name:
         try:
-            return AutoTokenizer.from_pretrained(name)
+            # False, since by default a terminal is asked for 15 s whether its code may run
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"no tokenizer was found under {name!r} ({error}); pass tokenizer=..., or save it "

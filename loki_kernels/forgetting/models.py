@@ -118,7 +118,7 @@ def tokenizer_of_pair(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
 
 def _load_tokenizer(name: Any) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(os.fspath(name))
+        return AutoTokenizer.from_pretrained(os.fspath(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError):  # an adapter's folder often has none
         return None
 

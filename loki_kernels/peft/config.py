@@ -16,9 +16,10 @@ from packaging.version import Version
 from peft import PeftConfig, PeftType, TaskType
 
 from ..errors import check_choice
+from ..fingerprint import BaseRows
 from ..options import Criterion
 from ..protection import Protection
-from ..training.adapter_file import PROTECTION_FILE, write_protection
+from ..training.adapter_file import PROTECTION_FILE, keep_protection, write_protection
 from ..training.targets import as_selection, check_arguments
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class LokiConfig(PeftConfig):
         if self.rows is not None:
             self.rows = [layer.tolist() for layer in as_selection(self.rows)]
         self.kept: Protection | None = None  # what ``protection`` is the fingerprint of
+        self.present: BaseRows | None = None  # the rows of the model that it was made for
         self.hub: Callable[[], str] | None = None  # fetches its file
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -124,15 +126,10 @@ class LokiConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         if self.fingerprint is None:
             return
-        beside = Path(save_directory, PROTECTION_FILE)
         if self.kept is not None or self.protection is None:
             write_protection(save_directory, self.kept)
-        elif isinstance(self.protect, str) and Path(self.protect).is_file():
-            # an adapter that was loaded to be used keeps none in memory
-            if not beside.is_file() or not beside.samefile(self.protect):
-                write_protection(save_directory, Protection.load(self.protect))
-        elif beside.is_file() and Protection.load(beside).fingerprint != self.protection:
-            beside.unlink()  # another adapter's
+        else:
+            keep_protection(save_directory, self.protection, self.protect)
 
     @classmethod
     def from_pretrained(

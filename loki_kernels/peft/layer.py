@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from collections.abc import Mapping
+from functools import partial, reduce
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -12,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import UnsupportedModelError, check_choice
+from ..errors import UnsupportedModelError, check_choice, explained
 from ..ops import row_delta_linear
 from ..ops._directions import acting_factors, leave_out, padded
 from ..sharding import DTensor, full_values, is_partitioned, is_sharded, own_part, shard_like
 from ..structure import has_hooks
-from ..training.adapter_file import PROTECTION_FILE
+from ..training.adapter_file import PROTECTION_FILE, base_rows_of
 from ..training.arithmetic import check_gradients, digest_of, initial_factors, updated_rows
 from .config import MERGES, LokiConfig
 from .quantized import (
@@ -367,6 +368,28 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                     self._put_rows(self.loki_index[name], kept.to(base))
         self._replaced.clear()
         self.merged_adapters.clear()
+
+
+def refuse_merged(layers: Mapping[str, LokiLayer], adapter: str, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError if rows hold a saved update already, in layers by their names in ``saved``.
+
+    Of whole tensors alone, as a file has them.
+    """
+    own = {name: layer for name, layer in layers.items() if adapter in layer.loki_index}
+    config = next(iter(own.values())).configs[adapter]
+    trained_on = base_rows_of(vars(config))
+    keys = ("loki_update",) if config.rank is None else ("loki_delta_a", "loki_delta_b")
+    parts: list[list[Any]] = [
+        [saved.get(f"{name}.{key}.{adapter}") for key in keys] for name in own
+    ]
+    if trained_on is None or config.present is None:
+        return
+    if any(part is None or part.is_meta or is_sharded(part) for pair in parts for part in pair):
+        return
+    updates = (reduce(torch.matmul, pair) for pair in parts)
+    reason = trained_on.why_merged(config.present, updates)
+    if reason is not None:
+        raise explained(ValueError(f"adapter {adapter!r} was trained on another base: {reason}."))
 
 
 def _save_what_acts(layer: LokiLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -41,7 +41,7 @@ from ..training.targets import (
     what_to_train,
 )
 from .config import LokiConfig
-from .layer import LokiLayer, refuse_parts
+from .layer import LokiLayer, refuse_merged, refuse_parts
 from .quantized import dequantize_model
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ class LokiModel(BaseTuner):
                 base_rows.append(own)
                 quantized |= layer.quantization_backend is not None
         present = BaseRows.of(base_rows, quantized=quantized)
+        peft_config.present = present
         trained_on = base_rows_of(vars(peft_config))
         check_base(
             trained_on,
@@ -408,7 +409,7 @@ def _check_training(model: LokiModel, _inputs: Any) -> None:
 
 
 def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict of other rows, or of another protection.
+    """Refuse a state dict of other rows or another protection, or whose rows were merged before.
 
     PEFT loads one into an adapter that is there without reading its config.
     """
@@ -426,6 +427,8 @@ def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: A
                 key = f"{name}.loki_protection"
                 saved = state_dict.get(f"{key}.{adapter}", state_dict.get(key))
                 _check_protection(layer, adapter, saved)
+    for adapter in {adapter for _, layer in layers for adapter in layer.loki_index}:
+        refuse_merged(dict(layers), adapter, state_dict)
 
 
 def _check_protection(layer: LokiLayer, adapter: str, saved: Tensor | None) -> None:

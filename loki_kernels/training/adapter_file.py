@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from ..protection import Protection, fingerprint_of
 from ..sharding import full_shape, full_values, shard_like
 from .arithmetic import digest_of
 from .rows import TRAINED, LokiRows
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -73,6 +76,7 @@ class SavedUpdate:
         others: name in the model -> a parameter that was trained whole beside the rows.
         trained_on: the rows that the update is added to.
         protection: fingerprint of the one that the update was trained with.
+        protection_file: where that one's `PROTECTION_FILE` lies, or would.
         base: name or path of the model it was trained on, where an adapter's config has one.
     """
 
@@ -80,6 +84,7 @@ class SavedUpdate:
     others: dict[str, Tensor]
     trained_on: BaseRows | None
     protection: str | None = None
+    protection_file: str = PROTECTION_FILE
     base: str | None = None
 
     def rows_of(self, names: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -161,6 +166,28 @@ def other_tensors(parameters: Mapping[str, Tensor], *, keep: bool = True) -> dic
     return tensors
 
 
+def refuse_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError if an adapter would lie in a checkpoint's folder.
+
+    transformers loads it onto the weights there by itself, which hold the update already.
+    """
+    for name in ("config.json", SIDE_FILE):
+        if Path(folder, name).is_file():
+            raise ValueError(
+                f"{folder} is a checkpoint's folder ({name}), whose weights transformers would add "
+                "the adapter to; name another folder for the adapter."
+            )
+
+
+def refuse_adapter(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a checkpoint, or the update beside it, would lie beside an adapter."""
+    if Path(folder, CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{folder} is an adapter's folder ({CONFIG_FILE}), and transformers would add that "
+            "adapter to the weights of a checkpoint there; name another folder for the checkpoint."
+        )
+
+
 def write_adapter(
     folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], task_type: str | None
 ) -> None:
@@ -183,10 +210,10 @@ def write_side_file(
     path = Path(folder) / SIDE_FILE
     metadata = base_rows_content(base_of(layers))
     metadata["base_sketch"] = json.dumps(metadata["base_sketch"])
-    protection = protection_of(layers)
-    write_protection(path.parent, protection)
-    if protection is not None:
-        metadata["protection"] = protection.fingerprint
+    write_protection_of(layers, path.parent)
+    protected = protected_with(layers)
+    if protected is not None:
+        metadata["protection"] = protected
     write_tensors(path, tensors, **metadata)
     return path
 
@@ -198,6 +225,56 @@ def write_protection(folder: str | os.PathLike[str], protection: Protection | No
         path.unlink(missing_ok=True)
     else:
         protection.save(path)
+
+
+def keep_protection(
+    folder: str | os.PathLike[str], fingerprint: str, source: str | bool | None
+) -> None:
+    """Have `PROTECTION_FILE` of an update that was loaded to be used, which keeps none in memory.
+
+    It is copied from ``source`` if that is this one still; another update's is taken away.
+    """
+    path = Path(folder) / PROTECTION_FILE
+    if _protection_in(path, fingerprint) is not None:
+        return
+    protection = _protection_in(Path(source), fingerprint) if isinstance(source, str) else None
+    if protection is None:
+        logger.warning(
+            "what the update in %s is protected with was not found (%s), so there is no %s: the "
+            "update can be used and not trained on.", folder, source, PROTECTION_FILE,
+        )  # fmt: skip
+    write_protection(folder, protection)
+
+
+def _protection_in(path: Path, fingerprint: str) -> Protection | None:
+    """The protection of this fingerprint, if the file holds it."""
+    try:
+        found = Protection.load(path)
+    except (OSError, ValueError):
+        return None
+    return found if found.fingerprint == fingerprint else None
+
+
+def write_protection_of(layers: Layers, folder: str | os.PathLike[str]) -> None:
+    """Write `PROTECTION_FILE` of what the layers' update was trained with."""
+    protection, loaded = protection_of(layers), _loaded_with(layers)
+    if protection is None and loaded is not None:
+        keep_protection(folder, *loaded)
+    else:
+        write_protection(folder, protection)
+
+
+def protected_with(layers: Layers) -> str | None:
+    """Fingerprint of what the layers' update was trained with.
+
+    Of one that was loaded to be used the layers protect nothing, and the update is protected still.
+    """
+    protection, loaded = protection_of(layers), _loaded_with(layers)
+    return loaded[0] if protection is None and loaded is not None else fingerprint_of(protection)
+
+
+def _loaded_with(layers: Layers) -> tuple[str, str] | None:
+    return next((x.trained_with for x in layers.values() if x.trained_with is not None), None)
 
 
 def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
@@ -228,7 +305,8 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
             raise ValueError(f"{path} is not whole: of {name} it has {', '.join(sorted(parts))}.")
     with of_a_whole_file(path):
         base = base_rows_of(metadata)
-    return SavedUpdate(layers, others, base, metadata.get("protection"))
+    beside = os.path.abspath(Path(path).with_name(PROTECTION_FILE))
+    return SavedUpdate(layers, others, base, metadata.get("protection"), beside)
 
 
 def protection_tensors(layers: Layers, protection: str) -> dict[str, Tensor]:
@@ -241,7 +319,8 @@ def read_saved(folder: str | os.PathLike[str]) -> SavedUpdate:
 
     Raises:
         FileNotFoundError: if the folder has neither.
-        ValueError: if it is damaged, another method's, or has embeddings of single tokens.
+        ValueError: if it is damaged, another method's, or has embeddings of single tokens; or if
+            it has both, which may be two updates.
     """
     folder = Path(folder)
     path = folder / CONFIG_FILE
@@ -252,6 +331,11 @@ def read_saved(folder: str | os.PathLike[str]) -> SavedUpdate:
                 f"and has no {SIDE_FILE}."
             )
         return read_update(folder / SIDE_FILE)
+    if (folder / SIDE_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter ({CONFIG_FILE}) and the update of a checkpoint "
+            f"({SIDE_FILE}), which may be two; move the one that is meant into another folder."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         method, trained_on = config["peft_type"], base_rows_of(config)
@@ -319,8 +403,11 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
             tuple(parts[part].shape) != full_shape(held[part]) for part in held
         ):
             return f"{name} has another rank or width there"
-    base = saved.trained_on
-    reason = base.why_other(base_of(layers)) if base is not None else None
+    base, reason = saved.trained_on, None
+    if base is not None:
+        present = base_of(layers)
+        updates = (_whole_update(saved.layers[name]) for name in layers)
+        reason = base.why_other(present) or base.why_merged(present, updates)
     if reason is not None:
         return (
             f"it was trained on another base ({saved.base or 'a model without a name'}): {reason}"
@@ -331,7 +418,14 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
                 values = saved.layers[name][part].to(parameter.dtype)
                 parameter.copy_(shard_like(values, parameter))
             layer.mark_read()
+            kept = saved.protection
+            layer.trained_with = None if kept is None else (kept, saved.protection_file)
     return None
+
+
+def _whole_update(parts: Parts) -> Tensor:
+    """``[..., k, in_features]``, of what is kept of a layer."""
+    return parts["update"] if "update" in parts else parts["delta_a"] @ parts["delta_b"]
 
 
 def base_of(layers: Layers) -> BaseRows:

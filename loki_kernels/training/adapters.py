@@ -17,7 +17,6 @@ from ..default_device import made_on_cpu
 from ..discovery import find_structure
 from ..errors import import_extra
 from ..files import check_folder
-from ..protection import fingerprint_of
 from ..sharding import full_shape, full_values, is_first, reshard
 from ..structure import Structure
 from . import adapter_file
@@ -49,20 +48,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         folder: to write to.
 
     Raises:
-        ValueError: if the model is not patched.
+        ValueError: if the model is not patched, or the folder is a checkpoint's.
         RuntimeError: if weights were loaded whose update is another one. Nothing is written.
         OSError: if the folder cannot be created or written.
     """
     structure, layers = _patched_layers(model)
     path = check_folder(folder)
-    protection = adapter_file.protection_of(layers)
+    adapter_file.refuse_checkpoint(path)
     others = trained_whole(structure.causal_lm)
     keep = is_first()
     tensors = adapter_file.adapter_tensors(layers, adapter_file.parts_of(layers), keep=keep)
     tensors |= adapter_file.other_tensors(others, keep=keep)
     if not keep:
         return path
-    fingerprint = fingerprint_of(protection)
+    fingerprint = adapter_file.protected_with(layers)
     if fingerprint is not None:
         tensors |= adapter_file.protection_tensors(layers, fingerprint)
     config = {
@@ -78,7 +77,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         **adapter_file.base_rows_content(adapter_file.base_of(layers)),
     }
     adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
-    adapter_file.write_protection(path, protection)
+    adapter_file.write_protection_of(layers, path)
     return path
 
 
@@ -125,7 +124,8 @@ def export_lora(
             in the Frobenius norm, and its relative error is logged. None writes it exactly.
 
     Raises:
-        ValueError: if the model is not patched, or max_rank is below 1.
+        ValueError: if the model is not patched, max_rank is below 1, or the folder is a
+            checkpoint's.
         RuntimeError: if weights were loaded whose update is another one. Nothing is written.
         ImportError: for a mixture of experts without PEFT.
         OSError: if the folder cannot be created or written.
@@ -134,6 +134,7 @@ def export_lora(
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank must be positive; it is {max_rank}.")
     path = check_folder(folder)
+    adapter_file.refuse_checkpoint(path)
     exact = {
         name: layer.rank or min(len(layer.index), layer.base_rows.shape[-1])
         for name, layer in layers.items()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..ops._check import without_autocast
 from ..ops._products import rounded_sum
 from ..sharding import is_sharded
 
@@ -61,7 +62,8 @@ def updated_rows(base: Tensor, delta_a: Tensor, delta_b: Tensor | None = None) -
     """
     if delta_b is not None:
         wide = torch.promote_types(torch.promote_types(base.dtype, delta_a.dtype), torch.float32)
-        delta_a = delta_a.to(wide) @ delta_b.to(delta_a.device, wide)
+        with without_autocast(delta_a):  # which forms the product in 16 bits
+            delta_a = delta_a.to(wide) @ delta_b.to(delta_a.device, wide)
     return rounded_sum(base, delta_a.to(base.device), base.dtype)
 
 

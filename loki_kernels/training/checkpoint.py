@@ -42,6 +42,7 @@ class SavePretrained:
         **kwargs: Any,
     ) -> Any:
         check_known(self.layers.values())
+        adapter_file.refuse_adapter(save_directory)
         try:
             return self._save(save_directory, is_main_process, state_dict, **kwargs)
         finally:
@@ -79,7 +80,8 @@ class SavePretrained:
             # before the class's own, which may upload the folder
             self._write_side_file(save_directory, parts, others)
         save = type(self.model).save_pretrained
-        with self._uploading_the_side_file() if kwargs.get("push_to_hub") else nullcontext():
+        uploading = self._uploading_the_side_file() if kwargs.get("push_to_hub") else nullcontext()
+        with uploading, self._asked_for(state_dict):
             return save(
                 self.model,
                 save_directory,
@@ -110,6 +112,24 @@ class SavePretrained:
         for layer in self.layers.values():
             if layer.written and not (layer.can_write or layer.held or is_sharded(layer.frozen)):
                 layer.write_base()
+
+    @contextmanager
+    def _asked_for(self, merged: dict[str, Tensor]) -> Iterator[None]:
+        """Of a model with a quantizer transformers drops the state dict that it is given.
+
+        It asks the quantizer, which asks the model, or else the model itself.
+        """
+        held = self.model.__dict__
+        if getattr(self.model, "hf_quantizer", None) is None:
+            yield
+            return
+        others = {name: held[name] for name in ("state_dict",) if name in held}
+        held["state_dict"] = lambda *_, **__: dict(merged)
+        try:
+            yield
+        finally:
+            del held["state_dict"]
+            held.update(others)
 
     @contextmanager
     def _uploading_the_side_file(self) -> Iterator[None]:

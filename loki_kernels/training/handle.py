@@ -88,9 +88,11 @@ class Patch:
         Raises:
             RuntimeError: if the model was already merged or unpatched, or weights were loaded whose
                 update is another one. Nothing is written then.
+            ValueError: if the folder is an adapter's.
         """
         self._check_active()
         check_known(self._layers.values())
+        adapter_file.refuse_adapter(folder)
         reshard(self.model)
         others = trained_whole(self.model)
         # every process has all of what is not sharded, and writes where it is asked to

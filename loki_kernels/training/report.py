@@ -140,7 +140,8 @@ def _new_tokens(structure: Structure) -> list[str]:
     if not name:
         return []
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        # False, since by default a terminal is asked for 15 s whether a model's own code may run
+        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         return []
     known = getattr(config.get_text_config(), "vocab_size", structure.vocab_size)

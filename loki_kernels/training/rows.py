@@ -78,6 +78,7 @@ class LokiRows(nn.Module):
     misfits = False  # whether what acts is not those rows, so that not even evaluating makes sense
     passed_over = False  # whether a state dict was loaded that had nothing of these rows
     protection: Protection | None = None  # which the directions are a part of
+    trained_with: tuple[str, str] | None = None  # else fingerprint and file of what was loaded
     _read_version: int | None = -1  # of the update
     _written_from: int | None = None  # where the update lies that the weight was last written with
     sharded = False  # whether the decoder's last forward pass found the weight sharded
@@ -419,8 +420,7 @@ def write_rows(layers: Sequence[LokiRows]) -> None:
         if layer.axis or layer.frozen.ndim > 2 or cast_alone:
             write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
             continue
-        # The protected update is another tensor, at all rows as large as the weights in float32:
-        # a layer at a time.
+        # A protected update is formed anew, of all rows as large as the weights: a layer at a time.
         alone = None if layer.directions is None else id(layer)
         key = layer.frozen.device, layer.frozen.dtype, layer.update.dtype, alone
         groups.setdefault(key, []).append(layer)

@@ -223,6 +223,28 @@ def test_outputs_that_cannot_be_written(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+def test_an_adapter_and_a_checkpoint_have_a_folder_each(trained, tmp_path):
+    """transformers would load the one onto the other, and the update act twice."""
+    model, folder = trained
+    handle = loki.load_adapter(build_model(), folder)
+    want = {path: path.read_bytes() for path in folder.iterdir()}
+    for save in (model.save_pretrained, handle.save_state):
+        with pytest.raises(ValueError, match="is an adapter's folder"):
+            save(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == want
+    (tmp_path / "state").mkdir()
+    handle.save_state(tmp_path / "state")
+    handle.merge().save_pretrained(tmp_path / "merged")
+    for name in ("state", "merged"):
+        for save in (loki.save_adapter, loki.export_lora):
+            with pytest.raises(ValueError, match="is a checkpoint's folder"):
+                save(model, tmp_path / name)
+        assert not (tmp_path / name / "adapter_config.json").exists()
+    shutil.copy(tmp_path / "state" / "loki_rows.update", folder)
+    with pytest.raises(ValueError, match="which may be two"):
+        loki.patch(build_model(), folder)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("rows", [ROWS, [[1, 5, 40], [], [7]]])
 def test_lora_export_is_exact(tmp_path, rank, rows):
@@ -279,6 +301,32 @@ def test_a_sketch_knows_a_quantized_copy_from_another_model(bits):
     assert "differ by less" in copied.why_other(other)
     near = BaseRows.of([rows + 1e-3 for rows in layers])  # of one dtype copies are equal
     assert "have other values" in base.why_other(near)
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype", "lr"),
+    [
+        (None, torch.float32, 1e-3),  # an update of 4 %, over a quantized base
+        (2, torch.float32, 1e-3),
+        (None, torch.bfloat16, 2e-4),  # of .7 %, where roundings are .2 %
+        (2, torch.bfloat16, 1e-3),
+    ],
+)
+def test_merged_rows_are_no_copy_of_the_base(rank, dtype, lr, tmp_path):
+    rows = [list(range(40))] * 3
+    handle = loki.patch(build_model(), rows, rank=rank)
+    loki.save_adapter(train(handle.model, lr=lr), tmp_path)
+    if dtype == torch.float32:
+        edit_config(tmp_path, base_dtype="quantized")
+    merged = handle.merge().to(dtype)
+    saved, copied = adapter_file.read_saved(tmp_path), copy.deepcopy(merged)
+    present = adapter_file.base_of(loki.patch(copied, rows)._layers)
+    assert saved.trained_on.why_other(present) is None
+    before = snapshot(merged)
+    with pytest.raises(ValueError, match="hold it already"):
+        loki.load_adapter(merged, tmp_path)
+    assert_unchanged(merged, before)
+    loki.load_adapter(build_model(dtype=torch.bfloat16), tmp_path)
 
 
 @pytest.mark.parametrize("save", [loki.save_adapter, loki.export_lora])

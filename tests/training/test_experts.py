@@ -9,11 +9,13 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
@@ -354,6 +356,44 @@ def test_weights_under_the_names_of_their_files_are_noticed(name, tmp_path):
     torch.testing.assert_close(logits(again), want)
     again.load_state_dict({"lm_head.weight": again.lm_head.weight}, strict=False)
     logits(again)  # a part of a model is none of its rows
+
+
+class KeepsItsOwn(HfQuantizer):
+    """Whose state dict transformers saves, as where attention is quantized and experts are not."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def get_state_dict_and_metadata(self, model):
+        found = model.state_dict() if self.made else None
+        return found, dict.fromkeys(found or (), "torch.Tensor")
+
+    def is_serializable(self):
+        return True
+
+    is_trainable = True
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_quantized_model_saves_its_experts_merged_alone(made, tmp_path):
+    """bitsandbytes' quantizer makes no state dict, torchao's makes one."""
+    model = build_model()
+    loki.patch(model, ROWS)
+    want = logits(train(model))
+    model.hf_quantizer = KeepsItsOwn(made)
+    model.save_pretrained(tmp_path)
+    assert any(name.endswith("experts.update") for name in model.state_dict())
+    base = build_model()
+    base.save_pretrained(tmp_path / "base")
+    names, base_names = (
+        load_file(folder / "model.safetensors").keys() for folder in (tmp_path, tmp_path / "base")
+    )
+    assert names == base_names
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert not [name for name in file.metadata() if "update" in name or "index" in name]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)
+    torch.testing.assert_close(logits(again), want)
+    assert loki.load_adapter(base, tmp_path).rows == loki.RowSelection(ROWS)
 
 
 @pytest.mark.parametrize(

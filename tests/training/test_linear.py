@@ -264,6 +264,16 @@ def test_gradient_checkpointing(use_reentrant):
     assert torch.equal(layer.update.grad, want)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_rows_are_merged_in_float32_inside_autocast(rank):
+    layer = LokiLinear(models.to_device(nn.Linear(11, 6)), torch.tensor([1, 4]), rank)
+    for _, parameter in layer.trained_parameters():
+        nn.init.normal_(parameter)
+    want = layer.merged_rows()
+    with torch.autocast(models.DEVICE.type, torch.bfloat16):
+        assert torch.equal(layer.merged_rows(), want)
+
+
 def test_autocast_trains_in_float32():
     original, layer = make_layers()
     x = random_input(16)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
 
 import loki_kernels as loki
+from loki_kernels.attribution.prompts import find_tokenizer
 from loki_kernels.training import patching, rows
 from tests.models import ARCHITECTURES, DEVICE, assert_unchanged, build_model, snapshot, to_device
 from tests.tiny_training import (
@@ -619,6 +620,21 @@ def test_a_new_head_is_trained_and_others_on_demand(model):
     assert model.model.embed_tokens.weight.requires_grad
     assert not model.model.norm.weight.requires_grad
     train(model)
+
+
+def test_nobody_is_asked_whether_a_model_s_own_code_may_run(model, tmp_path, monkeypatch):
+    """Of a model that was loaded with trust_remote_code=True transformers asks a terminal, 15 s."""
+    asked = []
+    monkeypatch.setattr("builtins.input", asked.append)
+    kinds = {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Tokenizer", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "own", "auto_map": kinds}))
+    model.name_or_path = str(tmp_path)
+    with loki.patch(model, ROWS) as handle:
+        assert handle.report.notes == []
+    with pytest.raises(ValueError, match="no tokenizer was found"):
+        find_tokenizer(model)
+    assert not asked
 
 
 def test_new_tokens_that_stay_frozen_are_named(model, tmp_path):

@@ -644,6 +644,51 @@ def test_a_copy_refuses_as_its_original_does(protection, tmp_path):
         model(input_ids=batch, labels=batch).loss.backward()
 
 
+SAVES = {
+    "adapter": lambda handle, folder: loki.save_adapter(handle.model, folder),
+    "checkpoint": lambda handle, folder: handle.model.save_pretrained(folder),
+    "state": lambda handle, folder: handle.save_state(folder),
+}
+
+
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("unprotected", [False, True])
+def test_an_update_that_is_used_takes_its_protection_along(save, unprotected, protection, tmp_path):
+    model = build_model()
+    loki.patch(model, ROWS, protect=protection)
+    loki.save_adapter(train(model), tmp_path / "one")
+    handle = (
+        loki.patch(build_model(), tmp_path / "one", protect=False)
+        if unprotected
+        else loki.load_adapter(build_model(), tmp_path / "one")
+    )
+    (tmp_path / "two").mkdir()
+    protection_of(build_model(), seed=5).save(tmp_path / "two" / "loki_rows.protection")
+    SAVES[save](handle, tmp_path / "two")  # where another's lies
+    again = loki.patch(build_model(), tmp_path / "two")
+    assert again.protection.fingerprint == protection.fingerprint
+    train(again.model)
+    folder = "one" if save == "adapter" else "two"
+    SAVES[save](loki.load_adapter(build_model(), tmp_path / folder), tmp_path / folder)
+    assert loki.patch(build_model(), tmp_path / folder).protection is not None
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_an_update_without_its_protection_s_file_stays_protected(save, protection, tmp_path):
+    model = build_model()
+    loki.patch(model, ROWS, protect=protection)
+    loki.save_adapter(train(model), tmp_path / "one")
+    (tmp_path / "one" / "loki_rows.protection").write_bytes(b"damaged")
+    (tmp_path / "two").mkdir()
+    SAVES[save](loki.load_adapter(build_model(), tmp_path / "one"), tmp_path / "two")
+    assert not (tmp_path / "two" / "loki_rows.protection").exists()
+    with pytest.raises(RuntimeError, match="cannot be trained on: it was trained with a prot"):
+        train(loki.load_adapter(build_model(), tmp_path / "two").model)
+    config = tmp_path / "two" / "adapter_config.json"
+    if config.is_file():
+        assert json.loads(config.read_text())["protection"] == protection.fingerprint
+
+
 def test_what_is_loaded_then_may_be_trained_on(protection, tmp_path):
     model = build_model()
     loki.patch(model, ROWS)
