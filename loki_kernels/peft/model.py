@@ -387,7 +387,9 @@ def _check_modules(structure: Structure, config: LokiConfig) -> None:
                 f"modules_to_save names {name}, whose weight is {tied[0]} too; PEFT would train a "
                 "copy of it apart. For new tokens use trainable_token_indices; to train it all, "
                 "loki_kernels.patch(model, modules_to_save=...), whose adapters are loaded by "
-                "loki_kernels.load_adapter."
+                "loki_kernels.load_adapter. For the new tokens of a chat_template_path TRL names "
+                "lm_head, and runs no trainable_token_indices over a tied one: there call "
+                "trl.clone_chat_template first, then loki_kernels.patch."
             )
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import explained
 from ..protection import fingerprint_of
 from ..sharding import DTensor, full_shape, is_distributed, shards_its_weights
+from ..structure import embedding_weight
 from .adapter_file import protection_of
 from .arithmetic import check_gradients, coarse_dtype
 from .rows import TRAINED, LokiRows, write_rows
@@ -36,7 +38,7 @@ class RowWriter:
     step it raises if nothing would be trained, or in a process other rows than in the others.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     named_layers: Mapping[str, LokiRows]
     agreed: bool = False  # whether the processes train the same rows in the same directions
     warned: bool = field(default=False, init=False)  # that small steps are lost
@@ -44,6 +46,10 @@ class RowWriter:
     versions: list[int] | None = field(default=None, init=False)  # of the updates last written
     kept: bool = field(default=False, init=False)  # whether a trainer says that they are as then
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
+    tokens: int = field(init=False)  # that the model had embeddings of when it was patched
+
+    def __post_init__(self) -> None:
+        self.tokens = full_shape(embedding_weight(self.model))[0]
 
     @property
     def held(self) -> bool:
@@ -194,12 +200,29 @@ class RowWriter:
                     "parameters after loki_kernels.patch. Patch last, and use one method."
                 )
             )
+        self._check_tokens()
         if not self.warned:
             self._warn_of_coarse_updates()
         if not self.agreed and is_distributed():
             rows = (layer.index for layer in self.layers)
             check_processes_agree(rows, fingerprint_of(protection_of(self.named_layers)))
             self.agreed = True
+
+    def _check_tokens(self) -> None:
+        """Raise RuntimeError if embeddings of tokens were added after patching and stay frozen.
+
+        A resized embedding is trained as the old one was: new ones would stay as they were drawn.
+        """
+        weight = embedding_weight(self.model)
+        count = full_shape(weight)[0]
+        if count > self.tokens and not weight.requires_grad:
+            raise RuntimeError(
+                f"the embeddings of tokens {self.tokens} to {count - 1} were added after "
+                "loki_kernels.patch (resize_token_embeddings; TRL's chat_template_path) and are "
+                "frozen. Add them first (trl.clone_chat_template), then patch(model, "
+                "modules_to_save=['embed_tokens', 'lm_head']) with the model's own names of the "
+                "two, or without it where they need no training."
+            )
 
     def _warn_of_coarse_updates(self) -> None:
         """Say once that small steps are lost, where something has rounded the update."""

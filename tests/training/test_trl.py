@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -86,6 +87,8 @@ CHAT = (
     "{% endgeneration %}{% else %} w7 {{ m.content }}{% endif %}{% endfor %}"
 )
 WORDS = [" ".join(f"w{3 * i + j}" for j in range(4 + i)) for i in range(8)]
+EMBEDDINGS = ["embed_tokens", "lm_head"]
+NEW_WORDS = {"text": ["w1 <|new|> <|newer|> w3"] * 8}
 PAIRS = {"prompt": ["w1 w2"] * 8, "chosen": WORDS, "rejected": WORDS[::-1]}
 
 
@@ -114,18 +117,21 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def sft_trainer(model, tokenizer, folder, records, peft_config=None, **options):
+    return trl.SFTTrainer(
+        model,
+        trl.SFTConfig(output_dir=str(folder), max_length=32, **options, **COMMON),
+        train_dataset=datasets.Dataset.from_dict(records),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
 def sft(way, base_folder, tmp_path, records, **options):
     model, arguments = start(way, base_folder)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     tokenizer.chat_template = CHAT
-    config = trl.SFTConfig(output_dir=str(tmp_path), max_length=32, **options, **COMMON)
-    trainer = trl.SFTTrainer(
-        model,
-        config,
-        train_dataset=datasets.Dataset.from_dict(records),
-        processing_class=tokenizer,
-        **arguments,
-    )
+    trainer = sft_trainer(model, tokenizer, tmp_path, records, **arguments, **options)
     trainer.train()
     assert_rows_trained(way, trainer, base_folder, tmp_path / "out")
     return trainer
@@ -145,6 +151,61 @@ def test_sft_with_assistant_only_loss(way, base_folder, tmp_path):
     trainer = sft(way, base_folder, tmp_path, {"messages": chats}, assistant_only_loss=True)
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["labels"] != -100).sum() == 4 * len(batch["labels"])  # w9 w3 w4 w8
+
+
+@pytest.fixture
+def template(base_folder, tmp_path):
+    """A folder of the base's tokenizer with a chat template and two more tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.add_tokens(["<|new|>", "<|newer|>"])
+    tokenizer.save_pretrained(tmp_path / "template")
+    return str(tmp_path / "template")
+
+
+def tied_model(base_folder):
+    config = AutoConfig.from_pretrained(base_folder, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE)
+    model.name_or_path = str(base_folder)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_template_is_cloned_before_patching(tied, template, base_folder, tmp_path):
+    """What TRL adds after it would stay frozen."""
+    load = tied_model if tied else load_model
+    model, tokenizer = load(base_folder), AutoTokenizer.from_pretrained(base_folder)
+    loki.patch(model, ROWS)
+    trainer = sft_trainer(model, tokenizer, tmp_path, NEW_WORDS, chat_template_path=template)
+    with pytest.raises(RuntimeError, match="were added after"):
+        trainer.train()
+    model, tokenizer = load(base_folder), AutoTokenizer.from_pretrained(base_folder)
+    model, tokenizer, added = trl.clone_chat_template(model, tokenizer, template)
+    loki.patch(model, ROWS, modules_to_save=["embed_tokens"] if tied else EMBEDDINGS)
+    before = model.lm_head.weight.detach().clone()
+    sft_trainer(model, tokenizer, tmp_path, NEW_WORDS, chat_template_path=template).train()
+    assert model.model.embed_tokens.weight.requires_grad
+    assert (model.lm_head.weight != before).any(1)[added].all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_clones_a_template(tied, template, base_folder, tmp_path):
+    """TRL has the new tokens and ``lm_head`` trained, which is refused where that is tied."""
+    model = tied_model(base_folder) if tied else load_model(base_folder)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    options = {"chat_template_path": template, "peft_config": LokiConfig(rows=ROWS)}
+    if tied:
+        with pytest.raises(ValueError, match=r"lm_head.* trl\.clone_chat_template"):
+            sft_trainer(model, tokenizer, tmp_path, NEW_WORDS, **options)
+        return
+    trainer = sft_trainer(model, tokenizer, tmp_path, NEW_WORDS, **options)
+    before = {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    kinds = ("loki_update", "trainable_tokens", "lm_head")
+    assert [sum(kind in name for name in before) for kind in kinds] == [len(ROWS), 1, 1]
+    trainer.train()
+    now = dict(trainer.model.named_parameters())
+    assert all((now[name] != was).any() for name, was in before.items())
 
 
 @pytest.mark.parametrize("reference", ["loaded by TRL", "given", "of a loaded adapter"])
