@@ -15,7 +15,7 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
 from ..discovery import find_structure
-from ..errors import UnsupportedModelError, explained
+from ..errors import explained
 from ..fingerprint import BaseRows
 from ..protection import Protection, fingerprint_of
 from ..sharding import ignore_in_ddp, is_distributed, is_first, shards_its_weights
@@ -41,7 +41,7 @@ from ..training.targets import (
     what_to_train,
 )
 from .config import LokiConfig
-from .layer import LokiLayer, refuse_parts
+from .layer import LokiLayer, refuse_other_modules, refuse_parts
 from .quantized import dequantize_model
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,11 @@ class LokiModel(BaseTuner):
         """
         with self._loki_hold():
             return self.model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Likewise, unless its CUDA graphs are kept, which would read what is dropped here."""
+        with contextlib.nullcontext() if kwargs.get("persistent_manager") else self._loki_hold():
+            return self.model.generate_batch(*args, **kwargs)
 
     @contextlib.contextmanager
     def _loki_hold(self) -> Iterator[None]:
@@ -119,7 +124,7 @@ class LokiModel(BaseTuner):
             refuse_parts(self.model)
         structure = find_structure(self.model)
         refuse_patched(self.model)
-        _refuse_other_modules(structure)
+        refuse_other_modules(structure)
         refuse_tensor_parallelism(structure)
         refuse_efficient_loading()
         _check_modules(structure, peft_config)
@@ -230,9 +235,9 @@ class LokiModel(BaseTuner):
             self._warned = True
             logger.warning(
                 "something has made the update of rows %s, in which an optimizer's small steps are "
-                "rounded away; TRL does so over bitsandbytes. After the trainer is made and before "
-                "it trains: for name, p in model.named_parameters(): if 'loki_' in name: "
-                "p.data = p.data.float()",
+                "rounded away. TRL does so with continuous batching, unless bf16=False, and over "
+                "bitsandbytes: there, after the trainer is made and before it trains, for name, p "
+                "in model.named_parameters(): if 'loki_' in name: p.data = p.data.float()",
                 dtype,
             )
 
@@ -329,17 +334,6 @@ class LokiModel(BaseTuner):
         elif merged and getattr(model, "is_quantized", False):
             logger.info("the merged model is quantized as its base was")
         return model
-
-
-def _refuse_other_modules(structure: Structure) -> None:
-    """Raise UnsupportedModelError for what a `LokiLayer` cannot be put around."""
-    for down_proj in structure.projections():
-        if down_proj.of_experts or down_proj.axis:
-            kind = "experts" if down_proj.of_experts else "a transposed weight"
-            raise UnsupportedModelError(
-                f"{down_proj.name} ({type(down_proj.module).__name__}) holds {kind}, which a PEFT "
-                "adapter of LoKI does not support; train it with loki_kernels.patch."
-            )
 
 
 def _protection(structure: Structure, config: LokiConfig) -> Protection | None:

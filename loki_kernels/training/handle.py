@@ -132,8 +132,9 @@ class Patch:
         RuntimeError, unless the model was patched with ``rows=<that checkpoint's folder>``. Uploads
         of checkpoints hold the update too. The rows are written once for all micro-batches of a
         step, and once for an evaluation, and not at every forward pass. A trainer of TRL that would
-        send the parameters to vLLM (``use_vllm``) or to its reference model (``sync_ref_model``)
-        raises RuntimeError when it is made.
+        send the parameters to vLLM (``use_vllm``) or to its reference model (``sync_ref_model``),
+        or round the update (``use_transformers_continuous_batching`` with ``bf16``), raises
+        RuntimeError when it is made.
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 

@@ -292,16 +292,17 @@ HOLD = "_loki_hold"
 
 @dataclass(eq=False)
 class Generate:
-    """An instance's ``generate``, in which the rows are written once and not at every token.
+    """An instance's ``generate`` or ``generate_batch``: rows are written once, not at every token.
 
     Protected rows are formed before they are written: of all rows at every token that would take
     40 times the token itself (SmolLM2-135M, by count). It lies in the model's ``__dict__`` and is
     copied and pickled with it.
     """
 
-    model: Any  # a module whose class has a ``generate``
+    model: Any  # a module whose class has a method of that name
     writer: RowWriter
+    name: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.writer.hold():
-            return type(self.model).generate(self.model, *args, **kwargs)
+            return getattr(type(self.model), self.name)(self.model, *args, **kwargs)

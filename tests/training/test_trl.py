@@ -22,7 +22,7 @@ from transformers import (
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
 from tests.models import DEVICE, changed_rows
-from tests.tiny_training import ROWS, load_model, logits, protection_file, train
+from tests.tiny_training import ROWS, SMALL_BATCHES, load_model, logits, protection_file, train
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -88,6 +88,10 @@ CHAT = (
 )
 WORDS = [" ".join(f"w{3 * i + j}" for j in range(4 + i)) for i in range(8)]
 EMBEDDINGS = ["embed_tokens", "lm_head"]
+CONTINUOUS = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": SMALL_BATCHES,
+}
 NEW_WORDS = {"text": ["w1 <|new|> <|newer|> w3"] * 8}
 PAIRS = {"prompt": ["w1 w2"] * 8, "chosen": WORDS, "rejected": WORDS[::-1]}
 
@@ -262,7 +266,7 @@ def test_reward(way, base_folder, tmp_path):
 def grpo(model, folder, use_vllm, more=None, **options):
     arguments = trl.GRPOConfig(
         output_dir=str(folder), num_generations=4, max_completion_length=4, use_vllm=use_vllm,
-        vllm_mode="colocate", logging_steps=1, **COMMON, **(more or {}),
+        vllm_mode="colocate", logging_steps=1, **{**COMMON, **(more or {})},
     )  # fmt: skip
     return trl.GRPOTrainer(
         model,
@@ -344,3 +348,22 @@ def test_grpo_without_a_server(way, base_folder, tmp_path):
     trainer = grpo(model, tmp_path, False, **arguments)
     trainer.train()
     assert_rows_trained(way, trainer, base_folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_grpo_with_continuous_batching(way, base_folder, tmp_path):
+    model, arguments = start(way, base_folder)
+    trainer = grpo(model, tmp_path, False, CONTINUOUS, **arguments)
+    trainer.train()
+    own = [p for n, p in trainer.model.named_parameters() if "update" in n]
+    assert {p.dtype for p in own} == {torch.float32}
+    assert_rows_trained(way, trainer, base_folder, tmp_path / "out")
+
+
+def test_continuous_batching_does_not_round_the_update(base_folder, tmp_path):
+    """TRL makes the model 16 bits before each generation, of whichever it is asked to train in."""
+    model = load_model(base_folder)
+    callbacks = [loki.patch(model, ROWS).trainer_callback()]
+    with pytest.raises(RuntimeError, match="continuous_batching and bf16 or fp16"):
+        grpo(model, tmp_path, False, {**CONTINUOUS, "bf16": True}, callbacks=callbacks)
+    grpo(model, tmp_path, False, {"bf16": True}, callbacks=callbacks)
