@@ -19,9 +19,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..errors import explained
 from ..protection import fingerprint_of
 from ..sharding import DTensor, full_shape, is_distributed, shards_its_weights
-from ..structure import embedding_weight
+from ..structure import embedding_weight, foreign_forward
 from .adapter_file import protection_of
 from .arithmetic import check_gradients, coarse_dtype
+from .experts import LokiExperts
 from .rows import TRAINED, LokiRows, write_rows
 from .targets import check_processes_agree
 
@@ -175,19 +176,22 @@ class RowWriter:
     def _check_forwards(self) -> None:
         """Raise RuntimeError if another program's forward pass runs in place of a layer's own.
 
-        One that wraps it, as accelerate's hooks do, is a function and not a method of the layer.
+        Or of what is around experts, which may read their weights without calling them.
         """
         for name, layer in self.named_layers.items():
-            replaced = getattr(layer.__dict__.get("forward"), "__func__", None)
-            if replaced is None or replaced is type(layer).forward:
+            by = foreign_forward(layer)
+            if by is None and isinstance(layer, LokiExperts):
+                name = name.rpartition(".")[0]
+                by = foreign_forward(self.model.get_submodule(name))
+            if by is None:
                 continue
-            by = getattr(replaced, "__qualname__", replaced)
             raise RuntimeError(
                 f"something has replaced the forward pass of {name} by {by} after "
                 "loki_kernels.patch: the update of its rows may neither act nor be trained (a "
                 "wrapper of your own has to be a plain function, or a hook). Liger "
                 "(use_liger_kernel) does that to experts; leave them as they are by "
-                'TrainingArguments(liger_kernel_config={"swiglu": False}).'
+                'TrainingArguments(liger_kernel_config={"swiglu": False}). The library kernels '
+                "(use_kernels=True) does it around those of gpt-oss; leave it out."
             )
 
     def _check_training(self) -> None:
