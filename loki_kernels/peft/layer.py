@@ -52,6 +52,14 @@ def refuse_other_modules(structure: Structure) -> None:
             )
 
 
+def held_directions(structure: Structure, adapter: str) -> dict[str, Tensor] | None:
+    """What an adapter leaves alone, by down-projection; None unless it is protected in each."""
+    held = {d.name: getattr(d.module, "loki_directions", {}) for d in structure.projections()}
+    if not all(adapter in directions for directions in held.values()):
+        return None
+    return {name: directions[adapter] for name, directions in held.items()}
+
+
 class LokiLayer(nn.Module, BaseTunerLayer):
     """A down-projection with one update of some rows an adapter.
 

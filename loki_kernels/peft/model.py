@@ -41,7 +41,7 @@ from ..training.targets import (
     what_to_train,
 )
 from .config import LokiConfig
-from .layer import LokiLayer, refuse_other_modules, refuse_parts
+from .layer import LokiLayer, held_directions, refuse_other_modules, refuse_parts
 from .quantized import dequantize_model
 
 logger = logging.getLogger(__name__)
@@ -180,22 +180,24 @@ class LokiModel(BaseTuner):
         """
         if config.inference_mode:
             return {}
+        held = None if self._copied is None else held_directions(structure, self._copied)
+        if held is not None:
+            return held
         config.fetch()
         added: dict[str, Any] = {n: c for n, c in self.peft_config.items() if c is not config}
         if config.protect is not True or not added:
             protection = _protection(structure, config)
             return {} if protection is None else protection.directions
-        layers = {down_proj.name: down_proj.module for down_proj in structure.projections()}
         for name, other in added.items():
             if getattr(other, "protect", None) is not True or config.protection not in (
                 None,
                 other.protection,
             ):
                 continue
-            held = {n: getattr(layer, "loki_directions", {}) for n, layer in layers.items()}
-            if all(name in directions for directions in held.values()):
+            held = held_directions(structure, name)
+            if held is not None:
                 config.protection, config.kept = other.protection, other.kept
-                return {n: directions[name] for n, directions in held.items()}
+                return held
         raise ValueError(
             "protect=True estimates from the base alone, and the model has an adapter "
             f"({next(iter(added))!r}) already; name a protection's file (protect=FILE)."

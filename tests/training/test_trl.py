@@ -238,6 +238,28 @@ def test_dpo(way, reference, base_folder, tmp_path):
     assert_rows_trained(way, trainer, base_folder, tmp_path / "out")
 
 
+@pytest.mark.parametrize("base", ["the checkpoint", "the base"])
+def test_a_second_stage_has_its_base_for_reference(base, base_folder, tmp_path):
+    """TRL loads it by the model's name."""
+    model, _ = start("patch", base_folder)
+    train(model).save_pretrained(tmp_path / "sft")
+    if base == "the checkpoint":
+        model = load_model(tmp_path / "sft")
+        loki.patch(model, ROWS)
+    else:
+        model = load_model(base_folder)
+        loki.patch(model, tmp_path / "sft")
+    trainer = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(output_dir=str(tmp_path), logging_steps=1, **COMMON),
+        train_dataset=datasets.Dataset.from_dict(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(base_folder),
+    )
+    trainer.train()
+    alike = losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert alike == (base == "the checkpoint")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_reward(way, base_folder, tmp_path):
     kind = AutoModelForSequenceClassification
