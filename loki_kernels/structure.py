@@ -396,6 +396,17 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+def foreign_forward(module: nn.Module) -> str | None:
+    """The name of another program's method that runs in place of a module's own forward pass.
+
+    What wraps its own, as accelerate's hooks do, is a function and no method.
+    """
+    method = getattr(module.__dict__.get("forward"), "__func__", None)
+    if method is None or method is type(module).forward:
+        return None
+    return getattr(method, "__qualname__", repr(method))
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of a module does more than its class's forward pass.
 

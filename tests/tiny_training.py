@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, GenerationConfig, Trainer, TrainingArguments
 
 import loki_kernels as loki
 from tests import models
@@ -56,6 +56,22 @@ def logits(model):
     with torch.no_grad():
         ids = token_batch().to(next(model.parameters()).device)
         return model.eval()(input_ids=ids).logits.cpu()
+
+
+# By itself continuous batching fills most of the memory with its cache, in half a minute.
+SMALL_BATCHES = {"num_blocks": 8, "max_batch_tokens": 64}
+
+
+def batch_answers(generate_batch):
+    """What a ``generate_batch`` answers to two prompts, greedily."""
+    from transformers import ContinuousBatchingConfig  # transformers 5.0 has none
+
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(**SMALL_BATCHES)
+    answers = generate_batch(
+        [[1, 2, 3], [4, 5]], generation_config=config, continuous_batching_config=small
+    )
+    return [answer.generated_tokens for answer in answers.values()]
 
 
 def tiny_trainer(model, folder, steps, callbacks=(), **options):

@@ -17,7 +17,7 @@ from ..errors import UnsupportedModelError, check_choice, explained
 from ..ops import row_delta_linear
 from ..ops._directions import acting_factors, leave_out, padded
 from ..sharding import DTensor, full_values, is_partitioned, is_sharded, own_part, shard_like
-from ..structure import has_hooks
+from ..structure import Structure, has_hooks
 from ..training.adapter_file import PROTECTION_FILE, base_rows_of
 from ..training.arithmetic import check_gradients, digest_of, initial_factors, updated_rows
 from .config import MERGES, LokiConfig
@@ -40,6 +40,25 @@ def refuse_parts(module: nn.Module) -> None:
             "ZeRO-3 cannot train a protected LoKI adapter; use FSDP2 or ZeRO-2, or "
             "loki_kernels.patch(protect=FILE)."
         )
+
+
+def refuse_other_modules(structure: Structure) -> None:
+    """Raise UnsupportedModelError for what a `LokiLayer` cannot be put around."""
+    for down_proj in structure.projections():
+        if down_proj.of_experts or down_proj.axis:
+            kind = "experts" if down_proj.of_experts else "a transposed weight"
+            raise UnsupportedModelError(
+                f"{down_proj.name} ({type(down_proj.module).__name__}) holds {kind}, which a PEFT "
+                "adapter of LoKI does not support; train it with loki_kernels.patch."
+            )
+
+
+def held_directions(structure: Structure, adapter: str) -> dict[str, Tensor] | None:
+    """What an adapter leaves alone, by down-projection; None unless it is protected in each."""
+    held = {d.name: getattr(d.module, "loki_directions", {}) for d in structure.projections()}
+    if not all(adapter in directions for directions in held.values()):
+        return None
+    return {name: directions[adapter] for name, directions in held.items()}
 
 
 class LokiLayer(nn.Module, BaseTunerLayer):

@@ -15,7 +15,7 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
 from ..discovery import find_structure
-from ..errors import UnsupportedModelError, explained
+from ..errors import explained
 from ..fingerprint import BaseRows
 from ..protection import Protection, fingerprint_of
 from ..sharding import ignore_in_ddp, is_distributed, is_first, shards_its_weights
@@ -41,7 +41,13 @@ from ..training.targets import (
     what_to_train,
 )
 from .config import LokiConfig
-from .layer import LokiLayer, refuse_merged, refuse_parts
+from .layer import (
+    LokiLayer,
+    held_directions,
+    refuse_merged,
+    refuse_other_modules,
+    refuse_parts,
+)
 from .quantized import dequantize_model
 
 logger = logging.getLogger(__name__)
@@ -74,6 +80,11 @@ class LokiModel(BaseTuner):
         """
         with self._loki_hold():
             return self.model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Likewise, unless its CUDA graphs are kept, which would read what is dropped here."""
+        with contextlib.nullcontext() if kwargs.get("persistent_manager") else self._loki_hold():
+            return self.model.generate_batch(*args, **kwargs)
 
     @contextlib.contextmanager
     def _loki_hold(self) -> Iterator[None]:
@@ -119,7 +130,7 @@ class LokiModel(BaseTuner):
             refuse_parts(self.model)
         structure = find_structure(self.model)
         refuse_patched(self.model)
-        _refuse_other_modules(structure)
+        refuse_other_modules(structure)
         refuse_tensor_parallelism(structure)
         refuse_efficient_loading()
         _check_modules(structure, peft_config)
@@ -176,22 +187,24 @@ class LokiModel(BaseTuner):
         """
         if config.inference_mode:
             return {}
+        held = None if self._copied is None else held_directions(structure, self._copied)
+        if held is not None:
+            return held
         config.fetch()
         added: dict[str, Any] = {n: c for n, c in self.peft_config.items() if c is not config}
         if config.protect is not True or not added:
             protection = _protection(structure, config)
             return {} if protection is None else protection.directions
-        layers = {down_proj.name: down_proj.module for down_proj in structure.projections()}
         for name, other in added.items():
             if getattr(other, "protect", None) is not True or config.protection not in (
                 None,
                 other.protection,
             ):
                 continue
-            held = {n: getattr(layer, "loki_directions", {}) for n, layer in layers.items()}
-            if all(name in directions for directions in held.values()):
+            held = held_directions(structure, name)
+            if held is not None:
                 config.protection, config.kept = other.protection, other.kept
-                return {n: directions[name] for n, directions in held.items()}
+                return held
         raise ValueError(
             "protect=True estimates from the base alone, and the model has an adapter "
             f"({next(iter(added))!r}) already; name a protection's file (protect=FILE)."
@@ -231,9 +244,9 @@ class LokiModel(BaseTuner):
             self._warned = True
             logger.warning(
                 "something has made the update of rows %s, in which an optimizer's small steps are "
-                "rounded away; TRL does so over bitsandbytes. After the trainer is made and before "
-                "it trains: for name, p in model.named_parameters(): if 'loki_' in name: "
-                "p.data = p.data.float()",
+                "rounded away. TRL does so with continuous batching, unless bf16=False, and over "
+                "bitsandbytes: there, after the trainer is made and before it trains, for name, p "
+                "in model.named_parameters(): if 'loki_' in name: p.data = p.data.float()",
                 dtype,
             )
 
@@ -332,17 +345,6 @@ class LokiModel(BaseTuner):
         return model
 
 
-def _refuse_other_modules(structure: Structure) -> None:
-    """Raise UnsupportedModelError for what a `LokiLayer` cannot be put around."""
-    for down_proj in structure.projections():
-        if down_proj.of_experts or down_proj.axis:
-            kind = "experts" if down_proj.of_experts else "a transposed weight"
-            raise UnsupportedModelError(
-                f"{down_proj.name} ({type(down_proj.module).__name__}) holds {kind}, which a PEFT "
-                "adapter of LoKI does not support; train it with loki_kernels.patch."
-            )
-
-
 def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
     """The protection to train with, and its fingerprint put into the config."""
     protection = protection_to_keep(structure, config.protect, None)
@@ -388,7 +390,9 @@ def _check_modules(structure: Structure, config: LokiConfig) -> None:
                 f"modules_to_save names {name}, whose weight is {tied[0]} too; PEFT would train a "
                 "copy of it apart. For new tokens use trainable_token_indices; to train it all, "
                 "loki_kernels.patch(model, modules_to_save=...), whose adapters are loaded by "
-                "loki_kernels.load_adapter."
+                "loki_kernels.load_adapter. For the new tokens of a chat_template_path TRL names "
+                "lm_head, and runs no trainable_token_indices over a tied one: there call "
+                "trl.clone_chat_template first, then loki_kernels.patch."
             )
 
 

@@ -131,11 +131,14 @@ class Patch:
         that training goes on bit for bit (of a protected update, but for the rounding of what its
         directions hold). A checkpoint outside ``output_dir`` it finds only if
         ``TrainingArguments`` names it too (``resume_from_checkpoint``). Without it, resuming raises
-        RuntimeError, unless the model was patched with ``rows=<that checkpoint's folder>``. Uploads
-        of checkpoints hold the update too. The rows are written once for all micro-batches of a
-        step, and once for an evaluation, and not at every forward pass. A trainer of TRL that would
-        send the parameters to vLLM (``use_vllm``) or to its reference model (``sync_ref_model``)
-        raises RuntimeError when it is made.
+        RuntimeError, unless the model was patched with ``rows=<that checkpoint's folder>``, which
+        is no way to resume where TRL is to ``precompute_ref_log_probs``: it would take the trained
+        model for the reference. Uploads of checkpoints hold the update too. The rows are written
+        once for all micro-batches of a step, and once for an evaluation, and not at every forward
+        pass. A trainer of TRL that would send the parameters to vLLM (``use_vllm``) or to its
+        reference model (``sync_ref_model``), or round the update
+        (``use_transformers_continuous_batching`` with ``bf16``), raises RuntimeError when it is
+        made.
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 

@@ -336,8 +336,8 @@ def _attach(
     model.__dict__[HOLD] = writer.hold
     undo.callback(model.__dict__.pop, HOLD, None)
     ours: dict[str, Any] = {"save_pretrained": SavePretrained(model, layers)}
-    if "generate" not in model.__dict__:  # another's stays
-        ours["generate"] = Generate(model, writer)
+    for name in {"generate", "generate_batch"} - model.__dict__.keys():  # another's stays
+        ours[name] = Generate(model, writer, name)
     for name, call in ours.items():
         if hasattr(type(model), name):
             model.__dict__[name] = call

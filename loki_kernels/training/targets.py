@@ -25,6 +25,7 @@ from ..structure import (
     TOLERANCE,
     DownProjection,
     Structure,
+    foreign_forward,
     in_float64,
     plain_name,
     refuse_tensor_parallelism,
@@ -207,6 +208,13 @@ def _check_projection(down_proj: DownProjection) -> None:
                 f"the experts of {name} are split between processes (expert parallelism, ZeRO-3), "
                 "which rows of experts cannot be trained over; use ZeRO-2, or shard the patched "
                 "model with FSDP2 (fully_shard)."
+            )
+        around = foreign_forward(down_proj.parent)
+        if around is not None:
+            raise UnsupportedModelError(
+                f"something has put {around} around the experts of {name}, which may read their "
+                "weights without calling them, and so without an update; load the model without "
+                "use_kernels=True."
             )
     elif not is_partitioned(weight) and not _computes_linear(module, down_proj.axis):
         raise UnsupportedModelError(

@@ -47,6 +47,14 @@ class SideFileCallback(TrainerCallback):
                 "peft_config=loki_kernels.peft.LokiConfig(rows=...), which it merges first; a loop "
                 "of your own sends handle.merged_parameters()."
             )
+        batches = getattr(args, "use_transformers_continuous_batching", False)
+        if batches and (args.bf16 or args.fp16):
+            raise RuntimeError(
+                "with use_transformers_continuous_batching and bf16 or fp16 the trainer makes the "
+                "model, and the update of rows with it, 16 bits before every generation, in which "
+                "an optimizer's small steps are rounded away. Train with bf16=False and fp16=False "
+                "(a model that was loaded in bfloat16 stays so), or without continuous batching."
+            )
         if getattr(args, "sync_ref_model", False):
             raise RuntimeError(
                 "sync_ref_model copies parameters one by one, and the reference model has no "

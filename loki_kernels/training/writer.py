@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import explained
 from ..protection import fingerprint_of
 from ..sharding import DTensor, full_shape, is_distributed, shards_its_weights
+from ..structure import embedding_weight, foreign_forward
 from .adapter_file import protection_of
 from .arithmetic import check_gradients, coarse_dtype, place_of, version_of
+from .experts import LokiExperts
 from .rows import TRAINED, LokiRows, write_rows
 from .targets import check_processes_agree
 
@@ -36,7 +39,7 @@ class RowWriter:
     step it raises if nothing would be trained, or in a process other rows than in the others.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     named_layers: Mapping[str, LokiRows]
     agreed: bool = False  # whether the processes train the same rows in the same directions
     warned: bool = field(default=False, init=False)  # that small steps are lost
@@ -45,6 +48,10 @@ class RowWriter:
     versions: list[tuple[int, int | None]] | None = field(default=None, init=False)
     kept: bool = field(default=False, init=False)  # whether a trainer says that they are as then
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
+    tokens: int = field(init=False)  # that the model had embeddings of when it was patched
+
+    def __post_init__(self) -> None:
+        self.tokens = full_shape(embedding_weight(self.model))[0]
 
     @property
     def held(self) -> bool:
@@ -173,19 +180,22 @@ class RowWriter:
     def _check_forwards(self) -> None:
         """Raise RuntimeError if another program's forward pass runs in place of a layer's own.
 
-        One that wraps it, as accelerate's hooks do, is a function and not a method of the layer.
+        Or of what is around experts, which may read their weights without calling them.
         """
         for name, layer in self.named_layers.items():
-            replaced = getattr(layer.__dict__.get("forward"), "__func__", None)
-            if replaced is None or replaced is type(layer).forward:
+            by = foreign_forward(layer)
+            if by is None and isinstance(layer, LokiExperts):
+                name = name.rpartition(".")[0]
+                by = foreign_forward(self.model.get_submodule(name))
+            if by is None:
                 continue
-            by = getattr(replaced, "__qualname__", replaced)
             raise RuntimeError(
                 f"something has replaced the forward pass of {name} by {by} after "
                 "loki_kernels.patch: the update of its rows may neither act nor be trained (a "
                 "wrapper of your own has to be a plain function, or a hook). Liger "
                 "(use_liger_kernel) does that to experts; leave them as they are by "
-                'TrainingArguments(liger_kernel_config={"swiglu": False}).'
+                'TrainingArguments(liger_kernel_config={"swiglu": False}). The library kernels '
+                "(use_kernels=True) does it around those of gpt-oss; leave it out."
             )
 
     def _check_training(self) -> None:
@@ -198,12 +208,29 @@ class RowWriter:
                     "parameters after loki_kernels.patch. Patch last, and use one method."
                 )
             )
+        self._check_tokens()
         if not self.warned:
             self._warn_of_coarse_updates()
         if not self.agreed and is_distributed():
             rows = (layer.index for layer in self.layers)
             check_processes_agree(rows, fingerprint_of(protection_of(self.named_layers)))
             self.agreed = True
+
+    def _check_tokens(self) -> None:
+        """Raise RuntimeError if embeddings of tokens were added after patching and stay frozen.
+
+        A resized embedding is trained as the old one was: new ones would stay as they were drawn.
+        """
+        weight = embedding_weight(self.model)
+        count = full_shape(weight)[0]
+        if count > self.tokens and not weight.requires_grad:
+            raise RuntimeError(
+                f"the embeddings of tokens {self.tokens} to {count - 1} were added after "
+                "loki_kernels.patch (resize_token_embeddings; TRL's chat_template_path) and are "
+                "frozen. Add them first (trl.clone_chat_template), then patch(model, "
+                "modules_to_save=['embed_tokens', 'lm_head']) with the model's own names of the "
+                "two, or without it where they need no training."
+            )
 
     def _warn_of_coarse_updates(self) -> None:
         """Say once that small steps are lost, where something has rounded the update."""
@@ -273,16 +300,17 @@ HOLD = "_loki_hold"
 
 @dataclass(eq=False)
 class Generate:
-    """An instance's ``generate``, in which the rows are written once and not at every token.
+    """An instance's ``generate`` or ``generate_batch``: rows are written once, not at every token.
 
     Protected rows are formed before they are written: of all rows at every token that would take
     40 times the token itself (SmolLM2-135M, by count). It lies in the model's ``__dict__`` and is
     copied and pickled with it.
     """
 
-    model: Any  # a module whose class has a ``generate``
+    model: Any  # a module whose class has a method of that name
     writer: RowWriter
+    name: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.writer.hold():
-            return type(self.model).generate(self.model, *args, **kwargs)
+            return getattr(type(self.model), self.name)(self.model, *args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import partial
 
 import peft
 import pytest
@@ -19,7 +20,15 @@ from loki_kernels.protection import estimate
 from loki_kernels.training import targets
 from tests.models import build_model
 from tests.protection.test_estimate import chat_tokenizer
-from tests.tiny_training import ROWS, WordTokenizer, load_model, logits, token_batch, train
+from tests.tiny_training import (
+    ROWS,
+    WordTokenizer,
+    batch_answers,
+    load_model,
+    logits,
+    token_batch,
+    train,
+)
 from tests.training.test_protect import protection_of
 
 
@@ -313,6 +322,17 @@ def test_a_patched_model_is_refused_before_anything_is_estimated(monkeypatch):
         peft.get_peft_model(model, LokiConfig())
 
 
+def test_a_copy_of_an_adapter_shares_its_directions(file):
+    """Those of all rows take .9 GB at 8B; TRL's reference is such a copy."""
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    file.unlink()
+    model.add_adapter("ref", model.peft_config["default"])
+    layers = [m for m in model.modules() if isinstance(m, layer_module.LokiLayer)]
+    for layer in layers:
+        own, copied = (layer.loki_directions[name] for name in ("default", "ref"))
+        assert own.data_ptr() == copied.data_ptr()
+
+
 def test_generating_forms_a_protected_update_once(file, monkeypatch):
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
     train(model)
@@ -320,6 +340,7 @@ def test_generating_forms_a_protected_update_once(file, monkeypatch):
     prompt = {"input_ids": token_batch()[:, :4], "pad_token_id": 0}
     options = {"do_sample": False, "max_new_tokens": 6}
     want = model.get_base_model().generate(**prompt, **options)
+    want_batch = batch_answers(model.get_base_model().generate_batch)
     formed = []
     real = layer_module.acting_factors
     monkeypatch.setattr(
@@ -328,7 +349,17 @@ def test_generating_forms_a_protected_update_once(file, monkeypatch):
     assert torch.equal(model.generate(**prompt, **options), want)
     layers = [m for m in model.modules() if isinstance(m, layer_module.LokiLayer)]
     assert len(formed) == len(layers)
+    formed.clear()
+    assert batch_answers(model.generate_batch) == want_batch
+    assert len(formed) == len(layers)
     assert all(layer.formed is None for layer in layers)
+    held = []
+    layers[0].register_forward_hook(lambda layer, *_: held.append(layer.formed is not None))
+    keep = partial(model.generate_batch, persistent_manager=True)  # whose graphs outlive the call
+    assert batch_answers(keep) == want_batch
+    assert held
+    assert not any(held)
+    model.get_base_model().destroy_cached_continuous_batching_manager()
     train(model)
     assert not torch.equal(logits(model), want)
 

@@ -510,6 +510,34 @@ def test_packed_experts_are_refused():
     assert_unchanged(model, before)
 
 
+class MegaBlocksMoeMLP:
+    """What the library kernels binds to gpt-oss's MLP: it reads the weights of the experts."""
+
+    def forward(self, hidden_states):
+        experts = self.experts
+        up = hidden_states @ experts.gate_up_proj[0]
+        return up[..., : experts.down_proj.shape[1]] @ experts.down_proj[0], None
+
+
+def test_a_kernel_around_the_experts_is_refused():
+    model = build_model("GptOss")
+    handle = loki.patch(model, ROWS)
+    want = logits(model)
+    mlp = model.model.layers[-1].mlp
+    mlp.forward = MegaBlocksMoeMLP.forward.__get__(mlp)
+    for mode in (model.train, model.eval):
+        mode()
+        with pytest.raises(RuntimeError, match=r"\d\.mlp by MegaBlocksMoeMLP\.forward after"):
+            logits(model)
+    mlp.forward = type(mlp).forward.__get__(mlp)  # what kernels falls back to
+    assert torch.equal(logits(model), want)
+    handle.unpatch()
+    assert loki.patch(model, ROWS).unpatch() is model
+    mlp.forward = MegaBlocksMoeMLP.forward.__get__(mlp)
+    with pytest.raises(loki.UnsupportedModelError, match="put MegaBlocksMoeMLP"):
+        loki.patch(model, ROWS)
+
+
 def test_the_report_tells_what_is_not_fused_and_what_is_whole():
     handle = loki.patch(build_model("Llama4"), ROWS, fuse_mlp=True)
     assert any("own forward pass" in note for note in handle.report.notes)

@@ -651,6 +651,23 @@ def test_new_tokens_that_stay_frozen_are_named(model, tmp_path):
         assert handle.report.notes == []
 
 
+def test_tokens_that_are_added_after_patching_are_refused(model):
+    """The embedding was frozen, and its new rows would be too."""
+    batch = token_batch()
+    size = model.get_input_embeddings().weight.shape[0]
+    for trained in ([], ["embed_tokens"]):
+        with loki.patch(model, ROWS, modules_to_save=trained):
+            model.train().resize_token_embeddings(size + 2)
+            if trained:
+                train(model, steps=1)
+            else:
+                with pytest.raises(RuntimeError, match=f"tokens {size} to {size + 1} were added"):
+                    model(input_ids=batch, labels=batch)
+                model.eval()(input_ids=batch)
+            model.resize_token_embeddings(size)
+            train(model.train(), steps=1)
+
+
 def test_hooks_on_what_is_replaced_go_on(model):
     seen = []
     down_proj = model.model.layers[0].mlp.down_proj

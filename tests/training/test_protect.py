@@ -8,6 +8,7 @@ import gc
 import json
 import weakref
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -28,6 +29,7 @@ from tests.protection.test_estimate import chat_tokenizer
 from tests.tiny_training import (
     ROWS,
     WordTokenizer,
+    batch_answers,
     load_model,
     logits,
     straight_and_resumed,
@@ -409,6 +411,7 @@ def test_generating_forms_a_protected_update_once(rank, launches, protection, mo
     model.eval()
     prompt = {"input_ids": token_batch()[:, :4], "pad_token_id": 0}
     want = type(model).generate(model, **prompt, do_sample=False, max_new_tokens=6)
+    want_batch = batch_answers(partial(type(model).generate_batch, model))
     written = []
     real = rows.sync_rows
 
@@ -420,12 +423,15 @@ def test_generating_forms_a_protected_update_once(rank, launches, protection, mo
     got = model.generate(**prompt, do_sample=False, max_new_tokens=6)
     assert torch.equal(got, want)
     assert written == launches
+    written.clear()
+    assert batch_answers(model.generate_batch) == want_batch
+    assert written == launches
     assert not any(layer.held or layer.in_step for _, layer in handle.named_layers())
     copied = copy.deepcopy(model)
     train(copied)
     assert torch.equal(model.generate(**prompt, do_sample=False, max_new_tokens=6), want)
     handle.unpatch()
-    assert "generate" not in vars(model)
+    assert not {"generate", "generate_batch"} & vars(model).keys()
 
 
 def without_protection(tmp_path, protection):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,7 +22,7 @@ from transformers import (
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
 from tests.models import DEVICE, changed_rows
-from tests.tiny_training import ROWS, load_model, logits, protection_file, train
+from tests.tiny_training import ROWS, SMALL_BATCHES, load_model, logits, protection_file, train
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -86,6 +87,12 @@ CHAT = (
     "{% endgeneration %}{% else %} w7 {{ m.content }}{% endif %}{% endfor %}"
 )
 WORDS = [" ".join(f"w{3 * i + j}" for j in range(4 + i)) for i in range(8)]
+EMBEDDINGS = ["embed_tokens", "lm_head"]
+CONTINUOUS = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": SMALL_BATCHES,
+}
+NEW_WORDS = {"text": ["w1 <|new|> <|newer|> w3"] * 8}
 PAIRS = {"prompt": ["w1 w2"] * 8, "chosen": WORDS, "rejected": WORDS[::-1]}
 
 
@@ -114,18 +121,21 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def sft_trainer(model, tokenizer, folder, records, peft_config=None, **options):
+    return trl.SFTTrainer(
+        model,
+        trl.SFTConfig(output_dir=str(folder), max_length=32, **options, **COMMON),
+        train_dataset=datasets.Dataset.from_dict(records),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
 def sft(way, base_folder, tmp_path, records, **options):
     model, arguments = start(way, base_folder)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     tokenizer.chat_template = CHAT
-    config = trl.SFTConfig(output_dir=str(tmp_path), max_length=32, **options, **COMMON)
-    trainer = trl.SFTTrainer(
-        model,
-        config,
-        train_dataset=datasets.Dataset.from_dict(records),
-        processing_class=tokenizer,
-        **arguments,
-    )
+    trainer = sft_trainer(model, tokenizer, tmp_path, records, **arguments, **options)
     trainer.train()
     assert_rows_trained(way, trainer, base_folder, tmp_path / "out")
     return trainer
@@ -145,6 +155,61 @@ def test_sft_with_assistant_only_loss(way, base_folder, tmp_path):
     trainer = sft(way, base_folder, tmp_path, {"messages": chats}, assistant_only_loss=True)
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["labels"] != -100).sum() == 4 * len(batch["labels"])  # w9 w3 w4 w8
+
+
+@pytest.fixture
+def template(base_folder, tmp_path):
+    """A folder of the base's tokenizer with a chat template and two more tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.add_tokens(["<|new|>", "<|newer|>"])
+    tokenizer.save_pretrained(tmp_path / "template")
+    return str(tmp_path / "template")
+
+
+def tied_model(base_folder):
+    config = AutoConfig.from_pretrained(base_folder, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE)
+    model.name_or_path = str(base_folder)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_template_is_cloned_before_patching(tied, template, base_folder, tmp_path):
+    """What TRL adds after it would stay frozen."""
+    load = tied_model if tied else load_model
+    model, tokenizer = load(base_folder), AutoTokenizer.from_pretrained(base_folder)
+    loki.patch(model, ROWS)
+    trainer = sft_trainer(model, tokenizer, tmp_path, NEW_WORDS, chat_template_path=template)
+    with pytest.raises(RuntimeError, match="were added after"):
+        trainer.train()
+    model, tokenizer = load(base_folder), AutoTokenizer.from_pretrained(base_folder)
+    model, tokenizer, added = trl.clone_chat_template(model, tokenizer, template)
+    loki.patch(model, ROWS, modules_to_save=["embed_tokens"] if tied else EMBEDDINGS)
+    before = model.lm_head.weight.detach().clone()
+    sft_trainer(model, tokenizer, tmp_path, NEW_WORDS, chat_template_path=template).train()
+    assert model.model.embed_tokens.weight.requires_grad
+    assert (model.lm_head.weight != before).any(1)[added].all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_clones_a_template(tied, template, base_folder, tmp_path):
+    """TRL has the new tokens and ``lm_head`` trained, which is refused where that is tied."""
+    model = tied_model(base_folder) if tied else load_model(base_folder)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    options = {"chat_template_path": template, "peft_config": LokiConfig(rows=ROWS)}
+    if tied:
+        with pytest.raises(ValueError, match=r"lm_head.* trl\.clone_chat_template"):
+            sft_trainer(model, tokenizer, tmp_path, NEW_WORDS, **options)
+        return
+    trainer = sft_trainer(model, tokenizer, tmp_path, NEW_WORDS, **options)
+    before = {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    kinds = ("loki_update", "trainable_tokens", "lm_head")
+    assert [sum(kind in name for name in before) for kind in kinds] == [len(ROWS), 1, 1]
+    trainer.train()
+    now = dict(trainer.model.named_parameters())
+    assert all((now[name] != was).any() for name, was in before.items())
 
 
 @pytest.mark.parametrize("reference", ["loaded by TRL", "given", "of a loaded adapter"])
@@ -171,6 +236,28 @@ def test_dpo(way, reference, base_folder, tmp_path):
     assert first == pytest.approx(math.log(2), abs=1e-4)  # model and reference are one at first
     assert second != pytest.approx(first, abs=1e-4)
     assert_rows_trained(way, trainer, base_folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("base", ["the checkpoint", "the base"])
+def test_a_second_stage_has_its_base_for_reference(base, base_folder, tmp_path):
+    """TRL loads it by the model's name."""
+    model, _ = start("patch", base_folder)
+    train(model).save_pretrained(tmp_path / "sft")
+    if base == "the checkpoint":
+        model = load_model(tmp_path / "sft")
+        loki.patch(model, ROWS)
+    else:
+        model = load_model(base_folder)
+        loki.patch(model, tmp_path / "sft")
+    trainer = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(output_dir=str(tmp_path), logging_steps=1, **COMMON),
+        train_dataset=datasets.Dataset.from_dict(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(base_folder),
+    )
+    trainer.train()
+    alike = losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert alike == (base == "the checkpoint")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -201,7 +288,7 @@ def test_reward(way, base_folder, tmp_path):
 def grpo(model, folder, use_vllm, more=None, **options):
     arguments = trl.GRPOConfig(
         output_dir=str(folder), num_generations=4, max_completion_length=4, use_vllm=use_vllm,
-        vllm_mode="colocate", logging_steps=1, **COMMON, **(more or {}),
+        vllm_mode="colocate", logging_steps=1, **{**COMMON, **(more or {})},
     )  # fmt: skip
     return trl.GRPOTrainer(
         model,
@@ -283,3 +370,22 @@ def test_grpo_without_a_server(way, base_folder, tmp_path):
     trainer = grpo(model, tmp_path, False, **arguments)
     trainer.train()
     assert_rows_trained(way, trainer, base_folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_grpo_with_continuous_batching(way, base_folder, tmp_path):
+    model, arguments = start(way, base_folder)
+    trainer = grpo(model, tmp_path, False, CONTINUOUS, **arguments)
+    trainer.train()
+    own = [p for n, p in trainer.model.named_parameters() if "update" in n]
+    assert {p.dtype for p in own} == {torch.float32}
+    assert_rows_trained(way, trainer, base_folder, tmp_path / "out")
+
+
+def test_continuous_batching_does_not_round_the_update(base_folder, tmp_path):
+    """TRL makes the model 16 bits before each generation, of whichever it is asked to train in."""
+    model = load_model(base_folder)
+    callbacks = [loki.patch(model, ROWS).trainer_callback()]
+    with pytest.raises(RuntimeError, match="continuous_batching and bf16 or fp16"):
+        grpo(model, tmp_path, False, {**CONTINUOUS, "bf16": True}, callbacks=callbacks)
+    grpo(model, tmp_path, False, {"bf16": True}, callbacks=callbacks)
