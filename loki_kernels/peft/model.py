@@ -119,11 +119,7 @@ class LokiModel(BaseTuner):
         if heads:
             peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *heads]
         peft_config.quota, protect = what_to_train(
-            peft_config.rows,
-            peft_config.quota,
-            peft_config.criterion,
-            None,
-            peft_config.protect,
+            peft_config.rows, peft_config.quota, peft_config.criterion, None, peft_config.protect
         )
         peft_config.protect = cast("str | bool | None", protect)
         if protect and not peft_config.inference_mode:

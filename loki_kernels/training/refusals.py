@@ -2,20 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-
-from ..sharding import full_shape, full_values, is_partitioned
-from .arithmetic import same_rows, updated_rows
-
-if TYPE_CHECKING:
-    from .rows import LokiRows
-
-# The name of a protection's fingerprint in a state dict.
-DIGEST = "protection_digest"
-
 _AVERAGE = (
     "Of an average of state dicts load the updates alone: model.load_state_dict({k: v for k, v in "
     "average.items() if k.endswith(('update', 'delta_a', 'delta_b'))}, strict=False)."
@@ -42,33 +28,3 @@ MERGED_ALONE = (
     f"training would go on from a rounding. {_READ_IT} To start anew from these weights, merge and "
     "patch."
 )
-
-
-def why_not_load(layer: LokiRows, state_dict: dict[str, Any], prefix: str) -> str | None:
-    """Why an update that was saved is none of a layer's rows, or of other base rows."""
-    index = state_dict.get(prefix + "index")
-    if index is not None and not torch.equal(index.cpu(), layer.index.cpu()):
-        return OTHER_ROWS
-    digests = state_dict.get(prefix + DIGEST), layer.digest()
-    saved, own = (None if digest is None else digest.tolist() for digest in digests)
-    if index is not None and saved != own:
-        return OTHER
-    weight = state_dict.get(prefix + layer.parameter)
-    names = [prefix + name for name, _ in layer.trained_parameters()]
-    if weight is None or is_partitioned(layer.frozen) or not state_dict.keys() >= set(names):
-        return None
-    factors: list[Tensor] = [state_dict[name] for name in names]
-    if tuple(weight.shape) != full_shape(layer.frozen) or any(
-        tuple(f.shape) != full_shape(p)
-        for f, (_, p) in zip(factors, layer.trained_parameters(), strict=True)
-    ):
-        return None  # torch says so
-    rows = layer.take_rows(full_values(weight)).to(layer.base_rows.device)
-    # Where the rows were made, since another device's products are others, above all in TF32.
-    whole = layer.formed(
-        {
-            name: full_values(factor).to(rows.device)
-            for (name, _), factor in zip(layer.trained_parameters(), factors, strict=True)
-        }
-    )
-    return None if same_rows(rows, updated_rows(layer.base_rows, *whole.values())) else OTHER

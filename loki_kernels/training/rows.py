@@ -32,7 +32,8 @@ from .arithmetic import (
     version_of,
     write_into,
 )
-from .refusals import DIGEST, MERGED_ALONE, PASSED_OVER, why_not_load
+from .loading import DIGEST, why_not_load
+from .refusals import MERGED_ALONE, PASSED_OVER
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")
