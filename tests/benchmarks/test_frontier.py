@@ -335,7 +335,20 @@ def test_two_tasks_are_learned_in_a_row(tmp_path, monkeypatch, capsys):
             if line.get("way") == way and "share" in line
         }
         assert len(set(losses.values())) == len(losses) == 3
-    assert {line["way"] for line in lines if "plays_lost" in line} >= {"plain", "protected"}
+    after = {line["way"]: line["plays"] for line in lines if line.get("after") == "the plays"}
+    fronts = {
+        way: frontier(
+            (line["calls"], line["plays"] - after["full" if way == "full" else "protected"])
+            for line in lines
+            if line.get("way") == way and "share" in line
+        )
+        for way in ("full", "plain", "protected", "protected, earlier")
+    }
+    loss = max(front[0][0] for front in fronts.values())
+    want = {way: at_loss(front, loss) for way, front in fronts.items()}
+    assert {line["way"]: line["plays_lost"] for line in lines if "plays_lost" in line} == {
+        way: pytest.approx(lost, abs=1e-4) for way, lost in want.items() if lost is not None
+    }
 
 
 def test_finals_are_asked_questions(tmp_path, monkeypatch, capsys):
