@@ -127,7 +127,6 @@ def borrowed(structure: Structure) -> Iterator[None]:
         _require_grad(required, False)
         with (
             evaluating(model),
-            _uncompiled(model),
             _exact_products(),
             torch.inference_mode(False),
             torch.no_grad(),
@@ -142,16 +141,6 @@ def borrowed(structure: Structure) -> Iterator[None]:
         _require_grad(required, True)
         for config in configs:
             delattr(config, _ATTEND)
-
-
-@contextlib.contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Modules that were compiled in place run as they are: what was compiled calls no new hooks."""
-    if all(module._compiled_call_impl is None for module in model.modules()):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 _claiming = threading.Lock()

@@ -425,19 +425,6 @@ def test_decode_asks_for_no_logits_of_the_prompt():
     assert max(sizes) < 29  # the trial of the engine is shorter
 
 
-@pytest.mark.parametrize("engine", ["staircase", "decode"])
-def test_layers_that_were_compiled_in_place_are_attributed(engine):
-    """What was compiled without hooks would call none."""
-    model = build_model("llama", device="cpu")
-    want = loki.attribute(model, PROMPTS, engine=engine)
-    torch._dynamo.reset()
-    for layer in model.model.layers:
-        layer.compile(backend="eager")
-    model.generate(torch.arange(1, 6)[None], max_new_tokens=2, do_sample=False)
-    got = loki.attribute(model, PROMPTS, engine=engine)
-    torch.testing.assert_close(got.scores, want.scores)
-
-
 def test_images_have_to_come_before_the_staircase_is_chosen():
     with pytest.raises(loki.UnsupportedModelError, match="images or sounds"):
         loki.attribute(llava(), [with_image(llava)], engine="staircase")
