@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from .measure import attempt, finish
+from .measure import attempt, finish, run_to_the_end
 from .records import append_record, describe_machine
 from .report import format_seconds, write_report
 
@@ -78,4 +78,4 @@ def _line(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_the_end(main)

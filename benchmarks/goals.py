@@ -23,7 +23,15 @@ import torch
 from loki_kernels import attribute, estimate_protection
 
 from .attribution import least_bytes, least_work
-from .measure import DEVICE, attempt, finish, floor, host_and_device, interleave
+from .measure import (
+    DEVICE,
+    attempt,
+    finish,
+    floor,
+    host_and_device,
+    interleave,
+    run_to_the_end,
+)
 from .records import append_record, describe_machine
 from .shapes import build
 from .training.memory import measure_peak
@@ -272,6 +280,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)  # what has compiled may wait for its workers, until its time is out
+    run_to_the_end(main)

@@ -120,9 +120,10 @@ check() {
   build
   section environment 10 "$PYTHON" -m loki_kernels env
   section self_check 45 "$PYTHON" -m benchmarks.ops.self_check
-  "$PYTHON" -c "import xdist" 2> /dev/null && options+=(-n "$workers" --dist loadscope)
+  "$PYTHON" -c "import xdist" 2> /dev/null && options+=(-n "$workers" --dist worksteal)
   section tests 130 env OMP_NUM_THREADS=1 \
     "$PYTHON" -m pytest -q -rf -p no:cacheprovider --device "$device" "${options[@]}" "${tests[@]}"
+  [ "$spare" -ge 0 ] || spare=0
   # a sanitizer of nothing passes too
   if section library 10 "$PYTHON" -c "$live" "$backend"; then
     for tool in memcheck racecheck; do

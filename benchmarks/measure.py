@@ -6,12 +6,14 @@ import contextlib
 import functools
 import gc
 import math
+import os
 import statistics
+import sys
 import time
 import timeit
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.autograd import DeviceType
@@ -51,6 +53,23 @@ def finish() -> None:
     _failed.clear()
     if failed:
         raise SystemExit(f"not measured: {'; '.join(failed)}")
+
+
+def run_to_the_end(main: Callable[[], None]) -> NoReturn:
+    """Run a command and end the process, whatever waits for it.
+
+    What has compiled by Inductor may wait for its workers until its time is out.
+    """
+    status = 0
+    try:
+        main()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class Ceilings(NamedTuple):

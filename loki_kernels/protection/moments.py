@@ -149,7 +149,8 @@ def second_moments(
     for down_proj in layers:
         total = sums.get(down_proj.name)
         if total is None:  # text passes by: cross-attention's layers, experts of images
-            total = torch.zeros(*down_proj.experts, *2 * (down_proj.in_features,))
+            shape = (*down_proj.experts, *2 * (down_proj.in_features,))
+            total = torch.zeros(shape, dtype=torch.float32)
         tokens = read.get(down_proj.name, 0) / math.prod(down_proj.experts)
         found[down_proj.name] = Moment(total.div_(count), tokens)
     return found
@@ -250,7 +251,7 @@ def top_eigenvectors(
     if moment.ndim == 3:
         return _of_each(moment, share, most)
     if not moment.any():
-        return torch.zeros(len(moment), 1), torch.zeros(1), 0.0
+        return moment.new_zeros(len(moment), 1).cpu(), moment.new_zeros(1).cpu(), 0.0
     if moment.device.type not in ("cpu", "cuda"):
         moment = moment.cpu()
     total = float(moment.trace())
@@ -273,8 +274,8 @@ def _of_each(
 ) -> tuple[Tensor, Tensor, float]:
     found = [top_eigenvectors(moment, share, most) for moment in moments]
     width = max(len(values) for _, values, _ in found)
-    directions = torch.zeros(*moments.shape[:2], width)
-    energies = torch.zeros(len(moments), width)
+    directions = torch.zeros(*moments.shape[:2], width, dtype=moments.dtype)
+    energies = torch.zeros(len(moments), width, dtype=moments.dtype)
     for number, (vectors, values, _) in enumerate(found):
         directions[number, :, : len(values)] = vectors
         energies[number, : len(values)] = values
@@ -284,8 +285,7 @@ def _of_each(
 def _subspace(moment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues, rising, and eigenvectors, by subspace iteration."""
     generator = torch.Generator(moment.device).manual_seed(0)
-    basis = torch.randn(len(moment), width, generator=generator, device=moment.device)
-    basis = torch.linalg.qr(basis)[0]
+    basis = torch.linalg.qr(torch.empty_like(moment[:, :width]).normal_(generator=generator))[0]
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(moment @ basis)[0]
     values, small = torch.linalg.eigh(basis.t() @ moment @ basis)

@@ -39,8 +39,8 @@ def initial_factors(shape: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
     ``[..., r, in_features]`` normal with variance 1 / in_features."""
     *experts, count, in_features = shape
     return (
-        torch.zeros(*experts, count, rank),
-        torch.randn(*experts, rank, in_features) / math.sqrt(in_features),
+        torch.zeros(*experts, count, rank, dtype=torch.float32),
+        torch.randn(*experts, rank, in_features, dtype=torch.float32) / math.sqrt(in_features),
     )
 
 

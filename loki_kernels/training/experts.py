@@ -109,6 +109,8 @@ class LokiExperts(LokiRows):
 
     def trained_weight(self) -> Tensor:
         """The weight with the update in it, as a function of the update."""
+        if self.held and not torch.is_grad_enabled():
+            return self.frozen.detach()
         if not self.writes_rows:
             a, b, directions = self._update_factors()
             a, b = acting_factors(a, b, directions)

@@ -174,12 +174,13 @@ class LokiRows(nn.Module):
         Less the directions, which the product that needs it leaves out: formed here, a protected
         update of all rows would be kept for the backward pass, 7.5 GB at 8B.
         """
-        if self.rank is not None:
-            return self.delta_a, self.delta_b, self.directions
         if self.written:
-            update = leave_out(self.update, self.directions)
+            first, *second = self.formed(dict(self.trained_parameters())).values()
+            update = first @ second[0] if second else first
             held = self.take_rows(self.frozen.detach()).to(update)
             return update + (self.base_rows.to(update) - held), None, None
+        if self.rank is not None:
+            return self.delta_a, self.delta_b, self.directions
         return self.update, None, self.directions
 
     def _written_update(self) -> Tensor:
@@ -267,6 +268,12 @@ class LokiRows(nn.Module):
             (self.update if self.rank is None else self.delta_a).zero_()
             self.write_base()
         self.merged_alone, self.misfits = None, False
+
+    @torch.no_grad()
+    def write_merged(self) -> None:
+        """Put base plus update into the weight, whatever the update is made of."""
+        write_into(self.frozen.data, self.merged_rows(), self.index, self.axis)
+        self.written = True
 
     @torch.no_grad()
     def write_base(self) -> None:

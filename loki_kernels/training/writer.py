@@ -42,6 +42,7 @@ class RowWriter:
     model: PreTrainedModel
     named_layers: Mapping[str, LokiRows]
     agreed: bool = False  # whether the processes train the same rows in the same directions
+    checked: bool = field(default=False, init=False)  # that the model can be trained
     warned: bool = field(default=False, init=False)  # that small steps are lost
     holders: int = field(default=0, init=False)  # who want the rows to stay as they were written
     # Where the updates lie that were last written, and their versions.
@@ -146,6 +147,8 @@ class RowWriter:
     def _check_gradient(self, layer: LokiRows) -> None:
         self._check_allowed()
         layer.check_loaded(to_train=True)
+        if not self.checked:  # in evaluation mode no forward pass has
+            self._check_model()
 
     def before_loading(
         self, _model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
@@ -208,13 +211,25 @@ class RowWriter:
                     "parameters after loki_kernels.patch. Patch last, and use one method."
                 )
             )
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """What is asked of a model that is trained, in either mode."""
         self._check_tokens()
+        for name, layer in self.named_layers.items():
+            if layer.frozen.requires_grad:
+                raise RuntimeError(
+                    f"{name}.{layer.parameter} was asked for a gradient (requires_grad_(True)) "
+                    "after loki_kernels.patch; rows of it are trained and the rest is frozen. "
+                    "Enable other parameters by name, or handle.unpatch() to train it whole."
+                )
         if not self.warned:
             self._warn_of_coarse_updates()
         if not self.agreed and is_distributed():
             rows = (layer.index for layer in self.layers)
             check_processes_agree(rows, fingerprint_of(protection_of(self.named_layers)))
             self.agreed = True
+        self.checked = True
 
     def _check_tokens(self) -> None:
         """Raise RuntimeError if embeddings of tokens were added after patching and stay frozen.
@@ -253,9 +268,12 @@ class RowWriter:
         if shards_its_weights(self.model):
             yield
             return
-        layers = [layer for layer in self.layers if layer.rank is None]
+        layers = self.layers
         if not self.holders:
-            write_rows(layers)
+            write_rows([layer for layer in layers if layer.rank is None])
+            for layer in layers:
+                if layer.rank is not None:
+                    layer.write_merged()
         self.holders += 1  # one may generate inside another, or two threads at once
         try:
             for layer in layers:

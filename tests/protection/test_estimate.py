@@ -286,6 +286,23 @@ def test_fewer_samples_at_a_time_where_memory_is_short(monkeypatch):
         samples.draw_samples(model, tokenizer, 16, 12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype, monkeypatch):
+    """Lightning makes its precision the default while a model is configured."""
+    monkeypatch.setattr(moments, "_EXACT", 16)
+    model = build_model()
+    want = loki.estimate_protection(model, texts())
+    torch.set_default_dtype(dtype)
+    try:
+        got = loki.estimate_protection(model, texts())
+        update = loki.patch(model, [[1], [2], [3]], rank=2).named_layers()[0][1].delta_b
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert update.dtype == torch.float32
+    for name in want.directions:
+        assert torch.equal(got.directions[name], want.directions[name])
+
+
 @pytest.mark.parametrize("number", [-1, 97])
 def test_tokens_that_the_model_has_not(number):
     with pytest.raises(ValueError, match=f"token id {number}, outside the model's vocabulary"):

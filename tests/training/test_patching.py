@@ -822,6 +822,46 @@ def test_inference_writes_once(model, writes):
     assert len(writes) > 1
 
 
+@pytest.mark.parametrize("graded", [False, True])
+def test_inference_runs_what_is_merged_of_a_rank_too(graded):
+    """In bfloat16 a product of factors is rounded elsewhere than the rows that are saved."""
+    model = build_model(dtype=torch.bfloat16)
+    handle = loki.patch(model, ROWS, rank=2)
+    train(model, lr=0.01)
+    model.eval()
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    ids = token_batch()
+    with handle.inference(), torch.set_grad_enabled(graded):
+        got = model(input_ids=ids).logits.detach()
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters())
+    handle.merge()
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+    close = {"rtol": 2e-2, "atol": 2e-2} if graded else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(got, want, **close)
+
+
+def test_a_frozen_weight_that_is_to_be_trained_is_an_error(model):
+    """Its gradient would be None, and the file beside the checkpoint would name it."""
+    loki.patch(model, ROWS)
+    model.model.layers[1].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"down_proj.weight was asked for a gradient"):
+        train(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_asked_of_training_is_asked_in_either_mode(training, model, caplog):
+    loki.patch(model, ROWS)
+    model.to(torch.bfloat16).train(training)
+    ids = token_batch()
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert "rounded away" not in caplog.text
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert caplog.text.count("rounded away") == 1
+
+
 def test_an_error_leaves_inference(model):
     handle = loki.patch(model, ROWS)
     with pytest.raises(ZeroDivisionError), handle.inference():
