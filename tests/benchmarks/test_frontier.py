@@ -38,6 +38,7 @@ from benchmarks.frontier.runner import (
 )
 from benchmarks.frontier.train import Run, train
 from benchmarks.frontier.workers import Pool
+from loki_kernels.demo.frontier import at_loss, frontier
 from tests import models
 from tests.test_demo import word_tokenizer
 
