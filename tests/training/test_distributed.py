@@ -303,7 +303,7 @@ def test_what_shards_are_read_into_holds_the_base(one_process):
         torch.testing.assert_close(model(ids).logits, want)
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])  # whose base is back after a save
+@pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_what_is_sharded_after_it_was_written_is_the_base_again(one_process, kind, tmp_path):
     """Else every pass would form its whole update and keep it for backward, 7.5 GB at 8B."""
     model = build_experts() if kind == "experts" else build_model("llama_mlp_bias", device="cpu")
@@ -321,6 +321,7 @@ def test_what_is_sharded_after_it_was_written_is_the_base_again(one_process, kin
         model.save_pretrained(tmp_path)
     else:
         model.state_dict()  # as accelerate asks for it before it shards
+    # of experts a save has put the base back
     assert {layer.written for _, layer in handle.named_layers()} == {kind == "dense"}
     shard(model)
     got = model(input_ids=ids, labels=ids)

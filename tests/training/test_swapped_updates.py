@@ -42,22 +42,33 @@ def called_with(model, parameters):
         return functional_call(model, parameters, (), {"input_ids": token_batch(2)}).logits
 
 
+def gradients(loss, parameters):
+    """Of a loss, by name; the model has none afterwards."""
+    loss.backward()
+    found = {name: p.grad for name, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    return found
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name, gradient in got.items():
+        assert torch.equal(gradient, want[name]), name
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_teachers_pass_before_the_backward_pass_is_refused(fused):
     model, parameters = trained(fuse_mlp=fused)
     teacher = {name: 2.0 * p.detach() for name, p in parameters.items()}
-    loss_of(model).backward()
-    want = {name: p.grad.clone() for name, p in parameters.items()}
-    model.zero_grad()
+    want = gradients(loss_of(model), parameters)
     loss = loss_of(model)
     called_with(model, teacher)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     model.zero_grad()
     called_with(model, teacher)  # the teacher first, as it should be
-    loss_of(model).backward()
-    for name, parameter in parameters.items():
-        assert torch.equal(parameter.grad, want[name]), name
+    assert_same(gradients(loss_of(model), parameters), want)
 
 
 def test_values_that_are_swapped_and_back_are_refused():
@@ -74,31 +85,21 @@ def test_values_that_are_swapped_and_back_are_refused():
         loss.backward()
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_the_same_values_again_are_no_other_update(checkpointing):
+@pytest.mark.parametrize(
+    ("checkpointing", "another"),
+    [
+        *((name, False) for name in CHECKPOINTING),
+        # whose layers run again, and write their own update after a teacher's pass wrote another
+        *((name, True) for name in CHECKPOINTING if name != "none"),
+    ],
+)
+def test_a_pass_of_the_same_values_or_before_layers_run_again(checkpointing, another):
     model, parameters = trained(checkpointing=checkpointing)
-    loss_of(model).backward()
-    want = {name: p.grad.clone() for name, p in parameters.items()}
-    model.zero_grad()
+    want = gradients(loss_of(model), parameters)
     loss = loss_of(model)
-    called_with(model, {name: p.detach() for name, p in parameters.items()})
-    loss.backward()
-    for name, parameter in parameters.items():
-        assert torch.equal(parameter.grad, want[name]), name
-
-
-@pytest.mark.parametrize("checkpointing", ["reentrant", "not reentrant"])
-def test_a_layer_that_runs_again_writes_its_own_update(checkpointing):
-    """In the backward pass, after a teacher's pass has written another."""
-    model, parameters = trained(checkpointing=checkpointing)
-    loss_of(model).backward()
-    want = {name: p.grad.clone() for name, p in parameters.items()}
-    model.zero_grad()
-    loss = loss_of(model)
-    called_with(model, {name: 2.0 * p.detach() for name, p in parameters.items()})
-    loss.backward()
-    for name, parameter in parameters.items():
-        assert torch.equal(parameter.grad, want[name]), name
+    own = {name: p.detach() for name, p in parameters.items()}
+    called_with(model, {name: 2.0 * p for name, p in own.items()} if another else own)
+    assert_same(gradients(loss, parameters), want)
 
 
 def test_a_pass_that_a_trainer_keeps_rows_for_writes_anothers():
