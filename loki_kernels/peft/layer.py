@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial, reduce
+from functools import partial
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -19,7 +19,13 @@ from ..ops._directions import acting_factors, leave_out, padded
 from ..sharding import DTensor, full_values, is_partitioned, is_sharded, own_part, shard_like
 from ..structure import Structure, has_hooks
 from ..training.adapter_file import PROTECTION_FILE, base_rows_of
-from ..training.arithmetic import check_gradients, digest_of, initial_factors, updated_rows
+from ..training.arithmetic import (
+    check_gradients,
+    digest_of,
+    initial_factors,
+    updated_rows,
+    whole_update,
+)
 from .config import MERGES, LokiConfig
 from .quantized import (
     base_weight,
@@ -397,15 +403,15 @@ def refuse_merged(layers: Mapping[str, LokiLayer], adapter: str, saved: Mapping[
     own = {name: layer for name, layer in layers.items() if adapter in layer.loki_index}
     config = next(iter(own.values())).configs[adapter]
     trained_on = base_rows_of(vars(config))
+    if trained_on is None or config.present is None:
+        return
     keys = ("loki_update",) if config.rank is None else ("loki_delta_a", "loki_delta_b")
     parts: list[list[Any]] = [
         [saved.get(f"{name}.{key}.{adapter}") for key in keys] for name in own
     ]
-    if trained_on is None or config.present is None:
-        return
     if any(part is None or part.is_meta or is_sharded(part) for pair in parts for part in pair):
         return
-    updates = (reduce(torch.matmul, pair) for pair in parts)
+    updates = (whole_update(*pair) for pair in parts)
     reason = trained_on.why_merged(config.present, updates)
     if reason is not None:
         raise explained(ValueError(f"adapter {adapter!r} was trained on another base: {reason}."))

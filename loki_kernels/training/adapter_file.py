@@ -19,7 +19,7 @@ from ..files import atomic_path, of_a_whole_file, read_safetensors, write_safete
 from ..fingerprint import BaseRows
 from ..protection import Protection, fingerprint_of
 from ..sharding import full_shape, full_values, shard_like
-from .arithmetic import digest_of
+from .arithmetic import digest_of, whole_update
 from .rows import TRAINED, LokiRows
 
 logger = logging.getLogger(__name__)
@@ -406,7 +406,8 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
     base, reason = saved.trained_on, None
     if base is not None:
         present = base_of(layers)
-        updates = (_whole_update(saved.layers[name]) for name in layers)
+        kept = (saved.layers[name] for name in layers)
+        updates = (whole_update(*(x[part] for part in TRAINED if part in x)) for x in kept)
         reason = base.why_other(present) or base.why_merged(present, updates)
     if reason is not None:
         return (
@@ -418,14 +419,9 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
                 values = saved.layers[name][part].to(parameter.dtype)
                 parameter.copy_(shard_like(values, parameter))
             layer.mark_read()
-            kept = saved.protection
-            layer.trained_with = None if kept is None else (kept, saved.protection_file)
+            protected = saved.protection
+            layer.trained_with = (protected, saved.protection_file) if protected else None
     return None
-
-
-def _whole_update(parts: Parts) -> Tensor:
-    """``[..., k, in_features]``, of what is kept of a layer."""
-    return parts["update"] if "update" in parts else parts["delta_a"] @ parts["delta_b"]
 
 
 def base_of(layers: Layers) -> BaseRows:

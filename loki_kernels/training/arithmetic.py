@@ -54,6 +54,11 @@ def write_into(weight: Tensor, rows: Tensor, index: Tensor, axis: int) -> None:
     weight.index_copy_(axis, index, rows.movedim(-2, axis).to(weight.dtype))
 
 
+def whole_update(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """``[..., k, in_features]``: ``a``, or of LoKI* the product of its factors."""
+    return a if b is None else a @ b
+
+
 @torch.no_grad()
 def updated_rows(base: Tensor, delta_a: Tensor, delta_b: Tensor | None = None) -> Tensor:
     """``base + delta_a @ delta_b`` (``base + delta_a`` without a second factor), rounded once.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,15 @@ class SavePretrained:
             # before the class's own, which may upload the folder
             self._write_side_file(save_directory, parts, others)
         save = type(self.model).save_pretrained
-        uploading = self._uploading_the_side_file() if kwargs.get("push_to_hub") else nullcontext()
-        with uploading, self._asked_for(state_dict):
+        own: dict[str, Any] = {}
+        if kwargs.get("push_to_hub"):
+            own["_upload_modified_files"] = partial(_upload, self.model._upload_modified_files)
+        if getattr(self.model, "hf_quantizer", None) is not None:
+            # transformers drops the state dict that it is given then, and asks the quantizer, which
+            # asks the model, or else the model itself
+            merged = state_dict
+            own["state_dict"] = lambda *_, **__: dict(merged)
+        with _standing_in(self.model, own):
             return save(
                 self.model,
                 save_directory,
@@ -112,39 +120,6 @@ class SavePretrained:
         for layer in self.layers.values():
             if layer.written and not (layer.can_write or layer.held or is_sharded(layer.frozen)):
                 layer.write_base()
-
-    @contextmanager
-    def _asked_for(self, merged: dict[str, Tensor]) -> Iterator[None]:
-        """Of a model with a quantizer transformers drops the state dict that it is given.
-
-        It asks the quantizer, which asks the model, or else the model itself.
-        """
-        held = self.model.__dict__
-        if getattr(self.model, "hf_quantizer", None) is None:
-            yield
-            return
-        others = {name: held[name] for name in ("state_dict",) if name in held}
-        held["state_dict"] = lambda *_, **__: dict(merged)
-        try:
-            yield
-        finally:
-            del held["state_dict"]
-            held.update(others)
-
-    @contextmanager
-    def _uploading_the_side_file(self) -> Iterator[None]:
-        """transformers uploads what is newer than its call; these files are older."""
-        upload = self.model._upload_modified_files
-
-        def upload_it_too(folder: Any, repo_id: str, times: dict[str, float], **kwargs: Any) -> Any:
-            own = (adapter_file.SIDE_FILE, adapter_file.PROTECTION_FILE)
-            return upload(folder, repo_id, times | dict.fromkeys(own, 0.0), **kwargs)
-
-        self.model._upload_modified_files = upload_it_too
-        try:
-            yield
-        finally:
-            del self.model._upload_modified_files
 
     def _write_side_file(
         self,
@@ -180,3 +155,25 @@ class SavePretrained:
                 merged[f"{name}.{layer.parameter}"] = layer.put_rows(weight, rows)
             parts[name] |= found
         return merged
+
+
+def _upload(
+    upload: Callable[..., Any], folder: Any, repo_id: str, times: dict[str, float], **kwargs: Any
+) -> Any:
+    """transformers uploads what is newer than its call; these files are older."""
+    own = (adapter_file.SIDE_FILE, adapter_file.PROTECTION_FILE)
+    return upload(folder, repo_id, times | dict.fromkeys(own, 0.0), **kwargs)
+
+
+@contextmanager
+def _standing_in(model: Any, own: Mapping[str, Any]) -> Iterator[None]:
+    """Attributes of this instance alone, for a while."""
+    held = model.__dict__
+    before = {name: held[name] for name in own if name in held}
+    held.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del held[name]
+        held.update(before)

@@ -13,7 +13,7 @@ from ..mixture import grouped_experts, why_not_grouped
 from ..ops._directions import acting_factors, leave_out
 from ..ops._grouped import Update
 from ..sharding import full_shape, is_partitioned
-from .arithmetic import take_rows
+from .arithmetic import take_rows, whole_update
 from .rows import LokiRows
 
 
@@ -90,7 +90,7 @@ class LokiExperts(LokiRows):
             raise UnsupportedModelError(
                 "ZeRO-3 cannot train rows of experts; use ZeRO-2 or FSDP2 (fully_shard)."
             )
-        if self.why_whole is None and self.held and not torch.is_grad_enabled():
+        if self.why_whole is None and self.runs_as_it_lies:
             return grouped_experts(self, self.experts, None, *args, **kwargs)
         if self.why_whole is None:
             a, b, directions = self._update_factors()
@@ -109,12 +109,11 @@ class LokiExperts(LokiRows):
 
     def trained_weight(self) -> Tensor:
         """The weight with the update in it, as a function of the update."""
-        if self.held and not torch.is_grad_enabled():
+        if self.runs_as_it_lies:
             return self.frozen.detach()
         if not self.writes_rows:
             a, b, directions = self._update_factors()
-            a, b = acting_factors(a, b, directions)
-            update = a if b is None else a @ b
+            update = whole_update(*acting_factors(a, b, directions))
             rows = self.take_rows(self.frozen.detach()).to(update.dtype)
             return self.put_rows(self.frozen, rows + update)
         self._write_rows()

@@ -104,7 +104,7 @@ class LokiLinear(LokiRows):
     def forward(self, x: Tensor) -> Tensor:
         self.check_forward()
         weight = self.weight.t() if self.axis else self.weight
-        if self.held and not torch.is_grad_enabled():
+        if self.runs_as_it_lies:
             return functional.linear(x, weight, self.bias)
         if not self.writes_rows:
             a, b, directions = self._update_factors()

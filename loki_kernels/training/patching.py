@@ -81,7 +81,7 @@ def patch(
     ordinary checkpoint, with the update in a file beside it.
 
     Analyses and estimates are kept in ``$LOKI_KERNELS_CACHE`` (``~/.cache/loki_kernels``) and made
-    on the accelerator if the model fits; in distributed training all share them, the first's.
+    on the accelerator if the model fits; of several processes all have the first one's.
 
     Args:
         model: a transformers causal language model.

@@ -30,6 +30,7 @@ from .arithmetic import (
     take_rows,
     updated_rows,
     version_of,
+    whole_update,
     write_into,
 )
 from .loading import DIGEST, why_not_load
@@ -148,6 +149,11 @@ class LokiRows(nn.Module):
         """Whether the rows are written into the weight before a product, as things are."""
         return self.can_write and not self.sharded and not torch.compiler.is_compiling()
 
+    @property
+    def runs_as_it_lies(self) -> bool:
+        """Whether a pass multiplies by the weight as it is, inside `Patch.inference`."""
+        return self.held and not torch.is_grad_enabled()
+
     def protect(self, protection: Protection) -> None:
         """Note what the directions are a part of, which a state dict tells apart from another."""
         self.protection = protection
@@ -175,8 +181,7 @@ class LokiRows(nn.Module):
         update of all rows would be kept for the backward pass, 7.5 GB at 8B.
         """
         if self.written:
-            first, *second = self.formed(dict(self.trained_parameters())).values()
-            update = first @ second[0] if second else first
+            update = whole_update(*self.formed(dict(self.trained_parameters())).values())
             held = self.take_rows(self.frozen.detach()).to(update)
             return update + (self.base_rows.to(update) - held), None, None
         if self.rank is not None:
@@ -268,12 +273,6 @@ class LokiRows(nn.Module):
             (self.update if self.rank is None else self.delta_a).zero_()
             self.write_base()
         self.merged_alone, self.misfits = None, False
-
-    @torch.no_grad()
-    def write_merged(self) -> None:
-        """Put base plus update into the weight, whatever the update is made of."""
-        write_into(self.frozen.data, self.merged_rows(), self.index, self.axis)
-        self.written = True
 
     @torch.no_grad()
     def write_base(self) -> None:
@@ -406,26 +405,27 @@ def check_known(layers: Iterable[LokiRows]) -> None:
         layer.check_loaded()
 
 
-def _note_written(layer: LokiRows) -> None:
+def _note_update(layer: LokiRows) -> None:
     """Note which update is written, and tell autograd where another one was there before.
 
     A backward pass that is to come would multiply by the other's rows: a teacher's, an average's.
     """
-    layer.written = True
     before, layer._written_from = layer._written_from, place_of(layer.update)
     if before not in (None, layer._written_from) and not layer.frozen.is_inference():
         torch.autograd.graph.increment_version(layer.frozen)
 
 
 @torch.no_grad()
-def write_rows(layers: Sequence[LokiRows]) -> None:
-    """Put base plus update into the weights of layers without a rank."""
+def write_rows(layers: Iterable[LokiRows]) -> None:
+    """Put base plus update into the weights."""
     groups: dict[Any, list[LokiRows]] = {}
     for layer in layers:
-        _note_written(layer)
+        layer.written = True
+        if layer.rank is None:
+            _note_update(layer)
         # DeepSpeed casts parameters and leaves buffers as they are.
         cast_alone = layer.base_rows.dtype != layer.frozen.dtype
-        if layer.axis or layer.frozen.ndim > 2 or cast_alone:
+        if layer.rank is not None or layer.axis or layer.frozen.ndim > 2 or cast_alone:
             write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
             continue
         # A protected update is formed anew, of all rows as large as the weights: a layer at a time.

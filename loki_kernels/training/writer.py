@@ -50,9 +50,17 @@ class RowWriter:
     kept: bool = field(default=False, init=False)  # whether a trainer says that they are as then
     refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
     tokens: int = field(init=False)  # that the model had embeddings of when it was patched
+    # The layers, and what is around experts, which may read their weights without calling them.
+    forwards: dict[str, nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = full_shape(embedding_weight(self.model))[0]
+        experts = (name for name, x in self.named_layers.items() if isinstance(x, LokiExperts))
+        around = (name.rpartition(".")[0] for name in experts)
+        self.forwards = {
+            **self.named_layers,
+            **{name: self.model.get_submodule(name) for name in around},
+        }
 
     @property
     def held(self) -> bool:
@@ -181,15 +189,9 @@ class RowWriter:
             raise RuntimeError(f"the update that was loaded cannot be trained on: {self.refusal}.")
 
     def _check_forwards(self) -> None:
-        """Raise RuntimeError if another program's forward pass runs in place of a layer's own.
-
-        Or of what is around experts, which may read their weights without calling them.
-        """
-        for name, layer in self.named_layers.items():
-            by = foreign_forward(layer)
-            if by is None and isinstance(layer, LokiExperts):
-                name = name.rpartition(".")[0]
-                by = foreign_forward(self.model.get_submodule(name))
+        """Raise RuntimeError if another program's forward pass runs in place of a module's own."""
+        for name, module in self.forwards.items():
+            by = foreign_forward(module)
             if by is None:
                 continue
             raise RuntimeError(
@@ -268,20 +270,16 @@ class RowWriter:
         if shards_its_weights(self.model):
             yield
             return
-        layers = self.layers
         if not self.holders:
-            write_rows([layer for layer in layers if layer.rank is None])
-            for layer in layers:
-                if layer.rank is not None:
-                    layer.write_merged()
+            write_rows(self.layers)
         self.holders += 1  # one may generate inside another, or two threads at once
         try:
-            for layer in layers:
+            for layer in self.layers:
                 layer.in_step = layer.held = True
             yield
         finally:
             self.holders -= 1
-            for layer in () if self.holders else layers:
+            for layer in () if self.holders else self.layers:
                 layer.in_step = layer.held = False
                 if not layer.can_write:
                     layer.write_base()
