@@ -143,7 +143,7 @@ def attribute(
             ``out`` begun with another model, other options or prompts; or processes with such.
         TypeError: for prompts of another kind, or text without a tokenizer.
         UnsupportedModelError: if no engine treats the model's layers exactly.
-        RuntimeError, OSError: if ``out`` cannot be written, is another process's, or one has failed.
+        RuntimeError, OSError: if ``out`` cannot be written or is another process's, or one failed.
     """
     integral = PathIntegral.resolve(definition, overrides, steps)
     structure = find_structure(model)
