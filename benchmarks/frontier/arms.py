@@ -142,6 +142,8 @@ ARMS: dict[str, Arm] = {
     # A fourteenth, as the package takes: of SmolLM2's 1,536 features and Gemma-3-270M's 2,048.
     "down_proj protected, 110": Arm(_ALL, protect="cut", directions=110),
     "down_proj protected, 147": Arm(_ALL, protect="cut", directions=147),
+    # also where fewer hold 90 % of the energy
+    "down_proj protected, always 110": Arm(_ALL, protect="cut", share=1.0, directions=110),
     "down_proj protected, 110, 48 texts": Arm(_ALL, protect="cut", directions=110, texts=48),
     "down_proj protected, 32": Arm(_ALL, protect="cut", directions=32),
     "down_proj, random subspace, 110": Arm(_ALL, protect="random", directions=110),
