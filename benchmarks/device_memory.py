@@ -62,6 +62,7 @@ def device_memory(
     model = build_model(Cut(0, 1).of(config, 1), torch.device("meta"), dtype)
     structure = find_structure(model)
     shape, (ffn,) = Shape.of(structure), structure.present().values()
+    width = structure.hidden_size
     layer = sum(p.nbytes for p in structure.layers[0].parameters())
     outside = sum(p.nbytes for p in model.parameters()) - layer
     neurons = sum(
@@ -70,15 +71,15 @@ def device_memory(
     )
     # Of a token: the input of both norms, in float32; queries, keys, values and what attention
     # gives; gate, up and their product.
-    inner = 8 * shape.width + size * (2 * shape.queries + shape.prefix + 3 * neurons)
+    inner = 8 * width + size * (2 * shape.queries + shape.prefix + 3 * neurons)
     here = -(-count // devices) if way == "device_map" else count  # the last layers have the most
     top = 1 + steps * count
     passed = sum(1 + steps * (i + 1) for i in range(count - here, count))
     if way == "device_map":  # below the lowest layer's FFN nothing is differentiated
         points = (passed - (1 + steps if here == count else 0)) * inner
     else:  # a layer keeps its input, and one of them runs again
-        points = passed * shape.width * size + top * inner
-    points += top * shape.width * size  # the gradient that the head has computed
+        points = passed * width * size + top * inner
+    points += top * width * size  # the gradient that the head has computed
     whole = count * layer + outside
     weights, gathered = {
         "device_map": (here * layer + outside / min(devices, 2), 0),

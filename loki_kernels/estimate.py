@@ -57,7 +57,6 @@ class Shape:
         queries: heads times their width.
         prefix: keys and values of one token in one layer.
         head: weights of the output head.
-        width: nodes of a layer.
     """
 
     layers: int
@@ -65,7 +64,6 @@ class Shape:
     queries: int
     prefix: int
     head: int
-    width: int
 
     @classmethod
     def of(cls, structure: Structure) -> Shape:
@@ -87,7 +85,6 @@ class Shape:
             queries=sum(queries for queries, _ in sizes) // count,
             prefix=sum(prefix for _, prefix in sizes) // count,
             head=structure.hidden_size * structure.vocab_size,
-            width=structure.hidden_size,
         )
 
     def cost(
@@ -209,6 +206,8 @@ def estimate(
     limits = BatchLimits.of(device, batch_size, gpus, room, rotary_border(model))
     cut = Cut.find(config)
     engine = _engine(config, cut, device, chosen)
+    if engine != "staircase":
+        limits = limits.capped()
     shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
     prompts = load_questions() if prompts is None else prompts
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -75,6 +75,18 @@ def test_more_devices_take_less(folder, monkeypatch):
     assert three.seconds == pytest.approx(one.seconds / 3)
 
 
+@pytest.mark.parametrize(("engine", "batches"), [("staircase", 1), ("decode", 3)])
+def test_batches_are_those_that_attribute_makes(engine, batches, folder, monkeypatch):
+    """Many points fit: an engine that gains nothing by them takes as many as ever."""
+    base, _ = folder
+    monkeypatch.setattr(_Speed, "measure", lambda *_: _Speed(1e-9, 1e-9, 0.0))
+    monkeypatch.setattr("loki_kernels.estimate._engine", lambda *_: engine)
+    monkeypatch.setattr("loki_kernels.estimate.points_that_fit", lambda *_, **__: 10**6)
+    monkeypatch.setattr("loki_kernels.attribution.plan._POINTS", 4 * 3 * 7)  # of 4 prompts
+    result = estimate(base, [{"input_ids": [1, 2, 3]}] * 12, device="cpu")
+    assert result.batches == batches
+
+
 def test_activations_of_a_deep_model_follow_from_shallow_ones():
     """With as many points each: 60 of one layer, 20 of each of 3, 10 of each of 6."""
     shape = Shape.of(find_structure(build_model()))
