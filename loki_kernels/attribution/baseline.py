@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..default_device import made_on_cpu
 from ..discovery import find_structure
+from ..errors import check_choice
 from ..options import Site
 from ..progress import progress_bar
 from .engine import short_prompt
@@ -50,10 +51,11 @@ def mean_activations(
         float32 ``[L, D]`` on the CPU; zero in layers without an FFN.
 
     Raises:
-        ValueError: as `attribute` for prompts, and for images and sounds.
+        ValueError: for another ``site``, as `attribute` for prompts, and for images and sounds.
         UnsupportedModelError: if the model's layers are not known, or one does more with what its
             blocks give than add it up.
     """
+    check_choice("site", site, get_args(Site))
     structure = find_structure(model)
     sums = torch.zeros(len(structure.layers), structure.width(site), dtype=torch.float64)
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)

@@ -230,6 +230,11 @@ def test_everything_of_a_prompt_is_in_its_hash():
     assert Tokens(ids.copy(), dict(media[0])).content() == prompts[7].content()
 
 
+def test_mean_activations_of_another_site():
+    with pytest.raises(ValueError, match="site='down-proj' is unknown"):
+        loki.mean_activations(build_model(), [{"input_ids": [1, 2]}], site="down-proj")
+
+
 def test_a_baseline_of_the_neurons_mean_activations():
     """Of the inputs of the down-projections."""
     model = build_model()
