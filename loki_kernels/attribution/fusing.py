@@ -24,6 +24,7 @@ from torch.nn import functional
 from ..gating import Gating, find_gating
 from ..ops import gated_product
 from ..ops._dispatch import has_kernel
+from ..placement import memory_is_full
 from ..structure import DownProjection, Structure, alike, has_hooks, in_float64
 from .integration import guard_tolerance, relative_error
 
@@ -45,39 +46,29 @@ _FEW = 4  # MLPs of a layer
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, str, type(None))
 
-_Forward = Callable[..., Tensor]
+Forward = Callable[..., Tensor]
 
-# Whether a model's logits stay, by its dtype and how many modules are replaced.
-_agreed: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = (
+# Why a model is not run so, or None, by its dtype and how many modules are replaced.
+_reasons: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str | None]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """What a model's modules run while it is analysed.
-
-    Attributes:
-        forwards: of the modules that are replaced.
-    """
-
-    forwards: dict[nn.Module, _Forward]
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Each module with its ``forward`` here, and with its own afterwards."""
-        try:
-            for module, forward in self.forwards.items():
-                module.forward = forward
-            yield
-        finally:
-            for module, forward in self.forwards.items():
-                if vars(module).get("forward") is forward:  # nobody has put another there
-                    del module.forward
+@contextlib.contextmanager
+def replacing(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
+    """Each module with its ``forward`` here, and with its own afterwards."""
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in forwards.items():
+            if vars(module).get("forward") is forward:  # nobody has put another there
+                del module.forward
 
 
-def find_fusion(structure: Structure, tokens: int, prompt: Tensor) -> Fusion:
-    """A borrowed model's norms and gated products as one kernel each.
+def find_fusion(structure: Structure, tokens: int, prompt: Tensor) -> dict[nn.Module, Forward]:
+    """What runs a borrowed model's norms and gated products as one kernel each, by module.
 
     A model whose weights come and go, sharded by FSDP2 or offloaded, stays as it is. So does a
     module with hooks, or with a ``forward`` of its own. Prompts and path points alike run what is
@@ -91,28 +82,39 @@ def find_fusion(structure: Structure, tokens: int, prompt: Tensor) -> Fusion:
         prompt: int64 ``[1, T]``, on which the model is tried.
     """
     if structure.reruns:
-        return Fusion({})
-    fusion = Fusion({**_norms(structure), **_products(structure, tokens)})
-    if not fusion.forwards or _agrees(structure, fusion, prompt):
-        return fusion
+        return {}
+    forwards = {**_norms(structure), **_products(structure, tokens)}
+    reason = _why_not(structure, forwards, prompt) if forwards else None
+    if reason is None:
+        return forwards
     logger.warning(
-        "%s is attributed with its own norms and activations: one kernel each gives other logits",
+        "%s is attributed with its own norms and activations: %s",
         type(structure.causal_lm).__name__,
+        reason,
     )
-    return Fusion({})
+    return {}
 
 
-def _agrees(structure: Structure, fusion: Fusion, prompt: Tensor) -> bool:
+def _why_not(
+    structure: Structure, forwards: dict[nn.Module, Forward], prompt: Tensor
+) -> str | None:
     model = structure.causal_lm
-    known = _agreed.setdefault(model, {})
-    key = next(model.parameters()).dtype, len(fusion.forwards)
+    known = _reasons.setdefault(model, {})
+    key = next(model.parameters()).dtype, len(forwards)
     if key not in known:
-        known[key] = False
-        with contextlib.suppress(Exception), torch.no_grad():  # some refuse tokens alone
-            own = structure.run(input_ids=prompt, use_cache=False).logits[:, -1]
-            with fusion.active():
-                got = structure.run(input_ids=prompt, use_cache=False).logits[:, -1]
-            known[key] = relative_error(got, own) <= guard_tolerance(own.dtype, key[0])
+        try:
+            with torch.no_grad():
+                own = structure.run(input_ids=prompt, use_cache=False).logits[:, -1]
+                with replacing(forwards):
+                    got = structure.run(input_ids=prompt, use_cache=False).logits[:, -1]
+        except Exception as error:  # some refuse tokens alone
+            reason = f"one kernel each could not be tried ({error})"
+            if memory_is_full(error):  # another time there may be room
+                return reason
+            known[key] = reason
+        else:
+            agree = relative_error(got, own) <= guard_tolerance(own.dtype, key[0])
+            known[key] = None if agree else "one kernel each gives other logits"
     return known[key]
 
 
@@ -143,7 +145,7 @@ class _Norm:
         scale = weight + 1 if self.one_added else weight
         return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * scale
 
-    def of(self, module: nn.Module) -> _Forward:
+    def of(self, module: nn.Module) -> Forward:
         """What a module computes, as its ``forward``."""
         own = module.forward
 
@@ -158,10 +160,10 @@ class _Norm:
         return forward
 
 
-def _norms(structure: Structure) -> dict[nn.Module, _Forward]:
+def _norms(structure: Structure) -> dict[nn.Module, Forward]:
     """The decoder's RMS norms; of those that are alike one is tried."""
     known: dict[Hashable, _Norm | None] = {}
-    forwards: dict[nn.Module, _Forward] = {}
+    forwards: dict[nn.Module, Forward] = {}
     for module in structure.decoder.modules():
         if not _has_one_vector(module) or has_hooks(module):
             continue
@@ -226,10 +228,10 @@ def _computes(module: nn.Module, norm: _Norm) -> bool:
     return True
 
 
-def _products(structure: Structure, tokens: int) -> dict[nn.Module, _Forward]:
+def _products(structure: Structure, tokens: int) -> dict[nn.Module, Forward]:
     """The gated MLPs whose product is fused; of those that are alike one is tried."""
     known: dict[Hashable, Gating | None] = {}
-    forwards: dict[nn.Module, _Forward] = {}
+    forwards: dict[nn.Module, Forward] = {}
     # Where each token goes to some of many MLPs, each has too few to hide a launch.
     few = (ffn for ffn in structure.present().values() if len(ffn.projections) <= _FEW)
     for down in (down for ffn in few for down in ffn.projections):
@@ -276,7 +278,7 @@ def _find_gating(down: DownProjection) -> Gating | None:
     return None
 
 
-def _gated_forward(mlp: nn.Module, down: str, gating: Gating) -> _Forward:
+def _gated_forward(mlp: nn.Module, down: str, gating: Gating) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())
         product = gated_product(*gating.split(mlp, x), gating.activation)

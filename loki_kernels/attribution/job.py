@@ -29,7 +29,7 @@ from ..team import Team
 from .definitions import PathIntegral
 from .engine import Engine, attribute_batch, choose_engine, short_prompt
 from .fitting import Fitting, Refused
-from .fusing import Fusion, find_fusion
+from .fusing import Forward, find_fusion, replacing
 from .log import Log
 from .plan import BatchLimits, PlannedBatch, Window
 from .result import Attribution, AttributionCounts, describe_machine, model_settings
@@ -101,7 +101,7 @@ class Job:
         layers, width = len(structure.layers), structure.width(definition.site)
         layout = Layout(layers, width, scores=counter is None, complete=definition.completes)
         if out is not None:
-            check_writable(out, ".safetensors")  # before the weights are read
+            out = check_writable(out, ".safetensors")  # before the weights are read
         elif self.team.size == 1:
             return Memory(layout, run, counter, self.limits, self.team)
         identity = {
@@ -128,7 +128,7 @@ class Job:
         points = len(self.structure.layers) * len(self.integral.alphas)
         prompts = batches = 0
         engine: Engine | None = None
-        fusion = Fusion({})
+        fused: dict[torch.nn.Module, Forward] = {}
         start: float | None = None
         fitting = Fitting(points)
         agree = self.team.all if self.structure.sharded else None
@@ -149,13 +149,13 @@ class Job:
                 if not batches:  # the engines were tried on the model as it is
                     tokens = plan[0].tokens_at_once(points, alone=alone)
                     prompt = short_prompt(window.sequences[0]).to(self.structure.device)
-                    fusion = find_fusion(self.structure, tokens, prompt)
+                    fused = find_fusion(self.structure, tokens, prompt)
                 batches += len(plan)
                 left = self._share(plan, store, bar, points)
                 todo = {planned.number for planned in left}
                 for i, planned in enumerate(self._in_step(plan, left, engine), 1):
                     self.team.check()
-                    with fusion.active():
+                    with replacing(fused):
                         scores = self._compute(planned, engine, fitting)
                     if planned.number in todo:
                         todo.remove(planned.number)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import explained
-from ..files import atomic_path, check_writable, lock, read_safetensors, write_safetensors
+from ..files import atomic_path, lock, read_safetensors, write_safetensors
 from ..sharding import of_the_first
 from ..team import Team
 from .plan import BatchLimits, PlannedBatch
@@ -57,7 +57,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
 
     def __init__(
         self,
-        out: str | os.PathLike[str],
+        out: Path,
         layout: Layout,
         run: dict[str, Any],
         counter: Counter | None,
@@ -68,7 +68,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
     ) -> None:
         """
         Args:
-            out: the ``.safetensors`` file.
+            out: the ``.safetensors`` file, which can be written.
             layout: of the result.
             run: the result's.
             counter: of ``keep="counts"``.
@@ -76,12 +76,8 @@ class Log(contextlib.AbstractContextManager["Log"]):
             identity: what a process must have in common with those before it, as JSON values.
             machine: what it should have in common with them for the same bits.
             team: the processes that write it together.
-
-        Raises:
-            OSError: if nothing can be written there.
-            ValueError: for another suffix.
         """
-        self.out = check_writable(out, ".safetensors")
+        self.out = out
         self.layout, self.run, self.counter, self.limits = layout, run, counter, limits
         self.folder = self.out.with_name(f"{self.out.name}.partial")
         self.id = uuid.uuid4().hex

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 import loki_kernels as loki
 from loki_kernels.attribution import fusing, job
-from loki_kernels.attribution.fusing import Fusion, find_fusion
+from loki_kernels.attribution.fusing import find_fusion
 from loki_kernels.attribution.plan import BatchLimits, windows
 from loki_kernels.attribution.prompts import Tokens
 from loki_kernels.attribution.steering import borrowed
@@ -47,13 +48,13 @@ def everywhere(monkeypatch):
 @pytest.fixture
 def nowhere(monkeypatch):
     """What turns it off, when it is called."""
-    return lambda: monkeypatch.setattr(job, "find_fusion", lambda *_: Fusion({}))
+    return lambda: monkeypatch.setattr(job, "find_fusion", lambda *_: {})
 
 
 def fused(structure, tokens):
     """A borrowed model while it is analysed."""
     prompt = torch.arange(3, 9, device=structure.device)[None]
-    return find_fusion(structure, tokens, prompt).active()
+    return fusing.replacing(find_fusion(structure, tokens, prompt))
 
 
 def own_attributes(model):
@@ -365,11 +366,26 @@ def test_other_logits_undo_it(model, prompts, monkeypatch, caplog):
     """Modules that fool the trials show in the model's logits."""
     want = loki.attribute(model, prompts)
     monkeypatch.setattr(fusing, "_norms", lambda s: {m: m.weight.mul for m in norms(s)})
-    monkeypatch.setattr(fusing, "_agreed", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(fusing, "_reasons", weakref.WeakKeyDictionary())
     with caplog.at_level("WARNING"):
         got = loki.attribute(model, prompts)
-    assert "its own norms" in caplog.text
+    assert "its own norms and activations: one kernel each gives other logits" in caplog.text
     assert errors(got, want).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"), [(torch.OutOfMemoryError("CUDA out of memory"), 0), (TypeError("alone"), 1)]
+)
+def test_what_cannot_be_tried_is_not_run(model, monkeypatch, caplog, error, kept):
+    """Nothing is said of logits that nobody has seen; full memory is no lasting reason."""
+    structure = find_structure(model)
+    monkeypatch.setattr(fusing, "_reasons", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(type(structure), "run", mock.Mock(side_effect=error))
+    with borrowed(structure), caplog.at_level("WARNING"):
+        assert find_fusion(structure, 1, torch.arange(3, 9)[None]) == {}
+    assert f"could not be tried ({error})" in caplog.text
+    assert "other logits" not in caplog.text
+    assert len(fusing._reasons[model]) == kept
 
 
 def norms(structure):
@@ -388,8 +404,8 @@ def test_quantized_linears_without_a_weight_stay(model, monkeypatch):
 def test_a_forward_that_was_put_there_since_stays(model):
     structure = find_structure(model)
     with borrowed(structure):
-        fusion = find_fusion(structure, 1, to_device(torch.arange(3, 9)[None]))
-        with fusion.active():
+        forwards = find_fusion(structure, 1, to_device(torch.arange(3, 9)[None]))
+        with fusing.replacing(forwards):
             model.model.norm.forward = other = lambda x: x
         assert vars(model.model.norm)["forward"] is other
         assert "forward" not in vars(model.model.layers[0].input_layernorm)
