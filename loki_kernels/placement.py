@@ -132,12 +132,10 @@ def on_accelerator(model: nn.Module) -> Iterator[bool]:
         return
     homes = [(tensor, tensor.data) for tensor in _tensors(model)]
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    index = device.index
-    current = contextlib.nullcontext() if index is None else torch.accelerator.device_index(index)
     try:
         for tensor, home in homes:
-            tensor.data = _copy(home, device)
-        with current:
+            tensor.data = home.to(device, copy=True)
+        with torch.accelerator.device_index(device.index):
             yield True
     finally:
         for tensor, home in homes:
@@ -146,10 +144,6 @@ def on_accelerator(model: nn.Module) -> Iterator[bool]:
             now.clear()
             now.update(before)
         torch.accelerator.empty_cache()  # other processes may want it
-
-
-def _copy(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device)
 
 
 def _device_for(model: nn.Module) -> torch.device | None:

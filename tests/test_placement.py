@@ -38,7 +38,6 @@ def beside(monkeypatch):
     monkeypatch.setattr(
         placement, "accelerator", lambda: found["device"] and (found["device"], found["free"])
     )
-    monkeypatch.setattr(placement, "_copy", lambda tensor, _device: tensor.clone())
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     return found
 

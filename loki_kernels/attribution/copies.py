@@ -244,11 +244,11 @@ class Copies:
         error = relative_error(got[0].detach(), logits)
         tolerance = guard_tolerance(logits.dtype, embedding_weight(structure.causal_lm).dtype)
         if error > tolerance:
+            hint = "; engine='reforward' needs no cache" if self.cached else ""
             raise UnsupportedModelError(
                 f"{type(structure.causal_lm).__name__}: a copy of the prompt "
                 f"{'over its cache ' if self.cached else ''}gives other logits than the prompt "
-                f"alone (relative error {error:.2g}, allowed {tolerance:.0e})"
-                f"{self._hint}."
+                f"alone (relative error {error:.2g}, allowed {tolerance:.0e}){hint}."
             )
         return integrate(
             integral,
@@ -309,10 +309,6 @@ class Copies:
             output: Any = self.structure.run(input_ids=tail, **options)
         logits: Tensor = output.logits
         return logits
-
-    @property
-    def _hint(self) -> str:
-        return "; engine='reforward' needs no cache" if self.cached else ""
 
     @property
     def _arguments(self) -> Any:

@@ -84,22 +84,6 @@ DEFINITIONS: dict[DefinitionName, Definition] = {
 }
 
 
-def resolve_definition(name: DefinitionName, overrides: Overrides) -> Definition:
-    """The named definition with some of its fields replaced.
-
-    Raises:
-        ValueError: for an unknown name or an override that is not a field of `Definition`.
-    """
-    check_choice("definition", name, DEFINITIONS)
-    unknown = set(overrides) - set(Definition.__dataclass_fields__)
-    if unknown:
-        raise ValueError(
-            f"unknown option {', '.join(sorted(unknown))}; a definition has "
-            f"{', '.join(Definition.__dataclass_fields__)}."
-        )
-    return replace(DEFINITIONS[name], **overrides)  # type: ignore[arg-type]
-
-
 def path_rule(rule: Rule, steps: int) -> tuple[Tensor, Tensor]:
     """Positions and weights of a quadrature rule on [0, 1], float64 ``[steps]`` each.
 
@@ -153,12 +137,19 @@ class PathIntegral:
         Raises:
             ValueError: for an unknown name or field, or fewer steps than the rule needs.
         """
+        check_choice("definition", name, DEFINITIONS)
+        unknown = set(overrides) - set(Definition.__dataclass_fields__)
+        if unknown:
+            raise ValueError(
+                f"unknown option {', '.join(sorted(unknown))}; a definition has "
+                f"{', '.join(Definition.__dataclass_fields__)}."
+            )
         given = overrides.get("baseline")
         if isinstance(given, Tensor):
             overrides = {**overrides, "baseline": "given"}
         elif given == "given":
             raise ValueError("baseline='given' is written by a tensor: baseline=mean_activations.")
-        definition = resolve_definition(name, overrides)
+        definition = replace(DEFINITIONS[name], **overrides)  # type: ignore[arg-type]
         alphas, weights = path_rule(definition.rule, steps)
         if definition.completes and not (alphas == 0).any():
             # Completeness needs F(baseline), a point this rule does not visit: add it, unweighted.

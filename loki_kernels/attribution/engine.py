@@ -73,7 +73,7 @@ class OnStaircase:
         # memory holds.
         for layer in layers:
             prefix = scaled_prefixes(structure, batch, prefill, integral, [layer])
-            parts.append(staircase.run([layer], prefix, prefix_per_point=True))
+            parts.append(staircase.run([layer], prefix))
         return Scores.of_layers(parts)
 
 

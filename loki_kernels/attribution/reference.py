@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..discovery import find_structure
 from ..options import DEFAULT_DEFINITION, DefinitionName
 from .definitions import DEFINITIONS, Definition, path_rule
-from .steering import hook_site, like
+from .steering import hook_site, hooking, like
 
 
 def attribute_reference(
@@ -39,7 +39,7 @@ def attribute_reference(
     wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
 
     def hook(layer: int, change: Any) -> Any:
-        return list(hook_site(nodes[layer], definition.site, change))
+        return hook_site(nodes[layer], definition.site, change)
 
     def keep(store: list[Tensor]) -> Any:
         def change(x: Tensor) -> Tensor:
@@ -50,11 +50,9 @@ def attribute_reference(
 
     def record(tokens: Tensor) -> tuple[list[Tensor], Tensor]:
         values: list[Tensor] = []
-        handles = [handle for layer in nodes for handle in hook(layer, keep(values))]
-        with torch.no_grad():
+        hooks = (handle for layer in nodes for handle in hook(layer, keep(values)))
+        with torch.no_grad(), hooking(hooks):
             logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1]
-        for handle in handles:
-            handle.remove()
         return values, logits
 
     ends, logits = record(ids)
@@ -74,8 +72,8 @@ def attribute_reference(
             path = end.repeat(len(alphas), 1, 1)
             path[:, -1:] = start[:, -1:] + steps_ * (end - start)[:, -1:]
         path.requires_grad_()
-        handles = hook(layer, lambda x, path=path: like(path, x).clone())
-        with torch.enable_grad():
+        put = hook(layer, lambda x, path=path: like(path, x).clone())
+        with torch.enable_grad(), hooking(put):
             output = model(input_ids=ids.expand(len(alphas), -1), use_cache=False, logits_to_keep=1)
             last = output.logits[:, -1].to(wide)
             value = {
@@ -84,8 +82,6 @@ def attribute_reference(
                 "logit": last,
             }[definition.objective][:, token]
             (gradient,) = torch.autograd.grad(value.sum(), path)
-        for handle in handles:
-            handle.remove()
         score = (weights.to(end.device, wide)[:, None] * gradient[:, -1].to(wide)).sum(0)
         if definition.multiply:
             score = score * (end - start)[0, -1].to(wide)

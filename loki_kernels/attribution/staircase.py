@@ -50,11 +50,13 @@ class _Trace:
 
     Attributes:
         leaves: layer -> ``[B, m, D]``, its points' values.
+        starts: layer -> the baseline ``[B, D]``; empty where paths start at zero.
         ends: layer -> z ``[B, D]``.
         layer_inputs: L of ``[B, hidden_size]``, the unperturbed point's.
     """
 
     leaves: dict[int, Tensor] = field(default_factory=dict)
+    starts: dict[int, Tensor] = field(default_factory=dict)
     ends: dict[int, Tensor] = field(default_factory=dict)
     layer_inputs: list[Tensor] = field(default_factory=list)
 
@@ -75,19 +77,12 @@ class Staircase:
     def __post_init__(self) -> None:
         self.head = self.structure.head()
 
-    def run(
-        self,
-        layers: Sequence[int],
-        prefix: Prefix,
-        *,
-        prefix_per_point: bool = False,
-    ) -> Scores:
+    def run(self, layers: Sequence[int], prefix: Prefix) -> Scores:
         """Scores of ``layers`` (the others stay unperturbed).
 
         Args:
             layers: those to attribute.
-            prefix: like `Prefill.prefix`.
-            prefix_per_point: it holds one prefix a point instead of a sample,
+            prefix: like `Prefill.prefix`; on the sequence path one a point instead of a sample,
                 ``[B * N, Hkv, T, d]``, sample-major.
 
         Raises:
@@ -100,13 +95,12 @@ class Staircase:
             i: (k.narrow(2, 0, longest), v.narrow(2, 0, longest)) for i, (k, v) in prefix.items()
         }
         trace = _Trace()
-        attend = self._attend_each if prefix_per_point else self._attend_shared
         try:
             with (
                 refusing(self.structure, "the last token alone over the prompt's keys and values"),
                 torch.enable_grad(),
                 rerunning(self.structure),
-                steered(self.structure, attend(prefix), self._hook(layers, trace)),
+                steered(self.structure, self._attend(prefix), self._hook(layers, trace)),
             ):
                 hidden, values, gradients = self._differentiate(layers, trace)
         except UnsupportedModelError:
@@ -114,18 +108,11 @@ class Staircase:
             raise
         self.structure.gather()  # the backward pass has put the head away
         ends = [trace.ends[layer] for layer in layers]
-        starts = None
-        if self.prefill.start is not None:
-            starts = [self.batch.at_last(self.prefill.start[layer]) for layer in layers]
+        starts = [trace.starts[layer] for layer in layers] if trace.starts else None
         target = self.prefill.target
         scores = integrate(self.integral, values, gradients, ends, starts, target)
         self._guard(hidden, trace.layer_inputs)  # waits for the device, which now has all its work
         return scores
-
-    def _start(self, layer: int) -> Tensor | None:
-        """``[B, D]``, where the layer's path starts at the last token; None for zero."""
-        start = self.prefill.start
-        return None if start is None else self.batch.at_last(start[layer])
 
     def _hook(self, layers: Sequence[int], trace: _Trace) -> Iterator[RemovableHandle]:
         """Register the hooks that make the decoder run the points of ``layers``."""
@@ -151,7 +138,9 @@ class Staircase:
                     kind = z.device, z.dtype
                     if kind not in steps:
                         steps[kind] = steps_for(z, self.integral.alphas)
-                    path = path_points(z, steps[kind], self._start(layer))
+                    if self.prefill.start is not None:
+                        trace.starts[layer] = self.batch.at_last(self.prefill.start[layer])
+                    path = path_points(z, steps[kind], trace.starts.get(layer))
                     trace.leaves[layer] = path.requires_grad_()
                 return like(torch.cat([points[:, :-m], trace.leaves[layer]], dim=1), x)
 
@@ -163,8 +152,9 @@ class Staircase:
         for i in layers:
             yield from hook_site(nodes[i], site, set_points(i))
 
-    def _attend_shared(self, prefix: Prefix) -> Attend:
-        """All points of a sample over one prefix."""
+    def _attend(self, prefix: Prefix) -> Attend:
+        """All points of a sample over one prefix; on the sequence path each over its own."""
+        each = self.integral.definition.path == "sequence"
         shared = len(prefix) < len(self.structure.layers)  # layers attend to an earlier one's
         given: dict[int, weakref.ref[Tensor]] = {}  # each layer's own keys
 
@@ -187,35 +177,17 @@ class Staircase:
             query, key, value, prefix_k, prefix_v = _of_one_width(
                 query, for_all(key, points, 2), for_all(value, points, 2), prefix_k, prefix_v
             )
-            output = shared_prefix_attention(
-                query, key, value, prefix_k, prefix_v, lengths, **options
-            )
-            return output[..., :width]
-
-        return attend
-
-    def _attend_each(self, prefix: Prefix) -> Attend:
-        """Every point over a prefix of its own."""
-
-        def attend(
-            module: nn.Module,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            mask: Tensor | None,
-            **options: Any,
-        ) -> Tensor:
-            prefix_k, prefix_v = prefix[module.layer_idx]  # type: ignore[index]
-            width, points = value.shape[-1], query.shape[2]
-            query, key, value, prefix_k, prefix_v = _of_one_width(
-                query, for_all(key, points, 2), for_all(value, points, 2), prefix_k, prefix_v
-            )
-            samples, heads, points, dim = query.shape
+            if not each:
+                output = shared_prefix_attention(
+                    query, key, value, prefix_k, prefix_v, lengths, **options
+                )
+                return output[..., :width]
+            samples, heads, _, dim = query.shape
             q, k, v = (
                 x.transpose(1, 2).reshape(samples * points, x.shape[1], 1, dim)
                 for x in (query, key, value)
             )
-            lengths = self.batch.last.to(query.device).repeat_interleave(points)
+            lengths = lengths.repeat_interleave(points)
             output = shared_prefix_attention(q, k, v, prefix_k, prefix_v, lengths, **options)
             return output.view(samples, points, heads, dim).transpose(1, 2)[..., :width]
 

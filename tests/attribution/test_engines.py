@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import loki_kernels as loki
 from loki_kernels.attribution import copies, integration, staircase
+from loki_kernels.attribution.definitions import PathIntegral
 from loki_kernels.attribution.reference import attribute_reference
 from tests.architectures import (
     deepseek,
@@ -104,9 +105,8 @@ def test_reforward_takes_the_sequence_path(build, site):
 def test_a_baseline_of_another_prompt(build):
     model = build()
     got = loki.attribute(model, PROMPTS, baseline="token_zero", rule="midpoint", steps=3)
-    definition = loki.attribution.definitions.resolve_definition(
-        "published", {"baseline": "token_zero", "rule": "midpoint"}
-    )
+    options = {"baseline": "token_zero", "rule": "midpoint"}
+    definition = PathIntegral.resolve("published", options, 3).definition
     assert_exact(model, got, definition=definition, steps=3)
 
 
