@@ -75,7 +75,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         ImportError: for parquet without the ``datasets`` extra.
         ValueError: for another suffix, or a record that is not a question, naming the line.
     """
-    questions = [_checked(record, where) for where, record in _records_of_file(Path(path))]
+    questions = [_checked(record, where) for where, record in records_of_file(Path(path))]
     if not questions:
         raise ValueError(f"{path} holds no question.")
     return questions
@@ -103,7 +103,7 @@ class PromptStream(Iterable[Any]):
             ImportError: for parquet without the ``datasets`` extra.
             ValueError: for another suffix, no record, or one that is no prompt, naming the line.
         """
-        stream = cls(partial(_records_of_file, Path(path)))
+        stream = cls(partial(records_of_file, Path(path)))
         if not len(stream):
             raise ValueError(f"{path} holds no question.")
         return stream
@@ -142,7 +142,7 @@ def text_of(record: Mapping[str, Any]) -> Any:
     return next((record[name] for name in columns if record.get(name) is not None), None)
 
 
-def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
+def records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each record of a file is, and what it is."""
     if path.suffix == ".parquet":
         if not path.is_file():

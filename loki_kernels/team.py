@@ -110,14 +110,6 @@ class Team(contextlib.AbstractContextManager["Team"]):
         self._wait()  # and no more: another may end by what it is told here
         return bool(self._store.add(key, 0) == self.size)
 
-    def same(self, value: str) -> bool:
-        """Whether it is the same in every process."""
-        if self.size == 1:
-            return True
-        return self.all(
-            self._store.compare_set(f"same/{next(self._meetings)}", "", value).decode() == value
-        )
-
     def tell(self, mine: str, why: str = _SAME_PROMPTS) -> list[str]:
         """What every process says, by rank."""
         if self.size == 1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loki_kernels.demo.evaluation import token_log_probabilities
+from loki_kernels.demo.evaluation import token_log_probabilities, windows_of
 from loki_kernels.demo.training import Encoded
 
 from . import metrics
@@ -35,7 +35,8 @@ class Retention:
     """The sets, encoded once: ``records`` of each set of questions, ``windows`` of 512 tokens."""
 
     def __init__(self, data: Path, tokenizer: Any, records: int, windows: int) -> None:
-        self.text = _text(data / "text" / "wikitext2_valid.txt", tokenizer, windows)
+        wikitext = (data / "text" / "wikitext2_valid.txt").read_text(encoding="utf-8")
+        self.text = windows_of(wikitext, tokenizer, windows, 512)
         self.choices: dict[str, tuple[list[Choices], list[int]]] = {}
         for name, file in _CHOICE_SETS.items():
             questions = _first(data / "general" / f"{file}.jsonl", records)
@@ -160,11 +161,3 @@ def _encode(tokenizer: Any, context: str, continuation: str) -> Encoded:
 
 def _continuation(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(f" {text.strip()}", add_special_tokens=False)["input_ids"]
-
-
-def _text(path: Path, tokenizer: Any, windows: int, length: int = 512) -> list[Encoded]:
-    """Windows at equal distances."""
-    ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    stride = (len(ids) - length) // windows
-    parts = [ids[i * stride : i * stride + length] for i in range(windows)]
-    return [{"input_ids": part, "labels": [-100, *part[1:]]} for part in parts]

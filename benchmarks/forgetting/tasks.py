@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from loki_kernels.demo.evaluation import labelled_logits, token_log_probabilities
-from loki_kernels.demo.training import Encoded
+from loki_kernels.demo.training import Encoded, encode_answer
 
 from . import metrics
 from .precision import autocast
@@ -58,14 +58,8 @@ def load_task(name: str, data: Path, tokenizer: Any, seed: int, records: int) ->
 
 
 def _encode(tokenizer: Any, system: str, user: str, answer: str) -> Encoded:
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "system", "content": system}, {"role": "user", "content": user}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-    )["input_ids"]
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return {"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids}
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return encode_answer(messages, answer, tokenizer)
 
 
 def make_folds(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]:

@@ -14,24 +14,13 @@ import torch
 
 from ..measure import DEVICE, attempt
 from ..shapes import MODELS, build
-from .step import describe, make_step, prepare
+from .step import cases, describe, make_step, prepare
 
 METHODS = ("ours", "full", "lora", "ours_protected")
 
 
-def cases(scope: str) -> Iterator[tuple[str, int | None, int]]:
-    if scope == "dry":
-        yield "tiny", None, 32
-    elif DEVICE.type == "cuda":
-        yield "Llama-3.1-8B", 4, 4096
-    else:
-        yield "SmolLM2-135M", None, 512
-        if scope == "full":
-            yield "SmolLM2-135M", None, 2048
-
-
 def run(scope: str) -> Iterator[dict[str, Any]]:
-    for name, layers, tokens in cases(scope):
+    for name, layers, tokens, _ in cases(scope):
         peaks = {}
         for method in METHODS:
             command = [sys.executable, "-m", "benchmarks.training.memory", method, name]

@@ -20,17 +20,18 @@ from ..measure import DEVICE, DTYPE, DTYPE_NAME, attempt, floor, interleave, pai
 from ..shapes import MODELS, build, parameters
 from . import peers
 
+QUOTA = 10.0  # percent of the rows
 METHODS = ("ours", "full", "lora", "ours_protected", "dora")
 
 
-def prepare(method: str, model: nn.Module, quota: float = 10.0) -> nn.Module:
+def prepare(method: str, model: nn.Module) -> nn.Module:
     """``model``, ready to be trained by ``method``: of `METHODS`, or a variant of one of them.
 
     Of a variant that ends in ``_compiled`` every decoder layer is compiled, which takes one
     compilation where they are alike.
     """
     if method.endswith("_compiled"):
-        compiled = prepare(method.removesuffix("_compiled"), model, quota)
+        compiled = prepare(method.removesuffix("_compiled"), model)
         for layer in model.model.layers:
             layer.compile()
         return compiled
@@ -39,7 +40,7 @@ def prepare(method: str, model: nn.Module, quota: float = 10.0) -> nn.Module:
         return model
     if method in ("ours", "ours_fused"):
         width, depth = model.config.hidden_size, model.config.num_hidden_layers
-        rows = random_rows(depth, width, rows_per_layer(quota, width), seed=0)
+        rows = random_rows(depth, width, rows_per_layer(QUOTA, width), seed=0)
         patch(model, rows, fuse_mlp=method == "ours_fused")
         return model
     if method == "full":
@@ -86,7 +87,7 @@ def describe(name: str, layers: int | None, tokens: int) -> dict[str, Any]:
         "model": name,
         "layers": layers or MODELS[name]["num_hidden_layers"],
         "tokens": tokens,
-        "quota": 10.0,
+        "quota": QUOTA,
         "dtype": DTYPE_NAME,
     }
 
@@ -111,7 +112,7 @@ def begin(method: str, name: str, layers: int | None, tokens: int) -> tuple[Any,
     return step, step()
 
 
-def least_time(name: str, layers: int | None, tokens: int, quota: float = 10.0) -> float:
+def least_time(name: str, layers: int | None, tokens: int) -> float:
     """Seconds that a step of some rows takes at the ceilings; without attention's own products.
 
     Forward every weight, the head too, and back the gradient of the activations, but for the first
@@ -119,7 +120,7 @@ def least_time(name: str, layers: int | None, tokens: int, quota: float = 10.0) 
     """
     shape, weights = MODELS[name], parameters(name, layers)
     depth, width = layers or shape["num_hidden_layers"], shape["hidden_size"]
-    rows = depth * rows_per_layer(quota, width) * shape["intermediate_size"]
+    rows = depth * rows_per_layer(QUOTA, width) * shape["intermediate_size"]
     back = weights * (depth - 1) / depth
     flops = 2 * tokens * (weights + back + 2 * width * shape["vocab_size"] + rows)
     return floor(flops, 2 * DTYPE.itemsize * weights)

@@ -73,9 +73,10 @@ def cached_attribution(
     path = cache_folder() / f"{key}.safetensors"
     found = read_cached(path, Attribution.load)
     with Team() as team:
-        # Loaded in one process alone, or without weights in the others: each looks after itself.
-        options["share"] = team.same(key)
-        everywhere = team.all(found is not None)
+        told = [each.split() for each in team.tell(f"{key} {found is not None}")]
+    # Loaded in one process alone, or without weights in the others: each looks after itself.
+    options["share"] = len({its_key for its_key, _ in told}) == 1
+    everywhere = all(has_it == "True" for _, has_it in told)
     if found is not None and (everywhere or not options["share"]):
         logger.info("using the analysis cached in %s", path)
         return found

@@ -122,11 +122,16 @@ def token_log_probabilities(
     return [results[i] for i in range(len(examples))]
 
 
-def general_text(tokenizer: Any, windows: int, length: int = 512) -> list[Encoded]:
+def general_text(tokenizer: Any, windows: int, length: int) -> list[Encoded]:
     """Windows of the Python language reference that every Python carries as help topics."""
     from pydoc_data.topics import topics
 
-    ids = tokenizer("\n".join(topics[key] for key in sorted(topics)), verbose=False)["input_ids"]
+    return windows_of("\n".join(topics[key] for key in sorted(topics)), tokenizer, windows, length)
+
+
+def windows_of(text: str, tokenizer: Any, windows: int, length: int) -> list[Encoded]:
+    """Windows of ``length`` tokens at equal distances."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
     stride = (len(ids) - length) // windows
     parts = [ids[i * stride : i * stride + length] for i in range(windows)]
     return [{"input_ids": part, "labels": [-100, *part[1:]]} for part in parts]

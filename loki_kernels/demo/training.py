@@ -18,11 +18,16 @@ Encoded = dict[str, list[int]]
 
 def encode(example: Example, tokenizer: Any) -> Encoded:
     """Token ids, with labels on the call and its end mark alone."""
+    return encode_answer(example.prompt(), example.call + tokenizer.eos_token, tokenizer)
+
+
+def encode_answer(messages: list[dict[str, str]], answer: str, tokenizer: Any) -> Encoded:
+    """Token ids of a chat and its answer, which alone is labelled."""
     prompt = tokenizer.apply_chat_template(
-        example.prompt(), add_generation_prompt=True, tokenize=True, return_dict=True
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
-    answer = tokenizer(example.call + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return {"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids}
 
 
 def collate(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:

@@ -37,9 +37,6 @@ LOGITS = 2**24
 # Tokens of a forward pass, padding included.
 FORWARD = 2048
 
-# Turns what enters the head into what leaves it.
-Project = Callable[[Tensor], Tensor]
-
 
 @dataclass
 class Readout:
@@ -65,10 +62,9 @@ class Readout:
             head = _copy(head)
         return cls(head, *logit_scale_and_softcap(text_config(causal_lm)), copied=kept)
 
-    def logits(self, hidden: Tensor, project: Project | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``[tokens, V]`` of hidden ``[tokens, D]``."""
-        products = (project or self.head.forward)(hidden).float()
-        return scaled_and_capped(products, self.scale, self.softcap)
+        return scaled_and_capped(self.head.forward(hidden).float(), self.scale, self.softcap)
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
@@ -178,7 +174,7 @@ def record(
     hidden: list[Tensor] = []
     with _evaluated(model), progress_bar(len(batches), "base", progress) as bar:
         for batch in batches:
-            _run(model, own, batch, lambda states, _project: hidden.append(states.cpu()))
+            _run(model, own, batch, lambda states: hidden.append(states.cpu()))
             bar.update()
     if kept and hidden and any(map(is_sharded, own.head.parameters())):
         readout.head.to(hidden[0].dtype)  # FSDP may compute in another dtype than it keeps
@@ -208,16 +204,14 @@ def compare(base: Base, model: nn.Module, *, progress: bool | None = None) -> Mo
     ):
         for batch, before in zip(base.batches, base.hidden, strict=True):
 
-            def visit(
-                states: Tensor, project: Project, batch: Batch = batch, before: Tensor = before
-            ) -> None:
+            def visit(states: Tensor, batch: Batch = batch, before: Tensor = before) -> None:
                 head = base.readout.head
                 weight = next(head.parameters())
                 device = home(head, weight)
                 step = max(1, LOGITS // weight.shape[0])
                 for start in range(0, len(states), step):
                     part = slice(start, start + step)
-                    tuned = own.logits(states[part], project)
+                    tuned = own.logits(states[part])
                     logits = base.readout.logits(before[part].to(device)).to(tuned.device)
                     moves.put(batch.places[part], logits, tuned, batch.targets[part])
 
@@ -251,23 +245,21 @@ def compare_whole(
     return moves
 
 
-def _run(
-    model: nn.Module, own: Readout, batch: Batch, visit: Callable[[Tensor, Project], None]
-) -> None:
+def _run(model: nn.Module, own: Readout, batch: Batch, visit: Callable[[Tensor], None]) -> None:
     """One forward pass, whose head sees one token a text: ``visit`` gets what would have entered.
 
     It is called inside the head's forward pass, where an engine has gathered the head's weight and
-    mixed precision is in force, with hidden ``[tokens, D]`` and the head.
+    mixed precision is in force, with hidden ``[tokens, D]``.
     """
     length = batch.ids.shape[1]
     wanted: list[Tensor] = []
     name = type(unwrap(model)).__name__
 
-    def hook(head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         hidden: Tensor = args[0][:, -length:]  # PEFT's prompt tuning puts tokens before the text's
-        wanted.append(own.logits(hidden[:, :1], head.forward))
+        wanted.append(own.logits(hidden[:, :1]))
         check_logits(unwrap(model), wanted[0])
-        visit(hidden[batch.measured.to(hidden.device)], head.forward)
+        visit(hidden[batch.measured.to(hidden.device)])
         return (hidden[:, :1],)
 
     handle = own.head.register_forward_pre_hook(hook)

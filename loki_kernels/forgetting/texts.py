@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attribution.prompts import MEDIA, tokenize_prompts
-from ..questions import Question, from_json, load_questions
+from ..questions import Question, load_questions, records_of_file
 
 UNKNOWN = -1  # the target of a text's last token
 # Of a record with token ids, and images, which are refused; a data set has more columns.
@@ -137,26 +137,19 @@ def read_texts(texts: Any) -> list[Text]:
 
 
 def _read_file(path: Path) -> list[Text]:
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{path}: texts are read from .txt or .jsonl, not {path.suffix!r}.")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text.") from error
     if path.suffix == ".txt":
+        try:
+            content = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text.") from error
         paragraphs = re.split(r"\n[ \t]*\n", content)
         return [Text(p.strip(), path.stem, str(path)) for p in paragraphs if p.strip()]
-    found = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        record = from_json(line, where)
-        try:
-            found.append(_as_text(record, path.stem, where))
-        except TypeError as error:
-            raise ValueError(str(error)) from error
-    return found
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path}: texts are read from .txt or .jsonl, not {path.suffix!r}.")
+    try:
+        return [_as_text(record, path.stem, where) for where, record in records_of_file(path)]
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _as_text(record: Any, domain: str, where: str) -> Text:
@@ -217,7 +210,7 @@ def tokenize(texts: Sequence[Text], tokenizer: Any, length: int, tokens: int | N
     end = len(read[-1][1]) - max(0, total - (tokens or total))
     shared = {
         kind: _shared_start([ids for text, ids in read if _kind(text) == kind])
-        for kind in map(_kind, texts)
+        for kind in {_kind(text) for text, _ in read}
     }
     domains: list[str] = []
     chunks: list[Chunk] = []

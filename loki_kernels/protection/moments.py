@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UnsupportedModelError
 from ..mixture import routed_inputs, why_not_grouped
@@ -124,7 +125,7 @@ def second_moments(
 
         return hook
 
-    device: torch.device = structure.causal_lm.get_input_embeddings().weight.device  # type: ignore[assignment]
+    device = structure.device
     ordered = sorted((w for w in windows if len(w) > 1), key=len)
     with contextlib.ExitStack() as hooks:
         # a layer that was compiled in place would not call hooks that come later
@@ -133,12 +134,9 @@ def second_moments(
             hook = down_proj.module.register_forward_pre_hook(watch(down_proj), with_kwargs=True)
             hooks.callback(hook.remove)
         for start in range(0, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            ids = torch.zeros(len(batch), len(batch[-1]), dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for i, window in enumerate(batch):
-                ids[i, : len(window)] = torch.tensor(window)
-                mask[i, : len(window)] = 1
+            batch = [torch.tensor(window) for window in ordered[start : start + batch_size]]
+            ids = pad_sequence(batch, batch_first=True)
+            mask = pad_sequence([torch.ones_like(x) for x in batch], batch_first=True)
             kept = mask.bool()
             kept[:, 0] = False  # where attention's sinks have inputs of another size
             structure.decoder(

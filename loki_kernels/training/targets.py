@@ -344,7 +344,8 @@ def find_modules(structure: Structure, names: Iterable[str]) -> dict[str, nn.Mod
             raise ValueError(f"modules_to_save names {name!r}, which the model lacks.")
         found |= matches
     for name, module in found.items():
-        inside = [d.name for d in structure.projections() if d.module in set(module.modules())]
+        modules = set(module.modules())
+        inside = [d.name for d in structure.projections() if d.module in modules]
         if inside:
             raise ValueError(
                 f"modules_to_save names {name}, which holds {inside[0]}; its rows are trained."

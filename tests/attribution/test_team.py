@@ -89,7 +89,7 @@ def test_one_process_is_a_team():
         team.check()
         assert team.all(True)
         assert not team.all(False)
-        assert team.same("x")
+        assert team.tell("x") == ["x"]
         assert team.advance(3) == 3
         assert team.share([5, 1]) == [True, True]
 
