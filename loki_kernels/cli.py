@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger(f"{__package__}.attribution").setLevel(logging.INFO)  # how long it takes
     try:
-        arguments.run(arguments)
+        getattr(commands, arguments.command)(arguments)
     except Exception as error:  # transformers' and safetensors' own are of no common kind
         notes = getattr(error, "__notes__", [])
         expected = isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError))
@@ -73,7 +73,6 @@ def _parser() -> argparse.ArgumentParser:
         "--engine", choices=get_args(EngineName), help="(default: the first that is exact)"
     )
     _add_selection_options(attribute, "with --keep counts: ")
-    attribute.set_defaults(run=commands.attribute)
 
     select = subparsers.add_parser("select", help="choose rows from an attribution")
     select.add_argument("attribution", help="file written by attribute, or the authors' HDF5 log")
@@ -81,7 +80,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_selection_options(select)
     select.add_argument("--strategy", choices=get_args(Strategy), default="layer_balanced")
     select.add_argument("--seed", type=int, default=0)
-    select.set_defaults(run=commands.select)
 
     merge = subparsers.add_parser(
         "merge", help="put the rows of an adapter, or of a checkpoint's side file, into their base"
@@ -96,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     merge.add_argument("--texts", help="that the KL is measured on, as for drift")
     merge.add_argument("--device", help="that it is measured on (default: cuda or cpu)")
-    merge.set_defaults(run=commands.merge)
 
     adapter = subparsers.add_parser(
         "adapter", help="write an untrained adapter, for programs that continue one"
@@ -106,7 +103,6 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("out", help="folder to write the adapter to")
     adapter.add_argument("--rank", type=int, help="of LoKI*")
     adapter.add_argument("--protect", help="file of a protection that it is trained with")
-    adapter.set_defaults(run=commands.adapter)
 
     _add_protection(subparsers)
     _add_drift(subparsers)
@@ -115,16 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", help="what a model's config says would be trained, and in how much memory"
     )
     inspect.add_argument("model", help="folder or hub name of a language model")
-    inspect.set_defaults(run=commands.inspect)
 
     _add_estimate(subparsers)
     _add_plot(subparsers)
 
-    environment = subparsers.add_parser("env", help="versions, device and live backends")
-    environment.set_defaults(run=commands.env)
-
-    doctor = subparsers.add_parser("doctor", help="try this installation, in under a minute")
-    doctor.set_defaults(run=commands.doctor)
+    subparsers.add_parser("env", help="versions, device and live backends")
+    subparsers.add_parser("doctor", help="try this installation, in under a minute")
     return parser
 
 
@@ -140,7 +132,6 @@ def _add_protection(subparsers: Any) -> None:
     protection.add_argument("--share", type=float, help="of the inputs' energy, in place of that")
     protection.add_argument("--earlier", help="a protection whose energy is added")
     protection.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
-    protection.set_defaults(run=commands.protection)
 
 
 def _add_drift(subparsers: Any) -> None:
@@ -158,7 +149,6 @@ def _add_drift(subparsers: Any) -> None:
     drift.add_argument("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a chunk")
     drift.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     drift.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one)")
-    drift.set_defaults(run=commands.drift)
 
 
 def _add_estimate(subparsers: Any) -> None:
@@ -166,7 +156,6 @@ def _add_estimate(subparsers: Any) -> None:
     estimate.add_argument("model", help="folder or hub name of a causal language model")
     _add_analysis_options(estimate)
     estimate.add_argument("--gpus", type=int, default=1, help="that share the questions")
-    estimate.set_defaults(run=commands.estimate)
 
 
 def _add_plot(subparsers: Any) -> None:
@@ -174,7 +163,6 @@ def _add_plot(subparsers: Any) -> None:
     plot.add_argument("files", nargs="+", metavar="file", help="of attribute, or a row file")
     plot.add_argument("out", help=".png, or .html: one page that loads nothing else")
     plot.add_argument("--quota", type=float, default=DEFAULT_QUOTA, help="of the heatmap, in %%")
-    plot.set_defaults(run=commands.plot)
 
 
 def _json_object(text: str) -> dict[str, Any]:

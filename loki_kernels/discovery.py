@@ -327,43 +327,41 @@ def _branches(layer: nn.Module, layer_name: str) -> list[_Branch]:
 
 
 def _examine_layer(layer: nn.Module, layer_name: str, hidden_size: int) -> Layer:
+    try:
+        return Layer(layer_name, _find_ffn(layer, layer_name, hidden_size), None)
+    except UnsupportedModelError as error:
+        return Layer(layer_name, None, str(error))
+
+
+def _find_ffn(layer: nn.Module, layer_name: str, hidden_size: int) -> FFN | None:
+    """None of a mixer alone; UnsupportedModelError if something in the layer is not known."""
     while hasattr(layer, WRAPPED):  # accelerate puts an offloading one around a recomputing one
         layer = getattr(layer, WRAPPED)
     if hasattr(layer, "backward_pass"):
-        return _refused(
-            layer_name,
+        raise UnsupportedModelError(
             f"{layer_name} ({type(layer).__name__}) is reversible and runs a backward pass of its "
-            "own, which reaches no row while the rest is frozen.",
+            "own, which reaches no row while the rest is frozen."
         )
     branches = _branches(layer, layer_name)
-    linears = [linear for branch in branches for linear in branch.linears]
-    experts: dict[str, list[DownProjection]] = {}
-    for branch in branches:
-        try:
-            experts[branch.name] = branch.experts(hidden_size)
-        except UnsupportedModelError as error:
-            return _refused(layer_name, str(error))
+    experts = {branch.name: branch.experts(hidden_size) for branch in branches}
     candidates = _choose(branches, experts, hidden_size)
     for branch in branches:
-        reason = _why_refused(branch, candidates[branch.name], experts[branch.name], hidden_size)
-        if reason is not None:
-            return _refused(layer_name, reason)
+        _refuse_unknown(branch, candidates[branch.name], experts[branch.name], hidden_size)
     ends = [b for b in branches if candidates[b.name] or experts[b.name]]
-    if not ends and linears:
-        return _refused(
-            layer_name,
+    if not ends and any(branch.linears for branch in branches):
+        raise UnsupportedModelError(
             f"{layer_name} ({type(layer).__name__}) has no FFN down-projection: no linear outside "
             f"its mixers with out_features = hidden_size = {hidden_size} that another linear "
-            f"feeds, in {', '.join(branch.name for branch in branches)}.",
+            f"feeds, in {', '.join(branch.name for branch in branches)}."
         )
     if not ends:
-        return Layer(layer_name, None, None)  # a mixer alone
+        return None
     projections = [d for b in ends for d in experts[b.name]]
     projections += [x.down_proj for b in ends for x in candidates[b.name]]
     ffn = FFN(tuple(b.module for b in ends if b.module is not None), tuple(projections))
     if ffn.lone is not None or not ffn.nodes:
         ffn = replace(ffn, nodes=tuple(x.module for b in ends for x in candidates[b.name]))
-    return Layer(layer_name, ffn, None)
+    return ffn
 
 
 def _choose(
@@ -394,12 +392,12 @@ def _choose(
     return {n: [x for x in own if x.in_features == widest] for n, own in found.items()} | latent
 
 
-def _why_refused(
+def _refuse_unknown(
     branch: _Branch, own: list[_Linear], stacks: list[DownProjection], hidden_size: int
-) -> str | None:
-    """What in a branch may be a part of the FFN that is not known; None if nothing is."""
+) -> None:
+    """Raise UnsupportedModelError if a part of a branch that may be the FFN's is not known."""
     if len({id(x.parent) for x in own}) < len(own):
-        return (
+        raise UnsupportedModelError(
             f"{branch.name} ({branch.kind}) has {len(own)} linears that could be the FFN's "
             f"down-projection ({', '.join(linear.name for linear in own)}): intermediate_size = "
             "hidden_size is not supported yet."
@@ -409,18 +407,17 @@ def _why_refused(
     for name, shape in branch.others:
         # a router has a row for each expert, a bias of the experts likewise
         if hidden_size in shape and shape[0] not in experts:
-            return (
+            raise UnsupportedModelError(
                 f"{branch.name} ({branch.kind}) holds {name} {list(shape)}, which is neither a "
                 "linear layer's nor experts' that are known here."
             )
     wide = any(hidden_size in stack.shape[1:] for stack in branch.stacks)
     if branch.stacks and not stacks and (wide or not own):
         first = branch.stacks[0]
-        return (
+        raise UnsupportedModelError(
             f"{branch.name} ({branch.kind}) holds {first.name}.{first.parameter} "
             f"{list(first.shape)}, but no experts' down-projection of {hidden_size} rows."
         )
-    return None
 
 
 def _is_down(linear: _Linear, hidden_size: int, linears: list[_Linear]) -> bool:
@@ -436,7 +433,3 @@ def _is_gated(down: _Linear, linears: list[_Linear]) -> bool:
     inner, path = down.in_features, down.name.rpartition(".")[0] + "."
     widths = [x.out_features for x in linears if x is not down and x.name.startswith(path)]
     return widths.count(inner) >= 2 or 2 * inner in widths
-
-
-def _refused(layer_name: str, reason: str) -> Layer:
-    return Layer(layer_name, None, reason)

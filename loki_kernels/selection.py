@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args, overload
@@ -206,29 +206,26 @@ def select(
         "site": run.get("site", "down_proj"),
         "attribution": run,
     }
+    without, highest = run.get("without_ffn", ()), strategy.endswith("highest")
+    rows: Sequence[Any]
     if strategy == "random":
         info["seed"] = seed
-        return RowSelection(_but(random_rows(layers, width, k, seed), run), info)
-    if strategy.startswith("layer_balanced"):
+        rows = random_rows(layers, width, k, seed)
+    elif strategy.startswith("layer_balanced"):
         counts = scores[0]
         if counted is None:
-            counts = count_extreme(scores, k, strategy.endswith("highest"), criterion)
-        return RowSelection(_but([most_frequent(layer, k) for layer in counts], run), info)
-    without = run.get("without_ffn", ())
-    present = [layer for layer in range(layers) if layer not in without]
-    counts = torch.zeros(1, len(present) * width, dtype=torch.int64, device=scores.device)
-    for part in in_parts(scores):  # what has no FFN left out of each: the whole may be a large file
-        flat = (part[:, present] if without else part).reshape(len(part), 1, -1)
-        counts += count_extreme(flat, len(present) * k, strategy.endswith("highest"), criterion)
-    chosen = most_frequent(counts[0], len(present) * k)
-    found = {layer: chosen[chosen // width == i] % width for i, layer in enumerate(present)}
-    return RowSelection([found.get(layer, []) for layer in range(layers)], info)
-
-
-def _but(rows: Sequence[Any], run: Mapping[str, Any]) -> list[Any]:
-    """No rows of the layers that have no FFN."""
-    without = run.get("without_ffn", ())
-    return [[] if layer in without else chosen for layer, chosen in enumerate(rows)]
+            counts = count_extreme(scores, k, highest, criterion)
+        rows = [most_frequent(layer, k) for layer in counts]
+    else:
+        present = [layer for layer in range(layers) if layer not in without]
+        counts = torch.zeros(1, len(present) * width, dtype=torch.int64, device=scores.device)
+        for part in in_parts(scores):  # what has no FFN left out of each: it may be a large file
+            flat = (part[:, present] if without else part).reshape(len(part), 1, -1)
+            counts += count_extreme(flat, len(present) * k, highest, criterion)
+        chosen = most_frequent(counts[0], len(present) * k)
+        found = {layer: chosen[chosen // width == i] % width for i, layer in enumerate(present)}
+        rows = [found.get(layer, []) for layer in range(layers)]
+    return RowSelection([[] if i in without else own for i, own in enumerate(rows)], info)
 
 
 def _check_counted(
