@@ -118,7 +118,7 @@ class LokiModel(BaseTuner):
         heads = _HEADS.get(peft_config.task_type, [])
         if heads:
             peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *heads]
-        peft_config.quota, protect = what_to_train(
+        quota, protect = what_to_train(
             peft_config.rows, peft_config.quota, peft_config.criterion, None, peft_config.protect
         )
         peft_config.protect = cast("str | bool | None", protect)
@@ -132,12 +132,7 @@ class LokiModel(BaseTuner):
         _check_modules(structure, peft_config)
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
         selection = selection_to_train(
-            structure,
-            peft_config.rows,
-            None,
-            peft_config.quota,
-            peft_config.criterion,
-            agree=together,
+            structure, peft_config.rows, None, quota, peft_config.criterion, agree=together
         )
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -206,17 +201,14 @@ class LokiModel(BaseTuner):
             f"({next(iter(added))!r}) already; name a protection's file (protect=FILE)."
         )
 
-    def check_protected(self) -> None:
+    def check_protected(self, layer: LokiLayer) -> None:
         """Raise RuntimeError if an adapter would train on without its protection.
 
         In training mode; in the other, which an evaluation with gradients is in too, where a
         gradient is made (`LokiLayer.watch`).
         """
-        layer = self._first_layer()
         for name in self.active_adapters:
-            held = (layer.loki_update, layer.loki_delta_a)
-            trained = any(part[name].requires_grad for part in held if name in part)
-            if trained:
+            if any(p.requires_grad for p in layer.factors(name)):
                 layer.check_protected(name)
 
     def check_ranks(self) -> None:
@@ -227,14 +219,13 @@ class LokiModel(BaseTuner):
                 check_processes_agree(as_selection(config.rows), config.protection)
                 self._agreed.add(name)
 
-    def warn_of_coarse_updates(self) -> None:
+    def warn_of_coarse_updates(self, layer: LokiLayer) -> None:
         """Say once that small steps are lost, where a trainer has rounded the update.
 
         TRL makes everything that is trained over a quantized base bfloat16.
         """
         if self._warned:
             return
-        layer = self._first_layer()
         dtype = coarse_dtype(p for name, p in layer.named_parameters() if "loki_" in name)
         if dtype is not None:
             self._warned = True
@@ -245,10 +236,6 @@ class LokiModel(BaseTuner):
                 "in model.named_parameters(): if 'loki_' in name: p.data = p.data.float()",
                 dtype,
             )
-
-    def _first_layer(self) -> LokiLayer:
-        """One of ours, which tells of all: a protection, or a trainer's dtype, is of every one."""
-        return next(m for m in self.model.modules() if isinstance(m, LokiLayer))
 
     def _loki_layers(self) -> list[LokiLayer]:
         return [module for module in self.model.modules() if isinstance(module, LokiLayer)]
@@ -402,8 +389,12 @@ def _check_training(model: LokiModel, _inputs: Any) -> None:
             layer.watch()
     if not model.training:
         return
-    model.check_protected()
-    model.warn_of_coarse_updates()
+    # one of ours tells of all: a protection, or a trainer's dtype, is of every one
+    first = next((m for m in model.model.modules() if isinstance(m, LokiLayer)), None)
+    if first is None:  # they were merged, or unloaded
+        return
+    model.check_protected(first)
+    model.warn_of_coarse_updates(first)
     if is_distributed():
         model.check_ranks()
 

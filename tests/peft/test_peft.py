@@ -226,6 +226,25 @@ def test_analyses_by_itself(tmp_path, monkeypatch):
         assert model.peft_config["default"].rows == [layer.tolist() for layer in handle.rows]
 
 
+def test_a_saved_config_makes_the_same_again(row_file, base, tmp_path):
+    """Named rows have no quota that chose them, and a config has either."""
+    peft.get_peft_model(load_model(base), LokiConfig(rows=str(row_file))).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    again = LokiConfig(**{name: saved[name] for name in ("rows", "quota", "criterion", "rank")})
+    assert again.rows == [sorted(rows) for rows in ROWS]
+
+
+@pytest.mark.parametrize("way", ["unload", "merge_and_unload"])
+def test_a_model_whose_adapter_was_taken_off_runs(way):
+    """Under the PEFT model, whose hook looks for layers in training mode."""
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
+    getattr(model, way)()
+    ids = token_batch()
+    want = build_model().train()(input_ids=ids, labels=ids)
+    got = model.train()(input_ids=ids, labels=ids)
+    assert torch.equal(got.loss, want.loss)
+
+
 OTHER_BASE = {"fingerprint": "0", "base_dtype": "float32", "base_sketch": [[0.0] * 4] * 3}
 
 
