@@ -32,7 +32,7 @@ from .handle import Patch
 from .linear import LokiLinear
 from .mlp import FusedMLP
 from .report import plan, whole_weights
-from .rows import LokiRows
+from .rows import BESIDE, LokiRows
 from .targets import (
     Protect,
     Rows,
@@ -119,11 +119,11 @@ def patch(
     structure = find_structure(model)
     check_trainable(structure)
     check_arguments(rows, quota, criterion, analysis, rank, modules_to_save)
-    folder, saved = rows, _saved_update(rows)
+    saved = _saved_update(rows)
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
         modules_to_save = [*modules_to_save, *adapter_file.modules_of(saved.others)]
-        protect = _beside(folder, saved, protect)
+        protect = _beside(saved, protect)
     whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
     quota, protect = what_to_train(rows, quota, criterion, analysis, protect)
     warn_of_memory(structure, rows, quota, protected=protect not in (None, False), rank=rank)
@@ -184,10 +184,9 @@ def _patch_rows(
             if protection is not None:
                 layer.protect(protection)
             _replace_module(d, layer, undo)
-        for down_proj, _ in selected:
-            gating = gatings.get(down_proj.name)
+            gating = gatings.get(d.name)
             if isinstance(gating, Gating):
-                _replace_mlp(causal_lm, down_proj, gating, undo)
+                _replace_mlp(causal_lm, d, gating, undo)
         writer = _attach(structure, layers, undo, agreed=together)
         trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
         report = replace(report, trainable=trained, notes=[*report.notes, *whole_weights(layers)])
@@ -212,12 +211,11 @@ def _saved_update(rows: Rows | None) -> SavedUpdate | None:
     return adapter_file.read_saved(rows)
 
 
-def _beside(folder: Any, saved: SavedUpdate, protect: Protect | None) -> Protect | None:
+def _beside(saved: SavedUpdate, protect: Protect | None) -> Protect | None:
     """The protection that lies beside a saved update, unless another or none is asked for."""
-    path = Path(folder) / adapter_file.PROTECTION_FILE
-    if saved.protection is None or protect not in (None, True) or not path.is_file():
+    if saved.protection is None or protect not in (None, True):
         return protect
-    return path
+    return saved.protection_file if os.path.isfile(saved.protection_file) else protect
 
 
 def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | str:
@@ -245,7 +243,7 @@ def _load(handle: Patch, saved: SavedUpdate) -> None:
         if reason is not None:
             message = f"the update that was saved is none of this model's: {reason}."
             raise explained(ValueError(message))
-        handle._refuse_training(refusal)
+        handle._writer.refusal = refusal
     except BaseException:
         handle._leave(trained=False)
         raise
@@ -331,18 +329,18 @@ def _attach(
     writer = RowWriter(model, layers, agreed=agreed)
     for hook in writer.attach(structure.decoder):
         undo.callback(hook.remove)
-    for handle in writer.watch():
-        undo.callback(handle.remove)
     model.__dict__[HOLD] = writer.hold
     undo.callback(model.__dict__.pop, HOLD, None)
     ours: dict[str, Any] = {"save_pretrained": SavePretrained(model, layers)}
     for name in {"generate", "generate_batch"} - model.__dict__.keys():  # another's stays
         ours[name] = Generate(model, writer, name)
+    others = {name: model.__dict__[name] for name in ours.keys() & model.__dict__.keys()}
+    undo.callback(model.__dict__.update, others)
     for name, call in ours.items():
         if hasattr(type(model), name):
             model.__dict__[name] = call
             undo.callback(model.__dict__.pop, name, None)
-    kept = ("index", "base_rows", "directions", "protection_digest")
+    kept = (*BESIDE, "base_rows", "directions")
     buffers = [f"{name}.{buffer}" for name in layers for buffer in kept]
     ignore_in_ddp(model, buffers)
     undo.callback(heed_in_ddp, model, buffers)

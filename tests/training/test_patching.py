@@ -95,6 +95,12 @@ def test_context_manager(model):
     )
 
 
+def test_what_another_has_put_on_the_instance_comes_back(model):
+    model.save_pretrained = own = lambda *_: None
+    loki.patch(model, ROWS).unpatch()
+    assert model.save_pretrained is own
+
+
 def test_checkpoint_is_ordinary(tmp_path):
     """A plain process, on the CPU, that never imports loki_kernels gets the same logits."""
     model = build_model(device="cpu")
