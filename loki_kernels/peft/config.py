@@ -19,7 +19,7 @@ from ..errors import check_choice
 from ..fingerprint import BaseRows
 from ..options import Criterion
 from ..protection import Protection
-from ..training.adapter_file import PROTECTION_FILE, keep_protection, write_protection
+from ..training.adapter_file import PROTECTION_FILE, write_protection
 from ..training.targets import as_selection, check_arguments
 
 logger = logging.getLogger(__name__)
@@ -124,12 +124,8 @@ class LokiConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's, and the protection beside it, once a model has filled the config in."""
         super().save_pretrained(save_directory, **kwargs)
-        if self.fingerprint is None:
-            return
-        if self.kept is not None or self.protection is None:
-            write_protection(save_directory, self.kept)
-        else:
-            keep_protection(save_directory, self.protection, self.protect)
+        if self.fingerprint is not None:
+            write_protection(save_directory, self.kept, self.protection, self.protect)
 
     @classmethod
     def from_pretrained(

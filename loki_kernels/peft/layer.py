@@ -85,6 +85,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("loki_update", "loki_delta_a", "loki_delta_b")
+    # what else is kept by adapter, which PEFT deletes with one
+    other_param_names = ("loki_index", "loki_directions", "loki_protection", "configs")
 
     def __init__(self, base_layer: nn.Module, model: nn.Module) -> None:
         super().__init__()
@@ -136,9 +138,12 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         """Have gradients refused of adapters that were trained protected and are not here."""
         for name in self.loki_index:
             if not self.is_protected_as_named(name):
-                held = (self.loki_update, self.loki_delta_a)
-                trained = [part[name] for part in held if name in part]
-                check_gradients(trained, partial(self.check_protected, name))
+                check_gradients(self.factors(name), partial(self.check_protected, name))
+
+    def factors(self, name: str) -> list[nn.Parameter]:
+        """What is trained of an adapter: its update, or LoKI*'s two factors."""
+        held = (self.loki_update, self.loki_delta_a, self.loki_delta_b)
+        return [part[name] for part in held if name in part]
 
     def check_protected(self, name: str) -> None:
         """Raise RuntimeError of an adapter that was trained protected and is not here."""
@@ -153,9 +158,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def copy_update(self, source: str, adapter_name: str) -> None:
         """Make an adapter's update another one's."""
-        for held in (self.loki_update, self.loki_delta_a, self.loki_delta_b):
-            if source in held:
-                held[adapter_name].copy_(held[source])
+        for own, other in zip(self.factors(adapter_name), self.factors(source), strict=True):
+            own.copy_(other)
 
     def base_rows(self, rows: Tensor) -> Tensor:
         """Rows of the base's weight; of a quantized one as precise as it gives them.
@@ -180,13 +184,6 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             )
         return weight[rows.to(weight.device)]
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        for buffers in (self.loki_index, self.loki_directions, self.loki_protection):
-            if adapter_name in buffers:
-                del buffers[adapter_name]
-        self.configs.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
-
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
@@ -197,9 +194,9 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         for buffers in (self.loki_index, self.loki_directions, self.loki_protection):
             if adapter_name in buffers:
                 buffers[adapter_name] = buffers[adapter_name].to(device)
-        for held in (self.loki_update, self.loki_delta_a, self.loki_delta_b):
-            if adapter_name in held and not held[adapter_name].is_meta:
-                held[adapter_name].data = held[adapter_name].data.to(device)
+        for parameter in self.factors(adapter_name):
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -221,10 +218,6 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 )
             seen |= rows
 
-    def _check_engine(self, name: str) -> None:
-        if name in self.loki_directions:
-            refuse_parts(self)
-
     def _adapters_here(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.loki_index]
 
@@ -234,8 +227,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         inactive = self.disable_adapters or self.merged
         names = [] if inactive else self._adapters_here(self.active_adapters)
         base = self.base_layer
-        for name in names:
-            self._check_engine(name)
+        if any(name in self.loki_directions for name in names):
+            refuse_parts(self)
         if len(names) == 1 and self._is_plain(base):
             a, b, directions = self._update_factors(names[0], x)
             index = self.loki_index[names[0]]
@@ -306,8 +299,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _merged_rows(self, name: str, weight: Tensor) -> Tensor:
         """The weight's rows with an adapter's update, in the weight's dtype."""
-        held = (self.loki_update, self.loki_delta_a, self.loki_delta_b)
-        a, *b = (full_values(part[name]) for part in held if name in part)
+        a, *b = map(full_values, self.factors(name))
         a, last = acting_factors(a, b[0] if b else None, self._directions(name))
         return updated_rows(weight[self.loki_index[name]], a, last)
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,8 @@ def base_rows_of(content: Mapping[str, Any]) -> BaseRows | None:
     return BaseRows(content["fingerprint"], content["base_dtype"], sketch)
 
 
-def base_rows_content(base: BaseRows | None) -> dict[str, Any]:
+def base_rows_content(base: BaseRows) -> dict[str, Any]:
     """What `base_rows_of` reads."""
-    if base is None:
-        return {}
     return {
         "fingerprint": base.fingerprint,
         "base_dtype": base.dtype,
@@ -83,8 +81,8 @@ class SavedUpdate:
     layers: dict[str, Parts]
     others: dict[str, Tensor]
     trained_on: BaseRows | None
-    protection: str | None = None
-    protection_file: str = PROTECTION_FILE
+    protection: str | None
+    protection_file: str
     base: str | None = None
 
     def rows_of(self, names: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -201,7 +199,7 @@ def write_adapter(
 
 def write_side_file(
     folder: str | os.PathLike[str], layers: Layers, tensors: dict[str, Tensor]
-) -> Path:
+) -> None:
     """Write `SIDE_FILE`: the layers' `adapter_tensors`, and what they are an update of.
 
     And `other_tensors`, which are in the checkpoint too, but under the names that its family gives
@@ -215,35 +213,33 @@ def write_side_file(
     if protected is not None:
         metadata["protection"] = protected
     write_tensors(path, tensors, **metadata)
-    return path
 
 
-def write_protection(folder: str | os.PathLike[str], protection: Protection | None) -> None:
-    """Write `PROTECTION_FILE`; of None take away the one that an earlier update left."""
+def write_protection(
+    folder: str | os.PathLike[str],
+    protection: Protection | None,
+    fingerprint: str | None = None,
+    source: str | bool | None = None,
+) -> None:
+    """Write `PROTECTION_FILE`; of no protection take away the one that an earlier update left.
+
+    Of an update that was loaded to be used the ``fingerprint`` alone is in memory: the file is
+    copied from ``source`` if that is this one still.
+    """
     path = Path(folder) / PROTECTION_FILE
+    if protection is None and fingerprint is not None:
+        if _protection_in(path, fingerprint) is not None:
+            return
+        protection = _protection_in(Path(source), fingerprint) if isinstance(source, str) else None
+        if protection is None:
+            logger.warning(
+                "what the update in %s is protected with was not found (%s), so there is no %s: "
+                "the update can be used and not trained on.", folder, source, PROTECTION_FILE,
+            )  # fmt: skip
     if protection is None:
         path.unlink(missing_ok=True)
     else:
         protection.save(path)
-
-
-def keep_protection(
-    folder: str | os.PathLike[str], fingerprint: str, source: str | bool | None
-) -> None:
-    """Have `PROTECTION_FILE` of an update that was loaded to be used, which keeps none in memory.
-
-    It is copied from ``source`` if that is this one still; another update's is taken away.
-    """
-    path = Path(folder) / PROTECTION_FILE
-    if _protection_in(path, fingerprint) is not None:
-        return
-    protection = _protection_in(Path(source), fingerprint) if isinstance(source, str) else None
-    if protection is None:
-        logger.warning(
-            "what the update in %s is protected with was not found (%s), so there is no %s: the "
-            "update can be used and not trained on.", folder, source, PROTECTION_FILE,
-        )  # fmt: skip
-    write_protection(folder, protection)
 
 
 def _protection_in(path: Path, fingerprint: str) -> Protection | None:
@@ -257,11 +253,7 @@ def _protection_in(path: Path, fingerprint: str) -> Protection | None:
 
 def write_protection_of(layers: Layers, folder: str | os.PathLike[str]) -> None:
     """Write `PROTECTION_FILE` of what the layers' update was trained with."""
-    protection, loaded = protection_of(layers), _loaded_with(layers)
-    if protection is None and loaded is not None:
-        keep_protection(folder, *loaded)
-    else:
-        write_protection(folder, protection)
+    write_protection(folder, protection_of(layers), *_loaded_with(layers))
 
 
 def protected_with(layers: Layers) -> str | None:
@@ -269,12 +261,12 @@ def protected_with(layers: Layers) -> str | None:
 
     Of one that was loaded to be used the layers protect nothing, and the update is protected still.
     """
-    protection, loaded = protection_of(layers), _loaded_with(layers)
-    return loaded[0] if protection is None and loaded is not None else fingerprint_of(protection)
+    return fingerprint_of(protection_of(layers)) or _loaded_with(layers)[0]
 
 
-def _loaded_with(layers: Layers) -> tuple[str, str] | None:
-    return next((x.trained_with for x in layers.values() if x.trained_with is not None), None)
+def _loaded_with(layers: Layers) -> tuple[str | None, str | None]:
+    loaded = (x.trained_with for x in layers.values() if x.trained_with is not None)
+    return next(loaded, (None, None))
 
 
 def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
@@ -372,23 +364,6 @@ def why_other_protection(saved: str | None, present: str | None) -> str | None:
     if saved is None:
         return "it was trained without a protection; patch without one"
     return "it was trained with another protection"
-
-
-def load_side_file(
-    layers: Layers, path: Path, saved: SavedUpdate, load: Callable[[SavedUpdate], str | None]
-) -> None:
-    """Load what was read from ``path`` by ``load``, which says why it cannot.
-
-    Raises:
-        ValueError: if it is of other rows, another base or protection; nothing is changed then.
-    """
-    reason = why_other_protection(saved.protection, fingerprint_of(protection_of(layers)))
-    beside = path.with_name(PROTECTION_FILE)
-    if reason is not None and saved.protection is not None and beside.is_file():
-        reason += f", which is {beside}"
-    reason = reason or load(saved)
-    if reason is not None:
-        raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
 
 
 def load_update(layers: Layers, saved: SavedUpdate) -> str | None:

@@ -79,7 +79,9 @@ class SavePretrained:
             )
         elif is_main_process:
             # before the class's own, which may upload the folder
-            self._write_side_file(save_directory, parts, others)
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            tensors = adapter_file.adapter_tensors(self.layers, parts) | others
+            adapter_file.write_side_file(save_directory, self.layers, tensors)
         save = type(self.model).save_pretrained
         own: dict[str, Any] = {}
         if kwargs.get("push_to_hub"):
@@ -120,16 +122,6 @@ class SavePretrained:
         for layer in self.layers.values():
             if layer.written and not (layer.can_write or layer.held or is_sharded(layer.frozen)):
                 layer.write_base()
-
-    def _write_side_file(
-        self,
-        folder: str | os.PathLike[str],
-        parts: dict[str, Parts],
-        others: dict[str, Tensor],
-    ) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tensors = adapter_file.adapter_tensors(self.layers, parts) | others
-        adapter_file.write_side_file(folder, self.layers, tensors)
 
     def _lacks_sharded(self, state_dict: dict[str, Tensor]) -> bool:
         """Whether a state dict has not every update that FSDP2 or ZeRO-3 looks after."""

@@ -69,6 +69,7 @@ class LokiExperts(LokiRows):
         self.__dict__["bare"] = _Bare(experts)
         self.train(experts.training)
         self.why_whole = why_not_grouped(experts, parameter, axis)
+        self.can_write = self.why_whole is not None and rank is None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -78,11 +79,6 @@ class LokiExperts(LokiRows):
             if experts is None:
                 raise
             return getattr(experts, name)
-
-    @property
-    def can_write(self) -> bool:
-        """Whether the rows can be written into the weight before a product."""
-        return self.why_whole is not None and self.rank is None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.check_forward()

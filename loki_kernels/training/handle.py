@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..protection import Protection
+from ..errors import explained
+from ..protection import Protection, fingerprint_of
 from ..selection import RowSelection
 from ..sharding import (
     full_values,
@@ -121,7 +121,7 @@ class Patch:
         if any(is_partitioned(layer.frozen) for layer in self._layers.values()):
             raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
         path = Path(folder) / adapter_file.SIDE_FILE
-        adapter_file.load_side_file(self._layers, path, adapter_file.read_update(path), self._load)
+        self._load_side_file(path, adapter_file.read_update(path))
 
     def trainer_callback(self) -> SideFileCallback:
         """For HF Trainer: what a Trainer's own saving and loading cannot know.
@@ -143,7 +143,7 @@ class Patch:
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 
         self._check_active()
-        return SideFileCallback(self._layers, self._load, self._writer)
+        return SideFileCallback(self._load_side_file, self._writer)
 
     def inference(self) -> AbstractContextManager[None]:
         """A context in which the rows are written once, not at every forward pass.
@@ -194,18 +194,24 @@ class Patch:
                     parameter.copy_(shard_like(values.to(parameter.dtype), parameter))
         return reason
 
-    def _refuse_training(self, reason: str | None) -> None:
-        self._writer.refusal = reason
+    def _load_side_file(self, path: Path, saved: SavedUpdate) -> None:
+        """Load what was read from ``path``.
+
+        Raises:
+            ValueError: if it is of other rows, another base or protection; nothing is changed then.
+        """
+        present, beside = fingerprint_of(self.protection), saved.protection_file
+        reason = adapter_file.why_other_protection(saved.protection, present)
+        if reason is not None and saved.protection is not None and os.path.isfile(beside):
+            reason += f", which is {beside}"
+        reason = reason or self._load(saved)
+        if reason is not None:
+            raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
 
     def __enter__(self) -> Patch:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._active:
             self.unpatch()
 
@@ -229,7 +235,7 @@ class Patch:
             if trained:
                 write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
             else:
-                layer.reset_rows()
+                layer.write_base()
         self._leave(trained=trained)
         return self.model
 

@@ -92,14 +92,10 @@ class LokiLinear(LokiRows):
         self.weight = weight
         self.bias = cast("nn.Parameter | None", linear.bias)
         self._train_rows(torch.as_tensor(rows), "weight", axis, rank, directions)
+        self.can_write = axis == 0 and rank is None
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.train(linear.training)
-
-    @property
-    def can_write(self) -> bool:
-        """Whether the rows can be written into the weight before a product."""
-        return self.axis == 0 and self.rank is None
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_forward()

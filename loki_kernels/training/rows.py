@@ -71,6 +71,7 @@ class LokiRows(nn.Module):
     parameter: str
     axis: int
     rank: int | None
+    can_write: bool  # whether the rows can be written into the weight before a product
     held = False  # whether they stay as they are, inside `Patch.inference`
     in_step = False  # whether `write_rows` has just written these rows for a decoder's forward pass
     written = False  # whether the weight may hold an update
@@ -90,8 +91,8 @@ class LokiRows(nn.Module):
         rows: Tensor,
         parameter: str,
         axis: int,
-        rank: int | None = None,
-        directions: Tensor | None = None,
+        rank: int | None,
+        directions: Tensor | None,
     ) -> None:
         """Begin to train rows of a parameter that the module has by now."""
         self.parameter, self.axis, self.rank = parameter, axis, rank
@@ -138,11 +139,6 @@ class LokiRows(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._index = self.index  # moved now, since torch.compile would trace it
         return self
-
-    @property
-    def can_write(self) -> bool:
-        """Whether the rows can be written into the weight before a product."""
-        return self.rank is None
 
     @property
     def writes_rows(self) -> bool:
@@ -266,13 +262,6 @@ class LokiRows(nn.Module):
         again = same and torch._C._current_graph_task_id() != -1
         if not self.in_step and not again:
             write_rows([self])
-
-    def reset_rows(self) -> None:
-        """Put the rows back to what they were before training."""
-        with torch.no_grad():
-            (self.update if self.rank is None else self.delta_a).zero_()
-            self.write_base()
-        self.merged_alone, self.misfits = None, False
 
     @torch.no_grad()
     def write_base(self) -> None:

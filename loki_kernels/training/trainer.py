@@ -18,7 +18,6 @@ from .adapter_file import (
     SIDE_FILE,
     Layers,
     SavedUpdate,
-    load_side_file,
     protection_of,
     read_update,
     write_protection,
@@ -31,10 +30,8 @@ from .writer import RowWriter
 class SideFileCallback(TrainerCallback):
     """What `Patch.trainer_callback` gives."""
 
-    def __init__(
-        self, layers: Layers, load: Callable[[SavedUpdate], str | None], writer: RowWriter
-    ) -> None:
-        self.layers, self.load, self.writer = layers, load, writer
+    def __init__(self, load: Callable[[Path, SavedUpdate], None], writer: RowWriter) -> None:
+        self.load, self.writer, self.layers = load, writer, writer.named_layers
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -132,7 +129,7 @@ class SideFileCallback(TrainerCallback):
                 continue
             saved = read_update(path)
             if _is_of_these_weights(saved, self.layers):
-                load_side_file(self.layers, path, saved, self.load)
+                self.load(path, saved)
                 return
         raise RuntimeError(
             f"no {SIDE_FILE} of the checkpoint's weights was found in "

@@ -41,7 +41,7 @@ class RowWriter:
 
     model: PreTrainedModel
     named_layers: Mapping[str, LokiRows]
-    agreed: bool = False  # whether the processes train the same rows in the same directions
+    agreed: bool  # whether the processes train the same rows in the same directions
     checked: bool = field(default=False, init=False)  # that the model can be trained
     warned: bool = field(default=False, init=False)  # that small steps are lost
     holders: int = field(default=0, init=False)  # who want the rows to stay as they were written
@@ -76,6 +76,7 @@ class RowWriter:
             self.model.register_load_state_dict_pre_hook(self.before_loading),
             decoder.register_forward_pre_hook(self.before_forward),
             decoder.register_forward_hook(self.after_forward, always_call=True),
+            *self.watch(),
         ]
 
     def before_forward(self, decoder: nn.Module, _inputs: Any) -> None:

@@ -288,17 +288,6 @@ def test_autocast_trains_in_float32():
     assert (layer.update.grad - want).norm() < 0.02 * want.norm()
 
 
-def test_reset_rows():
-    for rank in (None, 2):
-        original, layer = make_layers(rank=rank)
-        for parameter in layer.parameters():
-            if parameter.requires_grad:
-                parameter.data.add_(0.5)
-        layer(random_input(2))
-        layer.reset_rows()
-        assert torch.equal(layer.merged_weight(), original.weight)
-
-
 @pytest.mark.parametrize(
     ("rows", "rank", "message"),
     [
