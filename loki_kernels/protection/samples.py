@@ -97,10 +97,13 @@ def _seeded(model: Any, seed: int) -> Iterator[None]:
 def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
     """What a document starts with, and a user's turn if there is a chat template; their last token.
 
-    A chat goes on after the end of a turn.
+    A chat goes on after the end of a turn. Where a tokenizer begins every text with its first token
+    (Llama's, Gemma's) the model knows none without it. A template that was put to such a tokenizer
+    since may lack it, and have brought a separator that the model has never seen.
     """
-    separator = _separator(tokenizer)
-    starts = [separator, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    separator, bos = _separator(tokenizer), tokenizer.bos_token_id
+    always = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    starts = [*always, separator, bos, tokenizer.eos_token_id]
     first = next((token for token in starts if token is not None), None)
     if first is None:
         raise ValueError("the tokenizer has no token that starts a text; give texts of your own.")
@@ -108,7 +111,8 @@ def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
     if getattr(tokenizer, "chat_template", None) is not None:
         turn = _user_turn(tokenizer)
         if turn:
-            openings.append((tokenizer(turn, add_special_tokens=False)["input_ids"], separator))
+            opening = tokenizer(turn, add_special_tokens=False)["input_ids"]
+            openings.append((opening if opening[:1] == always else always + opening, separator))
     return openings
 
 

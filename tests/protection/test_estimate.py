@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 
 import loki_kernels as loki
 from loki_kernels.files import write_safetensors
@@ -379,6 +380,18 @@ def test_a_users_turn_opens_without_a_system_prompt(template, want):
     tokenizer.add_special_tokens({"extra_special_tokens": ["<s>", "<m>", "<end>", "<return>"]})
     tokenizer.chat_template = template
     assert samples._user_turn(tokenizer) == want
+
+
+def test_texts_begin_as_the_model_knows_them():
+    """Where every text begins with a token, also under a template that was made for another."""
+    tokenizer = chat_tokenizer()
+    assert [opening for opening, _ in samples.openings_of(tokenizer)] == [[96], [7]]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="w1 $A", special_tokens=[("w1", 1)]
+    )
+    assert [opening for opening, _ in samples.openings_of(tokenizer)] == [[1], [1, 7]]
+    tokenizer.chat_template = "w1 " + tokenizer.chat_template
+    assert samples.openings_of(tokenizer)[1][0].count(1) == 1
 
 
 def test_the_file_holds_what_was_saved(tmp_path):

@@ -185,8 +185,10 @@ def test_a_template_is_cloned_before_patching(tied, template, base_folder, tmp_p
     with pytest.raises(RuntimeError, match="were added after"):
         trainer.train()
     model, tokenizer = load(base_folder), AutoTokenizer.from_pretrained(base_folder)
+    protection = loki.estimate_protection(model, tokenizer=tokenizer, samples=2)
     model, tokenizer, added = trl.clone_chat_template(model, tokenizer, template)
-    loki.patch(model, ROWS, modules_to_save=["embed_tokens"] if tied else EMBEDDINGS)
+    modules = ["embed_tokens"] if tied else EMBEDDINGS
+    loki.patch(model, ROWS, protect=protection, modules_to_save=modules)
     before = model.lm_head.weight.detach().clone()
     sft_trainer(model, tokenizer, tmp_path, NEW_WORDS, chat_template_path=template).train()
     assert model.model.embed_tokens.weight.requires_grad
