@@ -54,7 +54,9 @@ class Run:
         warm = max(1, steps // 10)
         factors = [min((i + 1) / warm, (steps - i) / (steps - warm + 1)) for i in range(steps)]
         self.rates = torch.tensor([[job.rate * f for job in jobs] for f in factors], device=device)
-        self.order = torch.stack([self._order(g) for g in generators], 1).to(device)
+        # of their own, so that a seed's texts come to every arm in one order
+        orders = [self._order(torch.Generator().manual_seed(1000 + job.seed)) for job in jobs]
+        self.order = torch.stack(orders, 1).to(device)
         self.step_number = torch.zeros(1, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 

@@ -116,6 +116,12 @@ def test_every_arm_trains_what_it_says(lab, name):
     assert figures["points"][0]["wikitext"] < figures["points"][-1]["wikitext"]
 
 
+def test_a_seed_is_one_order_of_the_texts(lab):
+    """LoRA's factors are drawn beside it."""
+    runs = (Run([Job(name, ARMS[name], "gsm8k", 1e-2, 3, 2)], lab) for name in ("full", "LoRA"))
+    assert torch.equal(*(run.order for run in runs))
+
+
 def test_the_measures_are_what_they_say(lab):
     ((figures,),) = lab.measure([lab.look(lab.base, "gsm8k", 1)])
     ids, labels = lab.data.ids["gsm8k/test"], lab.data.labels["gsm8k/test"]
