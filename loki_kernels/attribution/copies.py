@@ -65,12 +65,12 @@ class _Prompt:
         ids = batch.input_ids[sample : sample + 1, : int(batch.lengths[sample])]
         answer = None if batch.answers is None else batch.answers[sample].to(ids.device)
         more = 0 if answer is None else len(answer) - 1
-        weight = next(structure.causal_lm.parameters())
+        dtype = embedding_weight(structure.causal_lm).dtype
         media = {}
         for name, x in (batch.media[sample] if batch.media else {}).items():
             if x.shape == ids.shape:  # a number for each token: the answer is text
                 x = functional.pad(x, (0, more))
-            media[name] = x.to(ids.device, weight.dtype if x.is_floating_point() else x.dtype)
+            media[name] = x.to(ids.device, dtype if x.is_floating_point() else x.dtype)
         if answer is not None:
             ids = torch.cat([ids, answer[None, :-1]], dim=1)
         return cls(ids, media, answer)
@@ -316,7 +316,7 @@ class Copies:
 
     def _bytes_of_a_copy(self, tokens: int, cache: Any) -> int:
         """What a copy of a prompt keeps beside the model."""
-        weight = next(self.structure.causal_lm.parameters())
+        weight = embedding_weight(self.structure.causal_lm)
         states = _STATES * len(self.structure.layers) * self.structure.hidden_size
         return weight.element_size() * states * (1 if self.cached else tokens) + _size(cache)
 

@@ -25,7 +25,14 @@ from ..gating import Gating, find_gating
 from ..ops import gated_product
 from ..ops._dispatch import has_kernel
 from ..placement import memory_is_full
-from ..structure import DownProjection, Structure, alike, has_hooks, in_float64
+from ..structure import (
+    DownProjection,
+    Structure,
+    alike,
+    embedding_weight,
+    has_hooks,
+    in_float64,
+)
 from .integration import guard_tolerance, relative_error
 
 logger = logging.getLogger(__name__)
@@ -100,7 +107,7 @@ def _why_not(
 ) -> str | None:
     model = structure.causal_lm
     known = _reasons.setdefault(model, {})
-    key = next(model.parameters()).dtype, len(forwards)
+    key = embedding_weight(model).dtype, len(forwards)
     if key not in known:
         try:
             with torch.no_grad():
