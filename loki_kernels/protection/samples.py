@@ -97,23 +97,29 @@ def _seeded(model: Any, seed: int) -> Iterator[None]:
 def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
     """What a document starts with, and a user's turn if there is a chat template; their last token.
 
-    A chat goes on after the end of a turn. Where a tokenizer begins every text with its first token
-    (Llama's, Gemma's) the model knows none without it. A template that was put to such a tokenizer
-    since may lack it, and have brought a separator that the model has never seen.
+    A chat goes on after the end of a turn. Where a tokenizer begins every text with the same tokens
+    (Llama's, Gemma's, GLM's) the model knows none without them. A template that was put to such a
+    tokenizer since may lack them, and have brought a separator that the model has never seen.
     """
-    separator, bos = _separator(tokenizer), tokenizer.bos_token_id
-    always = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
-    starts = [*always, separator, bos, tokenizer.eos_token_id]
-    first = next((token for token in starts if token is not None), None)
-    if first is None:
+    separator, always = _separator(tokenizer), _before_every_text(tokenizer)
+    starts = [separator, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    start = always or [token for token in starts if token is not None][:1]
+    if not start:
         raise ValueError("the tokenizer has no token that starts a text; give texts of your own.")
-    openings = [([first], tokenizer.eos_token_id if separator is None else separator)]
+    openings = [(start, tokenizer.eos_token_id if separator is None else separator)]
     if getattr(tokenizer, "chat_template", None) is not None:
         turn = _user_turn(tokenizer)
         if turn:
             opening = tokenizer(turn, add_special_tokens=False)["input_ids"]
-            openings.append((opening if opening[:1] == always else always + opening, separator))
+            begun = opening[: len(always)] == always
+            openings.append((opening if begun else always + opening, separator))
     return openings
+
+
+def _before_every_text(tokenizer: Any) -> list[int]:
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
 
 
 def _user_turn(tokenizer: Any) -> str:

@@ -392,6 +392,10 @@ def test_texts_begin_as_the_model_knows_them():
     assert [opening for opening, _ in samples.openings_of(tokenizer)] == [[1], [1, 7]]
     tokenizer.chat_template = "w1 " + tokenizer.chat_template
     assert samples.openings_of(tokenizer)[1][0].count(1) == 1
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="w3 w4 $A w2", special_tokens=[("w2", 2), ("w3", 3), ("w4", 4)]
+    )
+    assert [opening[:2] for opening, _ in samples.openings_of(tokenizer)] == [[3, 4]] * 2
 
 
 def test_the_file_holds_what_was_saved(tmp_path):
