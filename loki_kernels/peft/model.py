@@ -121,6 +121,8 @@ class LokiModel(BaseTuner):
         quota, protect = what_to_train(
             peft_config.rows, peft_config.quota, peft_config.criterion, None, peft_config.protect
         )
+        if peft_config.rows is None:
+            peft_config.quota = quota
         peft_config.protect = cast("str | bool | None", protect)
         if protect and not peft_config.inference_mode:
             refuse_parts(self.model)
