@@ -245,9 +245,10 @@ class RowWriter:
             raise RuntimeError(
                 f"the embeddings of tokens {self.tokens} to {count - 1} were added after "
                 "loki_kernels.patch (resize_token_embeddings; TRL's chat_template_path) and are "
-                "frozen. Add them first (trl.clone_chat_template), then patch(model, "
-                "modules_to_save=['embed_tokens', 'lm_head']) with the model's own names of the "
-                "two, or without it where they need no training."
+                "frozen. Estimate a protection (protect=estimate_protection(model, "
+                "tokenizer=tokenizer)), add them (trl.clone_chat_template), then patch(model, "
+                "protect=protect, modules_to_save=['embed_tokens', 'lm_head']) with the model's "
+                "own names of the two, or without them where they need no training."
             )
 
     def _warn_of_coarse_updates(self) -> None:
