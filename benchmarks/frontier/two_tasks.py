@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import loki_kernels as loki
 from loki_kernels.cache import cache_folder
 from loki_kernels.demo.evaluation import token_log_probabilities
-from loki_kernels.demo.frontier import at_loss, frontier
+from loki_kernels.demo.frontier import frontier, mean_at_equal_loss
 from loki_kernels.demo.function_calls import generate_examples
 from loki_kernels.demo.methods import Update
 from loki_kernels.demo.model import load_smollm2
@@ -119,11 +119,10 @@ def run(
     for way, protection in ((PLAIN, None), (PROTECTED, general), (EARLIER, both)):
         with loki.patch(model, quota=100, protect=protection):
             yield from learn_calls(way, model, PROTECTED)
-    loss = max(points[0][0] for points in fronts.values())
-    for way, points in fronts.items():
-        lost = at_loss(points, loss)
-        if lost is not None:
-            yield {"way": way, "calls": round(loss, 4), "plays_lost": round(lost, 4)}
+    shared, found = mean_at_equal_loss(fronts)
+    between = [round(loss, 4) for loss in shared]
+    for way, lost in found.items():
+        yield {"way": way, "calls": between, "plays_lost": round(lost, 4)}
 
 
 def main() -> None:

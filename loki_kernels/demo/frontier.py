@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..plots import picture
 
-Point = tuple[float, float]  # task loss, log KL
+Point = tuple[float, float]  # task loss, and log KL or what else is lost
 
 _STEPS = 10  # of the losses at which methods are compared
 
@@ -24,7 +24,7 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 
 def at_loss(front: Sequence[Point], loss: float) -> float | None:
-    """log KL on a frontier, linear in the loss between its points; None outside of them."""
+    """A frontier's value, such as log KL, linear in the loss between points; None outside them."""
     if not front or not front[0][0] <= loss <= front[-1][0]:
         return None
     place = bisect.bisect_left(front, (loss, -math.inf))
@@ -37,24 +37,32 @@ def at_loss(front: Sequence[Point], loss: float) -> float | None:
 def at_equal_loss(
     methods: Mapping[str, Iterable[tuple[float, float]]],
 ) -> tuple[tuple[float, float], dict[str, float]]:
-    """The task losses between which all methods were measured, and each one's mean KL there.
-
-    Of a method the (task loss, KL) of its measurements; one that never had a loss which all others
-    reach is left out. The mean is that of log KL over equal steps of the loss: at the lowest one
-    alone, the end of the method that learns least, that method's KL rises steepest.
-    """
+    """`mean_at_equal_loss` of the (task loss, KL) of each method's measurements, by log KL."""
     fronts = {
         name: frontier((loss, math.log(kl)) for loss, kl in points if kl > 0)
         for name, points in methods.items()
     }
+    shared, found = mean_at_equal_loss(fronts)
+    return shared, {name: math.exp(mean) for name, mean in found.items()}
+
+
+def mean_at_equal_loss(
+    fronts: Mapping[str, Sequence[Point]],
+) -> tuple[tuple[float, float], dict[str, float]]:
+    """The task losses between which all methods were measured, and each one's mean value there.
+
+    A method that never had a loss which all others reach is left out. The mean is over equal steps
+    of the loss: at the lowest one alone, the end of the method that learns least, that method's
+    frontier is steepest.
+    """
     low = max(front[0][0] for front in fronts.values())
     fronts = {name: front for name, front in fronts.items() if front[-1][0] >= low}
     high = min(front[-1][0] for front in fronts.values())
     losses = [low + (high - low) * i / _STEPS for i in range(_STEPS)] + [high]
     found = {}
     for name, front in fronts.items():
-        logs = [kl for loss in losses if (kl := at_loss(front, loss)) is not None]
-        found[name] = math.exp(sum(logs) / len(logs))
+        values = [value for loss in losses if (value := at_loss(front, loss)) is not None]
+        found[name] = sum(values) / len(values)
     return (low, high), found
 
 
