@@ -19,12 +19,14 @@ def autocast() -> torch.autocast:
 
 
 def keep_head(model: Any) -> None:
-    """Let the head work in float32: bfloat16 logits of 16 and more lie .125 apart, and tie."""
+    """Let the head work in float32: bfloat16 logits of 16 and more lie .125 apart, and tie.
+
+    A copy of the model needs it again: it has the first one's forward, with the first one's weight.
+    """
     head = model.get_output_embeddings()
-    compute = head.forward
 
     def forward(hidden: Tensor) -> Tensor:
         with torch.autocast(DEVICE, enabled=False):
-            return compute(hidden.to(head.weight.dtype))
+            return type(head).forward(head, hidden.to(head.weight.dtype))
 
     head.forward = forward

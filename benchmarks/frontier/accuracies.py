@@ -16,15 +16,15 @@ import torch
 from loki_kernels.cache import cache_folder
 from loki_kernels.demo.model import NAME
 
+from ..forgetting.precision import keep_head
 from ..forgetting.retention import Retention
 from ..records import SHARED
 from .arms import ARMS, Job
 from .data import TASKS, Data
 from .laboratory import Laboratory
 from .models import MODELS
-from .moments import linears, measure_moments
-from .runner import STEPS
-from .train import Run
+from .runner import STEPS, moments_of
+from .train import trained
 
 
 def main() -> None:
@@ -47,26 +47,22 @@ def main() -> None:
     model.to(device)
     retention = Retention(arguments.shared, tokenizer, arguments.records, windows=32)
     data = Data.load(arguments.data).to(device)
-    downs = [name for name in linears(model) if name.endswith("down_proj")]
-    moments = measure_moments(model, data.ids["samples"], data.labels["samples"], downs)
-    lab = Laboratory(model, data, {"samples": moments})
+    jobs = [
+        Job(name, ARMS[name], task, ARMS[name].rates[2], 0, arguments.steps)
+        for task in TASKS
+        for name in arguments.arms
+    ]
+    lab = Laboratory(model, data, dict(moments_of(model, data, jobs, predict=False)))
 
-    def say(trained: str, task: str, asked: torch.nn.Module) -> None:
+    def say(arm: str, task: str, asked: torch.nn.Module) -> None:
+        keep_head(asked)
         figures = {name: round(value, 4) for name, value in retention.evaluate(asked).items()}
         seconds = round(time.monotonic() - start)
-        print(
-            json.dumps({"arm": trained, "task": task} | figures | {"seconds": seconds}), flush=True
-        )
+        print(json.dumps({"arm": arm, "task": task} | figures | {"seconds": seconds}), flush=True)
 
     say("base", "", lab.base)
-    for task in TASKS:
-        for name in arguments.arms:
-            run = Run([Job(name, ARMS[name], task, ARMS[name].rates[2], 0, arguments.steps)], lab)
-            if device == "cuda":
-                run.capture()
-            for _ in range(arguments.steps):
-                run.advance()
-            say(name, task, run.model)
+    for job in jobs:
+        say(job.arm_name, job.task, trained([job], lab).model)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loki_kernels.cache import cache_folder
 from loki_kernels.demo.model import NAME
 
-from ..records import RESULTS, SHARED, describe_machine
+from ..records import RESULTS, SHARED, describe_machine, read_lines
 from ..shapes import MODELS as SHAPES
 from .arms import ARMS, Job
 from .data import DOMAINS, LENGTH, PARTS, SOURCES, TASKS, Data, write_data
 from .models import MODELS, RATE_SCALES
-from .moments import linears, measure_moments
+from .moments import Moments, linears, measure_moments
 from .workers import MOMENTS, Pool
 
 STEPS = 80
@@ -48,8 +48,11 @@ DECISIVE = (
     "LoRA + replay",
     "LoRA + KL",
 )
-# What could kill it: another subspace, none, more directions, another form.
+# What could kill it: more weight on general text, another subspace, none, more directions, another
+# form.
 CONTROLS = (
+    "full + 5 KL",
+    "LoRA + 5 KL",
     "down_proj",
     "down_proj, random subspace, 110",
     "down_proj, another layer's, 110",
@@ -69,6 +72,7 @@ PUBLISHED = (
     "SHiRA",
     "Super-Tuning, bottom",
 )
+_SEEDS = (1, 2)
 _MIDDLE = (2, 3)  # of an arm's rates; shares of an update stand for lower ones
 
 
@@ -94,15 +98,15 @@ def study() -> Iterator[Iterator[Job]]:
 
     The 106 trainings of seed 0 were made with samples that are gone, so that none can join them.
     """
-    seeds = (1, 2)
-    known = (*DECISIVE, *CONTROLS, *PUBLISHED)
+    of_gemma = "down_proj protected, 147"
+    known = (*DECISIVE, *CONTROLS, *PUBLISHED, of_gemma)
     rest = [name for name in ARMS if name not in known]
-    yield plan(DECISIVE, TASKS, seeds, STEPS)
-    yield plan(CONTROLS, TASKS, seeds, STEPS)
+    yield plan(DECISIVE, TASKS, _SEEDS, STEPS)
+    yield plan(CONTROLS, TASKS, _SEEDS, STEPS)
     yield plan(DECISIVE, TASKS, range(3, 7), STEPS, places=_MIDDLE)
-    yield plan(PUBLISHED, TASKS, seeds, STEPS)
+    yield plan(PUBLISHED, TASKS, _SEEDS, STEPS)
     yield plan(DECISIVE[:6], TASKS, [1], 5 * STEPS, places=_MIDDLE)
-    yield plan(rest, TASKS, seeds, STEPS)
+    yield plan(rest, TASKS, _SEEDS, STEPS)
     yield plan(DECISIVE[:6], TASKS, [2, 3], 5 * STEPS, places=_MIDDLE)
 
 
@@ -136,9 +140,7 @@ def _key(spec: dict[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(read_lines(path)) if path.is_file() else []
 
 
 def _sources(jobs: Sequence[Job], predict: bool = True) -> dict[str, dict[str, Any]]:
@@ -174,26 +176,35 @@ def _sources(jobs: Sequence[Job], predict: bool = True) -> dict[str, dict[str, A
     return wanted
 
 
+def moments_of(
+    model: Any, data: Data, jobs: Sequence[Job], predict: bool = True
+) -> Iterator[tuple[str, Moments]]:
+    """All moments that these ask for, by name; with ``predict`` as `_sources` has it."""
+    for name, asked in _sources(jobs, predict).items():
+        start = time.monotonic()
+        yield (
+            name,
+            measure_moments(
+                model,
+                *data.texts_of(asked["source"], asked["texts"]),
+                [n for n in linears(model) if asked["every"] or n.endswith("down_proj")],
+                weighted=asked["weighted"],
+                sensitivity=asked["sensitivity"],
+            ),
+        )
+        print(f"moments of {name}: {time.monotonic() - start:.1f} s", flush=True)
+
+
 def _write_moments(
     folder: Path, model: Any, data: Data, jobs: Sequence[Job], predict: bool
 ) -> None:
-    for name, asked in _sources(jobs, predict).items():
-        start = time.monotonic()
-        layers = [n for n in linears(model) if asked["every"] or n.endswith("down_proj")]
-        moments = measure_moments(
-            model,
-            *data.texts_of(asked["source"], asked["texts"]),
-            layers,
-            weighted=asked["weighted"],
-            sensitivity=asked["sensitivity"],
-        )
+    for name, moments in moments_of(model, data, jobs, predict):
         tensors = {
             f"{part}:{layer}": tensor.cpu().clone()
             for part in ("values", "vectors", "sensitivity")
             for layer, tensor in getattr(moments, part).items()
         }
         save_file(tensors, folder / f"{name}{MOMENTS}")
-        print(f"moments of {name}: {time.monotonic() - start:.1f} s", flush=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -211,7 +222,8 @@ def run(arguments: argparse.Namespace) -> None:
     planned: Iterable[Iterable[Job]] = study()
     if arguments.arms:
         arms = tuple(ARMS) if arguments.arms == ["all"] else arguments.arms
-        planned = [plan(arms, arguments.tasks, arguments.seeds, arguments.steps, arguments.rates)]
+        tasks, seeds = arguments.tasks or TASKS, arguments.seeds or _SEEDS
+        planned = [plan(arms, tasks, seeds, arguments.steps or STEPS, arguments.rates)]
     scale = 1.0 if arguments.rates else RATE_SCALES[arguments.model]
     phases = [
         [job for job in (_scaled(job, scale) for job in phase) if _key(job.spec()) not in done]
@@ -224,8 +236,6 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     machine = describe_machine()
     kept = {k: machine[k] for k in ("device", "torch", "revision", "date")}
-    if arguments.texts is not None:
-        kept["texts"] = arguments.texts
     if arguments.bfloat16:
         kept["autocast"] = "bfloat16"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +255,7 @@ def run(arguments: argparse.Namespace) -> None:
         del model, data
         most = arguments.group if device == "cuda" else 1
         parts = [group for phase in phases for group in groups(phase, most)]
-        pool = Pool(folder, device, arguments.texts, arguments.bfloat16, parts, arguments.processes)
+        pool = Pool(folder, device, arguments.bfloat16, parts, arguments.processes)
         count = 0
         for record in pool.run(arguments.seconds - (time.monotonic() - start)):
             _refuse_other_texts(record, known)
@@ -313,14 +323,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--arms", nargs="+", choices=(*ARMS, "all"), help="instead of the study")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="(default: both)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="(default: 1 and 2)")
+    parser.add_argument("--steps", type=int, help=f"(default: {STEPS})")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each arm's own")
     parser.add_argument("--most", type=int, help="train no more than so many")
-    parser.add_argument(
-        "--texts", type=int, help="measure on so many sequences of each text, into another file"
-    )
     parser.add_argument(
         "--rehearse",
         nargs="?",
@@ -341,11 +348,15 @@ def main() -> None:
     )
     parser.add_argument("--group", type=int, default=10, help="trainings as one model, on a GPU")
     arguments = parser.parse_args()
+    if arguments.what == "run" and not arguments.arms:
+        for name in ("tasks", "seeds", "steps", "rates"):
+            if getattr(arguments, name) is not None:
+                parser.error(f"--{name} goes with --arms; the study has its own.")
+        if arguments.model != NAME:
+            parser.error(f"the study is {NAME}'s; name --arms.")
     own = "" if arguments.model == NAME else arguments.model
     if arguments.data is None:
         arguments.data = cache_folder() / own / "frontier.safetensors"
-    if arguments.texts is not None and arguments.results is None:
-        raise SystemExit("--texts: name the --results, since other texts give other figures.")
     if arguments.results is None:
         arguments.results = RESULTS / "frontier" / own / "trainings.jsonl"
     if arguments.what == "data":

@@ -264,11 +264,16 @@ def _mean(logits: Tensor, wanted: Tensor) -> Tensor:
     return functional.cross_entropy(logits, wanted, reduction="sum") / (wanted != -100).sum()
 
 
-def train(jobs: Sequence[Job], lab: Laboratory) -> list[dict[str, Any]]:
-    """The figures of jobs of one arm, task and number of steps, trained as one model."""
+def trained(jobs: Sequence[Job], lab: Laboratory) -> Run:
+    """Jobs of one arm, task and number of steps, trained as one model."""
     run = Run(jobs, lab)
     if lab.device.type == "cuda":
         run.capture()
     for _ in range(jobs[0].steps):
         run.advance()
-    return run.finish()
+    return run
+
+
+def train(jobs: Sequence[Job], lab: Laboratory) -> list[dict[str, Any]]:
+    """Their figures."""
+    return trained(jobs, lab).finish()
