@@ -170,7 +170,8 @@ study() {
     return 1
   fi
   mkdir -p "$OUT/frontier"
-  [ -f "$results" ] || cp benchmarks/results/frontier/trainings.jsonl "$results" 2> /dev/null
+  # without those under a CPU's autocast: a seed's arms would be of two precisions
+  [ -f "$results" ] || grep -v '"autocast"' benchmarks/results/frontier/trainings.jsonl > "$results"
   nvidia-cuda-mps-control -d 2> /dev/null && trap 'echo quit | nvidia-cuda-mps-control' EXIT
   # every arm's step as a CUDA graph, of a tiny model: what fails there costs the study its time
   rm -f "$OUT/rehearsal.jsonl" # what it holds would not be tried again

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ RESULTS = Path(__file__).parent / "results"
 SHARED = RESULTS.parents[2] / "shared" / "data"
 # benchmarks/gpu.sh names another folder for what it measures.
 _FOLDER = Path(os.environ.get("LOKI_KERNELS_RESULTS", RESULTS))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines."""
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 def _cpu_name() -> str:

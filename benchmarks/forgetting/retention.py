@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn import functional
 from loki_kernels.demo.evaluation import token_log_probabilities, windows_of
 from loki_kernels.demo.training import Encoded
 
+from ..records import read_lines
 from . import metrics
 from .precision import autocast
 
@@ -75,8 +75,7 @@ class Retention:
 
 
 def _first(path: Path, count: int) -> list[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+    return list(itertools.islice(read_lines(path), count))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import random
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from loki_kernels.demo.evaluation import labelled_logits, token_log_probabilities
 from loki_kernels.demo.training import Encoded, encode_answer
 
+from ..records import read_lines
 from . import metrics
 from .precision import autocast
 
@@ -103,8 +104,8 @@ def read_calls(data: Path, category: str) -> list[Call]:
     folder = data / "toolcall" / "bfcl"
     calls = []
     for question, answer in zip(
-        _json_lines(folder / f"BFCL_v4_{category}.json"),
-        _json_lines(folder / "possible_answer" / f"BFCL_v4_{category}.json"),
+        read_lines(folder / f"BFCL_v4_{category}.json"),
+        read_lines(folder / "possible_answer" / f"BFCL_v4_{category}.json"),
         strict=True,
     ):
         assert question["id"] == answer["id"]
@@ -124,11 +125,6 @@ def read_calls(data: Path, category: str) -> list[Call]:
             )
         )
     return calls
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
 
 
 def _first_values(arguments: dict[str, list[Any]]) -> dict[str, Any]:

@@ -151,14 +151,12 @@ ARMS: dict[str, Arm] = {
     "rows protected, 110": Arm(_ROWS, quota=10, protect="cut", directions=110),
     "down_proj protected, weighted": Arm(_ALL, protect="cut", weighted=True),
     "down_proj protected, 110, weighted": Arm(_ALL, protect="cut", directions=110, weighted=True),
-    "down_proj soft, two-sided": Arm(_ALL, protect="soft", weighted=True, row_steps=True),
     "down_proj protected, eigen": Arm(_ALL, protect="eigen"),
     "down_proj protected, rotated": Arm(_ALL, protect="rotated"),
     "down_proj protected + KL": Arm(_ALL, protect="cut", general="kl"),
     "linears protected + KL": Arm(
         (5e-5, 1e-4, 2e-4, 4e-4, 8e-4), "linears", protect="cut", general="kl"
     ),
-    "linears soft": Arm((5e-5, 1e-4, 2e-4, 4e-4, 8e-4), "linears", protect="soft"),
     "rows protected, 5 %": Arm((2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), quota=5, protect="cut"),
     "rows protected, 30 %": Arm((5e-4, 1e-3, 2e-3, 4e-3, 8e-3), quota=30, protect="cut"),
 }

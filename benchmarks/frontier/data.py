@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import loki_kernels as loki
 from loki_kernels.demo.evaluation import general_text
 from loki_kernels.files import atomic_path
 from loki_kernels.protection.samples import draw_samples
+
+from ..records import read_lines
 
 LENGTH = 256  # tokens of every sequence
 TASKS = ("shakespeare", "gsm8k")
@@ -60,13 +62,6 @@ class Data:
         chosen = torch.linspace(0, len(ids) - 1, count).round().long()
         return ids[chosen], labels[chosen]
 
-    def measured_on(self, count: int) -> Data:
-        """The first ``count`` sequences of what is measured, all of what is trained on."""
-        for part in (self.ids, self.labels):
-            for name in (*DOMAINS, *(f"{task}/test" for task in TASKS)):
-                part[name] = part[name][:count]
-        return self
-
     def to(self, device: str) -> Data:
         for part in (self.ids, self.labels):
             part.update({name: tensor.to(device) for name, tensor in part.items()})
@@ -93,7 +88,7 @@ def write_data(path: Path, shared: Path, drawn: Path, model: Any, tokenizer: Any
     parts["wikitext"] = _windows(tokenizer, _tokens(tokenizer, wikitext), 16)
     solutions = [
         record["prompt"] + record["canonical_solution"]
-        for record in _records(shared / "general" / "HumanEval.jsonl")
+        for record in read_lines(shared / "general" / "HumanEval.jsonl")
     ]
     parts["code"] = _windows(tokenizer, _tokens(tokenizer, "\n\n".join(solutions)), 16)
     chats = [(goal + text, len(goal)) for goal, text in zip(goals, own["answers"], strict=True)]
@@ -106,11 +101,6 @@ def write_data(path: Path, shared: Path, drawn: Path, model: Any, tokenizer: Any
         tensors[f"{name}:labels"] = labels.to(torch.int32)
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
@@ -159,7 +149,7 @@ def _shakespeare(shared: Path, tokenizer: Any) -> Any:
 def _gsm8k(shared: Path, tokenizer: Any) -> Any:
     """Problems as chats, labelled on the solution; 64 are held out."""
     rows = []
-    for record in _records(shared / "general" / "gsm8k_test.jsonl"):
+    for record in read_lines(shared / "general" / "gsm8k_test.jsonl"):
         prompt = _prompt(tokenizer, record["question"])
         rows.append((prompt + _answer(tokenizer, record["answer"]), len(prompt)))
     rows = [row for row in rows if len(row[0]) <= LENGTH]
@@ -200,7 +190,7 @@ def _goals(shared: Path, tokenizer: Any) -> list[list[int]]:
     """Everyday questions (PIQA's) as prompts."""
     goals = [
         record["query"].removeprefix("Question: ").split("\n")[0]
-        for record in _records(shared / "general" / "piqa.jsonl")
+        for record in read_lines(shared / "general" / "piqa.jsonl")
     ]
     return [_prompt(tokenizer, goal) for goal in goals[:: len(goals) // 40][:40]]
 

@@ -33,7 +33,6 @@ class Pool:
     Args:
         folder: the model, the data and the moments.
         device: ``cuda`` or ``cpu``.
-        texts: sequences of each text that is measured; None for all.
         bfloat16: whether they train under autocast.
         groups: of jobs of one arm, task and number of steps.
         processes: how many train at a time.
@@ -46,7 +45,6 @@ class Pool:
         self,
         folder: Path,
         device: str,
-        texts: int | None,
         bfloat16: bool,
         groups: Sequence[list[Job]],
         processes: int,
@@ -58,7 +56,7 @@ class Pool:
         self._groups, self._out = deque(groups), 0
         count = min(processes, len(groups))
         threads = 2 if device == "cuda" else max(1, torch.get_num_threads() // max(1, count))
-        arguments = (folder, device, texts, bfloat16, threads, self._jobs, self._answers)
+        arguments = (folder, device, bfloat16, threads, self._jobs, self._answers)
         self._make = lambda: context.Process(target=work, args=arguments, daemon=True)
         self._device = device
         self._workers = [self._make() for _ in range(count)]
@@ -124,7 +122,6 @@ class Pool:
 def work(
     folder: Path,
     device: str,
-    texts: int | None,
     bfloat16: bool,
     threads: int,
     jobs: Any,
@@ -135,7 +132,7 @@ def work(
     A capture that fails leaves its memory taken and its stream the current one.
     """
     torch.set_num_threads(threads)
-    lab = laboratory(folder, device, texts, bfloat16)
+    lab = laboratory(folder, device, bfloat16)
     while True:
         group = jobs.get()
         start = time.monotonic()
@@ -158,12 +155,10 @@ def work(
             torch.cuda.empty_cache()  # the other processes' as much as this one's
 
 
-def laboratory(folder: Path, device: str, texts: int | None, bfloat16: bool) -> Laboratory:
+def laboratory(folder: Path, device: str, bfloat16: bool) -> Laboratory:
     torch.set_float32_matmul_precision("high")  # TF32 products on a GPU; storage stays float32
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).to(device)
     data = Data.load(folder / "data.safetensors").to(device)
-    if texts is not None:
-        data.measured_on(texts)
     return Laboratory(base, data, _read_moments(folder, device), bfloat16)
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import loki_kernels as loki
 from loki_kernels.demo.model import load_samples, load_smollm2
 
-from ..records import SHARED
+from ..records import SHARED, read_lines
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -59,8 +59,7 @@ def prepare(checkout: Path, folder: Path) -> None:
 
 def texts(shared: Path, questions: int) -> dict[str, Any]:
     """GSM8K's solutions to train on, in MetaMathQA's form, others to test on, and wikitext."""
-    with open(shared / "general" / "gsm8k_test.jsonl", encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
+    records = list(read_lines(shared / "general" / "gsm8k_test.jsonl"))
     train = []
     for record in records[2 * questions :]:
         solution, _, answer = record["answer"].rpartition("#### ")

@@ -22,23 +22,23 @@ from benchmarks.frontier.layers import (
     singular,
     start_of,
 )
-from benchmarks.frontier.moments import linears, measure_moments, projection, rank_of
+from benchmarks.frontier.moments import linears, projection, rank_of
 from benchmarks.frontier.runner import (
     DECISIVE,
     _refuse_other_samples,
     _refuse_other_texts,
     _rehearsal,
     _scaled,
-    _sources,
     groups,
     main,
+    moments_of,
     plan,
     read_records,
     study,
 )
 from benchmarks.frontier.train import Run, train
 from benchmarks.frontier.workers import Pool
-from loki_kernels.demo.frontier import at_loss, frontier
+from loki_kernels.demo.frontier import frontier, mean_at_equal_loss
 from tests import models
 from tests.test_demo import word_tokenizer
 
@@ -46,17 +46,8 @@ from tests.test_demo import word_tokenizer
 def make_lab(device):
     model, tensors = _rehearsal()
     model, data = model.to(device), Data(tensors).to(device)
-    moments = {
-        name: measure_moments(
-            model,
-            *data.texts_of(asked["source"], asked["texts"]),
-            list(linears(model)),
-            weighted=asked["weighted"],
-            sensitivity=asked["sensitivity"],
-        )
-        for name, asked in _sources(list(itertools.chain(*study()))).items()
-    }
-    return Laboratory(model, data, moments)
+    jobs = list(itertools.chain(*study()))
+    return Laboratory(model, data, dict(moments_of(model, data, jobs)))
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +218,7 @@ def test_osf_moves_its_vectors_across_the_upper_half(lab):
         "full, down_proj protected",
         "LoRA + KL",
         "rows, random subspace",
-        "down_proj soft, two-sided",
+        "rows, steps by sensitivity",
         "OSF",
         "CorDA",
         "LoRA-Null, A fixed",
@@ -273,7 +264,7 @@ def test_jobs_of_one_arm_and_task_are_one_model():
 def test_a_plan_names_no_training_twice():
     jobs = [json.dumps(job.spec(), sort_keys=True) for job in itertools.chain(*study())]
     more = 2 * 2 * 4 * len(DECISIVE) + 2 * 2 * 3 * 6
-    assert len(set(jobs)) == len(jobs) == 2 * 2 * 5 * len(ARMS) + more
+    assert len(set(jobs)) == len(jobs) == 2 * 2 * 5 * (len(ARMS) - 1) + more
     assert len(list(plan(["LoRA"], TASKS, range(6), 400, (1e-3, 2e-3)))) == 24
     job = next(plan(["LoRA"], TASKS, [0], 80))
     assert _scaled(job, 0.25).rate == job.rate / 4
@@ -302,11 +293,13 @@ def test_processes_train_what_was_not_trained(tmp_path, monkeypatch, capsys):
     path = tmp_path / "trainings.jsonl"
     arms = ["full", "rows protected"]
     command = f"frontier run --rehearse --steps 2 --seeds 3 --tasks gsm8k --results {path} --arms"
-    monkeypatch.setattr(sys, "argv", ["frontier", "run", "--rehearse", "--texts", "2"])
-    with pytest.raises(SystemExit, match="--results"):
-        main()
+    for options in (["--steps", "2"], ["--model", "gemma-3-270m"]):  # the study has its own
+        monkeypatch.setattr(sys, "argv", ["frontier", "run", "--rehearse", *options])
+        with pytest.raises(SystemExit):
+            main()
+        assert "--arms" in capsys.readouterr().err
     for most, want in (("3", 3), ("9", 10)):
-        options = ["--most", most, "--texts", "2", *["--bfloat16"][: most == "9"]]
+        options = ["--most", most, *["--bfloat16"][: most == "9"]]
         monkeypatch.setattr(sys, "argv", [*command.split(), *arms, *options])
         main()
         assert len(read_records(path)) == want
@@ -351,11 +344,12 @@ def test_two_tasks_are_learned_in_a_row(tmp_path, monkeypatch, capsys):
         )
         for way in ("full", "plain", "protected", "protected, earlier")
     }
-    loss = max(front[0][0] for front in fronts.values())
-    want = {way: at_loss(front, loss) for way, front in fronts.items()}
-    assert {line["way"]: line["plays_lost"] for line in lines if "plays_lost" in line} == {
-        way: pytest.approx(lost, abs=1e-4) for way, lost in want.items() if lost is not None
+    shared, want = mean_at_equal_loss(fronts)
+    compared = {line["way"]: line for line in lines if "plays_lost" in line}
+    assert {way: line["plays_lost"] for way, line in compared.items()} == {
+        way: pytest.approx(lost, abs=1e-4) for way, lost in want.items()
     }
+    assert all(line["calls"] == pytest.approx(shared, abs=1e-4) for line in compared.values())
 
 
 def test_finals_are_asked_questions(tmp_path, monkeypatch, capsys):
@@ -373,17 +367,17 @@ def test_finals_are_asked_questions(tmp_path, monkeypatch, capsys):
     loaded = {accuracies.NAME: lambda: (model, word_tokenizer())}
     monkeypatch.setattr(accuracies, "MODELS", loaded)
     monkeypatch.setattr(Data, "load", lambda _: Data(tensors))
-    command = f"accuracies --steps 2 --shared {tmp_path} --records 3 --arms full"
+    command = f"accuracies --steps 2 --shared {tmp_path} --records 3 --arms full CorDA"
     monkeypatch.setattr(sys, "argv", command.split())
     accuracies.main()
     lines = [json.loads(s) for s in capsys.readouterr().out.splitlines() if s.startswith('{"')]
     assert [(line["arm"], line["task"]) for line in lines] == [
         ("base", ""),
-        ("full", "shakespeare"),
-        ("full", "gsm8k"),
+        *itertools.product(("full", "CorDA"), ("shakespeare",)),
+        *itertools.product(("full", "CorDA"), ("gsm8k",)),
     ]
     assert all(0 <= line["piqa"] <= 1 for line in lines)
-    assert len({line["perplexity"] for line in lines}) == 3
+    assert len({line["perplexity"] for line in lines}) == 5
 
 
 class Threads:
@@ -424,7 +418,7 @@ def test_a_group_that_does_not_fit_is_halved(device, monkeypatch, capsys):
     monkeypatch.setattr(workers, "laboratory", lambda *_: None)
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: Threads())
     jobs = [Job("LoRA", ARMS["LoRA"], "gsm8k", rate * 1e-4, 0, 2) for rate in range(1, 6)]
-    pool = Pool(None, device, None, False, [jobs, jobs[:2]], 2)
+    pool = Pool(None, device, False, [jobs, jobs[:2]], 2)
     found = sorted(record["rate"] for record in pool.run(60))
     assert found == pytest.approx([1e-4, 1e-4, 2e-4, 2e-4, 3e-4])
     assert pool.failed == 1
@@ -460,7 +454,7 @@ def test_the_others_go_on_without_one_that_is_killed(code, trained, monkeypatch,
     monkeypatch.setattr(workers, "_WAIT", 0.1)
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: Mortal())
     jobs = [Job("LoRA", ARMS["LoRA"], "gsm8k", rate, 0, 2) for rate in (1.0, 2.0, 3.0, 4.0)]
-    pool = Pool(None, "cpu", None, False, [[job] for job in jobs], 2)
+    pool = Pool(None, "cpu", False, [[job] for job in jobs], 2)
     assert {record["before"] for record in pool.run(20)} == trained
     assert pool.failed == 1
     assert f"a process was killed ({code})" in capsys.readouterr().out
