@@ -399,9 +399,9 @@ def test_adapters_within_a_batch_are_refused():
 
 
 def test_trainer_resumes_bit_exactly(tmp_path):
-    def run(folder, steps, resume=False):
+    def run(folder, resume=None):
         model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
-        tiny_trainer(model, folder, steps).train(resume_from_checkpoint=resume)
+        tiny_trainer(model, folder, 6).train(resume_from_checkpoint=resume)
         return {n: p.detach().clone() for n, p in model.named_parameters() if "loki_" in n}
 
     straight, resumed = straight_and_resumed(run, tmp_path)

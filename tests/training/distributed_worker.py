@@ -372,9 +372,9 @@ def trainer(case, out):
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(records)
 
-    def run(folder, steps, resume=False):
+    def run(last, resume=None):
         arguments = TrainingArguments(
-            output_dir=str(folder), max_steps=steps, save_steps=STEPS // 2, logging_steps=1,
+            output_dir=str(out / case), max_steps=STEPS, save_steps=STEPS // 2, logging_steps=1,
             learning_rate=0.02, weight_decay=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
             per_device_train_batch_size=BATCH // dist.get_world_size(), report_to="none",
             disable_tqdm=True, use_cpu=True, **engine,
@@ -387,14 +387,14 @@ def trainer(case, out):
         if handle is not None and "fsdp2" in case:  # else every pass forms what the weights hold
             assert not any(layer.written for _, layer in handle.named_layers())
         if "sharded" in case:  # of which the Trainer saves no model
-            model.save_pretrained(folder / "last", is_main_process=dist.get_rank() == 0)
+            model.save_pretrained(out / case / last, is_main_process=dist.get_rank() == 0)
         else:
-            run.save_model(str(folder / "last"))
+            run.save_model(str(out / case / last))
         return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
-    run(out / f"{case}-resumed", STEPS // 2)
-    run(out / f"{case}-resumed", STEPS, resume=True)
-    return run(out / case, STEPS), None, None
+    losses = run("last")
+    run("resumed", str(out / case / f"checkpoint-{STEPS // 2}"))
+    return losses, None, None
 
 
 # Models that were patched before there was a group, each process with rows of its own, and with a

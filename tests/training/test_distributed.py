@@ -517,7 +517,7 @@ def assert_trainer(alone: Path, out: Path, case: str) -> None:
     assert_same_losses(alone, out, case)
     file = "adapter_model.safetensors" if case.endswith("peft") else "model.safetensors"
     straight = load_file(out / case / "last" / file)
-    resumed = load_file(out / f"{case}-resumed" / "last" / file)
+    resumed = load_file(out / case / "resumed" / file)
     for name, tensor in straight.items():
         assert torch.equal(resumed[name], tensor), name
     if case.endswith("peft"):

@@ -250,11 +250,11 @@ def test_an_adapter_of_another_rank_is_one(tmp_path):
 def test_a_resumed_trainer_goes_on_from_the_experts_rows(tmp_path, by):
     """Its checkpoints name experts one by one, so a state dict of one leaves them as they are."""
 
-    def run(folder, steps, resume=False):
+    def run(folder, resume=None):
         model = build_model("Qwen3Moe")
-        handle = loki.patch(model, folder / "checkpoint-3" if resume and by == "rows" else ROWS)
+        handle = loki.patch(model, resume if resume and by == "rows" else ROWS)
         callbacks = [handle.trainer_callback()] if by == "callback" else []
-        tiny_trainer(model, folder, steps, callbacks).train(resume_from_checkpoint=resume)
+        tiny_trainer(model, folder, 6, callbacks).train(resume_from_checkpoint=resume)
         return model.state_dict()
 
     straight, resumed = straight_and_resumed(run, tmp_path)
@@ -328,10 +328,10 @@ def test_shards_in_any_order_are_noticed(read, tmp_path):
 def test_modules_trained_whole_are_resumed_under_other_names(tmp_path):
     """Llava's files name all of its decoder otherwise, and a Trainer's loading passes it by."""
 
-    def run(folder, steps, resume=False):
+    def run(folder, resume=None):
         model = build("LlavaForConditionalGeneration")
         handle = loki.patch(model, ROWS, modules_to_save=["embed_tokens"])
-        run = tiny_trainer(model, folder, steps, [handle.trainer_callback()])
+        run = tiny_trainer(model, folder, 6, [handle.trainer_callback()])
         run.train(resume_from_checkpoint=resume)
         return model.state_dict()
 

@@ -129,24 +129,23 @@ def test_checkpoint_is_ordinary(tmp_path):
     torch.testing.assert_close(logits(again), want)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"gradient_accumulation_steps": 2},
-        {"bf16": True},
-    ],
-)
-@pytest.mark.parametrize("by", ["callback", "rows"])
+OPTIONS = [
+    {},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    {"gradient_accumulation_steps": 2},
+    {"bf16": True},
+]
+
+
+# The options act on steps; rows that are read before the first of them meet none.
+@pytest.mark.parametrize(("by", "options"), [("rows", {}), *(("callback", o) for o in OPTIONS)])
 def test_trainer_resumes_bit_exactly(tmp_path, options, by):
-    def run(folder, steps, resume=False):
+    def run(folder, resume=None):
         model = build_model("llama_mlp_bias")
-        rows = folder / "checkpoint-3" if resume and by == "rows" else ROWS
-        handle = loki.patch(model, rows)
+        handle = loki.patch(model, resume if resume and by == "rows" else ROWS)
         callbacks = [handle.trainer_callback()] if by == "callback" else []
-        run = tiny_trainer(model, folder, steps, callbacks, **options)
+        run = tiny_trainer(model, folder, 6, callbacks, **options)
         run.train(resume_from_checkpoint=resume)
         return model.state_dict()
 
@@ -188,13 +187,12 @@ def test_trainer_resumes_from(tmp_path, monkeypatch, by, kind):
 @pytest.mark.parametrize("by", ["callback", "rows"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_trainer_resumes_what_a_checkpoint_rounds(tmp_path, rank, by):
-    def run(folder, steps, resume=False):
+    def run(folder, resume=None):
         torch.manual_seed(3)
         model = build_model(dtype=torch.bfloat16)
-        rows = folder / "checkpoint-3" if resume and by == "rows" else ROWS
-        handle = loki.patch(model, rows, rank=rank)
+        handle = loki.patch(model, resume if resume and by == "rows" else ROWS, rank=rank)
         callbacks = [handle.trainer_callback()] if by == "callback" else []
-        tiny_trainer(model, folder, steps, callbacks).train(resume_from_checkpoint=resume)
+        tiny_trainer(model, folder, 6, callbacks).train(resume_from_checkpoint=resume)
         return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     straight, resumed = straight_and_resumed(run, tmp_path)

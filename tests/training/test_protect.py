@@ -518,11 +518,10 @@ def test_merged_rows_of_another_run_are_not_projected(protection, tmp_path):
 def test_a_trainer_resumes_from_the_folder(dtype, protection, tmp_path):
     """Without the callback: the Trainer loads the merged weights over what was read."""
 
-    def run(folder, steps, resume=False):
+    def run(folder, resume=None):
         model = build_model(dtype=dtype)
-        rows = folder / "checkpoint-3" if resume else ROWS
-        handle = loki.patch(model, rows, protect=protection)
-        tiny_trainer(model, folder, steps).train(resume_from_checkpoint=resume)
+        handle = loki.patch(model, resume or ROWS, protect=protection)
+        tiny_trainer(model, folder, 6).train(resume_from_checkpoint=resume)
         return {name: layer.formed_update()["update"] for name, layer in handle.named_layers()}
 
     straight, resumed = straight_and_resumed(run, tmp_path)
