@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from functools import partial
+from functools import cache, partial
 
 import peft
 import pytest
@@ -215,9 +215,11 @@ def test_an_adapter_of_patch_is_trained_on(file, tmp_path):
 
 def test_all_rows_protected_unless_something_says_what_to_train(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(estimate, "find_tokenizer", lambda model: chat_tokenizer())
-    want = loki.estimate_protection(build_model(), tokenizer=chat_tokenizer())
-    config = peft.get_peft_model(build_model(), LokiConfig()).peft_config["default"]
+    model, tokenizer = build_model(), chat_tokenizer()
+    monkeypatch.setattr(estimate, "find_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(estimate, "draw_samples", cache(estimate.draw_samples))  # both draw alike
+    want = loki.estimate_protection(model, tokenizer=tokenizer)
+    config = peft.get_peft_model(model, LokiConfig()).peft_config["default"]
     assert [len(rows) for rows in config.rows] == [48] * 3
     assert config.protection == want.fingerprint
     config = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)).peft_config["default"]
