@@ -162,7 +162,7 @@ peers() {
 study() {
   local seconds=${1:-240} data=(--data "${FRONTIER_DATA:-}") jobs=400
   local results="$OUT/frontier/trainings.jsonl"
-  [ -n "$dry" ] && data=(--rehearse --most 1) jobs=1
+  [ -n "$dry" ] && data=(--rehearse --most 1) jobs=0 # a CPU captures no step; the study trains one
   # What would fail after a minute of starting; transformers reads the weights by gguf.
   if [ -z "$dry" ] && ! { [ -f "${FRONTIER_DATA:-}" ] && "$PYTHON" -c "import gguf" &&
     "$PYTHON" -c "from loki_kernels.demo.model import find_gguf; find_gguf()"; } 2>> "$log"; then

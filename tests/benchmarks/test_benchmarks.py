@@ -294,7 +294,7 @@ def test_a_suite_runs(suite, monkeypatch, capsys):
         return SimpleNamespace(returncode=0, stdout=json.dumps(peak))
 
     monkeypatch.setattr(subprocess, "run", run)
-    # Measuring them takes five seconds, and test_gpu_script does.
+    # Measuring them takes five seconds, and test_goals does.
     monkeypatch.setattr(measure, "ceilings", lambda: measure.Ceilings(1e12, 1e10))
     monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--dry-run"])
     main()
