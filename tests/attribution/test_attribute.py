@@ -324,19 +324,6 @@ def test_prompt_tuning_is_refused(model, prompts):
     loki.attribute(tuned.get_base_model(), prompts)
 
 
-def test_out_is_the_same_and_loads(model, prompts, tmp_path):
-    want = attribute(model, prompts)
-    path = tmp_path / "scores.safetensors"
-    got = attribute(model, prompts, out=path, batch_size=1)
-    loaded = loki.Attribution.load(path)
-    for result in (got, loaded):
-        assert norm_error(result.scores, want.scores) < 1e-5
-        assert torch.equal(result.targets, want.targets)
-        assert torch.allclose(result.completeness, want.completeness, atol=1e-5)
-    assert loaded.run == got.run
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_out_leaves_no_file_after_an_exception(model, prompts, tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")

@@ -415,6 +415,7 @@ def test_any_reader_of_safetensors_reads_it(model, out):
         assert set(file.keys()) == {"scores", *BESIDE}
         assert (file.get_tensor("scores") == got.scores.numpy()).all()
         assert json.loads(file.metadata()["run"]) == got.run
+    assert Attribution.load(out).run == got.run
 
 
 def test_adapters_in_force_are_known(tmp_path):

@@ -112,7 +112,6 @@ def test_compiles_whole(activation):
         ({"up": torch.zeros(3, 4)}, "up must be"),
         ({"up": torch.zeros(3, 5, dtype=torch.float64)}, "share a dtype"),
         ({"activation": "relu"}, "activation='relu'"),
-        ({"backend": "cudnn"}, "backend='cudnn'"),
     ],
 )
 def test_bad_input_raises(options, message):

@@ -312,13 +312,6 @@ def test_rows_of_another_selection_are_not_loaded_into_an_adapter(tmp_path):
     assert torch.equal(logits(other), logits(build_model()))
 
 
-def test_a_patched_model_is_refused():
-    model = build_model()
-    loki.patch(model, ROWS)
-    with pytest.raises(ValueError, match=r"call unpatch\(\) or merge\(\)"):
-        peft.get_peft_model(model, LokiConfig(rows=ROWS))
-
-
 def test_no_adapter_is_added_to_a_merged_model():
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
     learned = logits(train(model))
@@ -471,7 +464,9 @@ def test_copies():
 
 
 def test_registration_needs_the_import():
-    """Nothing of PEFT changes until loki_kernels.peft is imported, whatever else is used."""
+    """Nothing of PEFT changes until loki_kernels.peft is imported, whatever else is used; nor is
+    Triton imported by what the package offers.
+    """
     script = (
         "import sys, loki_kernels as loki\n"
         "assert 'peft' not in sys.modules\n"
@@ -479,6 +474,8 @@ def test_registration_needs_the_import():
         # them, which imports PEFT by itself
         "loki.ops.count_lowest, loki.patch, loki.attribute, loki.drift, loki.save_adapter\n"
         "assert 'loki_kernels.training.adapters' in sys.modules\n"
+        "assert 'loki_kernels.ops._dispatch' in sys.modules\n"
+        "assert 'loki_kernels.ops._triton' not in sys.modules\n"
         "import peft; assert 'LOKI' not in list(peft.PeftType)\n"
         "import loki_kernels.peft; assert 'LOKI' in list(peft.PeftType)\n"
         "assert peft.PeftType.LOKI == peft.PeftType('LOKI') == 'LOKI'"

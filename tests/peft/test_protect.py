@@ -320,7 +320,7 @@ def test_a_patched_model_is_refused_before_anything_is_estimated(monkeypatch):
     model = build_model()
     loki.patch(model, ROWS)
     monkeypatch.setattr("loki_kernels.training.targets.cached_protection", None)
-    with pytest.raises(ValueError, match="already patched"):
+    with pytest.raises(ValueError, match=r"already patched; call unpatch\(\) or merge\(\)"):
         peft.get_peft_model(model, LokiConfig())
 
 

@@ -116,14 +116,6 @@ def test_a_copy_has_weights_of_its_own():
     assert torch.equal(copied(input_ids=IDS).logits, want)
 
 
-def test_attribution_of_a_fused_model():
-    model = build_model()
-    prompts = [{"input_ids": IDS[0].cpu()}]
-    want = loki.attribute(model, prompts).scores
-    loki.patch(model, ROWS, fuse_mlp=True)
-    torch.testing.assert_close(loki.attribute(model, prompts).scores, want)
-
-
 def test_compiles_whole():
     torch._dynamo.reset()
     model = build_model()

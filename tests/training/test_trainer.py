@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import loki_kernels as loki
-from tests.models import DEVICE, build_model, changed_rows
-from tests.tiny_training import ROWS, load_model, logits, token_batch, train
+from tests.models import DEVICE, build_model
+from tests.tiny_training import ROWS, logits, token_batch, train
 
 
 def optimizer_of(model, lr=0.05):
@@ -149,21 +149,3 @@ def test_lightning(want, tmp_path):
     trainer(3).fit(resumed, loader, ckpt_path=tmp_path / "last.ckpt")
     for name, tensor in module.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
-
-
-def test_sft_trainer(base_folder, tmp_path):
-    """TRL around a patched model; the checkpoint is an ordinary one."""
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    model = load_model(base_folder)
-    loki.patch(model, ROWS)
-    texts = [" ".join(f"w{i + j}" for j in range(8)) for i in range(4)]
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=0.01,
-        report_to="none", use_cpu=DEVICE.type == "cpu", disable_tqdm=True, bf16=False,
-    )  # fmt: skip
-    trainer = trl.SFTTrainer(model, arguments, train_dataset=Dataset.from_dict({"text": texts}))
-    trainer.train()
-    trainer.save_model(str(tmp_path / "out"))
-    assert changed_rows(tmp_path / "out", base_folder) == [1, 5, 40]
