@@ -116,23 +116,29 @@ def test_hooks_of_the_base_are_called(kind):
 def test_lora_on_a_patched_model_says_so_before_training():
     model = build_model()
     loki.patch(model, ROWS)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    wrapped = lora(model, config).train()
-    batch = token_batch()
-    with pytest.raises(RuntimeError, match="the rows of this patched model are frozen"):
-        wrapped(input_ids=batch, labels=batch)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)
+    wrapped, batch = lora(model, config), token_batch()
+    with pytest.raises(
+        RuntimeError, match=r"the rows of this patched model are frozen.*Patch last"
+    ):
+        wrapped.train()(input_ids=batch, labels=batch)
+    wrapped.eval()(input_ids=batch)
+    with torch.no_grad():
+        wrapped.train()(input_ids=batch)
 
 
-def test_patch_refuses_a_model_with_an_adapter():
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], None])
+def test_patch_refuses_a_model_with_an_adapter(targets):
+    """Patching would freeze it, LoRA's or our own."""
+    config = LokiConfig(rows=ROWS)
+    if targets is not None:
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=2)
     model = lora(build_model(), config)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
     with pytest.raises(ValueError, match="has a PEFT adapter"):
         loki.patch(model, ROWS)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
-    wrapped = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
-    with pytest.raises(ValueError, match="has a PEFT adapter"):
-        loki.patch(wrapped, ROWS)
 
 
 def lora(model, config):

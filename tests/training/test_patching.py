@@ -437,31 +437,6 @@ def test_selection_of_neurons_or_another_width(model, prompts):
         loki.patch(model, wide)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
-def test_a_model_with_a_peft_adapter_is_refused(model, targets):
-    """Patching would freeze the adapter."""
-    import peft
-
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2))
-    with pytest.raises(ValueError, match="has a PEFT adapter"):
-        loki.patch(wrapped, ROWS)
-    assert any(p.requires_grad for p in model.parameters())
-
-
-def test_freezing_after_patching_is_an_error(model):
-    import peft
-
-    handle = loki.patch(model, ROWS)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
-    batch = token_batch()
-    with pytest.raises(RuntimeError, match="Patch last"):
-        wrapped.train()(input_ids=batch, labels=batch)
-    wrapped.eval()(input_ids=batch)
-    with torch.no_grad():
-        wrapped.train()(input_ids=batch)
-    assert handle.report.trainable
-
-
 @pytest.mark.parametrize("name", ["llama", "llama_mlp_bias"])
 def test_suppress(name):
     model = build_model(name)
