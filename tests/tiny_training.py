@@ -11,6 +11,8 @@ import loki_kernels as loki
 from tests import models
 
 ROWS = [[1, 5, 40], [0], [7, 3]]
+# How a model is trained in them.
+WAYS = ["patch", "peft", "patch, protected", "peft, protected"]
 
 
 def token_records(count=16):
@@ -87,6 +89,31 @@ def tiny_trainer(model, folder, steps, callbacks=(), **options):
         eval_dataset=token_records(4),
         callbacks=list(callbacks),
     )
+
+
+def start(way, folder, fuse_mlp=False):
+    """(model to be trained in ROWS, callbacks)."""
+    import peft
+
+    from loki_kernels.peft import LokiConfig
+
+    model = load_model(folder)
+    protect = protection_file(folder) if "protected" in way else None
+    if way.startswith("patch"):
+        handle = loki.patch(model, ROWS, fuse_mlp=fuse_mlp, protect=protect)
+        return model, [handle.trainer_callback()]
+    return peft.get_peft_model(model, LokiConfig(rows=ROWS, protect=protect)), []
+
+
+def assert_ordinary(way, folder, base_folder):
+    """A checkpoint, or an adapter of the base, with the selected rows changed and no others."""
+    if way.startswith("peft"):
+        from peft import PeftModel
+
+        merged = PeftModel.from_pretrained(load_model(base_folder), folder).merge_and_unload()
+        folder = folder / "merged"
+        merged.save_pretrained(folder)
+    assert models.changed_rows(folder, base_folder) == ROWS[0]
 
 
 def straight_and_resumed(run, folder):

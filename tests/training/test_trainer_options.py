@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
 import loki_kernels as loki
-from loki_kernels.peft import LokiConfig
-from tests.models import DEVICE, changed_rows
-from tests.tiny_training import ROWS, load_model, protection_file, tiny_trainer
+from tests.models import DEVICE
+from tests.tiny_training import WAYS, assert_ordinary, start, tiny_trainer
 from tests.zoo.build import build
 
-WAYS = ["patch", "peft", "patch, protected", "peft, protected"]
 STEPS = 3
-
-
-def start(way, folder, fuse_mlp=False):
-    """(model to be trained in ROWS, callbacks)."""
-    model = load_model(folder)
-    protect = protection_file(folder) if "protected" in way else None
-    if way.startswith("patch"):
-        handle = loki.patch(model, ROWS, fuse_mlp=fuse_mlp, protect=protect)
-        return model, [handle.trainer_callback()]
-    return peft.get_peft_model(model, LokiConfig(rows=ROWS, protect=protect)), []
 
 
 def updates(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if "update" in n}
-
-
-def assert_ordinary(way, folder, base_folder):
-    """A checkpoint, or an adapter of the base, with the selected rows changed and no others."""
-    if way.startswith("peft"):
-        merged = peft.PeftModel.from_pretrained(load_model(base_folder), folder).merge_and_unload()
-        folder = folder / "merged"
-        merged.save_pretrained(folder)
-    assert changed_rows(folder, base_folder) == ROWS[0]
 
 
 @pytest.fixture(scope="module", params=WAYS)

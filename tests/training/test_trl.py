@@ -21,12 +21,20 @@ from transformers import (
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
-from tests.models import DEVICE, changed_rows
-from tests.tiny_training import ROWS, SMALL_BATCHES, load_model, logits, protection_file, train
+from tests.models import DEVICE
+from tests.tiny_training import (
+    ROWS,
+    SMALL_BATCHES,
+    WAYS,
+    assert_ordinary,
+    load_model,
+    logits,
+    protection_file,
+    train,
+)
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-WAYS = ["patch", "peft", "patch, protected", "peft, protected"]
 COMMON = {
     "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.02, "report_to": "none",
     "use_cpu": DEVICE.type == "cpu", "disable_tqdm": True, "bf16": False, "save_strategy": "no",
@@ -108,13 +116,8 @@ def start(way, folder, kind=AutoModelForCausalLM, **config):
 
 
 def assert_rows_trained(way, trainer, base_folder, out):
-    """A checkpoint, or an adapter of the base, with the selected rows changed and no others."""
     trainer.save_model(str(out))
-    if way.startswith("peft"):
-        model = PeftModel.from_pretrained(load_model(base_folder), out).merge_and_unload()
-        model.save_pretrained(out / "merged")
-        out = out / "merged"
-    assert changed_rows(out, base_folder) == ROWS[0]
+    assert_ordinary(way, out, base_folder)
 
 
 def losses(trainer):

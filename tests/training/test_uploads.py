@@ -7,18 +7,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
-import peft
 import pytest
 import torch
 import transformers.trainer
 from safetensors.torch import load_file
 
 import loki_kernels as loki
-from loki_kernels.peft import LokiConfig
 from tests.models import build_model, changed_rows
-from tests.tiny_training import ROWS, load_model, logits, protection_file, tiny_trainer
+from tests.tiny_training import (
+    ROWS,
+    WAYS,
+    load_model,
+    logits,
+    protection_file,
+    start,
+    tiny_trainer,
+)
 
-WAYS = ["patch", "patch, protected", "peft", "peft, protected"]
 STEPS = 3
 
 
@@ -69,12 +74,7 @@ for way in ("patch", "peft"):
 @pytest.mark.parametrize("way", WAYS)
 def test_push_to_hub(way, base_folder, tmp_path, hub):
     """The files of the last upload, and of the uploads while it trained."""
-    model, callbacks = load_model(base_folder), []
-    protect = protection_file(base_folder) if "protected" in way else None
-    if way.startswith("patch"):
-        callbacks = [loki.patch(model, ROWS, protect=protect).trainer_callback()]
-    else:
-        model = peft.get_peft_model(model, LokiConfig(rows=ROWS, protect=protect))
+    model, callbacks = start(way, base_folder)
     trainer = tiny_trainer(
         model, tmp_path, STEPS, callbacks, push_to_hub=True, hub_strategy="checkpoint",
         hub_model_id="me/rows",
