@@ -65,13 +65,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    from tests import models
-
-    return models.DEVICE
-
-
 @pytest.fixture
 def one_process() -> Iterator[None]:
     """A group of this process alone, in which sharding does all that it does among others."""

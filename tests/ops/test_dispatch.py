@@ -223,7 +223,6 @@ class Check:
 def clock(accelerator):
     """Time that stands still unless a test moves it."""
     now = SimpleNamespace(seconds=1000.0)
-    accelerator.monkeypatch.setattr(_dispatch, "_postponed", {})
     accelerator.monkeypatch.setattr(_dispatch.time, "monotonic", lambda: now.seconds)
     return now
 

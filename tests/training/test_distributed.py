@@ -65,21 +65,6 @@ def zero(tmp_path_factory):
     return launch_worker(tmp_path_factory.mktemp("zero"), cases)
 
 
-@pytest.fixture(scope="module")
-def alone(torch_engines):
-    return torch_engines
-
-
-@pytest.fixture(scope="module")
-def trainers(torch_engines):
-    return torch_engines
-
-
-@pytest.fixture(scope="module")
-def zero_trainers(zero):
-    return zero
-
-
 def case_of_one_process(case: str) -> str:
     """The case that one process runs."""
     return "-".join(["plain", *(part for part in case.split("-") if part in OPTIONS)])
@@ -113,9 +98,9 @@ def assert_same_weights(alone: Path, case: str, state: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("case", TORCH)
-def test_torch_engines(alone, torch_engines, case):
-    assert_same_losses(alone, torch_engines, case)
-    assert_same_weights(alone, case, load_file(torch_engines / f"{case}.safetensors"))
+def test_torch_engines(torch_engines, case):
+    assert_same_losses(torch_engines, torch_engines, case)
+    assert_same_weights(torch_engines, case, load_file(torch_engines / f"{case}.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -123,12 +108,12 @@ def test_torch_engines(alone, torch_engines, case):
     ["ddp", "fsdp2", "fsdp2-rank", "fsdp2-bf16", "fsdp2-protect", "fsdp2-experts",
      "fsdp2-protect-experts"],
 )  # fmt: skip
-def test_checkpoint_at_the_end_is_ordinary(alone, torch_engines, case):
+def test_checkpoint_at_the_end_is_ordinary(torch_engines, case):
     folder = torch_engines / case
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert_same_weights(alone, case, model.state_dict())
+    assert_same_weights(torch_engines, case, model.state_dict())
     assert (folder / "loki_rows.update").exists()
     if case != "ddp":  # what save_pretrained gathers by itself, called in every process
         own, state = (folder.with_name(f"{case}-{kind}") for kind in ("own", "state"))
@@ -425,14 +410,14 @@ def test_values_that_wait_on_the_cpu_are_gathered_where_the_group_is(one_process
     reason="transformers 5.0 logs another loss in several processes",
 )
 @pytest.mark.parametrize("case", TRAINER)
-def test_trainers(alone, trainers, case):
-    assert_trainer(alone, trainers, case)
+def test_trainers(torch_engines, case):
+    assert_trainer(torch_engines, torch_engines, case)
 
 
-def test_a_sharded_checkpoint_has_its_protection(trainers):
+def test_a_sharded_checkpoint_has_its_protection(torch_engines):
     """Of `SHARDED_STATE_DICT` the Trainer calls no save_pretrained."""
     for step in (2, 4):
-        folder = trainers / "trainer-fsdp2-protect-sharded" / f"checkpoint-{step}"
+        folder = torch_engines / "trainer-fsdp2-protect-sharded" / f"checkpoint-{step}"
         assert not (folder / "model.safetensors").exists()
         kept = loki.Protection.load(folder / "loki_rows.protection")
         assert kept.fingerprint == protection(build_model("llama_mlp_bias")).fingerprint
@@ -440,18 +425,18 @@ def test_a_sharded_checkpoint_has_its_protection(trainers):
 
 @deepspeed
 @pytest.mark.parametrize("case", ZERO)
-def test_zero(alone, zero, case):
-    assert_same_losses(alone, zero, case)
+def test_zero(torch_engines, zero, case):
+    assert_same_losses(torch_engines, zero, case)
     if case in ("zero2", "zero2-peft", "zero3-peft"):  # else the engine's rows are apart
-        assert_same_weights(alone, case, load_file(zero / f"{case}.safetensors"))
+        assert_same_weights(torch_engines, case, load_file(zero / f"{case}.safetensors"))
 
 
 @deepspeed
 @pytest.mark.parametrize("case", ["zero2", "zero3", "zero3-rank", "zero3-protect"])
-def test_zero_saves_an_ordinary_checkpoint(alone, zero, case):
+def test_zero_saves_an_ordinary_checkpoint(torch_engines, zero, case):
     model, info = AutoModelForCausalLM.from_pretrained(zero / case, output_loading_info=True)
     assert not info["unexpected_keys"]
-    assert_same_weights(alone, case, model.state_dict())
+    assert_same_weights(torch_engines, case, model.state_dict())
 
 
 def test_an_update_to_be_used_is_not_trained_in_shards(one_process, tmp_path):
@@ -488,14 +473,14 @@ def test_ddp_sends_none_of_our_buffers(one_process, way, tmp_path):
 
 @deepspeed
 @pytest.mark.parametrize("case", ZERO_TRAINER)
-def test_zero_trainers(alone, zero_trainers, case):
-    assert_trainer(alone, zero_trainers, case)
+def test_zero_trainers(torch_engines, zero, case):
+    assert_trainer(torch_engines, zero, case)
 
 
 @deepspeed
-def test_zero_keeps_the_update_itself_where_weights_are_not_gathered(alone, zero):
+def test_zero_keeps_the_update_itself_where_weights_are_not_gathered(torch_engines, zero):
     """The Trainer saves in one process then, which would wait for the others' parts."""
-    assert_same_losses(alone, zero, APART)
+    assert_same_losses(torch_engines, zero, APART)
     for folder in ("last", "checkpoint-2"):
         assert not list((zero / APART / folder).glob("loki_rows*"))
         assert list((zero / APART / folder).glob("global_step*"))

@@ -851,7 +851,7 @@ def test_an_error_leaves_inference(model):
     torch.testing.assert_close(logits(handle.merge()), learned)
 
 
-def test_rows_are_written_after_a_forward_pass_that_raised(model, writes):
+def test_rows_are_written_after_a_forward_pass_that_raised(model):
     loki.patch(model, ROWS)
     broken = model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -862,7 +862,7 @@ def test_rows_are_written_after_a_forward_pass_that_raised(model, writes):
     assert not layer(to_device(torch.ones(1, 112)))[0, [7, 3]].any()
 
 
-def test_a_copy_writes_its_own_rows(model, writes):
+def test_a_copy_writes_its_own_rows(model):
     loki.patch(model, ROWS)
     twin = copy.deepcopy(model)
     layer = twin.model.layers[0].mlp.down_proj
