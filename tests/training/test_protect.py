@@ -168,11 +168,13 @@ def test_what_is_merged_and_saved_leaves_the_directions_out(rank, fuse_mlp, prot
         loki.load_adapter(build_model(), tmp_path / "checkpoint").merge(),
     ):
         torch.testing.assert_close(logits(reopened), trained, rtol=1e-4, atol=1e-4)
-    a = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    factors = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
     for name, directions in protection.directions.items():
-        left = a[f"base_model.model.{name}.lora_A.weight"] @ directions
-        if rank is None:
-            assert left.abs().max() < 1e-5
+        a, b = (factors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        assert (b @ a @ directions).abs().max() < 1e-5
+    peft = pytest.importorskip("peft")
+    exported = peft.PeftModel.from_pretrained(build_model(), str(tmp_path / "lora"))
+    torch.testing.assert_close(logits(exported), trained, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
