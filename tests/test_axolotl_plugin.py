@@ -15,8 +15,7 @@ import peft
 import pytest
 
 from tests.models import build_model
-from tests.tiny_training import ROWS, logits, train
-from tests.training.test_protect import protection_of
+from tests.tiny_training import ROWS, logits, protection_of, train
 
 KEYS = (
     "adapter loki_rows loki_quota loki_criterion loki_rank loki_protect lora_model_dir "

@@ -19,7 +19,7 @@ from loki_kernels.demo.methods import FULL, LOKI, LORA, Update, trainable
 from loki_kernels.demo.training import collate
 from loki_kernels.questions import Question
 from tests.models import build_model
-from tests.tiny_training import logits, train
+from tests.tiny_training import logits, protection_of, train
 
 
 def test_examples_are_seeded_and_functions_held_out():
@@ -110,8 +110,7 @@ def test_the_task_s_loss_ignores_padding():
 def test_every_method_trains_and_gives_the_base_back(method):
     base = build_model()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    texts = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(0)).tolist()
-    protection = loki.estimate_protection(base, texts, share=0.7)
+    protection = protection_of(base)
     with trainable(method, base, protection) as model:
         untouched = logits(model)
         update = Update(model)

@@ -15,7 +15,7 @@ from loki_kernels.attribution import analysis, job
 from loki_kernels.discovery import find_structure
 from loki_kernels.placement import on_accelerator
 from tests.models import assert_unchanged, build_model, snapshot
-from tests.training.test_patching import WordTokenizer
+from tests.tiny_training import WordTokenizer
 
 
 class Tied(nn.Module):

@@ -18,7 +18,8 @@ import loki_kernels as loki
 from loki_kernels import environment, files
 from loki_kernels.attribution import job, log
 from loki_kernels.ops import _dispatch
-from tests.attribution.test_log import OPTIONS, PROMPTS, assert_same, leave_two_batches
+from tests.attribution.results import assert_same
+from tests.attribution.test_log import OPTIONS, PROMPTS, leave_two_batches
 from tests.models import build_model
 from tests.tiny_training import ROWS, token_batch, train
 

@@ -31,6 +31,13 @@ def load_model(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options).to(models.DEVICE)
 
 
+def protection_of(model, seed=0, share=0.7):
+    """Of random texts: as many directions as hold the share."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = torch.randint(3, 97, (8, 20), generator=generator).tolist()
+    return loki.estimate_protection(model, texts, share=share, max_directions=10**6)
+
+
 def protection_file(folder):
     """A protection of the model in a folder, in a file beside it."""
     path = Path(folder).with_name(f"{Path(folder).name}-protection.safetensors")

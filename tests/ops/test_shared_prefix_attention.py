@@ -8,7 +8,7 @@ from loki_kernels.ops import shared_prefix_attention
 from loki_kernels.ops.shared_prefix_attention.reference import (
     shared_prefix_attention_reference,
 )
-from tests.ops.tolerance import example, relative
+from tests.ops.tolerance import assert_as_close, example, in_float64
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(1, 1), (4, 4), (4, 2), (6, 1)]  # multi-head, grouped, multi-query
@@ -93,23 +93,13 @@ def run(op, inputs, options, upstream):
     return [y.detach(), *torch.autograd.grad(y, list(own.values()), upstream.to(y.dtype))]
 
 
-def double(tensors):
-    return {
-        n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for n, x in tensors.items()
-    }
-
-
 def assert_equals_naive(inputs, options):
     upstream = torch.randn(inputs["q"].shape).to(inputs["q"].dtype)
-    exact = run(naive, double(inputs), double(options), upstream)
+    exact = run(naive, in_float64(inputs), in_float64(options), upstream)
     same = run(naive, inputs, options, upstream)
     got = run(shared_prefix_attention, inputs, options, upstream)
     floor = 1e-12 if inputs["q"].dtype == torch.float64 else 1e-6
-    for g, s, e in zip(got, same, exact, strict=True):
-        assert g.shape == e.shape
-        assert g.dtype == s.dtype
-        assert relative(g, e) < 2 * relative(s, e) + floor
+    assert_as_close(got, same, exact, floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ import torch
 
 from loki_kernels.ops import row_masked_linear, swiglu_row_masked_linear
 from loki_kernels.ops.swiglu_row_masked_linear.reference import swiglu_row_masked_linear_reference
-from tests.ops.tolerance import assert_as_close, in_float64, output_and_gradients
+from tests.ops.tolerance import assert_as_close, exact, output_and_gradients
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu_tanh"]
@@ -37,11 +37,6 @@ def make(lead, in_features, out_features, k, bias=True, dtype=torch.float32, row
         "index": index,
         "bias": torch.randn(out_features).to(dtype) if bias else None,
     }
-
-
-def exact(inputs):
-    """The same numbers in float64, the rows as the weight holds them."""
-    return in_float64(inputs | {"rows": inputs["rows"].to(inputs["weight"].dtype)})
 
 
 run = partial(output_and_gradients, wanted=GRADIENTS)

@@ -14,9 +14,14 @@ def example(op):
 
 
 def in_float64(inputs):
-    """The same numbers; None and whole numbers stay."""
-    floats = {n: x for n, x in inputs.items() if x is not None and x.is_floating_point()}
-    return inputs | {name: x.double() for name, x in floats.items()}
+    """The same numbers; whole ones, and what is no tensor, stay."""
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+    return inputs | {name: x.double() for name, x in tensors.items() if x.is_floating_point()}
+
+
+def exact(inputs):
+    """The same numbers in float64, the rows as the weight holds them."""
+    return in_float64(inputs | {"rows": inputs["rows"].to(inputs["weight"].dtype)})
 
 
 def output_and_gradients(op, inputs, upstream, wanted, **options):

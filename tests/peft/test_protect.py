@@ -26,10 +26,10 @@ from tests.tiny_training import (
     batch_answers,
     load_model,
     logits,
+    protection_of,
     token_batch,
     train,
 )
-from tests.training.test_protect import protection_of
 
 
 @pytest.fixture

@@ -32,17 +32,12 @@ from tests.tiny_training import (
     batch_answers,
     load_model,
     logits,
+    protection_of,
     straight_and_resumed,
     tiny_trainer,
     token_batch,
     train,
 )
-
-
-def protection_of(model, seed=0, share=0.7):
-    generator = torch.Generator().manual_seed(seed)
-    texts = torch.randint(3, 97, (8, 20), generator=generator).tolist()
-    return loki.estimate_protection(model, texts, share=share, max_directions=10**6)
 
 
 @pytest.fixture(scope="module")
