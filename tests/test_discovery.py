@@ -22,6 +22,7 @@ from tests.architectures import (
     nemotron_latent,
 )
 from tests.models import TINY, assert_unchanged, build_model, snapshot
+from tests.tiny_training import train
 
 
 def test_the_text_tower_is_patched_beside_a_vision_tower_of_equal_depth():
@@ -90,11 +91,7 @@ def test_hybrids_train_from_given_rows(build):
     ids = torch.tensor([PROMPT[0]["input_ids"]])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     handle = loki.patch(model, [[1, 5], [0], [7]])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(2):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, steps=2, input_ids=ids, labels=ids)
     trained = model.state_dict()
     changed = {n: (trained[n] != t).nonzero()[:, :1].unique().tolist() for n, t in before.items()}
     assert {n: rows for n, rows in changed.items() if rows} == {

@@ -47,14 +47,15 @@ def protection_file(folder):
     return str(path)
 
 
-def train(model, steps=3, lr=0.05):
-    """A bare loop over every parameter, with weight decay."""
+def train(model, steps=3, lr=0.05, **inputs):
+    """A bare loop over every parameter, with weight decay; of random tokens, or what is given."""
     batch = token_batch(4).to(next(model.parameters()).device)
+    inputs = inputs or {"input_ids": batch, "labels": batch}
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1
     )
     for _ in range(steps):
-        model(input_ids=batch, labels=batch).loss.backward()
+        model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model

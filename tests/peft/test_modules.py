@@ -22,14 +22,7 @@ def classifier():
 
 
 def train_classifier(model):
-    labels = to_device(torch.tensor([0, 1, 2, 0]))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.05)
-    for _ in range(3):
-        model(input_ids=token_batch(4), labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+    return train(model, input_ids=token_batch(4), labels=to_device(torch.tensor([0, 1, 2, 0])))
 
 
 def classifier_with_another_head():
@@ -164,11 +157,7 @@ def test_new_tokens(tmp_path, tied, resized_base):
     model = peft.get_peft_model(load(), LokiConfig(rows=ROWS, trainable_token_indices=[96, 97, 98]))
     batch = token_batch(4)
     batch[:, 3], batch[:, 5] = 97, 98
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(3):
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, input_ids=batch, labels=batch)
     with torch.no_grad():
         want = model.eval()(input_ids=batch).logits
     model.save_pretrained(tmp_path / "adapter")
