@@ -114,8 +114,8 @@ def measure_moments(
 
 
 def rank_of(values: Tensor, share: float, most: int | None = None) -> int:
-    """How many eigenvectors hold ``share`` of the energy, or ``most``."""
-    rank = int((values.cumsum(0) / values.sum() < share).sum()) + 1
+    """How many eigenvectors hold ``share`` of the energy, or ``most``; not all of them."""
+    rank = min(int((values.cumsum(0) / values.sum() < share).sum()) + 1, len(values) - 1)
     return rank if most is None else min(rank, most)
 
 
