@@ -203,11 +203,9 @@ def estimate(
     integral = PathIntegral.resolve(definition, {}, steps)
     weights = weights_size(model)
     room = points_that_fit(structure, device, beside=weights)
-    limits = BatchLimits.of(device, batch_size, gpus, room, rotary_border(model))
     cut = Cut.find(config)
     engine = _engine(config, cut, device, chosen)
-    if engine != "staircase":
-        limits = limits.capped()
+    limits = BatchLimits.of(device, batch_size, gpus, room, rotary_border(model)).of_engine(engine)
     shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
     prompts = load_questions() if prompts is None else prompts
     tokenizer = AutoTokenizer.from_pretrained(name)

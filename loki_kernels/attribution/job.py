@@ -143,11 +143,9 @@ class Job:
                     )
                     store.run["engine"] = engine.name
                     start = time.perf_counter()
-                alone = engine.name != "staircase"  # a prompt after the other
-                limits = store.limits.capped() if alone else store.limits
-                plan = window.batches(batches, limits, points)
+                plan = window.batches(batches, store.limits.of_engine(engine.name), points)
                 if not batches:  # the engines were tried on the model as it is
-                    tokens = plan[0].tokens_at_once(points, alone=alone)
+                    tokens = plan[0].tokens_at_once(points, alone=engine.name != "staircase")
                     prompt = short_prompt(window.sequences[0]).to(self.structure.device)
                     fused = find_fusion(self.structure, tokens, prompt)
                 batches += len(plan)

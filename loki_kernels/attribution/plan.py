@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..options import EngineName
 from ..structure import text_config
 from .prefill import Batch
 from .prompts import Tokens
@@ -67,8 +68,13 @@ class BatchLimits:
         sizes = (1024, 512) if device.type == "cpu" else (_POINTS, _POINTS)
         return cls(prompts, *(sizes if points is None else (points, points)), processes, border)
 
-    def capped(self) -> BatchLimits:
-        """Those of an engine that gains nothing by large batches, which are what a log keeps."""
+    def of_engine(self, name: EngineName) -> BatchLimits:
+        """Those of an engine: decode and reforward take a prompt after the other.
+
+        They gain nothing by large batches, which are what a log keeps.
+        """
+        if name == "staircase":
+            return self
         return replace(self, tokens=min(self.tokens, _POINTS), points=min(self.points, _POINTS))
 
     def size(self, longest: int, points: int, among: int) -> int:
