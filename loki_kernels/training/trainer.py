@@ -20,7 +20,7 @@ from .adapter_file import (
     SavedUpdate,
     protection_of,
     read_update,
-    write_protection,
+    write_protection_of,
 )
 from .arithmetic import same_rows, updated_rows
 from .targets import refuse_efficient_loading
@@ -97,7 +97,7 @@ class SideFileCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         beside = (folder / SIDE_FILE).is_file()  # what save_pretrained wrote has it
         if args.should_save and self.layers and folder.is_dir() and not beside:
-            write_protection(folder, protection_of(self.layers))
+            write_protection_of(self.layers, folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
