@@ -16,7 +16,7 @@ from torch import Tensor
 import loki_kernels as loki
 from loki_kernels.demo.evaluation import general_text
 from loki_kernels.files import atomic_path
-from loki_kernels.protection.samples import draw_samples
+from loki_kernels.protection.samples import before_every_text, draw_samples
 
 from ..records import read_lines
 
@@ -112,7 +112,7 @@ def _windows(tokenizer: Any, ids: Sequence[int], count: int) -> tuple[Tensor, Te
 
     All but the first token is predicted.
     """
-    start = tokenizer("")["input_ids"]
+    start = before_every_text(tokenizer)
     length = LENGTH - len(start)
     stride = (len(ids) - length) / max(1, count - 1)
     places = [int(i * stride) for i in range(count)]

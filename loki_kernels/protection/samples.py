@@ -101,7 +101,7 @@ def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
     (Llama's, Gemma's, GLM's) the model knows none without them. A template that was put to such a
     tokenizer since may lack them, and have brought a separator that the model has never seen.
     """
-    separator, always = _separator(tokenizer), _before_every_text(tokenizer)
+    separator, always = _separator(tokenizer), before_every_text(tokenizer)
     starts = [separator, tokenizer.bos_token_id, tokenizer.eos_token_id]
     start = always or [token for token in starts if token is not None][:1]
     if not start:
@@ -116,7 +116,8 @@ def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
     return openings
 
 
-def _before_every_text(tokenizer: Any) -> list[int]:
+def before_every_text(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts there by itself."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
