@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from loki_kernels.files import atomic_path
 from loki_kernels.plots import picture
 
-from .records import RESULTS, file_of
+from .records import RESULTS, file_of, read_lines
 
 REPORT = RESULTS.parent / "RESULTS.md"
 
@@ -67,8 +67,7 @@ def read_records(folder: Path = RESULTS) -> list[Record]:
     """The records of all machines, of equal ones the newest; older kinds have no case."""
     newest: dict[str, Record] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in read_lines(path):
             if "case" in record:
                 key = [record["device"], record["suite"], record["peer"], record["case"]]
                 newest[json.dumps(key)] = record

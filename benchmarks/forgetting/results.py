@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..records import read_lines
 from .workshop import Workshop
 
 
@@ -32,8 +33,7 @@ class Results:
         self.records: dict[str, dict[str, Any]] = {}
         self._stored: dict[tuple[str, str], dict[str, Any]] = {}
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
+            for record in read_lines(path):
                 self._stored[_key(record["piece"], record["spec"])] = record
 
     def find(self, name: str) -> dict[str, Any] | None:
