@@ -92,8 +92,8 @@ def test_concepts(reader, monkeypatch):
     assert all(layer.protected for layer in layers)
 
 
-def test_forgetting(reader, monkeypatch):
-    handle = run_on_few_questions("forgetting", monkeypatch)["handle"]
+def test_protection(reader, monkeypatch):
+    handle = run_on_few_questions("protection", monkeypatch)["handle"]
     saved = loki.Protection.load("protection.safetensors")
     assert handle.protection.fingerprint == saved.fingerprint
     assert handle.rows.counts == [64] * 3
