@@ -120,7 +120,7 @@ def choose_engine(
     known = _chosen.setdefault(structure.causal_lm, {})
     key = (
         wanted, definition.path, definition.site, bool(prompt.media), _several(prompt),
-        next(structure.causal_lm.parameters()).dtype, getattr(config, "_attn_implementation", None),
+        embedding_weight(structure.causal_lm).dtype, getattr(config, "_attn_implementation", None),
     )  # fmt: skip
     if key in known:
         return known[key](structure, integral)

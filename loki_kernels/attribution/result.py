@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..errors import import_extra
@@ -25,7 +26,7 @@ from ..files import (
     write_safetensors,
 )
 from ..options import DEFAULT_QUOTA, Criterion
-from ..structure import text_config
+from ..structure import embedding_weight, text_config
 from .definitions import PathIntegral
 from .table import import_pyarrow, read_parquet, write_parquet
 
@@ -236,11 +237,13 @@ def _present(result: Attribution | AttributionCounts) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def describe_run(model: nn.Module, name: str, integral: PathIntegral, steps: int) -> dict[str, Any]:
+def describe_run(
+    model: PreTrainedModel, name: str, integral: PathIntegral, steps: int
+) -> dict[str, Any]:
     """Everything needed to repeat an attribution, as JSON values."""
     return {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(embedding_weight(model).dtype).removeprefix("torch."),
         "definition": name,
         "steps": steps,
         **integral.described(),

@@ -373,12 +373,13 @@ def test_other_logits_undo_it(model, prompts, monkeypatch, caplog):
     assert errors(got, want).max() <= 1e-5
 
 
-def test_a_quantized_part_that_comes_first_says_nothing_of_the_dtype(model):
+def test_a_quantized_part_that_comes_first_says_nothing_of_the_dtype(model, prompts):
     """bitsandbytes makes a vision tower's weights int8."""
     first = nn.Parameter(torch.zeros(1, dtype=torch.int8, device=model.device), requires_grad=False)
     model.register_parameter("first", first)
     with borrowed(structure := find_structure(model)):
         assert find_fusion(structure, 1, to_device(torch.arange(3, 9)[None]))
+    assert loki.attribute(model, prompts).run["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
