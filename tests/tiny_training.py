@@ -99,8 +99,8 @@ def tiny_trainer(model, folder, steps, callbacks=(), **options):
     )
 
 
-def start(way, folder, fuse_mlp=False):
-    """(model to be trained in ROWS, callbacks)."""
+def start(way, folder, fuse_mlp=False, rows=ROWS):
+    """(model to be trained in these rows, callbacks)."""
     import peft
 
     from loki_kernels.peft import LokiConfig
@@ -108,12 +108,12 @@ def start(way, folder, fuse_mlp=False):
     model = load_model(folder)
     protect = protection_file(folder) if "protected" in way else None
     if way.startswith("patch"):
-        handle = loki.patch(model, ROWS, fuse_mlp=fuse_mlp, protect=protect)
+        handle = loki.patch(model, rows, fuse_mlp=fuse_mlp, protect=protect)
         return model, [handle.trainer_callback()]
-    return peft.get_peft_model(model, LokiConfig(rows=ROWS, protect=protect)), []
+    return peft.get_peft_model(model, LokiConfig(rows=rows, protect=protect)), []
 
 
-def assert_ordinary(way, folder, base_folder):
+def assert_ordinary(way, folder, base_folder, rows=ROWS):
     """A checkpoint, or an adapter of the base, with the selected rows changed and no others."""
     if way.startswith("peft"):
         from peft import PeftModel
@@ -121,7 +121,7 @@ def assert_ordinary(way, folder, base_folder):
         merged = PeftModel.from_pretrained(load_model(base_folder), folder).merge_and_unload()
         folder = folder / "merged"
         merged.save_pretrained(folder)
-    assert models.changed_rows(folder, base_folder) == ROWS[0]
+    assert models.changed_rows(folder, base_folder) == rows[0]
 
 
 def straight_and_resumed(run, folder):

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import loki_kernels as loki
 from tests.models import DEVICE
-from tests.tiny_training import WAYS, assert_ordinary, start, tiny_trainer
+from tests.tiny_training import WAYS, assert_ordinary, start, straight_and_resumed, tiny_trainer
 from tests.zoo.build import build
 
 STEPS = 3
@@ -58,6 +58,39 @@ def test_neftune(way, base_folder, tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path / "out"))
     assert_ordinary(way, tmp_path / "out", base_folder)
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_8bit"])
+@pytest.mark.parametrize("way", ["patch, protected", "peft, protected"])
+def test_optimizers_of_less_memory(way, optim, base_folder, tmp_path):
+    """bitsandbytes' moments are of eight bits from 4,096 numbers on: all rows have 8,192."""
+    if optim == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    rows = [list(range(64))] * 3
+
+    name = "model.safetensors" if way.startswith("patch") else "adapter_model.safetensors"
+
+    def run(folder, resume=None, optim=optim):
+        model, callbacks = start(way, base_folder, rows=rows)
+        trainer = tiny_trainer(model, folder, 6, callbacks, optim=optim)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, load_file(folder / "checkpoint-6" / name)
+
+    (trainer, straight), (_, resumed) = straight_and_resumed(run, tmp_path)
+    # A moment of eight bits may be rounded to the next one; a step is of .02.
+    atol = 5e-4 if optim == "adamw_8bit" else 1e-6
+    torch.testing.assert_close(resumed, straight, rtol=1e-5, atol=atol)
+    of = trainer.optimizer.optimizer.state
+    states = [of[p] for n, p in trainer.model.named_parameters() if "update" in n]
+    if optim == "adafactor":
+        assert all("exp_avg_sq_row" in state and "exp_avg_sq" not in state for state in states)
+    else:
+        assert {state["state1"].dtype for state in states} == {torch.uint8}
+        plain, _ = run(tmp_path / "float32", optim="adamw_torch")
+        for name, update in updates(trainer.model).items():
+            want = updates(plain.model)[name]
+            assert functional.cosine_similarity(update.flatten(), want.flatten(), 0) > 0.999
+    assert_ordinary(way, tmp_path / "checkpoint-6", base_folder, rows)
 
 
 def test_auto_find_batch_size(plain, base_folder, tmp_path, monkeypatch):
