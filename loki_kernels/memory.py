@@ -86,11 +86,18 @@ def weights_size(model: nn.Module) -> int:
 
 
 def warn_of_memory(
-    structure: Structure, rows: Any, quota: float, *, protected: bool, rank: int | None
+    structure: Structure,
+    rows: Any,
+    quota: float,
+    *,
+    protected: bool,
+    rank: int | None,
+    keeps_rows: bool = True,
 ) -> None:
     """Say before minutes of estimating that a training has no room, and what has.
 
     Of rows that are not named, and one process: several may shard the weights afterwards.
+    ``keeps_rows``: whether the rows as they were are kept, which PEFT's layers do not.
     """
     devices = {down_proj.weight.device for down_proj in structure.projections()}
     if rows is not None or is_distributed() or len(devices) > 1 or devices & {torch.device("meta")}:
@@ -103,13 +110,14 @@ def warn_of_memory(
     device, free = found[0], found[1] - own
 
     def of(percentage: float) -> TrainingMemory:
-        return memory_of_quota(
+        memory = memory_of_quota(
             structure.projections(),
             structure.hidden_size,
             percentage,
             protected=protected,
             rank=rank,
         )
+        return memory if keeps_rows else memory._replace(base=0)
 
     if sum(of(quota)) <= free:
         return

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..discovery import find_structure
 from ..errors import explained
 from ..fingerprint import BaseRows
+from ..memory import warn_of_memory
 from ..protection import Protection, fingerprint_of
 from ..sharding import ignore_in_ddp, is_distributed, is_first, shards_its_weights
 from ..structure import Structure, refuse_tensor_parallelism
@@ -132,6 +133,10 @@ class LokiModel(BaseTuner):
         refuse_tensor_parallelism(structure)
         refuse_efficient_loading()
         _check_modules(structure, peft_config)
+        wanted, rank = peft_config.rows, peft_config.rank
+        warn_of_memory(
+            structure, wanted, quota, protected=bool(protect), rank=rank, keeps_rows=False
+        )
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
         selection = selection_to_train(
             structure, peft_config.rows, None, quota, peft_config.criterion, agree=together

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import torch
 
 import loki_kernels as loki
 import loki_kernels.peft
+from loki_kernels import memory
 from loki_kernels.attribution import analysis
 from loki_kernels.peft import LokiConfig, LokiLayer
 from tests.models import ARCHITECTURES, DEVICE, build_model, to_device
@@ -67,6 +69,21 @@ def test_trains_as_patch_does(name, rank, row_file):
         torch.testing.assert_close(tensor, want[key], atol=2e-5, rtol=2e-5, msg=key)
         changed = (tensor != start[key]).nonzero()[:, :1].unique().tolist()
         assert changed in ([], [0], [3, 7], [1, 5, 40]), key
+
+
+@pytest.mark.parametrize(("free", "said"), [(400_000, False), (200_000, True)])
+def test_too_little_memory_is_said_before_anything_is_estimated(free, said, monkeypatch, caplog):
+    """430,000 bytes would hold the rows as they were, too, which only `loki.patch` keeps."""
+    model = build_model(device="cpu")
+    own = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(memory, "accelerator", lambda: (torch.device("cuda", 0), own + free))
+    monkeypatch.setattr(
+        loki_kernels.peft.model, "protection_to_keep", lambda *_: pytest.fail("estimated")
+    )
+    with caplog.at_level("WARNING"), pytest.raises(pytest.fail.Exception):
+        peft.get_peft_model(model, LokiConfig())
+    found = "training 100 % of the rows takes 0.0 GB .* quota=50, protect=True takes"
+    assert bool(re.search(found, caplog.text)) == said
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
