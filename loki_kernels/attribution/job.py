@@ -52,7 +52,7 @@ class Job:
     counter: Counter | None
     team: Team
     engine: EngineName | None = None
-    decoded: list[int] = field(default_factory=list, init=False)  # prompts that others are not
+    slower: list[int] = field(default_factory=list, init=False)  # prompts that took another engine
 
     def run(
         self,
@@ -85,11 +85,11 @@ class Job:
         with store, borrowed(self.structure), bar:
             every = itertools.chain([first], others)
             prompts, batches = self._run_windows(every, store, bar)
-            if self.decoded:
+            if self.slower:
                 logger.warning(
-                    "the staircase refused %d of %d prompts, number %d first, which the slower "
-                    "decode engine attributed; at level INFO it is said why.",
-                    len(self.decoded), prompts, self.decoded[0],
+                    "the staircase refused %d of %d prompts, number %d first, which a slower "
+                    "engine attributed; at level INFO it is said which and why.",
+                    len(self.slower), prompts, self.slower[0],
                 )  # fmt: skip
             result = store.result(prompts, batches)
             bar.update(self.team.advance(0))
@@ -207,7 +207,7 @@ class Job:
                 if self.engine is not None:
                     raise
                 refused = str(error)  # the error itself keeps what it stopped
-            return Refused() if len(part.members) > 1 else self._decode(part, refused)
+            return Refused() if len(part.members) > 1 else self._by_another(part, refused)
 
         if halved:
             scores = fitting.run(planned, compute)
@@ -218,24 +218,29 @@ class Job:
             _check_rankable(scores, planned.members)
         return scores
 
-    def _decode(self, planned: PlannedBatch, refused: str) -> Scores:
+    def _by_another(self, planned: PlannedBatch, refused: str) -> Scores:
         """Of one prompt that the staircase, which others take, has refused.
 
         It may have an image, be longer than a chunk of the model's attention, or be routed by
-        rounding to other experts.
+        rounding to other experts. The last may happen to one token over a cache as well, so that
+        whole prompts are left: of one prompt among many, they do not lose what the others took.
 
         Raises:
-            UnsupportedModelError: as it was refused, if the decode engine refuses too.
+            UnsupportedModelError: as it was refused, if every engine refuses.
         """
-        try:
-            engine = choose_engine(self.structure, planned.sequences, self.integral, "decode")
-            scores = attribute_batch(engine, planned.on(self.structure.device))
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(refused) from error
-        (number,) = planned.members
-        self.decoded.append(number)
-        logger.info("prompt %d is attributed by the decode engine (%s)", number, refused)
-        return scores
+        names: tuple[EngineName, ...] = ("decode", "reforward")
+        for name in names:
+            try:
+                engine = choose_engine(self.structure, planned.sequences, self.integral, name)
+                scores = attribute_batch(engine, planned.on(self.structure.device))
+            except UnsupportedModelError as error:
+                last = error
+                continue
+            (number,) = planned.members
+            self.slower.append(number)
+            logger.info("prompt %d is attributed by the %s engine (%s)", number, name, refused)
+            return scores
+        raise UnsupportedModelError(refused) from last
 
 
 def _check_rankable(scores: Scores, members: list[int]) -> None:

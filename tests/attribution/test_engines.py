@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import loki_kernels as loki
-from loki_kernels.attribution import copies, integration, staircase
+from loki_kernels.attribution import copies, integration, job, staircase
 from loki_kernels.attribution.definitions import PathIntegral
 from loki_kernels.attribution.reference import attribute_reference
 from tests.architectures import (
@@ -245,8 +245,27 @@ def test_a_prompt_that_the_staircase_refuses_takes_decode(refused, caplog):
     assert_exact(model, got, prompts=[*PROMPTS, odd])
     with pytest.raises(loki.UnsupportedModelError, match="rounding"):
         loki.attribute(model, [*PROMPTS, odd], engine="staircase")
+
+
+def test_a_prompt_that_decode_refuses_too_takes_whole_prompts(refused, caplog, monkeypatch):
+    """One token over a cache may be routed otherwise as well; captum decode cannot compute."""
+    caplog.set_level("INFO")
+    model, odd = build_model(), {"input_ids": [42, 43, 44]}
+    got = loki.attribute(model, [*PROMPTS, odd], definition="captum")
+    assert "prompt 3 is attributed by the reforward engine (rounding has" in caplog.text
+    assert_exact(model, got, prompts=[*PROMPTS, odd], definition="captum")
+    monkeypatch.setattr(job, "choose_engine", refuses_all_but(job.choose_engine, "staircase"))
     with pytest.raises(loki.UnsupportedModelError, match="rounding"):
-        loki.attribute(model, [*PROMPTS, odd], definition="captum")  # which decode cannot compute
+        loki.attribute(model, [*PROMPTS, odd])
+
+
+def refuses_all_but(choose_engine, allowed):
+    def choose(structure, prompts, integral, wanted):
+        if wanted not in (None, allowed):
+            raise loki.UnsupportedModelError("asked for")
+        return choose_engine(structure, prompts, integral, wanted)
+
+    return choose
 
 
 def test_an_image_may_come_after_the_staircase_is_chosen(monkeypatch):
