@@ -9,8 +9,8 @@ from torch import Tensor
 from torch import library as torch_library
 from torch.nn import functional
 
-from ._check import check_first_derivative
-from ._directions import keep, kept, leave_out
+from ._check import check_first_derivative, without_autocast
+from ._directions import acting_factors, keep, kept, leave_out
 from ._products import capability, padded_rows, selected_columns
 
 
@@ -18,15 +18,17 @@ class Update(NamedTuple):
     """An update of the same rows of every group's matrix.
 
     Attributes:
-        values: ``[E, k, in_features]`` of any floating dtype.
+        a: ``[E, k, in_features]`` of any floating dtype, or ``[E, k, r]`` beside b.
         rows: int64 ``[k]`` in [0, out_features), distinct.
-        directions: orthonormal columns ``[E, in_features, r]`` that it leaves alone: what acts is
-            ``values (I - U U^T)``; or None.
+        directions: orthonormal columns ``[E, in_features, d]`` that it leaves alone: what acts is
+            ``a b (I - U U^T)``; or None.
+        b: ``[E, r, in_features]`` of an update of low rank (LoKI*); or None.
     """
 
-    values: Tensor
+    a: Tensor
     rows: Tensor
     directions: Tensor | None = None
+    b: Tensor | None = None
 
 
 def grouped_linear(
@@ -36,8 +38,9 @@ def grouped_linear(
 
     The weight is frozen and never written, and neither it nor its gradient is ever formed anew:
     the update is a second grouped product whose results are added to the columns ``index``, and
-    its gradient is ``[E, k, in_features]``. `torch.nn.functional.grouped_mm` does the products
-    where it can, else a loop over the groups that have tokens.
+    its gradient is ``[E, k, in_features]``. What acts of it is formed in either pass, not kept.
+    `torch.nn.functional.grouped_mm` does the products where it can, else a loop over the groups
+    that have tokens.
 
     Args:
         x: ``[tokens, in_features]``, sorted by group.
@@ -46,9 +49,9 @@ def grouped_linear(
         update: or None.
 
     Returns:
-        ``[tokens, out_features]`` in x's dtype, differentiable in x and the update's values.
+        ``[tokens, out_features]`` in x's dtype, differentiable in x and the update's a and b.
     """
-    y: Tensor = _GroupedLinear.apply(x, weight, offsets, *(update or (None, None, None)))
+    y: Tensor = _GroupedLinear.apply(x, weight, offsets, *(update or (None, None, None, None)))
     return y
 
 
@@ -59,16 +62,17 @@ class _GroupedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         offsets: Tensor,
-        update: Tensor | None,
+        a: Tensor | None,
         index: Tensor | None,
         directions: Tensor | None,
+        b: Tensor | None,
     ) -> Tensor:
         # only the gradient of an update needs x
-        keep(ctx, None if update is None else x, weight, offsets, update, index, directions)
+        keep(ctx, None if a is None else x, weight, offsets, a, b, index, directions)
         y = _products(x, weight.transpose(1, 2), offsets)
-        if update is not None:
+        if a is not None:
             assert index is not None
-            acting = padded_rows(leave_out(update, directions), x.dtype)
+            acting = padded_rows(_formed(a, b, directions), x.dtype)
             delta = _products(x, acting.transpose(1, 2), offsets)
             # compiled by torch 2.11, a result that was written in place has no gradient
             add = y.index_add if torch.compiler.is_compiling() else y.index_add_
@@ -78,20 +82,30 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        x, weight, offsets, update, index, directions = kept(ctx)
-        needs_x, _, _, needs_update, *_ = ctx.needs_input_grad
+        x, weight, offsets, a, b, index, directions = kept(ctx)
+        needs_x, _, _, needs_a, _, _, needs_b = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = _products(grad, weight, offsets) if needs_x else None
-        grad_update = None
-        if update is not None and (needs_x or needs_update):
+        grad_a = grad_b = None
+        if a is not None and (needs_x or needs_a or needs_b):
             selected = selected_columns(grad, index)
             if grad_x is not None:
-                acting = leave_out(update, directions)  # formed anew rather than kept
-                grad_x += _products(selected, padded_rows(acting, grad.dtype), offsets)
-            if needs_update:
+                acting = padded_rows(_formed(a, b, directions), grad.dtype)
+                grad_x += _products(selected, acting, offsets)
+            if needs_a or needs_b:
                 outer = _outer_products(selected, x, offsets)
-                grad_update = leave_out(outer[:, : len(index)].to(update.dtype), directions)
-        return grad_x, None, None, grad_update, None, None
+                outer = leave_out(outer[:, : len(index)].to(a.dtype), directions)
+                with without_autocast(outer):
+                    grad_a = outer if b is None else outer @ b.mT
+                    grad_b = None if b is None else a.mT @ outer
+        return grad_x, None, None, grad_a, None, None, grad_b
+
+
+def _formed(a: Tensor, b: Tensor | None, directions: Tensor | None) -> Tensor:
+    """What acts of an update, ``[E, k, in_features]``."""
+    a, b = acting_factors(a, b, directions)
+    with without_autocast(a):
+        return a if b is None else a @ b
 
 
 def _products(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from ..errors import UnsupportedModelError
 from ..mixture import grouped_experts, why_not_grouped
-from ..ops._directions import acting_factors, leave_out
+from ..ops._directions import acting_factors
 from ..ops._grouped import Update
 from ..sharding import full_shape, is_partitioned
 from .arithmetic import take_rows, whole_update
@@ -90,9 +90,7 @@ class LokiExperts(LokiRows):
             return grouped_experts(self, self.experts, None, *args, **kwargs)
         if self.why_whole is None:
             a, b, directions = self._update_factors()
-            if b is not None:
-                a, directions = a @ leave_out(b, directions), None
-            update = Update(a, self.index, directions)
+            update = Update(a, self.index, directions, b)
             return grouped_experts(self, self.experts, update, *args, **kwargs)
         held = {**self._parameters, **self._buffers, self.parameter: self.trained_weight()}
         names = {*self.experts._parameters, *self.experts._buffers}

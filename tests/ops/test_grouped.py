@@ -24,8 +24,9 @@ SHAPES = [
 ]
 
 
-def reference(x, weight, offsets, update, index, directions=None):
+def reference(x, weight, offsets, update, index, directions=None, b=None):
     """In plain torch, with the sum that is never formed."""
+    update = update if b is None else update @ b
     if directions is not None:
         update = update - update @ directions @ directions.mT
     merged = weight.index_add(1, index, update.to(weight.dtype))
@@ -47,8 +48,8 @@ def make(in_features, out_features, k, tokens, dtype=torch.float32, transposed=F
     }
 
 
-def ours(x, weight, offsets, update, index, directions=None):
-    return grouped_linear(x, weight, offsets, Update(update, index, directions))
+def ours(x, weight, offsets, update, index, directions=None, b=None):
+    return grouped_linear(x, weight, offsets, Update(update, index, directions, b))
 
 
 def protected(inputs, count):
@@ -56,6 +57,14 @@ def protected(inputs, count):
     experts, _, width = inputs["weight"].shape
     basis = torch.linalg.qr(torch.randn(experts, width, count, dtype=torch.float64))[0]
     return inputs | {"directions": basis.to(inputs["x"].dtype)}
+
+
+def of_rank(inputs, rank):
+    """The same with an update of two factors."""
+    experts, k, width = inputs["update"].shape
+    dtype = inputs["x"].dtype
+    factors = {"update": torch.randn(experts, k, rank), "b": torch.randn(experts, rank, width)}
+    return inputs | {name: factor.to(dtype) for name, factor in factors.items()}
 
 
 run = partial(output_and_gradients, wanted=("x", "update"))
@@ -85,8 +94,23 @@ def test_protected_directions(shape, dtype):
     assert_as_close(run(ours, inputs, upstream), same, exact, 1e-5)
 
 
-def test_neither_a_protected_update_nor_directions_are_saved_for_the_backward_pass():
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_low_rank(shape, count, dtype):
+    inputs = of_rank(make(*shape, dtype=dtype), 2)
+    inputs = protected(inputs, count) if count else inputs
+    upstream = torch.randn(len(inputs["x"]), shape[1]).to(dtype)
+    run = partial(output_and_gradients, wanted=("x", "update", "b"))
+    exact = run(reference, in_float64(inputs), upstream)
+    same = run(reference, inputs, upstream)
+    assert_as_close(run(ours, inputs, upstream), same, exact, 1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_neither_the_acting_update_nor_directions_are_saved_for_the_backward_pass(rank):
     inputs = protected(make(16, 24, 5, [3, 4]), 3)
+    inputs = inputs if rank is None else of_rank(inputs, rank)
     inputs["update"].requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
