@@ -11,16 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..placement import free_bytes
 from ..sharding import full_state_dict, has_fsdp, is_first, is_partitioned, is_sharded
 from . import adapter_file
 from .adapter_file import Layers, Parts
 from .arithmetic import updated_rows
+from .experts import LokiExperts
 from .rows import BESIDE, TRAINED, check_known
 from .targets import trained_whole
 
 logger = logging.getLogger(__name__)
+
+HOST = torch.device("cpu")
 
 
 @dataclass(eq=False)
@@ -103,7 +108,9 @@ class SavePretrained:
     def _lent_state_dict(self) -> dict[str, Tensor]:
         """The model's, of which nothing is copied since it is saved at once.
 
-        Experts' weights as trained would take 19 GB more of Qwen3-30B-A3B, by count.
+        Experts' weights as trained would take 19 GB more of Qwen3-30B-A3B, by count. Their other
+        matrices transformers takes apart, of all layers at once and where they lie: where 39 GB of
+        that model's, 60 of Mixtral-8x7B's, have no room there, they go to the host first.
         """
         for layer in self.layers.values():
             layer.lent = True
@@ -112,6 +119,18 @@ class SavePretrained:
         finally:
             for layer in self.layers.values():
                 layer.lent = False
+        taken_apart = {
+            f"{name}.{part}": weight
+            for name, layer in self.layers.items()
+            if isinstance(layer, LokiExperts)
+            for part, weight in layer.named_parameters(recurse=False)
+            if part in layer.experts._parameters and part != layer.parameter
+        }
+        for device in {weight.device for weight in taken_apart.values()}:
+            there = {name: w for name, w in taken_apart.items() if w.device == device}
+            free = free_bytes(device)
+            if free is not None and sum(w.nbytes for w in there.values()) > free:
+                state_dict |= {name: state_dict[name].to(HOST) for name in there}
         return state_dict
 
     def _take_back(self) -> None:

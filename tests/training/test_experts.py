@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
-from loki_kernels.training import patching, writer
+from loki_kernels.training import checkpoint, patching, writer
 from loki_kernels.training.experts import LokiExperts
 from tests.models import DEVICE, assert_unchanged, snapshot, to_device
 from tests.tiny_training import logits, straight_and_resumed, tiny_trainer, token_batch, train
@@ -733,3 +733,24 @@ def test_saving_copies_no_weight(name, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     assert len(checked) == len(handle.named_layers())
     torch.testing.assert_close(logits(model), learned)
+
+
+@pytest.mark.parametrize(("free", "moved"), [(0, True), (10**9, False), (None, False)])
+def test_what_transformers_takes_apart_goes_to_the_host_where_it_has_no_room(
+    free, moved, tmp_path, monkeypatch
+):
+    """It copies gate and up of all experts of all layers at once."""
+    model = build("MixtralForCausalLM")
+    handle = loki.patch(model, ROWS)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda _: free)
+    monkeypatch.setattr(checkpoint, "HOST", torch.device("meta"))
+    checked = []
+
+    def check(*_, state_dict, **__):
+        away = {key for key, tensor in state_dict.items() if tensor.is_meta}
+        assert away == {f"{n}.gate_up_proj" for n, _ in handle.named_layers() if moved}
+        checked.append(away)
+
+    monkeypatch.setattr(type(model), "save_pretrained", check)
+    model.save_pretrained(tmp_path)
+    assert checked
