@@ -12,9 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import loki_kernels as loki
 from loki_kernels.ops._directions import leave_out
-from loki_kernels.protection import moments
+from loki_kernels.protection import moments, samples
 from loki_kernels.training.experts import LokiExperts
 from tests.models import DEVICE, assert_unchanged, snapshot, to_device
+from tests.protection.test_estimate import chat_tokenizer
 from tests.tiny_training import load_model, logits, train
 from tests.training.test_experts import ROWS, build_model, one_module, routed, run, stacks
 from tests.zoo.build import build
@@ -127,6 +128,15 @@ def test_an_earlier_protection_is_added():
 def test_few_tokens_an_expert_are_said(caplog):
     protection_of(build_model("Mixtral"))
     assert "tokens an expert, fewer than two for each of the" in caplog.text
+
+
+def test_samples_are_not_drawn_by_copies_of_the_experts(monkeypatch):
+    """transformers makes them for each token off the CPU, which suits a few samples."""
+    model = build("MixtralForCausalLM")
+    monkeypatch.setattr(type(model), "_optimize_model_for_decode", lambda _: pytest.fail("copies"))
+    assert len(samples.draw_samples(model, chat_tokenizer(), 3, 8)) == 3
+    with pytest.raises(pytest.fail.Exception, match="copies"):
+        model.generate(to_device(torch.tensor([[5, 6]])), max_new_tokens=2)
 
 
 @settings(max_examples=20, deadline=None)
