@@ -360,6 +360,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextlib.contextmanager
+def in_own_precision(model: Any) -> Iterator[None]:
+    """Without the autocast that accelerate leaves around a forward pass which it has trained.
+
+    It is entered inside any context of ours. HF Trainer's ``bf16=True``, TRL's default, is that.
+    """
+    wrapped = []
+    for module in dict.fromkeys((without_engines(model), unwrap(model))):
+        held = module.__dict__
+        if "forward" in held and "_original_forward" in held:
+            wrapped.append((module, held["forward"]))
+            module.forward = held["_original_forward"]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, forward in wrapped:
+            module.forward = forward  # type: ignore[method-assign]
+
+
 def embedding_weight(model: PreTrainedModel) -> Tensor:
     try:
         weight = model.get_input_embeddings().weight

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from ..errors import UnsupportedModelError
 from ..placement import memory_is_full
 from ..sharding import settle
-from ..structure import FFN, Structure, evaluating
+from ..structure import FFN, Structure, evaluating, in_own_precision
 
 ATTENTION_NAME = "loki_kernels"
 
@@ -127,6 +127,7 @@ def borrowed(structure: Structure) -> Iterator[None]:
         _require_grad(required, False)
         with (
             evaluating(model),
+            in_own_precision(model),
             _exact_products(),
             torch.inference_mode(False),
             torch.no_grad(),

@@ -93,6 +93,25 @@ def test_optimizers_of_less_memory(way, optim, base_folder, tmp_path):
     assert_ordinary(way, tmp_path / "checkpoint-6", base_folder, rows)
 
 
+TEXTS = [{"input_ids": list(range(3, 20))}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_after_mixed_precision_a_model_is_measured_in_its_own(way, base_folder, tmp_path):
+    """accelerate leaves its autocast around the forward pass."""
+    model, callbacks = start(way, base_folder)
+    tiny_trainer(model, tmp_path, STEPS, callbacks, bf16=True).train()
+    wrapped, own = model.forward, model._original_forward
+    measured = []
+    for forward in (wrapped, own):
+        model.forward = forward
+        measured.append(loki.drift(model, texts=TEXTS).overall.kl)
+        if way.startswith("patch"):
+            measured[-1] += loki.attribute(model, TEXTS).scores.abs().sum().item()
+        assert model.forward == forward
+    assert measured[0] == measured[1] > 0
+
+
 def test_auto_find_batch_size(plain, base_folder, tmp_path, monkeypatch):
     """The batch is halved after a step that ran out of memory in the middle of the decoder."""
     monkeypatch.setattr("gc.collect", lambda *_: 0)  # a second in a process of so many imports
