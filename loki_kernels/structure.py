@@ -371,12 +371,12 @@ def in_own_precision(model: Any) -> Iterator[None]:
         held = module.__dict__
         if "forward" in held and "_original_forward" in held:
             wrapped.append((module, held["forward"]))
-            module.forward = held["_original_forward"]  # type: ignore[method-assign]
+            module.forward = held["_original_forward"]
     try:
         yield
     finally:
         for module, forward in wrapped:
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:

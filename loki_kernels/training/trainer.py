@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import explained
@@ -59,8 +60,22 @@ class SideFileCallback(TrainerCallback):
             )
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
     ) -> None:
+        if model is not None and self.layers:
+            modules = set(map(id, model.modules()))
+            if not any(id(layer) in modules for layer in self.layers.values()):
+                raise RuntimeError(
+                    "this callback serves another model than the one that trains: with model_init "
+                    "the trainer makes a new one for every train(). Make a trainer for each model, "
+                    "or leave the callback out, without which nothing is resumed and no best model "
+                    "loaded at the end."
+                )
         assert args.output_dir is not None  # TrainingArguments fills it in
         if args.should_save:
             check_folder(args.output_dir)

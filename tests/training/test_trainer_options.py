@@ -11,7 +11,15 @@ from torch.nn import functional
 
 import loki_kernels as loki
 from tests.models import DEVICE
-from tests.tiny_training import WAYS, assert_ordinary, start, straight_and_resumed, tiny_trainer
+from tests.tiny_training import (
+    ROWS,
+    WAYS,
+    assert_ordinary,
+    load_model,
+    start,
+    straight_and_resumed,
+    tiny_trainer,
+)
 from tests.zoo.build import build
 
 STEPS = 3
@@ -110,6 +118,25 @@ def test_after_mixed_precision_a_model_is_measured_in_its_own(way, base_folder, 
             measured[-1] += loki.attribute(model, TEXTS).scores.abs().sum().item()
         assert model.forward == forward
     assert measured[0] == measured[1] > 0
+
+
+def test_model_init(base_folder, tmp_path):
+    """A search of hyperparameters makes a model for every training."""
+    handles = []
+
+    def model_init():
+        model = load_model(base_folder)
+        handles.append(loki.patch(model, ROWS))
+        return model
+
+    trainer = tiny_trainer(model_init(), tmp_path, STEPS)
+    trainer.model_init = model_init
+    trainer.train()
+    assert len(handles) == 2
+    assert all(update.any() for update in updates(trainer.model).values())
+    trainer.add_callback(handles[-1].trainer_callback())
+    with pytest.raises(RuntimeError, match="serves another model than the one that trains"):
+        trainer.train()
 
 
 def test_auto_find_batch_size(plain, base_folder, tmp_path, monkeypatch):
