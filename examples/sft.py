@@ -22,7 +22,9 @@ parser.add_argument("--out", default="tuned")
 parser.add_argument("--rows", help="row file (default: all rows, protected)")
 parser.add_argument("--quota", type=float, help="percentage of rows, of an analysis")
 parser.add_argument("--protect", help="file of `loki-kernels protection MODEL FILE`")
-parser.add_argument("--lr", type=float, default=5e-4, help="10 %% of the rows want 2e-3")
+parser.add_argument(
+    "--lr", type=float, default=5e-4, help="larger models want less, 10 %% of the rows more"
+)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--batch-size", type=int, default=4)
 options = parser.parse_args()

@@ -21,7 +21,9 @@ parser.add_argument("--general", help=".txt to protect, a text a paragraph (defa
 parser.add_argument("--measure", help="texts to measure forgetting on (default: own questions)")
 parser.add_argument("--out", default="tuned")
 parser.add_argument("--quota", type=float, default=100.0, help="percentage of rows")
-parser.add_argument("--lr", type=float, default=5e-4, help="10 %% of the rows want 2e-3")
+parser.add_argument(
+    "--lr", type=float, default=5e-4, help="larger models want less, 10 %% of the rows more"
+)
 parser.add_argument("--steps", type=int, default=80)
 parser.add_argument("--length", type=int, default=256, help="tokens of a record")
 options = parser.parse_args()
