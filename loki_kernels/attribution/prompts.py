@@ -235,13 +235,16 @@ def from_string(text: str, tokenizer: Any) -> list[int]:
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):  # what else can be called adds nothing
         return list(tokenizer(text)["input_ids"])
-    ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
-    plain: list[int] = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    for start in range(len(ids) - len(plain) + 1):
-        if ids[start : start + len(plain)] == plain:
-            added = ids[:start]
-            return plain if plain[:start] == added else added + plain
-    return ids
+    plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    added = before_every_text(tokenizer)
+    return plain if not plain or plain[: len(added)] == added else added + plain
+
+
+def before_every_text(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts there by itself."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
 
 
 def _from_chat(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ..attribution.prompts import before_every_text
 from ..options import DEFAULT_SAMPLES
 from ..placement import computed_if_it_fits
 from ..progress import progress_bar
@@ -114,13 +115,6 @@ def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
             begun = opening[: len(always)] == always
             openings.append((opening if begun else always + opening, separator))
     return openings
-
-
-def before_every_text(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts there by itself."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
 
 
 def _user_turn(tokenizer: Any) -> str:
