@@ -15,6 +15,10 @@ import transformers
 from accelerate import dispatch_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
 import loki_kernels as loki
 from loki_kernels.cli import main
@@ -195,6 +199,32 @@ def test_chunks_of_a_long_text_predict_the_token_after_them():
         nll.append(-log_p.detach()[: len(target)].gather(1, target[:, None]))
     want = float(torch.cat(nll).mean().exp())
     assert got.overall.perplexity_before == pytest.approx(want, rel=1e-4)
+
+
+def test_every_chunk_begins_as_the_tokenizer_begins_a_text():
+    """Gemma knows no text without it. Of token ids, and of other texts, there is no telling."""
+    base = build_model()
+    tuned = moved(base)
+    words = [f"w{7 * i % 90 + 3}" for i in range(22)]
+    one, two = bos_tokenizer(), " ".join(words)
+    ids = torch.tensor([1, *(int(word[1:]) for word in words)])
+    got = loki.drift(base, tuned, [two], tokenizer=one, length=10)
+    parts = [ids[:10], torch.cat([ids[:1], ids[10:19]]), torch.cat([ids[:1], ids[19:]])]
+    first, *others = naive(base, tuned, [{"input_ids": part} for part in parts])[0]
+    want = torch.cat([first, *(kl[1:] for kl in others)])
+    torch.testing.assert_close(got.token_kl.double(), want.double(), atol=1e-5, rtol=1e-4)
+    bare = loki.drift(base, tuned, [{"input_ids": ids[1:]}], tokenizer=one, length=10)
+    kl = naive(base, tuned, [{"input_ids": part} for part in ids[1:].split(10)])[0]
+    torch.testing.assert_close(bare.token_kl.double(), torch.cat(kl).double(), atol=1e-5, rtol=1e-4)
+
+
+def bos_tokenizer():
+    """``<s>``, of id 1, before every text."""
+    vocabulary = {"<s>": 1} | {f"w{i}": i for i in range(97) if i != 1}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w5"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
 
 
 def test_what_all_texts_begin_with_is_read_and_not_measured():

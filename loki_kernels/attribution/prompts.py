@@ -241,7 +241,9 @@ def from_string(text: str, tokenizer: Any) -> list[int]:
 
 
 def before_every_text(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts there by itself."""
+    """The tokens that a tokenizer puts there by itself; one that is not transformers' none."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return []
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attribution.prompts import MEDIA, tokenize_prompts
+from ..attribution.prompts import MEDIA, before_every_text, tokenize_prompts, tokenizer_in
 from ..questions import Question, load_questions, records_of_file
 
 UNKNOWN = -1  # the target of a text's last token
@@ -33,6 +33,9 @@ class Text:
 @dataclass(frozen=True)
 class Chunk:
     """At most ``length`` tokens of a text, read without those before them.
+
+    One after a text's first begins again with what the tokenizer puts before every text (Gemma's,
+    Llama's and GLM's models know no text without it).
 
     Attributes:
         text: the text's place in `Corpus.domains`.
@@ -212,6 +215,7 @@ def tokenize(texts: Sequence[Text], tokenizer: Any, length: int, tokens: int | N
         kind: _shared_start([ids for text, ids in read if _kind(text) == kind])
         for kind in {_kind(text) for text, _ in read}
     }
+    start = torch.tensor(before_every_text(tokenizer_in(tokenizer)), dtype=torch.int64)
     domains: list[str] = []
     chunks: list[Chunk] = []
     place = 0
@@ -220,13 +224,24 @@ def tokenize(texts: Sequence[Text], tokenizer: Any, length: int, tokens: int | N
         skipped, stop = shared[_kind(text)], end if number == len(read) else len(ids)
         if skipped >= stop:  # the limit of tokens cut it off before anything of its own
             continue
-        for begin in range(skipped - skipped % length, stop, length):
-            part = slice(begin, min(begin + length, stop))
-            first = max(0, skipped - begin)
-            chunks.append(Chunk(len(domains), ids[part], first, targets[part][first:], place))
+        head = start if len(start) < length and torch.equal(ids[: len(start)], start) else start[:0]
+        for part in _parts(stop, length, len(head)):
+            if part.stop <= skipped:
+                continue
+            before = head if part.start else head[:0]
+            piece, own = torch.cat([before, ids[part]]), max(0, skipped - part.start)
+            first = len(before) + own
+            chunks.append(Chunk(len(domains), piece, first, targets[part][own:], place))
             place += len(chunks[-1].targets)
         domains.append(text.domain)
     return Corpus(domains, chunks, len(texts) - len(domains))
+
+
+def _parts(stop: int, length: int, head: int) -> Iterator[slice]:
+    """Of ``length`` tokens, after the first of as many as are left beside ``head``."""
+    yield slice(0, min(length, stop))
+    for begin in range(length, stop, length - head):
+        yield slice(begin, min(begin + length - head, stop))
 
 
 def _kind(text: Text) -> type:

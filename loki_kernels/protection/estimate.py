@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..attribution.prompts import find_tokenizer, from_string, tokenizer_in
+from ..attribution.prompts import before_every_text, find_tokenizer, from_string, tokenizer_in
 from ..attribution.result import model_settings
 from ..cache import cache_folder, read_cached, write_cached
 from ..default_device import made_on_cpu
@@ -260,9 +260,13 @@ def _of_the_first(found: Protection | None, names: Sequence[str]) -> Protection:
 def _windows(
     texts: Iterable[str | Sequence[int]], tokenizer: Any, structure: Structure
 ) -> Iterator[list[int]]:
+    """Each of a string begins with what the tokenizer puts before every text, as models know it."""
     for text in texts:
+        head: list[int] = []
         if isinstance(text, str):
             tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
-            text = from_string(text, tokenizer)
-        for start in range(0, len(text), _WINDOW):
-            yield list(text[start : start + _WINDOW])
+            head, text = before_every_text(tokenizer), from_string(text, tokenizer)
+            text = text[len(head) :]
+        room = _WINDOW - len(head)
+        for start in range(0, len(text), room):
+            yield [*head, *text[start : start + room]]

@@ -21,6 +21,7 @@ from loki_kernels.protection import Protection, estimate, moments, samples
 from tests.attribution.test_prompts import tokenizer as prompts_tokenizer
 from tests.models import DEVICE, assert_unchanged, build_model, snapshot, to_device
 from tests.test_demo import word_tokenizer
+from tests.test_drift import bos_tokenizer
 
 NAME = "model.layers.1.mlp.down_proj"
 ALL = 10**6  # more directions than there are
@@ -194,6 +195,14 @@ def chat_tokenizer():
     )
     tokenizer.chat_template = "w7{% for m in messages %}{{ m['content'] }}{% endfor %}"
     return tokenizer
+
+
+def test_every_window_of_a_string_begins_as_the_tokenizer_begins_a_text(monkeypatch):
+    monkeypatch.setattr(estimate, "_WINDOW", 5)
+    model, tokenizer = build_model(), bos_tokenizer()
+    one = loki.estimate_protection(model, ["w3 w4 w6 w7 w8 w9"], tokenizer=tokenizer)
+    other = loki.estimate_protection(model, [[1, 3, 4, 6, 7], [1, 8, 9]])
+    assert one.fingerprint == other.fingerprint
 
 
 def test_a_processors_tokenizer_is_asked():
