@@ -145,6 +145,8 @@ ARMS: dict[str, Arm] = {
     # also where fewer hold 90 % of the energy
     "down_proj protected, always 110": Arm(_ALL, protect="cut", share=1.0, directions=110),
     "down_proj protected, 110, 48 texts": Arm(_ALL, protect="cut", directions=110, texts=48),
+    # as many tokens a direction as 192 samples have for the 1,024 of an 8B model's layer
+    "down_proj protected, 110, 20 texts": Arm(_ALL, protect="cut", directions=110, texts=20),
     "down_proj protected, 32": Arm(_ALL, protect="cut", directions=32),
     "down_proj, random subspace, 110": Arm(_ALL, protect="random", directions=110),
     "down_proj, another layer's, 110": Arm(_ALL, protect="other", directions=110),
