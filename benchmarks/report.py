@@ -78,19 +78,25 @@ def tables(records: Iterable[Record]) -> str:
         recounted = {r["case"].get("op", r["suite"]) for r in own if "recounted" in r}
         if recounted:
             parts += ["", f"Counted again since: the floors of {', '.join(sorted(recounted))}."]
-        timed = [_table_line(record) for record in own if record["suite"] != "ops"]
+        timed = [table_line(record) for record in own if record["suite"] != "ops"]
         if timed:
             parts += ["", "| suite | case | peer | ours | peer's | ratio | of the floor |"]
             parts += ["|---|---|---|---|---|---|---|", *timed]
-        ops = [_op_line(record) for record in own if record["suite"] == "ops"]
+        ops = [table_line(record) for record in own if record["suite"] == "ops"]
         if ops:
             parts += ["", "| op | case | backend | device | host | of the floor |"]
             parts += ["|---|---|---|---|---|---|", *ops]
     return "\n".join(parts) + "\n"
 
 
-def _table_line(record: Record) -> str:
-    case = ", ".join(f"{name} {value}" for name, value in record["case"].items())
+def table_line(record: Record) -> str:
+    """A record as a line of its table, which is another of an op's time than of a suite's."""
+    case = ", ".join(f"{name} {value}" for name, value in record["case"].items() if name != "op")
+    share = f"{record['of_floor']:.0%}" if "of_floor" in record else ""
+    if record["suite"] == "ops":
+        device, host = (format_seconds(record[name]["p50"]) for name in ("device_s", "host_s"))
+        op = record["case"]["op"]
+        return f"| {op} | {case} | {record['peer']} | {device} | {host} | {share} |"
     name = f"{record['peer']} ({record['note']})" if "note" in record else record["peer"]
     if record["suite"] == "memory":
         ours, peer = (f"{record[key] / 2**20:.0f} MiB" for key in ("ours_bytes", "peer_bytes"))
@@ -99,15 +105,7 @@ def _table_line(record: Record) -> str:
     ours, peer = (format_seconds(record[name]["p50"]) for name in ("ours_s", "peer_s"))
     spread = record["ratio"]
     ratio = f"{spread['p50']:.3g} ({spread['p20']:.3g} to {spread['p80']:.3g})"
-    share = f"{record['of_floor']:.0%}" if "of_floor" in record else ""
     return f"| {record['suite']} | {case} | {name} | {ours} | {peer} | {ratio} | {share} |"
-
-
-def _op_line(record: Record) -> str:
-    case = ", ".join(f"{name} {value}" for name, value in record["case"].items() if name != "op")
-    device, host = (format_seconds(record[name]["p50"]) for name in ("device_s", "host_s"))
-    share = f"{record['of_floor']:.0%}"
-    return f"| {record['case']['op']} | {case} | {record['peer']} | {device} | {host} | {share} |"
 
 
 def format_seconds(seconds: float) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import attribution, measure, processes, records, report
-from benchmarks.__main__ import SUITES, _line, main
+from benchmarks.__main__ import SUITES, main
 from benchmarks.ops import row_masked_linear
 from benchmarks.shapes import build
 from benchmarks.training import memory, peers, step
@@ -134,7 +134,7 @@ def test_a_wrong_method_is_not_timed_and_the_others_are(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "32 tokens, full: its first loss is 9 and not 5.5" in said
     assert "32 tokens, dora: RuntimeError: no room" in said
-    assert "lora" in said.partition("ours ")[2]
+    assert "| lora" in said
 
     monkeypatch.setitem(row_masked_linear.PEERS, "delta_form", lambda *_: {}["nothing"])
     monkeypatch.setattr(sys, "argv", ["benchmarks", "row_masked_linear", "--dry-run"])
@@ -234,7 +234,6 @@ def test_ops_have_a_table_of_their_own():
     assert text.endswith(f"{line}\n")
     assert "numpy_argsort" in text
     assert "| peer |" not in report.tables([op])
-    assert "triton device 3 ms, host 200 µs, 50% of the floor" in _line(op)
 
 
 def test_a_scaled_peer_says_so():
@@ -275,7 +274,7 @@ def test_every_committed_record_is_json():
             json.loads(line)
 
 
-@pytest.mark.parametrize("suite", sorted({*SUITES} - {"ops"}))  # test_ops_suite runs that
+@pytest.mark.parametrize("suite", sorted({*SUITES} - {"ops", "peers"}))  # elsewhere
 def test_a_suite_runs(suite, monkeypatch, capsys):
     started = subprocess.run
 
