@@ -51,10 +51,15 @@ def why_no_compiled_code() -> str | None:
         import pybind11  # noqa: F401
     except ImportError:
         return "pybind11 was not installed when the package was."
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None:
-        return f"there was no C++ compiler ({compiler})."
+    if not cxx():
+        return f"there was no C++ compiler ({os.environ.get('CXX', 'c++')})."
     return None
+
+
+def cxx() -> list[str]:
+    """The C++ compiler and its options: ``$CXX`` or c++, else g++; empty without any."""
+    commands = os.environ.get("CXX", "c++").split(), ["g++"]
+    return next((command for command in commands if shutil.which(command[0])), [])
 
 
 def why_no_cuda() -> str | None:
@@ -170,7 +175,7 @@ def build_info_extension(flags: list[str]) -> Extension:
 
 
 def compiler_version() -> str:
-    command = [*os.environ.get("CXX", "c++").split(), "-dumpfullversion", "-dumpversion"]
+    command = [*cxx(), "-dumpfullversion", "-dumpversion"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 

@@ -193,7 +193,7 @@ def training(
             gc.collect()
             torch.cuda.empty_cache()
             with attempt(f"{what}: {method}, peak"):
-                peak = measure_peak(method, name, layers, tokens)["peak"] / 2**30
+                peak = measure_peak(method, name, layers, tokens) / 2**30
                 goal = goals[1] if method in _JUDGED else None
                 yield Measured(f"{what}: {method}, peak", peak, goal, "GiB")
 

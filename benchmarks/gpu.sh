@@ -2,9 +2,8 @@
 # What needs an NVIDIA GPU, in runs of under six minutes each and without a network.
 #
 #   benchmarks/gpu.sh [--dry-run] check              is it right? build, self-checks, tests, sanitizer
-#   benchmarks/gpu.sh [--dry-run] bench [SUITE ...]  is it fast? every suite, or those named
+#   benchmarks/gpu.sh [--dry-run] bench [SUITE ...]  is it fast? every suite but peers, or those named
 #   benchmarks/gpu.sh [--dry-run] goals              is it fast enough? the figures that are asked for
-#   benchmarks/gpu.sh [--dry-run] peers              is it faster? the ops against other libraries'
 #   benchmarks/gpu.sh [--dry-run] study SECONDS      does it forget? trainings of benchmarks.frontier
 #
 # A section that fails or runs out of its time does not stop the rest; time that one leaves is the
@@ -33,9 +32,9 @@ fi
 run=${1:-}
 shift
 case $run in
-  check | bench | goals | peers | study) ;;
+  check | bench | goals | study) ;;
   *)
-    echo "usage: benchmarks/gpu.sh [--dry-run] check | bench [SUITE ...] | goals | peers | study SECONDS" >&2
+    echo "usage: benchmarks/gpu.sh [--dry-run] check | bench [SUITE ...] | goals | study SECONDS" >&2
     exit 2
     ;;
 esac
@@ -133,10 +132,13 @@ check() {
   fi
 }
 
+# Liger and FlashInfer take part in peers if they are installed; FlexAttention's compilations take
+# the most.
 bench() {
   local suite suites=("$@")
   declare -A limits=(
     [attribution]=80 [ops]=75 [row_masked_linear]=25 [training_step]=45 [selection]=10 [memory]=35
+    [peers]=60
   )
   build_once
   [ $# = 0 ] && suites=(attribution ops row_masked_linear training_step selection memory)
@@ -148,12 +150,6 @@ bench() {
 goals() {
   build_once
   section goals 200 "$PYTHON" -m benchmarks.goals $dry
-}
-
-# Liger and FlashInfer take part if they are installed; FlexAttention's compilations take the most.
-peers() {
-  build_once
-  section peers 60 "$PYTHON" -m benchmarks ops --peers "$scope"
 }
 
 # What has not been trained of the study, what decides most first. The texts' tokens travel in

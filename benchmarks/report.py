@@ -17,29 +17,6 @@ REPORT = RESULTS.parent / "RESULTS.md"
 Record = dict[str, Any]
 
 
-class Bar(NamedTuple):
-    """What was asked for: ours at least ``least`` times as fast as ``peer``."""
-
-    suite: str
-    peer: str
-    least: float
-    case: Mapping[str, Any]
-
-
-BARS = (
-    Bar("attribution", "published", 65, {"model": "SmolLM2-135M", "tokens": 128, "samples": 8}),
-    Bar("attribution", "published", 180, {"model": "SmolLM2-135M", "tokens": 512, "samples": 8}),
-    *(
-        Bar("row_masked_linear", peer, least, {"tokens": tokens, "in_features": n, "quota": 10.0})
-        for tokens, n in ((1024, 1536), (256, 14336))
-        for peer, least in (("split_cat_gather", 1.15), ("full", 1.35))
-    ),
-    Bar("training_step", "lora", 1.0, {"model": "SmolLM2-135M", "tokens": 512}),
-    Bar("training_step", "full", 1.35, {"model": "SmolLM2-135M", "tokens": 512}),
-    Bar("selection", "numpy_argsort", 3, {"samples": 16, "nodes": 4096, "quota": 10.0}),
-)
-
-
 class Curve(NamedTuple):
     """How times grow with ``x``, everything else as in ``case``."""
 
@@ -74,7 +51,7 @@ def read_records(folder: Path = RESULTS) -> list[Record]:
     return list(newest.values())
 
 
-def matches(record: Record, suite: str, case: Mapping[str, Any], free: str = "") -> bool:
+def matches(record: Record, suite: str, case: Mapping[str, Any], free: str) -> bool:
     """Whether a record is of this suite and case, whatever its value of ``free``."""
     own = record["case"]
     return (
@@ -85,7 +62,7 @@ def matches(record: Record, suite: str, case: Mapping[str, Any], free: str = "")
 
 
 def tables(records: Iterable[Record]) -> str:
-    """Markdown: for each device what it is, its bars, and every record."""
+    """Markdown: for each device what it is, and every record."""
     records = list(records)
     parts = ["# Benchmarks", ""]
     parts += ["Written by `python -m benchmarks report`. Times are medians; ratios are how many"]
@@ -97,49 +74,29 @@ def tables(records: Iterable[Record]) -> str:
             {f"torch {record['torch']}, transformers {record['transformers']}" for record in own}
         )
         commands = sorted({f"`{record['command']}`" for record in own})
-        parts += ["", f"## {device}", "", f"{'; '.join(versions)}. {', '.join(commands)}.", ""]
+        parts += ["", f"## {device}", "", f"{'; '.join(versions)}. {', '.join(commands)}."]
         recounted = {r["case"].get("op", r["suite"]) for r in own if "recounted" in r}
         if recounted:
-            parts += [f"Counted again since: the floors of {', '.join(sorted(recounted))}.", ""]
-        parts += _bars(own)
-        timed = [_table_line(record) for record in own if record["suite"] != "ops"]
+            parts += ["", f"Counted again since: the floors of {', '.join(sorted(recounted))}."]
+        timed = [table_line(record) for record in own if record["suite"] != "ops"]
         if timed:
             parts += ["", "| suite | case | peer | ours | peer's | ratio | of the floor |"]
             parts += ["|---|---|---|---|---|---|---|", *timed]
-        ops = [_op_line(record) for record in own if record["suite"] == "ops"]
+        ops = [table_line(record) for record in own if record["suite"] == "ops"]
         if ops:
             parts += ["", "| op | case | backend | device | host | of the floor |"]
             parts += ["|---|---|---|---|---|---|", *ops]
     return "\n".join(parts) + "\n"
 
 
-def _bars(records: list[Record]) -> list[str]:
-    lines = ["| bar | asked | measured | |", "|---|---|---|---|"]
-    for bar in BARS:
-        for record in records:
-            if record["peer"] == bar.peer and matches(record, bar.suite, bar.case):
-                got = record["ratio"]["p50"]
-                verdict = "met" if got >= bar.least else "missed"
-                case = ", ".join(f"{name} {value}" for name, value in bar.case.items())
-                lines.append(
-                    f"| {bar.suite} ({case}) against {bar.peer} | {bar.least:g} | {got:.3g} | "
-                    f"{verdict} |"
-                )
-    for record in records:
-        if record["suite"] == "memory" and record["peer"] == "full":
-            saved = (record["peer_bytes"] - record["ours_bytes"]) / 2**20
-            asked = (record["peer_optimizer_bytes"] - record["ours_optimizer_bytes"]) / 2**20
-            case = f"{record['case']['model']}, {record['case']['tokens']} tokens"
-            verdict = "met" if saved >= asked else "missed"
-            lines.append(
-                f"| peak memory below full fine-tuning ({case}) | {asked:.0f} MiB | "
-                f"{saved:.0f} MiB | {verdict} |"
-            )
-    return lines if len(lines) > 2 else []
-
-
-def _table_line(record: Record) -> str:
-    case = ", ".join(f"{name} {value}" for name, value in record["case"].items())
+def table_line(record: Record) -> str:
+    """A record as a line of its table, which is another of an op's time than of a suite's."""
+    case = ", ".join(f"{name} {value}" for name, value in record["case"].items() if name != "op")
+    share = f"{record['of_floor']:.0%}" if "of_floor" in record else ""
+    if record["suite"] == "ops":
+        device, host = (format_seconds(record[name]["p50"]) for name in ("device_s", "host_s"))
+        op = record["case"]["op"]
+        return f"| {op} | {case} | {record['peer']} | {device} | {host} | {share} |"
     name = f"{record['peer']} ({record['note']})" if "note" in record else record["peer"]
     if record["suite"] == "memory":
         ours, peer = (f"{record[key] / 2**20:.0f} MiB" for key in ("ours_bytes", "peer_bytes"))
@@ -148,15 +105,7 @@ def _table_line(record: Record) -> str:
     ours, peer = (format_seconds(record[name]["p50"]) for name in ("ours_s", "peer_s"))
     spread = record["ratio"]
     ratio = f"{spread['p50']:.3g} ({spread['p20']:.3g} to {spread['p80']:.3g})"
-    share = f"{record['of_floor']:.0%}" if "of_floor" in record else ""
     return f"| {record['suite']} | {case} | {name} | {ours} | {peer} | {ratio} | {share} |"
-
-
-def _op_line(record: Record) -> str:
-    case = ", ".join(f"{name} {value}" for name, value in record["case"].items() if name != "op")
-    device, host = (format_seconds(record[name]["p50"]) for name in ("device_s", "host_s"))
-    share = f"{record['of_floor']:.0%}"
-    return f"| {record['case']['op']} | {case} | {record['peer']} | {device} | {host} | {share} |"
 
 
 def format_seconds(seconds: float) -> str:

@@ -255,9 +255,11 @@ def plot(arguments: argparse.Namespace) -> None:
 
 def env(_arguments: argparse.Namespace) -> None:
     from .environment import environment
+    from .ops._dispatch import backends
 
     for name, value in environment().items():
         print(f"{name:16} {value}")
+    print(backends())
 
 
 def doctor(_arguments: argparse.Namespace) -> None:

@@ -9,13 +9,12 @@ import torch
 
 from . import _native
 from ._version import __version__
-from .ops._dispatch import BACKENDS, backends
 
 _PACKAGES = ("torch", "transformers", "triton", "safetensors", "peft", "accelerate", "h5py")
 
 
 def environment() -> dict[str, str]:
-    """Versions, device, and what each op's kernels are here; torch runs where they do not."""
+    """Versions, device, and how the compiled code was made."""
     report = {"loki_kernels": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -24,15 +23,6 @@ def environment() -> dict[str, str]:
             report[package] = "not installed"
     report["device"] = _device()
     report["build"] = _build()
-    ops = backends()
-    for backend in BACKENDS:
-        by_state: dict[str, list[str]] = {}
-        for op, states in ops.items():
-            by_state.setdefault(states[backend], []).append(op)
-        report[f"backend {backend}"] = "; ".join(
-            state if len(by_state) == 1 else f"{', '.join(names)}: {state}"
-            for state, names in by_state.items()
-        )
     return report
 
 

@@ -115,6 +115,17 @@ def test_a_wheel_for_all_pythons_holds_its_build_information_in_json(tmp_path, m
     assert environment.environment()["build"].startswith(f"C++ by {compiler} -O3")
 
 
+def test_a_wheel_where_the_compiler_is_called_otherwise(tmp_path):
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho 12.3.4\n")
+    compiler.chmod(0o755)
+    before = f"import os; os.environ['PATH'] = {str(compiler.parent)!r}; os.environ.pop('CXX', '')"
+    run, report = build(tmp_path, before=before, LOKI_KERNELS_WHEEL="1", LOKI_KERNELS_SKIP_CUDA="1")
+    assert run.returncode == 0, run.stderr
+    assert report["build"]["compiler"] == "12.3.4"
+
+
 def test_a_wheel_is_not_made_without_compiled_code(tmp_path):
     run, report = build(tmp_path, before="sys.modules['torch'] = None", LOKI_KERNELS_WHEEL="1")
     assert run.returncode != 0

@@ -174,7 +174,7 @@ def test_env(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in out
-    assert "backend triton" in out
+    assert "count_lowest" in out
 
 
 def test_adapter_to_start_from(base_folder, tmp_path, capsys):

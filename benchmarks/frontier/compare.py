@@ -72,8 +72,8 @@ class Comparison:
     def __init__(self, records: Iterable[dict[str, Any]], domains: Sequence[str] = DOMAINS) -> None:
         self.records = list(filter(is_finite, records))
         self.domains = domains
-        # by arm, seed and rate: what share of the update was merged, and its point
-        self.points: dict[tuple[str, int], dict[float, list[tuple[float, Point]]]] = defaultdict(
+        # by arm, seed and rate, of every share of the update that was merged
+        self.points: dict[tuple[str, int], dict[float, list[Point]]] = defaultdict(
             lambda: defaultdict(list)
         )
         self.before: dict[int, float] = {}
@@ -81,7 +81,7 @@ class Comparison:
             self.before[record["seed"]] = record["before"]
             for point in record["points"]:
                 self.points[record["arm"], record["seed"]][record["rate"]].append(
-                    (point["scale"], (point["loss"], log_divergence(point, domains)))
+                    (point["loss"], log_divergence(point, domains))
                 )
 
     def arms(self) -> list[str]:
@@ -95,24 +95,17 @@ class Comparison:
         own = [record for record in self.records if record["arm"] in arms]
         return Comparison(comparable(own), self.domains)
 
-    def frontier(self, arm: str, seed: int, scaled: bool = True) -> list[Point]:
-        """Of every rate; with ``scaled`` also of every share of the update that is merged."""
-        points = itertools.chain.from_iterable(self.points.get((arm, seed), {}).values())
-        return frontier(point for scale, point in points if scaled or scale == 1.0)
+    def frontier(self, arm: str, seed: int) -> list[Point]:
+        """Of every rate and every share of the update that is merged."""
+        return frontier(itertools.chain.from_iterable(self.points.get((arm, seed), {}).values()))
 
-    def at(self, arm: str, seed: int, loss: float, scaled: bool = True) -> float | None:
+    def at(self, arm: str, seed: int, loss: float) -> float | None:
         """Log KL at a loss: of the rate whose update, scaled back, forgets least there.
 
         Not on the frontier of all rates, whose lines lead from a low rate's whole update, above the
-        curve of a higher one's, to that curve: an arm would lose by having more rates. Without
-        shares there is no other line.
+        curve of a higher one's, to that curve: an arm would lose by having more rates.
         """
-        if not scaled:
-            return at_loss(self.frontier(arm, seed, scaled), loss)
-        curves = (
-            frontier(point for _, point in points)
-            for points in self.points.get((arm, seed), {}).values()
-        )
+        curves = map(frontier, self.points.get((arm, seed), {}).values())
         found = [at_loss(curve, loss) for curve in curves]
         return min((kl for kl in found if kl is not None), default=None)
 
@@ -121,7 +114,7 @@ class Comparison:
         front = self.frontier(_REFERENCE, seed)
         return self.before[seed] - share * (self.before[seed] - front[0][0]) if front else None
 
-    def log_ratios(self, ours: str, other: str, scaled: bool = True) -> Ratio:
+    def log_ratios(self, ours: str, other: str) -> Ratio:
         """At the shares that both reach with every seed that they and full fine-tuning have."""
         pair = self.of({ours, other, _REFERENCE})
         differences: dict[float, dict[int, float]] = {}
@@ -131,7 +124,7 @@ class Comparison:
                 loss = pair.target(seed, share)
                 if loss is None:
                     continue
-                a, b = (pair.at(arm, seed, loss, scaled) for arm in (ours, other))
+                a, b = (pair.at(arm, seed, loss) for arm in (ours, other))
                 if a is not None and b is not None:
                     found[seed] = b - a
             if found and len(found) == len(pair.seeds(ours)):

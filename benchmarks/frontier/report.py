@@ -32,8 +32,7 @@ a mean of log KL's differences over shares and seeds, with a 95 % interval of St
 than one seed. Trainings with the same texts, by the table above, share one draw of samples and
 answers: an interval is over the order of the training texts, and LoRA's factors, alone. The tables
 of arms and the plots are of the arms with the seed that most have, and of all seeds that these have
-in common. `alone` leaves out the shares of updates, so that rates
-make a frontier instead."""
+in common."""
 _SHOWN = (0.5, 0.7, 0.9)
 
 
@@ -61,8 +60,9 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
         own = [r for r in records if (r["steps"], r["task"]) == (steps, task)]
         every = Comparison(own)
         comparison = comparisons[steps, task] = _of_one_seed(every)
-        if any(every.seeds(arm) for arm in _FOURTEENTHS):
-            ours[steps, task] = _of_ours(every)
+        best = _ours(every)
+        if best is not None:
+            ours[steps, task] = _of_ours(every, best)
         yield from ("", f"## {task}, {steps} steps", "")
         before = sorted({f"{value:.3f}" for value in every.before.values()})
         yield f"The base's loss is {', '.join(before)}."
@@ -70,7 +70,8 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
         yield from _table(comparison)
         yield from ("", "Times that the other's KL is ours; seeds; shares:", "")
         yield from _against(own)
-        yield from _against_the_rest(every)
+        if best is not None:
+            yield from _against_the_rest(every, best)
         lost = sum(not is_finite(r) for r in own)
         if lost:
             yield from ("", f"{lost} trainings came to no numbers and are left out.")
@@ -92,9 +93,14 @@ def _of_one_seed(every: Comparison) -> Comparison:
     return every.of(max(arms.values(), key=len))
 
 
-def _of_ours(every: Comparison) -> Comparison:
-    """What the package does and what it is compared with, with the seed that most of them have."""
+def _ours(every: Comparison) -> str | None:
+    """What the package does by itself, of SmolLM2 or of Gemma-3-270M: that with most seeds."""
     best = max(_FOURTEENTHS, key=lambda arm: len(every.seeds(arm)))
+    return best if every.seeds(best) else None
+
+
+def _of_ours(every: Comparison, best: str) -> Comparison:
+    """What the package does and what it is compared with, with the seed that most of them have."""
     arms, seeds = (best, *_OTHERS), every.seeds(best)
     own = [r for r in every.records if r["arm"] in arms and r["seed"] in seeds]
     return _of_one_seed(Comparison(own))
@@ -115,8 +121,8 @@ def _machines(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _table(comparison: Comparison) -> Iterator[str]:
     shares = [f"KL at {share:.0%}" for share in _SHOWN]
-    yield f"| arm | seeds | best loss | {' | '.join(shares)} | KL by full's | alone |"
-    yield f"|---|{'--:|' * (len(shares) + 4)}"
+    yield f"| arm | seeds | best loss | {' | '.join(shares)} | KL by full's |"
+    yield f"|---|{'--:|' * (len(shares) + 3)}"
     known = [name for name in ARMS if name in comparison.arms()]
     for arm in known:
         seeds = comparison.seeds(arm)
@@ -131,9 +137,8 @@ def _table(comparison: Comparison) -> Iterator[str]:
             reached = [v for v in values if v is not None]
             all_do = len(reached) == len(seeds)
             cells.append(f"{math.exp(sum(reached) / len(reached)):.4f}" if all_do else "-")
-        for scaled in (True, False):
-            ratio = comparison.log_ratios("full", arm, scaled)
-            cells.append(format_ratio(ratio.logs) + (format_shares(ratio.shares) if scaled else ""))
+        ratio = comparison.log_ratios("full", arm)
+        cells.append(format_ratio(ratio.logs) + format_shares(ratio.shares))
         yield f"| {' | '.join(cells)} |"
 
 
@@ -166,19 +171,18 @@ def _against(records: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
 
 
-def _against_the_rest(comparison: Comparison) -> Iterator[str]:
+def _against_the_rest(comparison: Comparison, ours: str) -> Iterator[str]:
     """Arms that have few seeds with ours: variants of it, and published methods."""
-    for ours in (arm for arm in _FOURTEENTHS if arm in comparison.arms()):
-        rest = [arm for arm in comparison.arms() if arm not in (ours, *_OTHERS)]
-        found = {arm: comparison.log_ratios(ours, arm) for arm in rest}
-        lines = [
-            f"| {arm} | {_by_seed(logs)} | {format_ratio(logs)}{format_shares(shares)} |"
-            for arm, (logs, shares) in found.items()
-            if logs
-        ]
-        if lines:
-            yield from ("", f"Times that the other's KL is that of {ours}, one by one:", "")
-            yield from ("| other | by seed | mean; shares |", "|---|---|--:|", *lines)
+    rest = [arm for arm in comparison.arms() if arm not in (ours, *_OTHERS)]
+    found = {arm: comparison.log_ratios(ours, arm) for arm in rest}
+    lines = [
+        f"| {arm} | {_by_seed(logs)} | {format_ratio(logs)}{format_shares(shares)} |"
+        for arm, (logs, shares) in found.items()
+        if logs
+    ]
+    if lines:
+        yield from ("", f"Times that the other's KL is that of {ours}, one by one:", "")
+        yield from ("| other | by seed | mean; shares |", "|---|---|--:|", *lines)
 
 
 def _by_seed(logs: dict[int, float]) -> str:

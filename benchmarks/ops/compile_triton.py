@@ -178,8 +178,7 @@ def _source(compilation: Any, config: Any) -> Any:
 
     names = compilation.kernel.arg_names
     constants = {**compilation.constants, **config.kwargs}
-    # A launch makes an integer argument of 1 a constant, and notes which are multiples of 16.
-    constants |= {n: 1 for n in compilation.types if n.endswith("_column")}
+    # A launch notes which integer arguments are multiples of 16.
     aligned = [
         i
         for i, name in enumerate(names)

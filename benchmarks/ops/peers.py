@@ -1,4 +1,4 @@
-"""``python -m benchmarks ops --peers``: the ops against what other libraries have for the same.
+"""``python -m benchmarks peers``: the ops against what other libraries have for the same.
 
 A peer is in its op's file and imports its library when it is asked for. One that is not installed,
 or does not run here, is left out with the reason; so is one whose result or gradient is not the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -29,7 +28,7 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
                 process = subprocess.run(command, capture_output=True, text=True)
                 if process.returncode != 0:
                     raise SystemExit(f"{' '.join(command)}:\n{process.stderr[-2000:]}")
-                peaks[method] = json.loads(process.stdout.splitlines()[-1])
+                peaks[method] = int(process.stdout.splitlines()[-1])
         case = describe(name, layers, tokens)
         for peer in METHODS[1:]:
             if not {"ours", peer} <= peaks.keys():
@@ -38,14 +37,12 @@ def run(scope: str) -> Iterator[dict[str, Any]]:
                 "suite": "memory",
                 "case": case,
                 "peer": peer,
-                "ours_bytes": peaks["ours"]["peak"],
-                "peer_bytes": peaks[peer]["peak"],
-                "ours_optimizer_bytes": peaks["ours"]["optimizer"],
-                "peer_optimizer_bytes": peaks[peer]["optimizer"],
+                "ours_bytes": peaks["ours"],
+                "peer_bytes": peaks[peer],
             }
 
 
-def measure_peak(method: str, name: str, layers: int | None, tokens: int) -> dict[str, int]:
+def measure_peak(method: str, name: str, layers: int | None, tokens: int) -> int:
     """Peak bytes over three steps, beyond what python, torch and transformers take."""
     before, on_gpu = resident("peak"), DEVICE.type == "cuda"
     if on_gpu:
@@ -54,9 +51,7 @@ def measure_peak(method: str, name: str, layers: int | None, tokens: int) -> dic
     step = make_step(model, tokens)
     for _ in range(3):
         step()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resident("peak") - before
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return {"peak": peak, "optimizer": 2 * trained}  # AdamW's two moments
+    return torch.cuda.max_memory_allocated() if on_gpu else resident("peak") - before
 
 
 def resident(when: str) -> int:
@@ -73,4 +68,4 @@ def resident(when: str) -> int:
 
 if __name__ == "__main__":
     method, name, layers, tokens = sys.argv[1:]
-    print(json.dumps(measure_peak(method, name, int(layers), int(tokens))))
+    print(measure_peak(method, name, int(layers), int(tokens)))

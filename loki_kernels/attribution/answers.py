@@ -45,7 +45,7 @@ def check_answers(tokens: Iterable[Tokens], definition: Definition) -> Iterator[
         ValueError: for an answer of several tokens where the definition has no meaning for one.
     """
     for prompt in tokens:
-        if any(x is not None and len(x) > 1 for x in (prompt.answer, prompt.contrast)):
+        if prompt.several:
             if definition.objective == "logit":
                 raise ValueError(
                     "an answer of several tokens has no logit; choose objective='log_probability' "

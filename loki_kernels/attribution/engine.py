@@ -119,7 +119,7 @@ def choose_engine(
     config = structure.causal_lm.config
     known = _chosen.setdefault(structure.causal_lm, {})
     key = (
-        wanted, definition.path, definition.site, bool(prompt.media), _several(prompt),
+        wanted, definition.path, definition.site, bool(prompt.media), prompt.several,
         embedding_weight(structure.causal_lm).dtype, getattr(config, "_attn_implementation", None),
     )  # fmt: skip
     if key in known:
@@ -151,14 +151,9 @@ def choose_engine(
     raise UnsupportedModelError("; ".join(dict.fromkeys(reasons)) + hint)
 
 
-def _several(tokens: Tokens) -> bool:
-    """Whether an answer of several tokens is attributed."""
-    return any(x is not None and len(x) > 1 for x in (tokens.answer, tokens.contrast))
-
-
 def _prompt_to_try(prompts: Sequence[Tokens]) -> Tokens:
     """The first with images, sounds or a long answer; else a few tokens of the first."""
-    whole = (tokens for tokens in prompts if tokens.media or _several(tokens))
+    whole = (tokens for tokens in prompts if tokens.media or tokens.several)
     prompt = next(whole, None)
     if prompt is not None:
         return prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,12 @@ def check_model(structure: Structure, batch: Batch) -> None:
         UnsupportedModelError: naming what does not hold.
     """
     model = structure.causal_lm
-    head = structure.head()
-    tried = head.weight.dtype, getattr(model.config, "_attn_implementation", None)
+    structure.gather()  # FSDP2's shards may be of another dtype than what is gathered
+    dtype = cast(Tensor, structure.head_module().weight).dtype
+    tried = dtype, getattr(model.config, "_attn_implementation", None)
     if tried in _checked.setdefault(model, set()):
         return
+    head = structure.head()  # of an offloaded model it is copied in whole
     tokens = batch.input_ids[0, : int(batch.lengths[0])]
     other = tokens[tokens != tokens[-1]]
     changed = tokens.clone()
@@ -51,7 +53,7 @@ def check_model(structure: Structure, batch: Batch) -> None:
 
     batch = Batch([], input_ids, lengths)
     logits, prefix = native_forward(structure, input_ids, batch, put_hidden())
-    tolerance = TOLERANCE[head.weight.dtype]
+    tolerance = TOLERANCE[dtype]
     name = type(model).__name__
     for layer, (keys, values) in prefix.items():
         if max(_difference(x[0, :, :-1], x[1, :, :-1]) for x in (keys, values)) > tolerance:

@@ -60,6 +60,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def several(self) -> bool:
+        """Whether an answer of several tokens is attributed."""
+        return any(x is not None and len(x) > 1 for x in (self.answer, self.contrast))
+
     def content(self) -> bytes:
         """What a hash of the prompt is made of."""
         parts = [f"{len(self.ids)} ".encode(), self.ids.tobytes()]

@@ -80,17 +80,11 @@ class Compilation:
     tensor_cores: bool = False
 
 
-@functools.cache
-def tuned(
-    kernel: Any,
-    configs: tuple[triton.Config, ...],
-    key: tuple[str, ...],
-    restored: tuple[str, ...] = (),
-) -> Any:
+def tuned(kernel: Any, configs: tuple[triton.Config, ...], key: tuple[str, ...]) -> Any:
     """``kernel``, launched with the fastest of ``configs`` for each value of the arguments ``key``.
 
-    Arguments the kernel reads and writes are ``restored`` between tuning runs. Tuning takes about
-    30 ms a config (unmeasured) and is kept on disk by triton.
+    Tuning takes about 30 ms a config (unmeasured) and is kept on disk by triton. What it returns
+    has chosen nothing yet, so whoever launches it keeps it.
     """
     if not interpreted:
 
@@ -98,7 +92,6 @@ def tuned(
             tuner = triton.autotune(
                 list(configs),
                 key=list(key),
-                restore_value=list(restored) or None,
                 do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=20),
                 cache_results=True,
             )
@@ -114,9 +107,8 @@ def tuned(
 class _Locked:
     """A tuned kernel that threads launch one after the other, one of each device.
 
-    Triton's tuner keeps the arguments of the launch it is busy with, and what it will restore of
-    them, on itself; and what it has chosen by the arguments alone, which another kind of GPU may
-    have no shared memory for.
+    Triton's tuner keeps the arguments of the launch it is busy with on itself, and what it has
+    chosen by the arguments alone, which another kind of GPU may have no shared memory for.
     """
 
     tune: Callable[[], Any]

@@ -114,3 +114,22 @@ def test_weights_on_disk_are_never_all_in_memory(engine, alive, tmp_path, monkey
     assert_same(loki.attribute(model, PROMPTS, **options), got)
     assert alive["most"] > 7 * 0.5 * layer
     assert alive["now"] == 0
+
+
+def test_a_batch_reads_the_head_for_its_logits_and_for_its_points(tmp_path, monkeypatch):
+    """It is 1 GB of an 8B model; that the model was checked is known without."""
+    read, names = OffloadedWeightsLoader.__getitem__, []
+
+    def noting(self, name):
+        names.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", noting)
+    model = offloaded(build_model(device="cpu"), tmp_path)
+    loki.attribute(model, PROMPTS[:1])  # an engine is chosen
+    times = []
+    for count in (1, 2):
+        names.clear()
+        loki.attribute(model, PROMPTS[:count], batch_size=1)
+        times.append(names.count("lm_head.weight"))
+    assert times[1] - times[0] == 2

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import attribution, measure, processes, records, report
-from benchmarks.__main__ import SUITES, _line, main
+from benchmarks.__main__ import SUITES, main
 from benchmarks.ops import row_masked_linear
 from benchmarks.shapes import build
 from benchmarks.training import memory, peers, step
@@ -134,7 +134,7 @@ def test_a_wrong_method_is_not_timed_and_the_others_are(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "32 tokens, full: its first loss is 9 and not 5.5" in said
     assert "32 tokens, dora: RuntimeError: no room" in said
-    assert "lora" in said.partition("ours ")[2]
+    assert "| lora" in said
 
     monkeypatch.setitem(row_masked_linear.PEERS, "delta_form", lambda *_: {}["nothing"])
     monkeypatch.setattr(sys, "argv", ["benchmarks", "row_masked_linear", "--dry-run"])
@@ -146,9 +146,7 @@ def test_a_wrong_method_is_not_timed_and_the_others_are(monkeypatch, capsys):
 def test_a_process_that_fails_leaves_the_others_peaks(monkeypatch, capsys):
     def run(command, **_):
         failed = "lora" in command
-        return SimpleNamespace(
-            returncode=failed, stderr="full", stdout='{"peak": 1, "optimizer": 1}'
-        )
+        return SimpleNamespace(returncode=failed, stderr="full", stdout="1")
 
     monkeypatch.setattr(subprocess, "run", run)
     assert {record["peer"] for record in memory.run("dry")} == {"full", "ours_protected"}
@@ -206,20 +204,16 @@ def test_reruns_append_and_the_newest_is_reported(tmp_path, monkeypatch):
     assert newest == record(ours=2.0)
 
 
-def test_tables_tell_what_was_asked_and_missed():
+def test_tables_tell_what_was_measured():
     memory = {
         **record(suite="memory", peer="full", model="SmolLM2-135M", tokens=512),
         "ours_bytes": 100 << 20,
         "peer_bytes": 400 << 20,
-        "ours_optimizer_bytes": 10 << 20,
-        "peer_optimizer_bytes": 400 << 20,
     }
     text = report.tables([record(), record(nodes=512, ratio=2.0), memory])
-    assert "| 3 | 4 | met |" in text
-    assert "| 390 MiB | 300 MiB | missed |" in text
     assert "4 (2 to 8) | 50% |" in text
-    assert text.count("numpy_argsort") == 3  # a bar and two records
-    assert "bar" not in report.tables([record(samples=1)])
+    assert "| full | 100 MiB | 400 MiB | 4.00 |" in text
+    assert text.count("numpy_argsort") == 2
 
 
 def test_ops_have_a_table_of_their_own():
@@ -240,7 +234,6 @@ def test_ops_have_a_table_of_their_own():
     assert text.endswith(f"{line}\n")
     assert "numpy_argsort" in text
     assert "| peer |" not in report.tables([op])
-    assert "triton device 3 ms, host 200 µs, 50% of the floor" in _line(op)
 
 
 def test_a_scaled_peer_says_so():
@@ -281,7 +274,7 @@ def test_every_committed_record_is_json():
             json.loads(line)
 
 
-@pytest.mark.parametrize("suite", sorted({*SUITES} - {"ops"}))  # test_ops_suite runs that
+@pytest.mark.parametrize("suite", sorted({*SUITES} - {"ops", "peers"}))  # elsewhere
 def test_a_suite_runs(suite, monkeypatch, capsys):
     started = subprocess.run
 
@@ -291,7 +284,7 @@ def test_a_suite_runs(suite, monkeypatch, capsys):
             return started(command, **options)
         method, name, *sizes = command[3:]
         peak = memory.measure_peak(method, name, *map(int, sizes))
-        return SimpleNamespace(returncode=0, stdout=json.dumps(peak))
+        return SimpleNamespace(returncode=0, stdout=str(peak))
 
     monkeypatch.setattr(subprocess, "run", run)
     # Measuring them takes five seconds, and test_goals does.

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 
 from benchmarks import measure
-from benchmarks.__main__ import _line, main
 from benchmarks.ops import peers, shared_prefix_attention
+from benchmarks.report import table_line
 from loki_kernels.ops.shared_prefix_attention.reference import shared_prefix_attention_reference
 
 
@@ -66,7 +66,7 @@ def test_every_peer_that_runs_has_a_record(libraries, capsys, monkeypatch):
                 assert f"\n{name}: " in f"\n{said}"
         steps = {"forward", "both"} if op != "count_lowest" else {"forward"}
         assert {record["case"]["step"] for record in own} == steps
-    assert all(_line(record).startswith("ops op=") for record in found)
+    assert all(table_line(x).startswith(f"| {x['case']['op']} | ") for x in found)
     # a chunk of 40 logits a row of 8 values: five times as much
     assert {"reduction": "none", "chunk_mem_const": 5} in libraries
 
@@ -113,10 +113,3 @@ def test_flex_attention_is_asked_for_the_same(peer, monkeypatch):
     assert inputs["prefix_lengths"].tolist() == [10, 15, 20]
     got = shared_prefix_attention.PEERS[peer](inputs)(**inputs)
     torch.testing.assert_close(got, shared_prefix_attention_reference(**inputs))
-
-
-def test_peers_are_the_ops(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "selection", "--peers"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "--peers goes with the suite ops alone" in capsys.readouterr().err
