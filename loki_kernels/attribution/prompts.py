@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -221,7 +222,11 @@ def _from_processor(chat: Sequence[Any], processor: Any, i: int, options: dict[s
     options = {"add_generation_prompt": True} | options
     try:
         made = processor.apply_chat_template(
-            chat, tokenize=True, return_dict=True, return_tensors="pt", **options
+            as_its_template_reads(chat, processor),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **options,
         )
     except Exception as error:  # a file that cannot be read, roles out of order
         raise ValueError(
@@ -266,6 +271,7 @@ def _from_chat(
             f"prompt {i} is a chat, but the tokenizer has no chat template; give strings, or set "
             "tokenizer.chat_template."
         )
+    chat = as_its_template_reads(chat, tokenizer, options.get("chat_template"))
     try:  # tokenized without special tokens: the template names those it wants
         ids: list[int] = tokenizer.apply_chat_template(
             chat, tokenize=True, return_dict=True, **options
@@ -275,6 +281,44 @@ def _from_chat(
             f"prompt {i} is refused by the chat template ({type(error).__name__}: {error})."
         ) from error
     return ids
+
+
+def as_its_template_reads(
+    chat: Sequence[Any], tokenizer: Any, template: Any = None
+) -> Sequence[Any]:
+    """A chat whose strings are typed, where the chat template reads nothing else.
+
+    The templates of SmolVLM, Idefics and LLaVA go through a content's parts: through a string
+    letter by letter, of which they find none, and render an empty message without an error.
+    """
+    strings = any(isinstance(message.get("content"), str) for message in chat)
+    if not strings or not _reads_parts_alone(tokenizer, str(template or tokenizer.chat_template)):
+        return chat
+    return [
+        {**message, "content": _as_parts(message["content"])}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in chat
+    ]
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+@functools.lru_cache(maxsize=8)
+def _reads_parts_alone(tokenizer: Any, template: str) -> bool:
+    mark = "0123456789"
+
+    def shows(content: Any) -> bool:
+        options = {} if template == str(tokenizer.chat_template) else {"chat_template": template}
+        chat = [{"role": "user", "content": content}]
+        try:
+            return mark in tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        except Exception:  # a template is a program, which may want other messages
+            return False
+
+    return not shows(mark) and shows(_as_parts(mark))
 
 
 def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
@@ -307,14 +351,22 @@ def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
         for name, given in batch.items()
         if name not in _BESIDE and (value := _as_media(name, given)) is not None
     }
-    if set(media) <= {"token_type_ids"}:  # a text tokenizer's
+    if all(map(_is_of_tokens, media)):  # a text tokenizer's, or of text alone a processor's
         return sequences
     if len(sequences) > 1:
         raise ValueError(
             f"prompts {first} to {first + len(sequences) - 1} come as one batch with "
             f"{', '.join(sorted(media))}; give each prompt with images or sounds by itself."
         )
+    for name in filter(_is_of_tokens, media):
+        of_tokens = torch.atleast_2d(media[name])
+        media[name] = of_tokens[:, kept] if of_tokens.shape == ids.shape else of_tokens
     return [Tokens(sequences[0].ids, media)]
+
+
+def _is_of_tokens(name: str) -> bool:
+    """Which tokens are an image's: Gemma 3's and Qwen-VL's attention and positions go by it."""
+    return name.endswith("token_type_ids")
 
 
 def _as_media(name: str, value: Any) -> Tensor | None:
@@ -324,7 +376,7 @@ def _as_media(name: str, value: Any) -> Tensor | None:
     """
     if isinstance(value, Tensor):
         return value.cpu()
-    if isinstance(value, (list, np.ndarray)) and MEDIA.search(name):
+    if isinstance(value, (list, np.ndarray)) and (MEDIA.search(name) or _is_of_tokens(name)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             return torch.as_tensor(np.asarray(value))  # not of pictures, or of their paths
     return None

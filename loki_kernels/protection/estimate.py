@@ -87,7 +87,6 @@ def estimate_protection(
     """
     _check_options(texts, samples, share, max_directions, batch_size)
     structure = find_structure(model)
-    tokenizer = tokenizer_in(tokenizer)
     refuse_tensor_parallelism(structure)
     refuse_untold_inputs(structure)
     if earlier is not None:
@@ -100,7 +99,7 @@ def estimate_protection(
             tokenizer = tokenizer or find_tokenizer(causal_lm)
             texts = draw_samples(causal_lm, tokenizer, count=samples, seed=seed, progress=progress)
         assert texts is not None
-        windows = list(_windows(texts, tokenizer, structure))
+        windows = list(_windows(texts, tokenizer_in(tokenizer), structure))
         _check_windows(windows, structure.vocab_size)
         parts: dict[str, tuple[Tensor, Tensor, float]] = {}
         read: dict[str, float] = {}
@@ -221,7 +220,6 @@ def cached_protection(structure: Structure, tokenizer: Any) -> Protection:
 
 def _cached_or_estimated(structure: Structure, tokenizer: Any) -> Protection:
     tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
-    tokenizer = tokenizer_in(tokenizer)
     known = (
         __version__,
         FEATURES_A_DIRECTION,

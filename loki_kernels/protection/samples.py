@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..attribution.prompts import before_every_text
+from ..attribution.prompts import as_its_template_reads, before_every_text, tokenizer_in
 from ..options import DEFAULT_SAMPLES
 from ..placement import computed_if_it_fits
 from ..progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 LENGTH = 256  # tokens
 # Samples at a time, halved where a device has no room: a GPU waits for the host at every token of a
@@ -50,6 +53,11 @@ def draw_samples(
             "built on), give estimate_protection texts, or train without (protect=False)."
         )
     openings = openings_of(tokenizer)
+    if len(openings) == 1 and _chat_template(tokenizer) is not None:
+        logger.warning(
+            "the chat template shows no user's turn by itself, so no sample is a chat; give "
+            "estimate_protection texts if chats must not be forgotten."
+        )
     samples: list[list[int]] = []
     size = _BATCH_GPU if model.device.type == "cuda" else _BATCH_CPU
     with _seeded(model, seed), progress_bar(count, "draw the model's samples", progress) as bar:
@@ -100,16 +108,18 @@ def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
 
     A chat goes on after the end of a turn. Where a tokenizer begins every text with the same tokens
     (Llama's, Gemma's, GLM's) the model knows none without them. A template that was put to such a
-    tokenizer since may lack them, and have brought a separator that the model has never seen.
+    tokenizer since may lack them, and have brought a separator that the model has never seen. Of a
+    processor it is the tokenizer, with the processor's template where that has none.
     """
+    template, tokenizer = _chat_template(tokenizer), tokenizer_in(tokenizer)
     separator, always = _separator(tokenizer), before_every_text(tokenizer)
     starts = [separator, tokenizer.bos_token_id, tokenizer.eos_token_id]
     start = always or [token for token in starts if token is not None][:1]
     if not start:
         raise ValueError("the tokenizer has no token that starts a text; give texts of your own.")
     openings = [(start, tokenizer.eos_token_id if separator is None else separator)]
-    if getattr(tokenizer, "chat_template", None) is not None:
-        turn = _user_turn(tokenizer)
+    if template is not None:
+        turn = _user_turn(tokenizer, template)
         if turn:
             opening = tokenizer(turn, add_special_tokens=False)["input_ids"]
             begun = opening[: len(always)] == always
@@ -117,7 +127,13 @@ def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
     return openings
 
 
-def _user_turn(tokenizer: Any) -> str:
+def _chat_template(tokenizer: Any) -> Any:
+    """The tokenizer's own, or of a processor whose tokenizer has none the processor's."""
+    own = getattr(tokenizer_in(tokenizer), "chat_template", None)
+    return getattr(tokenizer, "chat_template", None) if own is None else own
+
+
+def _user_turn(tokenizer: Any, template: Any) -> str:
     """What opens a user's turn, without the system prompt that a template puts before the first.
 
     SmolLM2's prompt before every chat made what is drawn, and so what is protected, much alike: a
@@ -129,7 +145,8 @@ def _user_turn(tokenizer: Any) -> str:
     def render(*texts: str) -> str:
         roles = ("user", "assistant", "user")
         turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-        rendered: str = tokenizer.apply_chat_template(turns, tokenize=False)
+        chat = as_its_template_reads(turns, tokenizer, template)
+        rendered: str = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
         return rendered
 
     question, answer, mark = "0123456789", "9876543210", "5678901234"

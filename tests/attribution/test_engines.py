@@ -413,15 +413,32 @@ def test_images_are_in_the_prefill(build):
 
 
 @pytest.mark.parametrize("kind", ["lists", "arrays"])
-def test_images_of_a_data_set(kind):
-    """Rows of ``dataset.map(processor)`` hold lists or arrays."""
-    prompt = with_image(llava)
+@pytest.mark.parametrize("build", [llava, qwen_vl])
+def test_images_of_a_data_set(build, kind):
+    """Rows of ``dataset.map(processor)`` hold lists or arrays; Qwen's say which tokens are images'.
+
+    Without that its positions count an image's tokens as a text's.
+    """
+    prompt, model = with_image(build), build()
     convert = {"lists": torch.Tensor.tolist, "arrays": torch.Tensor.numpy}[kind]
     row = {name: convert(x) for name, x in prompt.items()} | {"image": "a.png", "labels": [1]}
-    want = loki.attribute(llava(), [prompt])
-    assert torch.equal(loki.attribute(llava(), [row]).scores, want.scores)
+    want = loki.attribute(model, [prompt])
+    assert torch.equal(loki.attribute(model, [row]).scores, want.scores)
+    of_tokens = [name for name in row if name in ("input_ids", "mm_token_type_ids")]
+    flat = row | {name: convert(prompt[name][0]) for name in of_tokens}
+    flat.pop("attention_mask", None)
+    assert torch.equal(loki.attribute(model, [flat]).scores, want.scores)
     with pytest.raises(ValueError, match="images or sounds"):
-        loki.mean_activations(llava(), [row])
+        loki.mean_activations(model, [row])
+
+
+def test_a_processors_batch_of_text_is_no_image():
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    batch = {"input_ids": ids, "mm_token_type_ids": torch.zeros_like(ids)}
+    got = loki.attribute(qwen_vl(), [batch])
+    want = loki.attribute(qwen_vl(), [{"input_ids": ids}])
+    assert got.run["engine"] == want.run["engine"]
+    assert torch.equal(got.scores, want.scores)
 
 
 @pytest.mark.parametrize("engine", ["decode", "reforward"])

@@ -53,6 +53,22 @@ def test_a_tokenizer_neither_doubles_the_first_token_nor_ends_the_prompt(adds, t
     assert tokens(text, tokenizer(adds)) == first + named
 
 
+# SmolVLM's and LLaVA's go through a content's parts, through a string letter by letter.
+PARTS = (
+    "<s>{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+    " {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_of_parts_is_given_parts():
+    chat = [{"role": "user", "content": "a b"}]
+    typed = [{"role": "user", "content": [{"type": "text", "text": "a b"}]}]
+    assert tokens(chat, tokenizer(chat_template=PARTS)) == [BOS, A, B]
+    assert tokens(chat, tokenizer(chat_template=CHAT)) == [BOS, A, B, B]  # an answer begins with b
+    assert tokens(typed, tokenizer(chat_template=PARTS)) == [BOS, A, B]
+    assert tokens(chat, tokenizer(), chat_template_kwargs={"chat_template": PARTS}) == [BOS, A, B]
+
+
 def test_options_for_chats_where_none_comes(monkeypatch, caplog):
     """Of a stream it shows at the end, when all has been computed."""
     options = {"enable_thinking": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -234,6 +235,22 @@ def test_samples_are_drawn_from_the_model():
     assert drawn != samples.draw_samples(model, tokenizer, 5, 12, seed=1)
 
 
+def test_a_users_turn_of_parts_and_of_a_processors_template(caplog):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}w7{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    assert samples.openings_of(tokenizer) == [([96], 96), ([7], 96)]
+    processor = SimpleNamespace(tokenizer=chat_tokenizer(), chat_template=tokenizer.chat_template)
+    processor.tokenizer.chat_template = None
+    assert samples.openings_of(processor) == [([96], 96), ([7], 96)]
+    assert not caplog.records
+    tokenizer.chat_template = "w7{% for m in messages %}w8{% endfor %}"
+    samples.draw_samples(build_model(), tokenizer, 2, 8)
+    assert "so no sample is a chat" in caplog.text
+
+
 def test_samples_do_not_heed_how_the_model_generates():
     model, tokenizer = build_model(), chat_tokenizer()
     drawn = samples.draw_samples(model, tokenizer, 5, 12)
@@ -388,7 +405,7 @@ def test_a_users_turn_opens_without_a_system_prompt(template, want):
     tokenizer = chat_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<s>", "<m>", "<end>", "<return>"]})
     tokenizer.chat_template = template
-    assert samples._user_turn(tokenizer) == want
+    assert samples._user_turn(tokenizer, template) == want
 
 
 def test_texts_begin_as_the_model_knows_them():
