@@ -56,7 +56,6 @@ class Patch:
     _layers: dict[str, LokiRows] = field(repr=False)
     _writer: RowWriter = field(repr=False)
     _undo: ExitStack = field(repr=False)  # puts everything back but the rows
-    _active: bool = field(default=True, repr=False)
     # Names of parameters that were read from a file, and what they were.
     _replaced: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -212,11 +211,11 @@ class Patch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._active:
+        if self._layers:
             self.unpatch()
 
     def _check_active(self) -> None:
-        if not self._active:
+        if not self._layers:
             raise RuntimeError("this model is no longer patched.")
 
     def _restore(self, *, trained: bool) -> nn.Module:
@@ -249,9 +248,9 @@ class Patch:
                         parameters[name].copy_(values)
         finally:  # of embeddings that were resized since, the values do not fit
             self._undo.close()
-            # the trainer's callback may live on, and would keep what was trained: 12 GB at 8B
-            self._layers.clear()
-            self._active = False
+            # the handle or its callback may live on, and would keep what was trained: 12 GB at 8B
+            for held in (self._layers, self._writer.forwards, self._replaced):
+                held.clear()
 
 
 def _merged_parameters(model: nn.Module, layers: Layers) -> Iterator[tuple[str, Tensor]]:

@@ -325,10 +325,10 @@ class Generate:
     copied and pickled with it.
     """
 
-    model: Any  # a module whose class has a method of that name
-    writer: RowWriter
+    writer: RowWriter  # of a model whose class has a method of that name
     name: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.writer.model
         with self.writer.hold():
-            return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+            return getattr(type(model), self.name)(model, *args, **kwargs)
