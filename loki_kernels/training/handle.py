@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +206,13 @@ class Patch:
         reason = reason or self._load(saved)
         if reason is not None:
             raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Patch:
+        raise TypeError(
+            "a handle undoes what was done to its own model and cannot be copied with another one; "
+            "copy handle.model, or keep the update by loki_kernels.save_adapter(handle.model, "
+            "FOLDER)."
+        )
 
     def __enter__(self) -> Patch:
         return self
