@@ -213,6 +213,10 @@ class LokiRows(nn.Module):
         """Note that the update was read from a file, which is all of it that there is to know."""
         self.merged_alone, self.loaded_alone, self.passed_over = None, False, False
         self.misfits = False
+        self.note_as_read()
+
+    def note_as_read(self) -> None:
+        """Note that the update is as it was read, whose values were changed and put back."""
         self._read_version = version_of(self.trained_parameters()[-1][1])
 
     def is_as_read(self) -> bool:

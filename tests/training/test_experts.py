@@ -22,6 +22,7 @@ from loki_kernels.peft import LokiConfig
 from loki_kernels.training import checkpoint, patching, writer
 from loki_kernels.training.experts import LokiExperts
 from tests.models import DEVICE, assert_unchanged, snapshot, to_device
+from tests.test_drift import texts
 from tests.tiny_training import logits, straight_and_resumed, tiny_trainer, token_batch, train
 from tests.zoo import build as zoo
 
@@ -283,6 +284,23 @@ def test_another_checkpoint_than_was_read_is_not_resumed(tmp_path, model, rank):
     again = build(model)
     loki.patch(again, resumed)
     tiny_trainer(again, tmp_path, 9).train(resume_from_checkpoint=resumed)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda handle: loki.drift(handle, texts=texts()),
+        lambda handle: loki.limit_drift(handle, 100.0, texts()),
+    ],
+)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_checkpoint_that_was_measured_is_resumed(measure, rank, tmp_path):
+    """A measurement takes the update away for a moment, after which it is as it was read."""
+    trained_for_six_steps(tmp_path, rank=rank)
+    resumed = str(tmp_path / "checkpoint-3")
+    model = build_model("Qwen3Moe")
+    measure(loki.patch(model, resumed))
+    tiny_trainer(model, tmp_path, 6).train(resume_from_checkpoint=resumed)
 
 
 def test_the_callback_reads_the_checkpoint_that_is_resumed_from(tmp_path):
