@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,7 +173,9 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
         ImportError: if it is one of PEFT's, which is not installed.
     """
     if _is_ours(adapter):
-        with load_adapter(model, adapter.parent) as handle:
+        with _random_numbers_kept(model):
+            handle = load_adapter(model, adapter.parent)
+        with handle:
             yield handle.model
         return
     peft = import_extra("peft", "peft", f"{name} is an adapter of PEFT's")
@@ -188,7 +191,8 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
     known = "peft_config" in model.__dict__
     try:
         try:
-            with warnings.catch_warnings():  # what is missing stays as it was drawn: no update
+            with warnings.catch_warnings(), _random_numbers_kept(model):
+                # what is missing stays as it was drawn: no update
                 warnings.filterwarnings("error", message=".*missing adapter keys")
                 around = peft.PeftModel.from_pretrained(model, os.fspath(name))
         except (RuntimeError, UserWarning) as error:  # PEFT puts its layers in before it reads
@@ -203,6 +207,13 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
             parameter.requires_grad_(flag)
         if not known:
             model.__dict__.pop("peft_config", None)
+
+
+def _random_numbers_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Generators go on as they would have: an adapter's factors are drawn before they are read."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    kept: AbstractContextManager[None] = torch.random.fork_rng(sorted(devices, key=str))
+    return kept
 
 
 def _writes_to_base(config: Any) -> str | None:
