@@ -319,7 +319,12 @@ class LokiRows(nn.Module):
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         missing_keys += [name for name in missing if name not in own]
-        if weight is None or partitioned or len(error_msgs) > errors:
+        if partitioned or len(error_msgs) > errors:
+            return
+        if weight is None:
+            if all(prefix + name in state_dict for name, _ in self.trained_parameters()):
+                # of the base that there is, whatever merged rows were loaded before
+                self.merged_alone, self.loaded_alone, self.misfits = None, False, False
             return
         with torch.no_grad():
             merged = full_values(self.frozen)
