@@ -358,6 +358,18 @@ def test_modules_trained_whole_are_resumed_under_other_names(tmp_path):
         torch.testing.assert_close(tensor, resumed[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
+def test_a_vision_towers_own_weights_pass_over_no_rows():
+    """Its layers have numbers too."""
+    model = build("LlavaForConditionalGeneration")
+    handle = loki.patch(model, ROWS)
+    want = logits(train(model))
+    tower = {n: p.clone() for n, p in model.state_dict().items() if "vision_tower.encoder" in n}
+    assert any("layers.0." in name for name in tower)
+    assert not model.load_state_dict(tower, strict=False).unexpected_keys
+    torch.testing.assert_close(logits(model), want)
+    handle.merge()
+
+
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "LlavaForConditionalGeneration"])
 def test_weights_under_the_names_of_their_files_are_noticed(name, tmp_path):
     """Mixtral's files name experts one by one, Llava's the whole decoder otherwise."""
