@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..sharding import full_shape, full_values, is_partitioned
 from .arithmetic import same_rows, updated_rows
@@ -25,21 +24,13 @@ def why_not_load(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | N
     if index is not None and saved != own:
         return OTHER
     weight = state_dict.get(prefix + layer.parameter)
-    names = [prefix + name for name, _ in layer.trained_parameters()]
-    if weight is None or is_partitioned(layer.frozen) or not state_dict.keys() >= set(names):
+    names = [name for name, _ in layer.trained_parameters()]
+    factors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+    if weight is None or is_partitioned(layer.frozen) or not layer.is_like(factors):
+        return None  # of what has another shape torch says so
+    if tuple(weight.shape) != full_shape(layer.frozen):
         return None
-    factors: list[Tensor] = [state_dict[name] for name in names]
-    if tuple(weight.shape) != full_shape(layer.frozen) or any(
-        tuple(f.shape) != full_shape(p)
-        for f, (_, p) in zip(factors, layer.trained_parameters(), strict=True)
-    ):
-        return None  # torch says so
     rows = layer.take_rows(full_values(weight)).to(layer.base_rows.device)
     # Where the rows were made, since another device's products are others, above all in TF32.
-    whole = layer.formed(
-        {
-            name: full_values(factor).to(rows.device)
-            for (name, _), factor in zip(layer.trained_parameters(), factors, strict=True)
-        }
-    )
+    whole = layer.formed({n: full_values(factor).to(rows.device) for n, factor in factors.items()})
     return None if same_rows(rows, updated_rows(layer.base_rows, *whole.values())) else OTHER

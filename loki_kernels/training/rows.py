@@ -227,6 +227,13 @@ class LokiRows(nn.Module):
         """(name, parameter) of ``update``, or of ``delta_a`` and ``delta_b``."""
         return [(name, p) for name, p in self.named_parameters(recurse=False) if name in TRAINED]
 
+    def is_like(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether there is a value of each trained parameter, of its shape."""
+        return all(
+            name in values and tuple(values[name].shape) == full_shape(p)
+            for name, p in self.trained_parameters()
+        )
+
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, in the weight's dtype; ``[..., k, in_features]``."""
         self.check_loaded()
