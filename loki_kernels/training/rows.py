@@ -33,8 +33,7 @@ from .arithmetic import (
     whole_update,
     write_into,
 )
-from .loading import DIGEST, why_not_load
-from .refusals import MERGED_ALONE, PASSED_OVER
+from .loading import DIGEST, MERGED_ALONE, PASSED_OVER, why_not_load
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")
