@@ -204,7 +204,7 @@ def estimate(
     weights = weights_size(model)
     room = points_that_fit(structure, device, beside=weights)
     cut = Cut.find(config)
-    engine = _engine(config, cut, device, chosen)
+    engine = _engine(build_model(cut.of(config, cut.timed[0]), device, chosen).eval(), definition)
     limits = BatchLimits.of(device, batch_size, gpus, room, rotary_border(model)).of_engine(engine)
     shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
     prompts = load_questions() if prompts is None else prompts
@@ -280,6 +280,7 @@ class _Speed:
         times, costs, peaks = [], [], []
         for layers in cut.timed:
             model = build_model(cut.of(config, layers), device, dtype).eval()
+            _engine(model, definition)  # what trying it takes is none of the batch's
             more = max(1, round(steps * shape.layers / layers))
             part = replace(shape, layers=layers)
             integral = PathIntegral.resolve(definition, {}, more)
@@ -318,11 +319,11 @@ def experts_per_token(config: Any) -> int:
     return 1
 
 
-def _engine(config: Any, cut: Cut, device: torch.device, dtype: torch.dtype) -> EngineName:
-    """Which engine attributes such a model."""
-    model = build_model(cut.of(config, cut.timed[0]), device, dtype).eval()
+def _engine(model: nn.Module, definition: DefinitionName) -> EngineName:
+    """Which engine attributes a model, which is tried once."""
     prompt = [{"input_ids": torch.arange(1, 9) % text_config(model).vocab_size}]
-    result = attribute(model, prompt, steps=1, share=False, progress=False)
+    # captum's trapezoid has two ends
+    result = attribute(model, prompt, definition=definition, steps=2, share=False, progress=False)
     engine: EngineName = result.run["engine"]
     return engine
 

@@ -442,6 +442,19 @@ def test_adapters_that_write_to_their_base_need_one_of_their_own(options, tmp_pa
         loki.drift(around, texts=texts())
 
 
+@pytest.mark.parametrize("kind", ["lora", "loki"])
+def test_an_adapter_that_is_put_on_draws_no_random_number(kind, tmp_path):
+    """A training that measures adapters on its way goes on as it would have."""
+    base = build_model()
+    if kind == "lora":
+        peft.get_peft_model(build_model(), peft_config(kind)).save_pretrained(tmp_path)
+    else:
+        loki.save_adapter(loki.patch(build_model(), ROWS, rank=2).model, tmp_path)
+    state = torch.random.get_rng_state()
+    loki.drift(base, tmp_path, texts())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_a_base_forgets_the_adapter(tmp_path):
     base = build_model()
     peft.get_peft_model(build_model(), peft_config("lora")).save_pretrained(tmp_path)

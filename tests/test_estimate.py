@@ -21,6 +21,7 @@ from loki_kernels.cut import Cut, _kinds_of
 from loki_kernels.discovery import find_structure
 from loki_kernels.errors import UnsupportedModelError
 from loki_kernels.estimate import Shape, _peak, _Speed, _whole_peak, estimate
+from loki_kernels.inspection import build_model as build_cut
 from loki_kernels.structure import Structure
 from tests.architectures import falcon_h1, glm_moe, llava
 from tests.models import build_model
@@ -110,6 +111,37 @@ def test_what_cannot_be_attributed_is_refused(tmp_path):
     transformers.MambaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="has an FFN"):
         estimate(tmp_path, [{"input_ids": [1]}])
+
+
+def test_the_engine_is_that_of_the_definition(base_folder, tmp_path, monkeypatch):
+    """Known before anything is timed: a hybrid is attributed by decode, which refuses captum's."""
+    shutil.copytree(base_folder, tmp_path, dirs_exist_ok=True)
+    falcon_h1().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(_Speed, "measure", lambda *_: _Speed(1e-9, 1e-9, 0.0))
+    prompts = [{"input_ids": [1, 2, 3]}]
+    assert estimate(tmp_path, prompts, device="cpu").engine == "decode"
+    assert estimate(base_folder, prompts, device="cpu", definition="captum").engine == "staircase"
+    with pytest.raises(UnsupportedModelError, match="path='sequence' scales every token"):
+        estimate(tmp_path, prompts, device="cpu", definition="captum")
+
+
+def test_what_trying_an_engine_takes_is_none_of_the_batchs(base_folder):
+    """Sixteen tokens are tried, and three of few points are attributed."""
+    result = estimate(base_folder, [{"input_ids": [1, 2, 3]}], device="cpu", steps=1)
+    config = transformers.AutoConfig.from_pretrained(base_folder)
+    whole, (few, many) = config.num_hidden_layers, Cut.find(config).timed
+    peaks = []
+    for layers in (few, many):
+        cut = Cut.find(config).of(config, layers)
+        model, steps = build_cut(cut, torch.device("cpu"), torch.float32).eval(), whole // layers
+
+        def run(model=model, steps=steps):
+            attribute(model, [{"input_ids": [1, 2, 3]}], steps=steps)
+
+        run()
+        peaks.append(_peak(run, model, torch.device("cpu")))
+    prefix = Shape.of(find_structure(model)).prefix * 3 * 4
+    assert result.activations == pytest.approx(_whole_peak(peaks, (few, many), whole, prefix))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..default_device import made_on_cpu
@@ -15,7 +14,7 @@ from ..team import Team
 from ..training import Patch
 from .measure import FORWARD, compare, record
 from .meter import check_positive
-from .models import copies_of, name_of, update_factors
+from .models import layers_to_scale, name_of, scaler_of
 from .result import Drift, summarize
 from .texts import check_ids, read_texts, tokenize
 
@@ -79,15 +78,10 @@ def limit_drift(
     check_positive(length=length, tokens=tokens)
     if isinstance(model, Patch):
         model = model.model
-    factors = update_factors(model)
+    layers = layers_to_scale(model)
     corpus = tokenize(read_texts(texts), tokenizer, length, tokens)
     check_ids(model, corpus)
-    whole = copies_of(factors)
-
-    @torch.no_grad()
-    def keep(share: float) -> None:
-        for factor, value in zip(factors, whole, strict=True):
-            factor.copy_(value).mul_(share)
+    keep = scaler_of(layers)
 
     def measure(share: float) -> Drift:
         keep(share)

@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -172,7 +173,9 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
         ImportError: if it is one of PEFT's, which is not installed.
     """
     if _is_ours(adapter):
-        with load_adapter(model, adapter.parent) as handle:
+        with _random_numbers_kept(model):
+            handle = load_adapter(model, adapter.parent)
+        with handle:
             yield handle.model
         return
     peft = import_extra("peft", "peft", f"{name} is an adapter of PEFT's")
@@ -188,7 +191,8 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
     known = "peft_config" in model.__dict__
     try:
         try:
-            with warnings.catch_warnings():  # what is missing stays as it was drawn: no update
+            with warnings.catch_warnings(), _random_numbers_kept(model):
+                # what is missing stays as it was drawn: no update
                 warnings.filterwarnings("error", message=".*missing adapter keys")
                 around = peft.PeftModel.from_pretrained(model, os.fspath(name))
         except (RuntimeError, UserWarning) as error:  # PEFT puts its layers in before it reads
@@ -203,6 +207,13 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
             parameter.requires_grad_(flag)
         if not known:
             model.__dict__.pop("peft_config", None)
+
+
+def _random_numbers_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Generators go on as they would have: an adapter's factors are drawn before they are read."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    kept: AbstractContextManager[None] = torch.random.fork_rng(sorted(devices, key=str))
+    return kept
 
 
 def _writes_to_base(config: Any) -> str | None:
@@ -242,33 +253,18 @@ def without_update(model: Any) -> Iterator[None]:
                 parameter.requires_grad_(flag)
         return
     try:
-        factors = update_factors(model)
+        keep = scaler_of(layers_to_scale(model))
     except ValueError as error:
         raise ValueError(f"{error} Name a second model.") from error
-    saved = copies_of(factors)
     try:
-        with torch.no_grad():
-            for factor in factors:
-                factor.zero_()
+        keep(0.0)
         yield
     finally:
-        with torch.no_grad():
-            for factor, values in zip(factors, saved, strict=True):
-                factor.copy_(values)
+        keep(1.0)
 
 
-def copies_of(factors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies on the host, where there is room beside a training: of all rows 7.5 GB at 8B.
-
-    Of sharded ones this process's part stays where it is.
-    """
-    return [
-        f.detach().clone() if is_sharded(f) else f.detach().to("cpu", copy=True) for f in factors
-    ]
-
-
-def update_factors(model: nn.Module) -> list[nn.Parameter]:
-    """What the update of each patched layer is proportional to: itself, or LoKI*'s ``delta_b``.
+def layers_to_scale(model: nn.Module) -> list[LokiRows]:
+    """The patched layers of a model whose whole update can be scaled.
 
     Raises:
         ValueError: if the model is not patched, trains modules whole beside the rows, or its update
@@ -286,7 +282,36 @@ def update_factors(model: nn.Module) -> list[nn.Parameter]:
         raise ValueError(f"{next(iter(whole))} is trained whole and its base is not kept.")
     if any(layer.held for layer in layers):
         raise ValueError("inside handle.inference() the rows stay as they are; leave it first.")
-    factors = [layer.trained_parameters()[-1][1] for layer in layers]
-    if any(map(is_partitioned, factors)):
+    if any(is_partitioned(_factor(layer)) for layer in layers):
         raise ValueError("ZeRO-3 keeps the update elsewhere.")
-    return factors
+    return layers
+
+
+def _factor(layer: LokiRows) -> nn.Parameter:
+    """What a layer's update is proportional to: itself, or LoKI*'s ``delta_b``."""
+    return layer.trained_parameters()[-1][1]
+
+
+def scaler_of(layers: Sequence[LokiRows]) -> Callable[[float], None]:
+    """What makes the layers' update a share of what it is now; 1 puts it back bit for bit.
+
+    It keeps copies on the host, where there is room beside a training: of all rows 7.5 GB at 8B.
+    Of sharded ones this process's part stays where it is.
+    """
+    factors = list(map(_factor, layers))  # FSDP2 has others in their place after a forward pass
+    whole = [
+        f.detach().clone() if is_sharded(f) else f.detach().to("cpu", copy=True) for f in factors
+    ]
+    read = [layer for layer in layers if layer.is_as_read()]
+
+    @torch.no_grad()
+    def keep(share: float) -> None:
+        for factor, values in zip(factors, whole, strict=True):
+            if share:
+                factor.copy_(values).mul_(share)
+            else:  # also of what has diverged
+                factor.zero_()
+        for layer in read if share == 1 else ():
+            layer.note_as_read()
+
+    return keep

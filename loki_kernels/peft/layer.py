@@ -339,21 +339,18 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             for name in names:
                 base, index = self._base_weight, self.loki_index[name]
                 weight = full_values(base)
-                # of a sharded weight this process's part, which is put back without the others
-                sharded = isinstance(base, DTensor)
-                self._replaced[name] = own_part(base).clone() if sharded else weight[index]
-                self._put_rows(index, self._merged_rows(name, weight))
+                rows = self._merged_rows(name, weight)
+                if isinstance(base, DTensor):
+                    # this process's part, which is put back without the others
+                    own = own_part(base)
+                    self._replaced[name] = own.clone()
+                    own.copy_(own_part(shard_like(weight.index_copy(0, index, rows), base)))
+                else:
+                    self._replaced[name] = weight[index]
+                    base.data.index_copy_(0, index, rows)
         elif names:
             self._merge_quantized(names)
         self.merged_adapters.extend(names)
-
-    def _put_rows(self, index: Tensor, rows: Tensor) -> None:
-        base = self._base_weight
-        if is_sharded(base):
-            whole = full_values(base).index_copy(0, index, rows)
-            base.data.copy_(shard_like(whole, base))
-        else:
-            base.data.index_copy_(0, index, rows)
 
     def _merge_quantized(self, names: list[str]) -> None:
         how = self._how_to_merge(names)
@@ -382,7 +379,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 if isinstance(base, DTensor):
                     own_part(base).copy_(kept)
                 else:
-                    self._put_rows(self.loki_index[name], kept.to(base))
+                    base.data.index_copy_(0, self.loki_index[name], kept.to(base))
         self._replaced.clear()
         self.merged_adapters.clear()
 

@@ -148,19 +148,22 @@ class LokiModel(BaseTuner):
         if together:
             check_processes_agree(selection, peft_config.protection)
             self._agreed.add(name)
-        # index, dtype and protected directions by layer, of the adapter that is being added
-        self._added: dict[str, tuple[Tensor, torch.dtype, Tensor | None]] = {}
+        # by down-projection, of the adapter that is being added: what is or will be around it, and
+        # its index, dtype and protected directions
+        self._added: dict[str, tuple[LokiLayer, Tensor, torch.dtype, Tensor | None]] = {}
         base_rows, quantized = [], False
         for down_proj, rows in assign_rows(structure, selection):
             if len(rows):
-                layer = self._loki_layer_for(down_proj.module)
+                module = down_proj.module
+                # one of ours is there if another adapter trains rows of it
+                layer = module if isinstance(module, LokiLayer) else LokiLayer(module, self.model)
                 own = layer.base_rows(rows)
                 dtype = torch.promote_types(own.dtype, torch.float32)
                 kept = kept_by_layer.get(down_proj.name)
                 if kept is not None:  # bitsandbytes gives 8-bit rows in float32
                     quantized_as = layer.quantization_backend and layer.dequantized_dtype
                     kept = kept.to(quantized_as or own.dtype)
-                self._added[names[id(down_proj.module)]] = rows.to(own.device), dtype, kept
+                self._added[names[id(module)]] = layer, rows.to(own.device), dtype, kept
                 base_rows.append(own)
                 quantized |= layer.quantization_backend is not None
         present = BaseRows.of(base_rows, quantized=quantized)
@@ -247,12 +250,6 @@ class LokiModel(BaseTuner):
     def _loki_layers(self) -> list[LokiLayer]:
         return [module for module in self.model.modules() if isinstance(module, LokiLayer)]
 
-    def _loki_layer_for(self, module: nn.Module) -> LokiLayer:
-        """``module`` if it is one of ours, else one around it."""
-        if isinstance(module, LokiLayer):
-            return module
-        return LokiLayer(module, self.model)
-
     def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: LokiConfig,
@@ -263,9 +260,9 @@ class LokiModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = self._loki_layer_for(target)
         # taken out, as PEFT asks once for each: the directions in it are .9 GB at 8B
-        layer.update_layer(adapter_name, *self._added.pop(current_key), peft_config)
+        layer, index, dtype, directions = self._added.pop(current_key)
+        layer.update_layer(adapter_name, index, dtype, directions, peft_config)
         if self._copied is not None:
             layer.copy_update(self._copied, adapter_name)
         if layer is not target:

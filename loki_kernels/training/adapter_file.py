@@ -18,7 +18,7 @@ from ..errors import explained
 from ..files import atomic_path, of_a_whole_file, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
 from ..protection import Protection, fingerprint_of
-from ..sharding import full_shape, full_values, shard_like
+from ..sharding import full_values, shard_like
 from .arithmetic import digest_of, whole_update
 from .rows import TRAINED, LokiRows
 
@@ -120,14 +120,9 @@ def modules_of(parameters: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in parameters})
 
 
-def layer_parts(layer: LokiRows) -> Parts:
-    """What is kept of a layer; sharded parameters as they are."""
-    return {"index": layer.index, **dict(layer.trained_parameters())}
-
-
 def parts_of(layers: Layers) -> dict[str, Parts]:
-    """What is kept of each layer."""
-    return {name: layer_parts(layer) for name, layer in layers.items()}
+    """What is kept of each layer; sharded parameters as they are."""
+    return {n: {"index": x.index, **dict(x.trained_parameters())} for n, x in layers.items()}
 
 
 def adapter_tensors(
@@ -371,12 +366,10 @@ def load_update(layers: Layers, saved: SavedUpdate) -> str | None:
     if saved.layers.keys() != layers.keys():
         return "it has rows of other layers"
     for name, layer in layers.items():
-        held, parts = layer_parts(layer), saved.layers[name]
+        parts = saved.layers[name]
         if not torch.equal(parts["index"], layer.index.cpu()):
             return f"{name} has other rows there"
-        if held.keys() != parts.keys() or any(
-            tuple(parts[part].shape) != full_shape(held[part]) for part in held
-        ):
+        if not layer.is_like(parts):
             return f"{name} has another rank or width there"
     base, reason = saved.trained_on, None
     if base is not None:

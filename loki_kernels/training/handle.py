@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,6 @@ class Patch:
     _layers: dict[str, LokiRows] = field(repr=False)
     _writer: RowWriter = field(repr=False)
     _undo: ExitStack = field(repr=False)  # puts everything back but the rows
-    _active: bool = field(default=True, repr=False)
     # Names of parameters that were read from a file, and what they were.
     _replaced: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -208,15 +207,22 @@ class Patch:
         if reason is not None:
             raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Patch:
+        raise TypeError(
+            "a handle undoes what was done to its own model and cannot be copied with another one; "
+            "copy handle.model, or keep the update by loki_kernels.save_adapter(handle.model, "
+            "FOLDER)."
+        )
+
     def __enter__(self) -> Patch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._active:
+        if self._layers:
             self.unpatch()
 
     def _check_active(self) -> None:
-        if not self._active:
+        if not self._layers:
             raise RuntimeError("this model is no longer patched.")
 
     def _restore(self, *, trained: bool) -> nn.Module:
@@ -249,9 +255,9 @@ class Patch:
                         parameters[name].copy_(values)
         finally:  # of embeddings that were resized since, the values do not fit
             self._undo.close()
-            # the trainer's callback may live on, and would keep what was trained: 12 GB at 8B
-            self._layers.clear()
-            self._active = False
+            # the handle or its callback may live on, and would keep what was trained: 12 GB at 8B
+            for held in (self._layers, self._writer.forwards, self._replaced):
+                held.clear()
 
 
 def _merged_parameters(model: nn.Module, layers: Layers) -> Iterator[tuple[str, Tensor]]:

@@ -1,18 +1,43 @@
-"""Whether a state dict's update is one of these rows, before it is loaded."""
+"""Whether a state dict's update is one of these rows, and what is said of one that is not used."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..sharding import full_shape, full_values, is_partitioned
 from .arithmetic import same_rows, updated_rows
-from .refusals import OTHER, OTHER_ROWS
 
 # The name of a protection's fingerprint in a state dict.
 DIGEST = "protection_digest"
+
+_AVERAGE = (
+    "Of an average of state dicts load the updates alone: model.load_state_dict({k: v for k, v in "
+    "average.items() if k.endswith(('update', 'delta_a', 'delta_b'))}, strict=False)."
+)
+OTHER_ROWS = (
+    f"the rows that were trained are others than this model's; patch it with those. {_AVERAGE}"
+)
+OTHER = (
+    "the update that was saved is of other base weights, or of another protection; patch the model "
+    f"it was trained on, not a merged one, with the same protect=. {_AVERAGE}"
+)
+_READ_IT = (
+    "Read the update beside the checkpoint: with handle.trainer_callback() for HF Trainer, "
+    "loki_kernels.patch(model, rows=<checkpoint folder>), or "
+    "handle.load_state(<checkpoint folder>)."
+)
+PASSED_OVER = (
+    "a state dict of this model's layers was loaded that has nothing of these rows under their "
+    "names in memory, as the files of save_pretrained have not where a family's names differ "
+    f"(experts one by one), so the update is not that of the other weights. {_READ_IT}"
+)
+MERGED_ALONE = (
+    "the weights that were loaded hold trained rows merged into them and not the update itself, so "
+    f"training would go on from a rounding. {_READ_IT} To start anew from these weights, merge and "
+    "patch."
+)
 
 
 def why_not_load(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | None:
@@ -25,21 +50,13 @@ def why_not_load(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | N
     if index is not None and saved != own:
         return OTHER
     weight = state_dict.get(prefix + layer.parameter)
-    names = [prefix + name for name, _ in layer.trained_parameters()]
-    if weight is None or is_partitioned(layer.frozen) or not state_dict.keys() >= set(names):
+    names = [name for name, _ in layer.trained_parameters()]
+    factors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+    if weight is None or is_partitioned(layer.frozen) or not layer.is_like(factors):
+        return None  # of what has another shape torch says so
+    if tuple(weight.shape) != full_shape(layer.frozen):
         return None
-    factors: list[Tensor] = [state_dict[name] for name in names]
-    if tuple(weight.shape) != full_shape(layer.frozen) or any(
-        tuple(f.shape) != full_shape(p)
-        for f, (_, p) in zip(factors, layer.trained_parameters(), strict=True)
-    ):
-        return None  # torch says so
     rows = layer.take_rows(full_values(weight)).to(layer.base_rows.device)
     # Where the rows were made, since another device's products are others, above all in TF32.
-    whole = layer.formed(
-        {
-            name: full_values(factor).to(rows.device)
-            for (name, _), factor in zip(layer.trained_parameters(), factors, strict=True)
-        }
-    )
+    whole = layer.formed({n: full_values(factor).to(rows.device) for n, factor in factors.items()})
     return None if same_rows(rows, updated_rows(layer.base_rows, *whole.values())) else OTHER

@@ -333,7 +333,7 @@ def _attach(
     undo.callback(model.__dict__.pop, HOLD, None)
     ours: dict[str, Any] = {"save_pretrained": SavePretrained(model, layers)}
     for name in {"generate", "generate_batch"} - model.__dict__.keys():  # another's stays
-        ours[name] = Generate(model, writer, name)
+        ours[name] = Generate(writer, name)
     others = {name: model.__dict__[name] for name in ours.keys() & model.__dict__.keys()}
     undo.callback(model.__dict__.update, others)
     for name, call in ours.items():

@@ -33,8 +33,7 @@ from .arithmetic import (
     whole_update,
     write_into,
 )
-from .loading import DIGEST, why_not_load
-from .refusals import MERGED_ALONE, PASSED_OVER
+from .loading import DIGEST, MERGED_ALONE, PASSED_OVER, why_not_load
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")
@@ -213,6 +212,10 @@ class LokiRows(nn.Module):
         """Note that the update was read from a file, which is all of it that there is to know."""
         self.merged_alone, self.loaded_alone, self.passed_over = None, False, False
         self.misfits = False
+        self.note_as_read()
+
+    def note_as_read(self) -> None:
+        """Note that the update is as it was read, whose values were changed and put back."""
         self._read_version = version_of(self.trained_parameters()[-1][1])
 
     def is_as_read(self) -> bool:
@@ -222,6 +225,13 @@ class LokiRows(nn.Module):
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of ``update``, or of ``delta_a`` and ``delta_b``."""
         return [(name, p) for name, p in self.named_parameters(recurse=False) if name in TRAINED]
+
+    def is_like(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether there is a value of each trained parameter, of its shape."""
+        return all(
+            name in values and tuple(values[name].shape) == full_shape(p)
+            for name, p in self.trained_parameters()
+        )
 
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, in the weight's dtype; ``[..., k, in_features]``."""
@@ -315,7 +325,12 @@ class LokiRows(nn.Module):
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         missing_keys += [name for name in missing if name not in own]
-        if weight is None or partitioned or len(error_msgs) > errors:
+        if partitioned or len(error_msgs) > errors:
+            return
+        if weight is None:
+            if all(prefix + name in state_dict for name, _ in self.trained_parameters()):
+                # of the base that there is, whatever merged rows were loaded before
+                self.merged_alone, self.loaded_alone, self.misfits = None, False, False
             return
         with torch.no_grad():
             merged = full_values(self.frozen)

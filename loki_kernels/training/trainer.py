@@ -13,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import explained
 from ..files import atomic_path, check_folder
-from ..sharding import full_shape
 from .adapter_file import (
     PROTECTION_FILE,
     SIDE_FILE,
@@ -174,17 +173,14 @@ def _is_of_these_weights(saved: SavedUpdate, layers: Layers) -> bool:
     for name, layer in layers.items():
         base = layer.base_rows
         parts = saved.layers.get(name, {})
-        factors = [parts.get(part) for part, _ in layer.trained_parameters()]
-        if any(
-            factor is None or tuple(factor.shape) != full_shape(p)
-            for factor, (_, p) in zip(factors, layer.trained_parameters(), strict=True)
-        ):
+        if not layer.is_like(parts):
             return False
         if layer.passed_over and layer.merged_alone is None:  # other layers tell
             continue
         rows = layer.merged_rows() if layer.merged_alone is None else layer.merged_alone
         # Where the rows were made: another device's products are others, above all in TF32.
-        want = updated_rows(base, *(f.to(base.device) for f in factors if f is not None))
+        factors = (parts[part].to(base.device) for part, _ in layer.trained_parameters())
+        want = updated_rows(base, *factors)
         if not same_rows(want, rows, dtype=dtype):
             return False
     return True

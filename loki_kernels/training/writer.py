@@ -166,15 +166,21 @@ class RowWriter:
 
         HF Trainer loads a checkpoint's names as they are in the files, some families' experts one
         by one, and takes no notice of what does not fit; of one in shards it loads each, in any
-        order.
+        order. Another stack of the model, such as a vision tower's, numbers layers of its own.
         """
+        own_names = (*self.model.named_parameters(), *self.model.named_buffers())
+        known = {f"{prefix}{name}" for name, _ in own_names}
+        strange = [key for key in state_dict if key not in known]
         for name, layer in self.named_layers.items():
             own = {f"{prefix}{name}.{part}" for part in (layer.parameter, *TRAINED)}
             if not own.isdisjoint(state_dict):
                 layer.passed_over = False
                 continue
             around = re.search(r"[^.]+\.\d+\.", name)  # the decoder layer, as in "layers.3."
-            of_layers = around is not None and any(around[0] in key for key in state_dict)
+            of_layers = around is not None and (
+                any(around[0] in key for key in strange)
+                or any(key.startswith(f"{prefix}{name[: around.end()]}") for key in state_dict)
+            )
             names = _names_in_files(self.model, f"{name}.{layer.parameter}", layer.frozen)
             in_files = [state_dict.get(f"{prefix}{each}") for each in names]
             if of_layers or any(weight is not None for weight in in_files):
@@ -325,10 +331,10 @@ class Generate:
     copied and pickled with it.
     """
 
-    model: Any  # a module whose class has a method of that name
-    writer: RowWriter
+    writer: RowWriter  # of a model whose class has a method of that name
     name: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.writer.model
         with self.writer.hold():
-            return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+            return getattr(type(model), self.name)(model, *args, **kwargs)

@@ -22,6 +22,7 @@ from loki_kernels.peft import LokiConfig
 from loki_kernels.training import checkpoint, patching, writer
 from loki_kernels.training.experts import LokiExperts
 from tests.models import DEVICE, assert_unchanged, snapshot, to_device
+from tests.test_drift import texts
 from tests.tiny_training import logits, straight_and_resumed, tiny_trainer, token_batch, train
 from tests.zoo import build as zoo
 
@@ -285,6 +286,23 @@ def test_another_checkpoint_than_was_read_is_not_resumed(tmp_path, model, rank):
     tiny_trainer(again, tmp_path, 9).train(resume_from_checkpoint=resumed)
 
 
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda handle: loki.drift(handle, texts=texts()),
+        lambda handle: loki.limit_drift(handle, 100.0, texts()),
+    ],
+)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_checkpoint_that_was_measured_is_resumed(measure, rank, tmp_path):
+    """A measurement takes the update away for a moment, after which it is as it was read."""
+    trained_for_six_steps(tmp_path, rank=rank)
+    resumed = str(tmp_path / "checkpoint-3")
+    model = build_model("Qwen3Moe")
+    measure(loki.patch(model, resumed))
+    tiny_trainer(model, tmp_path, 6).train(resume_from_checkpoint=resumed)
+
+
 def test_the_callback_reads_the_checkpoint_that_is_resumed_from(tmp_path):
     """Whatever was read before; and none of another run that lies where it looks."""
     want = trained_for_six_steps(tmp_path / "a")
@@ -338,6 +356,18 @@ def test_modules_trained_whole_are_resumed_under_other_names(tmp_path):
     straight, resumed = straight_and_resumed(run, tmp_path)
     for name, tensor in straight.items():
         torch.testing.assert_close(tensor, resumed[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_vision_towers_own_weights_pass_over_no_rows():
+    """Its layers have numbers too."""
+    model = build("LlavaForConditionalGeneration")
+    handle = loki.patch(model, ROWS)
+    want = logits(train(model))
+    tower = {n: p.clone() for n, p in model.state_dict().items() if "vision_tower.encoder" in n}
+    assert any("layers.0." in name for name in tower)
+    assert not model.load_state_dict(tower, strict=False).unexpected_keys
+    torch.testing.assert_close(logits(model), want)
+    handle.merge()
 
 
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "LlavaForConditionalGeneration"])

@@ -215,6 +215,26 @@ def test_what_is_merged_alone_is_no_state_to_train_from(rank):
     assert torch.equal(fresh(x), layer(x))
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_updates_that_are_loaded_after_merged_weights_can_be_trained_from(rank):
+    """As of an average of state dicts: the base is known, and the update by now."""
+    _, layer = make_layers(dtype=torch.bfloat16, rank=rank)
+    _, other = make_layers(dtype=torch.bfloat16, rank=rank)
+    for _, parameter in (*layer.trained_parameters(), *other.trained_parameters()):
+        parameter.data.normal_()
+    _, fresh = make_layers(dtype=torch.bfloat16, rank=rank)
+    fresh.load_state_dict({n: other.state_dict()[n] for n in ("weight", "bias")}, strict=False)
+    updates = dict(layer.trained_parameters())
+    if rank is not None:
+        fresh.load_state_dict({"delta_a": updates["delta_a"]}, strict=False)
+    x = random_input(4).bfloat16()
+    with pytest.raises(RuntimeError, match="not the update itself"):
+        fresh(x)
+    fresh.load_state_dict(updates, strict=False)
+    assert torch.equal(fresh(x), layer(x))
+    assert torch.equal(fresh.merged_weight(), layer.merged_weight())
+
+
 def test_merged_weights_of_no_update_are_the_base():
     original, layer = make_layers(rank=2)
     layer.load_state_dict(original.state_dict())

@@ -873,6 +873,16 @@ def test_a_copy_writes_its_own_rows(model):
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
 
 
+def test_a_handle_is_not_copied_with_another_model(model):
+    """A copy's merge() would take this model apart."""
+    handle = loki.patch(model, ROWS)
+    with pytest.raises(TypeError, match=r"copy handle\.model"):
+        copy.deepcopy(handle)
+    assert copy.copy(handle).unpatch() is model
+    with pytest.raises(RuntimeError, match="no longer patched"):
+        handle.unpatch()
+
+
 def test_an_offloaded_model_is_refused(model):
     from accelerate import cpu_offload
 

@@ -707,14 +707,15 @@ def test_what_is_loaded_then_may_be_trained_on(protection, tmp_path):
 def test_unpatching_frees_the_update_at_once(protection):
     model = build_model()
     handle = loki.patch(model, ROWS, protect=protection)
+    callback = handle.trainer_callback()  # which a Trainer keeps, as a notebook does the handle
     train(model, steps=1)
     update = weakref.ref(dict(handle.named_layers())["model.layers.0.mlp.down_proj"].update)
     gc.collect()
     gc.disable()
     try:
         handle.unpatch()
-        del handle
         assert update() is None
+        assert not callback.layers
     finally:
         gc.enable()
 
