@@ -71,7 +71,9 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     """A down-projection with one update of some rows an adapter.
 
     Attributes:
-        loki_index: int64 ``[k]`` by adapter, sorted.
+        rows: int64 ``[k]`` by adapter, sorted, where its update lies (`index_of`).
+        loki_index: the same, that stands for it in a state dict alone, as ``loki_protection`` is:
+            torch's AveragedModel averages buffers, by which row 11 becomes row 10.
         loki_update: ``[k, in_features]`` by adapter, zero at first; float32, float64 over a float64
             base.
         loki_delta_a: ``[k, r]`` instead of it, zero at first (LoKI*).
@@ -86,7 +88,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("loki_update", "loki_delta_a", "loki_delta_b")
     # what else is kept by adapter, which PEFT deletes with one
-    other_param_names = ("loki_index", "loki_directions", "loki_protection", "configs")
+    other_param_names = ("rows", "loki_index", "loki_directions", "loki_protection", "configs")
 
     def __init__(self, base_layer: nn.Module, model: nn.Module) -> None:
         super().__init__()
@@ -98,6 +100,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self.loki_update = nn.ParameterDict()
         self.loki_delta_a = nn.ParameterDict()
         self.loki_delta_b = nn.ParameterDict()
+        self.rows: dict[str, Tensor] = {}
         self.loki_index = BufferDict(persistent=True)
         self.loki_directions = BufferDict(persistent=False)
         self.loki_protection = BufferDict(persistent=True)
@@ -119,7 +122,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Give the layer one more adapter, whose update is zero, where ``index`` lies."""
         self.configs[adapter_name] = config
-        self.loki_index[adapter_name] = index
+        self.rows[adapter_name] = index
+        self.loki_index[adapter_name] = index.clone()
         if directions is not None:
             self.loki_directions[adapter_name] = padded(directions.to(index.device))
         if config.protection is not None:
@@ -136,9 +140,17 @@ class LokiLayer(nn.Module, BaseTunerLayer):
 
     def watch(self) -> None:
         """Have gradients refused of adapters that were trained protected and are not here."""
-        for name in self.loki_index:
+        for name in self.rows:
             if not self.is_protected_as_named(name):
                 check_gradients(self.factors(name), partial(self.check_protected, name))
+
+    def index_of(self, name: str) -> Tensor:
+        """Which rows an adapter trains, where its update lies."""
+        device, index = self.factors(name)[0].device, self.rows[name]
+        if index.device != device and device.type != "meta":
+            with torch.inference_mode(False):  # else a training pass could not keep it
+                index = self.rows[name] = index.to(device)
+        return index
 
     def factors(self, name: str) -> list[nn.Parameter]:
         """What is trained of an adapter: its update, or LoKI*'s two factors."""
@@ -188,7 +200,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # not PEFT's own, which casts to the base's dtype too: an update would lose small steps
-        if adapter_name not in self.loki_index:
+        if adapter_name not in self.rows:
             return
         device = device or next(self.get_base_layer().parameters()).device
         for buffers in (self.loki_index, self.loki_directions, self.loki_protection):
@@ -210,7 +222,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             return
         seen: set[int] = set()
         for name in names:
-            rows = set(self.loki_index[name].tolist())
+            rows = set(self.rows[name].tolist())
             if seen & rows:
                 raise ValueError(
                     f"adapter {name!r} trains row {min(seen & rows)} of a layer that another "
@@ -219,7 +231,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             seen |= rows
 
     def _adapters_here(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.loki_index]
+        return [name for name in names if name in self.rows]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -231,14 +243,14 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             refuse_parts(self)
         if len(names) == 1 and self._is_plain(base):
             a, b, directions = self._update_factors(names[0], x)
-            index = self.loki_index[names[0]]
+            index = self.index_of(names[0])
             return row_delta_linear(x, base.weight, a, b, index, base.bias, directions=directions)
         y: Tensor = base(x, *args, **kwargs)
         for name in names:
             a, b, directions = self._update_factors(name, x)
             a, b = acting_factors(a, b, directions)
             u = x if b is None else functional.linear(x, b.to(x.dtype))
-            y = y.index_add(-1, self.loki_index[name], functional.linear(u, a.to(u.dtype)).to(y))
+            y = y.index_add(-1, self.index_of(name), functional.linear(u, a.to(u.dtype)).to(y))
         return y
 
     @property
@@ -301,7 +313,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         """The weight's rows with an adapter's update, in the weight's dtype."""
         a, *b = map(full_values, self.factors(name))
         a, last = acting_factors(a, b[0] if b else None, self._directions(name))
-        return updated_rows(weight[self.loki_index[name]], a, last)
+        return updated_rows(weight[self.index_of(name)], a, last)
 
     def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
         """The adapters that `merge` would merge; raises what it would raise."""
@@ -337,7 +349,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         names = self.check_merge(safe_merge, adapter_names)
         if self.quantization_backend is None:
             for name in names:
-                base, index = self._base_weight, self.loki_index[name]
+                base, index = self._base_weight, self.index_of(name)
                 weight = full_values(base)
                 rows = self._merged_rows(name, weight)
                 if isinstance(base, DTensor):
@@ -356,7 +368,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         how = self._how_to_merge(names)
         weight = self._whole_weight().clone()
         for name in names:
-            weight.index_copy_(0, self.loki_index[name], self._merged_rows(name, weight))
+            weight.index_copy_(0, self.index_of(name), self._merged_rows(name, weight))
         if self._unmerged is None:
             self._unmerged = self.base_layer, self.quantization_backend
         if how == "dequantize":
@@ -379,7 +391,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 if isinstance(base, DTensor):
                     own_part(base).copy_(kept)
                 else:
-                    base.data.index_copy_(0, self.loki_index[name], kept.to(base))
+                    base.data.index_copy_(0, self.index_of(name), kept.to(base))
         self._replaced.clear()
         self.merged_adapters.clear()
 
@@ -389,7 +401,7 @@ def refuse_merged(layers: Mapping[str, LokiLayer], adapter: str, saved: Mapping[
 
     Of whole tensors alone, as a file has them.
     """
-    own = {name: layer for name, layer in layers.items() if adapter in layer.loki_index}
+    own = {name: layer for name, layer in layers.items() if adapter in layer.rows}
     config = next(iter(own.values())).configs[adapter]
     trained_on = base_rows_of(vars(config))
     if trained_on is None or config.present is None:
@@ -407,7 +419,17 @@ def refuse_merged(layers: Mapping[str, LokiLayer], adapter: str, saved: Mapping[
 
 
 def _save_what_acts(layer: LokiLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Of protected updates a state dict holds what acts of them, which needs no protection."""
+    """Of protected updates a state dict holds what acts of them, which needs no protection.
+
+    And the rows and protections as they are, whatever an average made of their buffers.
+    """
+    for name, index in layer.rows.items():
+        key, protection = f"{prefix}loki_index.{name}", layer.configs[name].protection
+        if key in state_dict:
+            state_dict[key] = index.to(state_dict[key].device)
+        key = f"{prefix}loki_protection.{name}"
+        if key in state_dict and protection is not None:
+            state_dict[key] = digest_of(protection).to(state_dict[key].device)
     for name, directions in layer.loki_directions.items():
         for part in ("loki_update", "loki_delta_b"):
             key = f"{prefix}{part}.{name}"

@@ -410,7 +410,7 @@ def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: A
     """
     layers = [(f"{prefix}{n}", m) for n, m in model.named_modules() if isinstance(m, LokiLayer)]
     for name, layer in layers:
-        for adapter, index in layer.loki_index.items():
+        for adapter, index in layer.rows.items():
             other = state_dict.get(f"{name}.loki_index.{adapter}", index)
             if not torch.equal(other.cpu(), index.cpu()):
                 raise ValueError(
@@ -422,16 +422,14 @@ def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: A
                 key = f"{name}.loki_protection"
                 saved = state_dict.get(f"{key}.{adapter}", state_dict.get(key))
                 _check_protection(layer, adapter, saved)
-    for adapter in {adapter for _, layer in layers for adapter in layer.loki_index}:
+    for adapter in {adapter for _, layer in layers for adapter in layer.rows}:
         refuse_merged(dict(layers), adapter, state_dict)
 
 
 def _check_protection(layer: LokiLayer, adapter: str, saved: Tensor | None) -> None:
     """Raise ValueError if an update that was formed with one would be formed with another."""
-    own = dict(layer.loki_protection.items()).get(adapter)  # BufferDict has no get
-    reason = why_other_protection(
-        *(None if held is None else bytes(held.tolist()).hex() for held in (saved, own))
-    )
+    named = None if saved is None else bytes(saved.tolist()).hex()
+    reason = why_other_protection(named, layer.configs[adapter].protection)
     if reason is not None:
         message = f"what was saved of {adapter!r} belongs to a model patched otherwise: {reason}."
         if saved is not None:

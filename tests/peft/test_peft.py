@@ -11,6 +11,7 @@ import sys
 import peft
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import loki_kernels as loki
 import loki_kernels.peft
@@ -23,6 +24,7 @@ from tests.tiny_training import (
     WordTokenizer,
     load_model,
     logits,
+    protection_file,
     straight_and_resumed,
     tiny_trainer,
     token_batch,
@@ -69,6 +71,30 @@ def test_trains_as_patch_does(name, rank, row_file):
         torch.testing.assert_close(tensor, want[key], atol=2e-5, rtol=2e-5, msg=key)
         changed = (tensor != start[key]).nonzero()[:, :1].unique().tolist()
         assert changed in ([], [0], [3, 7], [1, 5, 40]), key
+
+
+@pytest.mark.parametrize("protected", [False, True])
+def test_an_average_is_of_the_same_rows(protected, base_folder):
+    """torch averages integer buffers too, and rounds down what comes out."""
+    protect = protection_file(base_folder) if protected else None
+    config = LokiConfig(rows=ROWS, protect=protect)
+    model = peft.get_peft_model(load_model(base_folder), config)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    want = {}
+    for _ in range(4):
+        train(model, 1)
+        averaged.update_parameters(model)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                want[name] = 0.9 * want.get(name, p.detach()) + 0.1 * p.detach()
+    again = peft.get_peft_model(load_model(base_folder), config)
+    again.load_state_dict(averaged.module.state_dict())  # it compares rows and protections
+    for name, parameter in again.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(want[name])
+    torch.testing.assert_close(logits(averaged.module), logits(again))
+    merged = averaged.module.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(again))
 
 
 @pytest.mark.parametrize(("free", "said"), [(400_000, False), (200_000, True)])
