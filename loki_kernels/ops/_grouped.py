@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ._check import check_first_derivative, without_autocast
 from ._directions import acting_factors, keep, kept, leave_out
-from ._products import capability, padded_rows, selected_columns
+from ._products import add_columns, capability, padded_rows, selected_columns
 
 
 class Update(NamedTuple):
@@ -74,9 +74,7 @@ class _GroupedLinear(torch.autograd.Function):
             assert index is not None
             acting = padded_rows(_formed(a, b, directions), x.dtype)
             delta = _products(x, acting.transpose(1, 2), offsets)
-            # compiled by torch 2.11, a result that was written in place has no gradient
-            add = y.index_add if torch.compiler.is_compiling() else y.index_add_
-            y = add(1, index, delta[:, : len(index)])
+            y = add_columns(y, index, delta[:, : len(index)])
         return y
 
     @staticmethod

@@ -20,9 +20,25 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     With a bias ``F.linear`` gives a view of ``[tokens, out_features]``, which autograd lets nobody
     add to that is not its maker, as Falcon's layers do.
     """
-    y = functional.linear(as_matrix(x), weight, bias)
-    unviewed: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
-    return unviewed
+    return unviewed(functional.linear(as_matrix(x), weight, bias), x)
+
+
+def unviewed(y: Tensor, x: Tensor) -> Tensor:
+    """``[tokens, n]`` as ``[..., n]`` with x's leading dimensions, which is no view to autograd."""
+    result: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return result
+
+
+def add_columns(y: Tensor, index: Tensor, added: Tensor) -> Tensor:
+    """``[tokens, n]`` with ``added`` ``[tokens, k]`` added to columns ``index``, in y where it can.
+
+    Compiled by torch 2.11 a result that was written in place has no gradient; and selective
+    activation checkpointing keeps what ``mm`` gave, to which a layer that runs again would add
+    once more.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return y.index_add(1, index, added)
+    return y.index_add_(1, index, added)
 
 
 # Products of k rows or columns are made with the next multiple of this: k is seldom one, and a

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from loki_kernels.ops import row_delta_linear
 from loki_kernels.ops._directions import acting_factors
@@ -208,6 +209,28 @@ def test_what_is_formed_is_not_kept_for_the_backward_pass(k):
     own = {t.data_ptr() for t in inputs.values() if isinstance(t, torch.Tensor)}
     assert inputs["delta_a"].data_ptr() in {t.data_ptr() for t in kept}
     assert all(t.data_ptr() in own for t in kept)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_that_selective_checkpointing_keeps_is_added_to_once(bias):
+    """The layer runs again, on what ``mm`` gave the first time."""
+    kept = [aten.mm.default, aten.addmm.default]
+    inputs = make((2, 5), 63, 129, 30, 4, bias=bias)
+
+    def gradients(run):
+        x = inputs["x"].clone().requires_grad_()
+        run(x).pow(3).sum().backward()
+        return x.grad
+
+    def block(x):  # as Gemma 3 has a norm after the layer
+        y = row_delta_linear(**(inputs | {"x": x}))
+        return torch.nn.functional.layer_norm(y, y.shape[-1:])
+
+    def again(x):
+        contexts = partial(create_selective_checkpoint_contexts, kept)
+        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+    torch.testing.assert_close(gradients(again), gradients(block))
 
 
 @pytest.mark.parametrize(("dense", "k"), [(False, 30), (True, 30), (True, 129)])

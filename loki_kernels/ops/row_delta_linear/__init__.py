@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .._check import (
     autocast,
@@ -17,11 +18,13 @@ from .._check import (
 )
 from .._directions import acting_factors, keep, kept, leave_out
 from .._products import (
+    add_columns,
     as_matrix,
     dense_linear,
     padded_rows,
     rounded_sum,
     selected_columns,
+    unviewed,
     weight_gradient,
 )
 
@@ -105,13 +108,12 @@ class _RowDeltaLinear(torch.autograd.Function):
         with without_autocast(x):
             if form:
                 return dense_linear(x, _sum(weight, delta_a, index, x.dtype), bias)
-            y = dense_linear(x, weight, bias)
             u = as_matrix(x)
+            y = functional.linear(u, weight, bias)
             if delta_b is not None:
                 u = u @ delta_b.to(x.dtype).t()
             added = u @ padded_rows(delta_a, x.dtype).t()
-            as_matrix(y).index_add_(1, index, added[:, : len(index)])
-            return y
+            return unviewed(add_columns(y, index, added[:, : len(index)]), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
