@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import explained
 from ..files import atomic_path, of_a_whole_file, read_safetensors, write_safetensors
 from ..fingerprint import BaseRows
 from ..protection import Protection, fingerprint_of
 from ..sharding import full_values, shard_like
+from ..structure import plain_name
 from .arithmetic import digest_of, whole_update
 from .rows import TRAINED, LokiRows
 
@@ -118,6 +119,23 @@ class SavedUpdate:
 def modules_of(parameters: Iterable[str]) -> list[str]:
     """Names of the modules that parameters of these names belong to."""
     return sorted({name.rpartition(".")[0] for name in parameters})
+
+
+def whole_modules(model: nn.Module, parameters: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Modules that parameters of these names are all of, and the names of the other ones.
+
+    Such as LLaVA's ``image_newline``, which lies in the module that holds all the layers, or the
+    bias alone of a linear layer. A module that the model lacks is one of the first.
+    """
+    names, modules = set(parameters), dict(model.named_modules())
+    whole = [
+        owner
+        for owner in modules_of(names)
+        if owner not in modules
+        or {plain_name(f"{owner}.{n}") for n, _ in modules[owner].named_parameters()} <= names
+    ]
+    alone = [n for n in sorted(names) if not any(n.startswith(f"{owner}.") for owner in whole)]
+    return whole, alone
 
 
 def parts_of(layers: Layers) -> dict[str, Parts]:

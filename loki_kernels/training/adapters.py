@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,24 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             for names in projection_names(structure)
         ],
         "rank": next(iter(layers.values())).rank,
-        "modules_to_save": adapter_file.modules_of(others) or None,
+        "modules_to_save": _modules_to_save(structure, others),
         "protection": fingerprint,
         **adapter_file.base_rows_content(adapter_file.base_of(layers)),
     }
     adapter_file.write_adapter(path, tensors, config, task_type(structure.causal_lm))
     adapter_file.write_protection_of(layers, path)
     return path
+
+
+def _modules_to_save(structure: Structure, others: Iterable[str]) -> list[str] | None:
+    """For PEFT, which knows modules alone."""
+    whole, alone = adapter_file.whole_modules(structure.causal_lm, others)
+    if alone:
+        logger.warning(
+            "the adapter holds %s too, of which PEFT reads nothing, since it knows whole modules "
+            "alone; loki_kernels.load_adapter reads them.", ", ".join(alone),
+        )  # fmt: skip
+    return whole or None
 
 
 @made_on_cpu
@@ -149,7 +160,7 @@ def export_lora(
         "base_model_name_or_path": _base_name(structure),
         "r": rank,
         "lora_alpha": rank,
-        "modules_to_save": adapter_file.modules_of(others) or None,
+        "modules_to_save": _modules_to_save(structure, others),
         "lora_dropout": 0.0,
         "bias": "none",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -207,12 +208,13 @@ class Patch:
         if reason is not None:
             raise explained(ValueError(f"{path} belongs to a model patched otherwise: {reason}."))
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Patch:
-        raise TypeError(
-            "a handle undoes what was done to its own model and cannot be copied with another one; "
-            "copy handle.model, or keep the update by loki_kernels.save_adapter(handle.model, "
-            "FOLDER)."
-        )
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        """A handle that undoes nothing, with a copy of the model, which stays patched.
+
+        What this one would undo is of this model. Averages copy what holds it, a LightningModule.
+        """
+        model, writer = copy.deepcopy((self.model, self._writer), memo)
+        return Patch(model, self.rows, self.report, self.protection, {}, writer, ExitStack())
 
     def __enter__(self) -> Patch:
         return self
@@ -223,7 +225,10 @@ class Patch:
 
     def _check_active(self) -> None:
         if not self._layers:
-            raise RuntimeError("this model is no longer patched.")
+            raise RuntimeError(
+                "this model is no longer patched, or this is a copy of its handle; of a copied "
+                "model loki_kernels.save_adapter(model, FOLDER) keeps the update."
+            )
 
     def _restore(self, *, trained: bool) -> nn.Module:
         self._check_active()

@@ -120,17 +120,17 @@ def patch(
     check_trainable(structure)
     check_arguments(rows, quota, criterion, analysis, rank, modules_to_save)
     saved = _saved_update(rows)
+    others, alone = adapter_file.whole_modules(structure.causal_lm, saved.others if saved else ())
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
-        modules_to_save = [*modules_to_save, *adapter_file.modules_of(saved.others)]
         protect = _beside(saved, protect)
-    whole = find_modules(structure, [*modules_to_save, *new_heads(structure)])
+    whole = find_modules(structure, [*modules_to_save, *others, *new_heads(structure)])
     quota, protect = what_to_train(rows, quota, criterion, analysis, protect)
     warn_of_memory(structure, rows, quota, protected=protect not in (None, False), rank=rank)
     protection = protection_to_keep(structure, protect, tokenizer)
     selection = selection_to_train(structure, rows, tokenizer, quota, criterion, analysis)
     handle = _patch_rows(
-        structure, selection, whole, rank, protection, fuse_mlp=fuse_mlp, together=True
+        structure, selection, whole, alone, rank, protection, fuse_mlp=fuse_mlp, together=True
     )
     if saved is not None:
         _load(handle, saved)
@@ -146,9 +146,11 @@ def patch_saved(model: nn.Module, saved: SavedUpdate) -> Patch:
     check_patchable(structure)
     rows = RowSelection(saved.rows_of(projection_names(structure)))
     # a config names more modules, as PEFT writes it
-    others = adapter_file.modules_of(saved.others)
+    others, alone = adapter_file.whole_modules(structure.causal_lm, saved.others)
     whole = find_modules(structure, [*others, *new_heads(structure)])
-    handle = _patch_rows(structure, rows, whole, saved.rank, None, fuse_mlp=False, together=False)
+    handle = _patch_rows(
+        structure, rows, whole, alone, saved.rank, None, fuse_mlp=False, together=False
+    )
     _load(handle, saved)
     return handle
 
@@ -157,6 +159,7 @@ def _patch_rows(
     structure: Structure,
     selection: RowSelection,
     whole: dict[str, nn.Module],
+    alone: list[str],
     rank: int | None,
     protection: Protection | None,
     *,
@@ -165,7 +168,10 @@ def _patch_rows(
 ) -> Patch:
     """Train these rows; undone if anything fails.
 
-    ``together``: whether every process does, so that they can be compared now.
+    Args:
+        whole: modules that are trained whole beside them.
+        alone: names of parameters that are.
+        together: whether every process does, so that they can be compared now.
     """
     together = together and is_distributed()
     if together:
@@ -176,7 +182,7 @@ def _patch_rows(
     causal_lm = structure.causal_lm
     report = plan(structure, by_layer, rank, gatings, whole, protection)
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
-        _freeze(causal_lm, undo, but=whole)
+        _freeze(causal_lm, undo, but=whole, alone=alone)
         layers: dict[str, LokiRows] = {}
         for d, index in selected:
             kept = None if protection is None else protection.directions.get(d.name)
@@ -249,7 +255,9 @@ def _load(handle: Patch, saved: SavedUpdate) -> None:
         raise
 
 
-def _freeze(model: nn.Module, undo: contextlib.ExitStack, but: dict[str, nn.Module]) -> None:
+def _freeze(
+    model: nn.Module, undo: contextlib.ExitStack, but: dict[str, nn.Module], alone: list[str]
+) -> None:
     # By name: FSDP2 replaces the parameters and expects that the whole ones are freed.
     trained = {name: p.requires_grad for name, p in parameters_of(model).items()}
 
@@ -261,6 +269,9 @@ def _freeze(model: nn.Module, undo: contextlib.ExitStack, but: dict[str, nn.Modu
     model.requires_grad_(False)
     for module in but.values():
         module.requires_grad_(True)
+    for name, parameter in parameters_of(model).items():
+        if name in alone:
+            parameter.requires_grad_(True)
 
 
 def _replace_module(down_proj: DownProjection, layer: LokiRows, undo: contextlib.ExitStack) -> None:

@@ -357,10 +357,10 @@ def new_heads(structure: Structure) -> list[str]:
     """Names of the modules beside the base model of a class that has no language-model head.
 
     ``AutoModelForSequenceClassification`` and its like put a new one there, which learns nothing
-    unless it is trained.
+    unless it is trained. A base model by itself has none: beside a decoder lie its towers.
     """
     model = structure.causal_lm
-    if model.get_output_embeddings() is not None or structure.decoder is model:
+    if model.get_output_embeddings() is not None or model.base_model is model:
         return []
     return [
         name

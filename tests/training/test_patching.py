@@ -24,6 +24,7 @@ from transformers.training_args import OptimizerNames
 import loki_kernels as loki
 from loki_kernels.attribution.prompts import find_tokenizer
 from loki_kernels.training import patching, rows
+from tests.architectures import llava
 from tests.models import ARCHITECTURES, DEVICE, assert_unchanged, build_model, snapshot, to_device
 from tests.tiny_training import (
     ROWS,
@@ -873,14 +874,20 @@ def test_a_copy_writes_its_own_rows(model):
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
 
 
-def test_a_handle_is_not_copied_with_another_model(model):
-    """A copy's merge() would take this model apart."""
-    handle = loki.patch(model, ROWS)
-    with pytest.raises(TypeError, match=r"copy handle\.model"):
-        copy.deepcopy(handle)
-    assert copy.copy(handle).unpatch() is model
-    with pytest.raises(RuntimeError, match="no longer patched"):
-        handle.unpatch()
+def test_a_handles_copy_leaves_this_model_alone(model, tmp_path):
+    """Its merge() would take this one apart; what holds a handle is copied for an average."""
+    module = torch.nn.Module()
+    module.model, module.handle = model, loki.patch(model, ROWS)
+    train(model)
+    copied = copy.deepcopy(module)
+    assert copied.handle.model is copied.model
+    for call in (copied.handle.merge, copied.handle.unpatch, copied.handle.trainer_callback):
+        with pytest.raises(RuntimeError, match="a copy of its handle"):
+            call()
+    want = logits(train(copied.model))
+    loki.save_adapter(copied.model, tmp_path)
+    base = module.handle.unpatch()
+    torch.testing.assert_close(logits(loki.load_adapter(base, tmp_path).model), want)
 
 
 def test_an_offloaded_model_is_refused(model):
@@ -1020,6 +1027,45 @@ def test_a_bare_decoder_has_no_new_head():
     handle = loki.patch(model, ROWS)
     model(input_ids=token_batch()).last_hidden_state.sum().backward()
     assert all(layer.update.grad.abs().sum() > 0 for _, layer in handle.named_layers())
+
+
+def test_a_bare_model_of_images_has_no_new_head():
+    """Beside its decoder lies the tower, which is none."""
+    model = llava().model
+    handle = loki.patch(model, ROWS)
+    assert handle.report.whole == {}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.update" for name, _ in handle.named_layers()}
+
+
+@pytest.mark.parametrize("way", ["patch", "load_adapter"])
+def test_parameters_that_are_enabled_by_hand_come_back(way, tmp_path):
+    """Among them one in the module of all layers, as LLaVA-NeXT's image_newline, and a bias."""
+    model = llava()
+    model.save_pretrained(tmp_path / "base")
+    base = llava()
+    base.load_state_dict(model.state_dict())
+    for each in (model, base):
+        each.model.register_parameter("newline", torch.nn.Parameter(torch.ones(4, device=DEVICE)))
+    names = ["model.newline", "model.multi_modal_projector.linear_1.bias"]
+    names += [f"model.multi_modal_projector.linear_2.{part}" for part in ("weight", "bias")]
+    loki.patch(model, ROWS)
+    for name in names:
+        model.get_parameter(name).requires_grad_(True).data.add_(1)
+    train(model)
+    if way == "patch":
+        model.save_pretrained(tmp_path / "saved")
+        handle = loki.patch(base, tmp_path / "saved")
+    else:
+        loki.save_adapter(model, tmp_path / "saved")
+        config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+        assert config["modules_to_save"] == ["model.multi_modal_projector.linear_2"]
+        handle = loki.load_adapter(base, tmp_path / "saved")
+    trained = {n for n, p in base.named_parameters() if p.requires_grad}
+    assert trained == {*names, *(f"{name}.update" for name, _ in handle.named_layers())}
+    for name in names:
+        assert torch.equal(base.get_parameter(name), model.get_parameter(name))
+    torch.testing.assert_close(logits(base), logits(model))
 
 
 def test_a_forward_pass_of_another_program_is_refused(model):
