@@ -101,6 +101,14 @@ class LokiExperts(LokiRows):
         }
         return functional_call(self.__dict__["bare"], own, args, kwargs)
 
+    @property
+    def without_gradient(self) -> list[str]:
+        """Of grouped experts all matrices, which their products take as they are."""
+        if self.why_whole is not None:
+            return super().without_gradient
+        own = self.experts._parameters
+        return [n for n, p in self.named_parameters(recurse=False) if n in own and p.ndim == 3]
+
     def trained_weight(self) -> Tensor:
         """The weight with the update in it, as a function of the update."""
         if self.runs_as_it_lies:

@@ -222,16 +222,19 @@ class LokiRows(nn.Module):
         """Whether the update is one that was read, and not trained since."""
         return self._read_version == version_of(self.trained_parameters()[-1][1])
 
+    @property
+    def without_gradient(self) -> list[str]:
+        """Names of the module's own parameters to which no backward pass gives a gradient."""
+        return [self.parameter]
+
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of ``update``, or of ``delta_a`` and ``delta_b``."""
         return [(name, p) for name, p in self.named_parameters(recurse=False) if name in TRAINED]
 
     def is_like(self, values: Mapping[str, Tensor]) -> bool:
         """Whether there is a value of each trained parameter, of its shape."""
-        return all(
-            name in values and tuple(values[name].shape) == full_shape(p)
-            for name, p in self.trained_parameters()
-        )
+        own = self.trained_parameters()
+        return all(n in values and tuple(values[n].shape) == full_shape(p) for n, p in own)
 
     def merged_rows(self) -> Tensor:
         """The rows as trained so far, in the weight's dtype; ``[..., k, in_features]``."""

@@ -226,11 +226,13 @@ class RowWriter:
         """What is asked of a model that is trained, in either mode."""
         self._check_tokens()
         for name, layer in self.named_layers.items():
-            if layer.frozen.requires_grad:
+            asked = [part for part in layer.without_gradient if getattr(layer, part).requires_grad]
+            if asked:
                 raise RuntimeError(
-                    f"{name}.{layer.parameter} was asked for a gradient (requires_grad_(True)) "
-                    "after loki_kernels.patch; rows of it are trained and the rest is frozen. "
-                    "Enable other parameters by name, or handle.unpatch() to train it whole."
+                    f"{name}.{asked[0]} was asked for a gradient (requires_grad_(True)) "
+                    f"after loki_kernels.patch; rows of {layer.parameter} are trained, and nothing "
+                    "else of these weights. Enable other parameters by name, or handle.unpatch() "
+                    "to train them whole."
                 )
         if not self.warned:
             self._warn_of_coarse_updates()

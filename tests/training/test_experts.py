@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -784,3 +785,17 @@ def test_what_transformers_takes_apart_goes_to_the_host_where_it_has_no_room(
     monkeypatch.setattr(type(model), "save_pretrained", check)
     model.save_pretrained(tmp_path)
     assert checked
+
+
+@pytest.mark.parametrize(
+    ("part", "refused"), [("gate_up_proj", True), ("gate_up_proj_bias", False)]
+)
+def test_matrices_of_experts_that_are_to_be_trained_are_an_error(part, refused):
+    """The grouped products give them no gradient; a bias gets one."""
+    model = build_model("GptOss")
+    loki.patch(model, ROWS)
+    asked = [p for n, p in model.named_parameters() if n.endswith(f"experts.{part}")]
+    asked[0].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=f"{part} was asked for") if refused else nullcontext():
+        model(input_ids=token_batch(), labels=token_batch()).loss.backward()
+    assert (asked[0].grad is None) == refused
