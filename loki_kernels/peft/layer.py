@@ -263,6 +263,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             type(base) is nn.Linear
             and self.quantization_backend is None
             and not base.weight.is_meta
+            and not base.weight.requires_grad  # or it would be given no gradient
             and not is_sharded(base.weight)
             and not has_hooks(base)
         )

@@ -422,6 +422,13 @@ def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: A
                 key = f"{name}.loki_protection"
                 saved = state_dict.get(f"{key}.{adapter}", state_dict.get(key))
                 _check_protection(layer, adapter, saved)
+    saved = [key.partition(".loki_index")[0] for key in state_dict if ".loki_index" in key]
+    if saved and not set(saved) & {name for name, _ in layers}:
+        theirs, own = (name.removeprefix(prefix) for name in (saved[0], layers[0][0]))
+        raise ValueError(
+            f"what was saved is of {theirs}, which this {type(model.model).__name__} lacks (it has "
+            f"{own}): none of it would be loaded. Load it onto the class that it was trained on."
+        )
     for adapter in {adapter for _, layer in layers for adapter in layer.rows}:
         refuse_merged(dict(layers), adapter, state_dict)
 

@@ -7,6 +7,7 @@ import math
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
@@ -14,6 +15,30 @@ from tests.models import build_model, to_device
 from tests.tiny_training import ROWS, load_model, logits, token_batch, train
 
 SORTED = [sorted(rows) for rows in ROWS]
+
+
+def test_an_adapter_of_another_class_is_refused(checkpoint, tmp_path):
+    """Of names that it does not find PEFT says no more than a warning, and acts as the base."""
+    model = peft.get_peft_model(load_model(checkpoint), LokiConfig(rows=ROWS))
+    train(model).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {
+        name.replace("model.model.layers", "model.model.language_model.layers"): tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"language_model\.layers.* which this LlamaForCausalLM lacks"
+    ):
+        peft.PeftModel.from_pretrained(load_model(checkpoint), tmp_path / "adapter")
+
+
+def test_a_base_weight_that_is_to_be_trained_has_its_gradient(checkpoint):
+    model = peft.get_peft_model(load_model(checkpoint).float(), LokiConfig(rows=ROWS))
+    model.requires_grad_(True)
+    model(input_ids=token_batch(), labels=token_batch()).loss.backward()
+    for layer in down_projs(model):
+        assert layer.base_layer.weight.grad.abs().sum() > 0
 
 
 @pytest.fixture
