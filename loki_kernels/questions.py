@@ -12,6 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from .errors import explained, import_extra
 
 _LETTERS = "ABCD"
@@ -36,10 +38,19 @@ class Question:
         return f"{self.question}\n{options}\nAnswer:"
 
     def prompt(self, tokenizer: Any) -> str | list[dict[str, str]]:
-        """What to give `attribute`: a chat if the tokenizer has a chat template, else the text."""
-        if getattr(tokenizer, "chat_template", None) is None:
+        """What to give `attribute`: a chat if the tokenizer writes chats, else the text."""
+        if not writes_chats(tokenizer):
             return self.text()
         return [{"role": "user", "content": self.text()}]
+
+
+def writes_chats(tokenizer: Any) -> bool:
+    """Whether it makes tokens of chats: by a template, or as mistral-common's without one."""
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    return getattr(tokenizer, "chat_template", None) is not None or (
+        isinstance(tokenizer, PreTrainedTokenizerBase)
+        and own is not PreTrainedTokenizerBase.apply_chat_template
+    )
 
 
 def load_questions(per_subject: int | None = None, *, skip: int = 0) -> list[Question]:

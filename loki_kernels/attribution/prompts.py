@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import explained
-from ..questions import Question, text_of
+from ..questions import Question, text_of, writes_chats
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def _from_chat(
     options = {"add_generation_prompt": True} | options
     if own is None and template is not None:
         options.setdefault("chat_template", template)
-    if own is None and options.get("chat_template") is None:
+    if not writes_chats(tokenizer) and options.get("chat_template") is None:
         raise ValueError(
             f"prompt {i} is a chat, but the tokenizer has no chat template; give strings, or set "
             "tokenizer.chat_template."
@@ -292,7 +292,8 @@ def as_its_template_reads(
     letter by letter, of which they find none, and render an empty message without an error.
     """
     strings = any(isinstance(message.get("content"), str) for message in chat)
-    if not strings or not _reads_parts_alone(tokenizer, str(template or tokenizer.chat_template)):
+    template = template or getattr(tokenizer, "chat_template", None)
+    if not strings or not _reads_parts_alone(tokenizer, str(template)):
         return chat
     return [
         {**message, "content": _as_parts(message["content"])}
@@ -311,7 +312,8 @@ def _reads_parts_alone(tokenizer: Any, template: str) -> bool:
     mark = "0123456789"
 
     def shows(content: Any) -> bool:
-        options = {} if template == str(tokenizer.chat_template) else {"chat_template": template}
+        own = str(getattr(tokenizer, "chat_template", None))
+        options = {} if template == own else {"chat_template": template}
         chat = [{"role": "user", "content": content}]
         try:
             return mark in tokenizer.apply_chat_template(chat, tokenize=False, **options)

@@ -15,6 +15,7 @@ from ..attribution.prompts import as_its_template_reads, before_every_text, toke
 from ..options import DEFAULT_SAMPLES
 from ..placement import computed_if_it_fits
 from ..progress import progress_bar
+from ..questions import writes_chats
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,9 @@ def draw_samples(
             "built on), give estimate_protection texts, or train without (protect=False)."
         )
     openings = openings_of(tokenizer)
-    if len(openings) == 1 and _chat_template(tokenizer) is not None:
+    if len(openings) == 1 and (writes_chats(tokenizer) or writes_chats(tokenizer_in(tokenizer))):
         logger.warning(
-            "the chat template shows no user's turn by itself, so no sample is a chat; give "
+            "the tokenizer shows no user's turn by itself, so no sample is a chat; give "
             "estimate_protection texts if chats must not be forgotten."
         )
     samples: list[list[int]] = []

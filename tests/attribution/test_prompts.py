@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from loki_kernels.attribution import prompts
 from loki_kernels.attribution.prompts import tokenize_prompts
-from loki_kernels.questions import Question
+from loki_kernels.questions import Question, load_questions
 
 BOS, EOS, A, B = 1, 2, 3, 4
 # A generation prompt that an option changes, as enable_thinking does.
@@ -58,6 +58,22 @@ PARTS = (
     "<s>{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}"
     " {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
+
+
+def test_a_tokenizer_may_write_chats_without_a_template():
+    """mistral-common's, which AutoTokenizer gives of Mistral's models where it is installed."""
+    tokenizer_of_mistral = tokenizer()
+
+    class Backend(type(tokenizer_of_mistral)):
+        def apply_chat_template(self, chat, tokenize=True, return_dict=True, **_):
+            text = " ".join(message["content"] for message in chat)
+            return {"input_ids": [BOS, *self(text, add_special_tokens=False)["input_ids"], B]}
+
+    tokenizer_of_mistral.__class__ = Backend
+    assert tokens(CHAT_OF_A, tokenizer_of_mistral) == [BOS, A, B]
+    question = load_questions(1)[0]
+    assert question.prompt(tokenizer_of_mistral) == [{"role": "user", "content": question.text()}]
+    assert question.prompt(tokenizer()) == question.text()
 
 
 def test_a_template_of_parts_is_given_parts():

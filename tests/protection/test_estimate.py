@@ -248,7 +248,7 @@ def test_a_users_turn_of_parts_and_of_a_processors_template(caplog):
     assert not caplog.records
     tokenizer.chat_template = "w7{% for m in messages %}w8{% endfor %}"
     samples.draw_samples(build_model(), tokenizer, 2, 8)
-    assert "so no sample is a chat" in caplog.text
+    assert "shows no user's turn by itself, so no sample is a chat" in caplog.text
 
 
 def test_samples_do_not_heed_how_the_model_generates():
