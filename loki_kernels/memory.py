@@ -99,8 +99,12 @@ def warn_of_memory(
     Of rows that are not named, and one process: several may shard the weights afterwards.
     ``keeps_rows``: whether the rows as they were are kept, which PEFT's layers do not.
     """
-    devices = {down_proj.weight.device for down_proj in structure.projections()}
-    if rows is not None or is_distributed() or len(devices) > 1 or devices & {torch.device("meta")}:
+    if rows is not None or is_distributed():
+        return
+    weights = [getattr(d.module, d.parameter, None) for d in structure.projections()]
+    devices = {weight.device for weight in weights if isinstance(weight, Tensor)}
+    # GPTQ's layers have no weight, and are refused by those who want one
+    if None in weights or len(devices) > 1 or devices & {torch.device("meta")}:
         return
     (device,) = devices
     found = accelerator() if device.type == "cpu" else (device, free_bytes(device))

@@ -233,14 +233,13 @@ class Job:
             try:
                 engine = choose_engine(self.structure, planned.sequences, self.integral, name)
                 scores = attribute_batch(engine, planned.on(self.structure.device))
-            except UnsupportedModelError as error:
-                last = error
+            except UnsupportedModelError:  # which keeps what it stopped, and reforward wants room
                 continue
             (number,) = planned.members
             self.slower.append(number)
             logger.info("prompt %d is attributed by the %s engine (%s)", number, name, refused)
             return scores
-        raise UnsupportedModelError(refused) from last
+        raise UnsupportedModelError(refused)
 
 
 def _check_rankable(scores: Scores, members: list[int]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeGuard, cast
+from typing import Any, Self, TypeGuard, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -151,6 +151,12 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             with torch.inference_mode(False):  # else a training pass could not keep it
                 index = self.rows[name] = index.to(device)
         return index
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in self.rows:
+            self.index_of(name)  # moved now, since torch.compile would trace it
+        return self
 
     def factors(self, name: str) -> list[nn.Parameter]:
         """What is trained of an adapter: its update, or LoKI*'s two factors."""
@@ -427,7 +433,8 @@ def _save_what_acts(layer: LokiLayer, state_dict: dict[str, Any], prefix: str, *
     for name, index in layer.rows.items():
         key, protection = f"{prefix}loki_index.{name}", layer.configs[name].protection
         if key in state_dict:
-            state_dict[key] = index.to(state_dict[key].device)
+            # of its own: what writes into a state dict would write into the rows
+            state_dict[key] = index.to(state_dict[key].device, copy=True)
         key = f"{prefix}loki_protection.{name}"
         if key in state_dict and protection is not None:
             state_dict[key] = digest_of(protection).to(state_dict[key].device)

@@ -20,7 +20,7 @@ from ..fingerprint import BaseRows
 from ..memory import warn_of_memory
 from ..protection import Protection, fingerprint_of
 from ..sharding import ignore_in_ddp, is_distributed, is_first, shards_its_weights
-from ..structure import Structure, refuse_tensor_parallelism
+from ..structure import Structure, plain_name, refuse_tensor_parallelism
 from ..training.adapter_file import (
     PROTECTION_FILE,
     base_rows_content,
@@ -408,7 +408,8 @@ def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: A
 
     PEFT loads one into an adapter that is there without reading its config.
     """
-    layers = [(f"{prefix}{n}", m) for n, m in model.named_modules() if isinstance(m, LokiLayer)]
+    modules = ((f"{prefix}{plain_name(n)}", m) for n, m in model.named_modules())
+    layers = [(name, module) for name, module in modules if isinstance(module, LokiLayer)]
     for name, layer in layers:
         for adapter, index in layer.rows.items():
             other = state_dict.get(f"{name}.loki_index.{adapter}", index)
@@ -423,7 +424,7 @@ def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: A
                 saved = state_dict.get(f"{key}.{adapter}", state_dict.get(key))
                 _check_protection(layer, adapter, saved)
     saved = [key.partition(".loki_index")[0] for key in state_dict if ".loki_index" in key]
-    if saved and not set(saved) & {name for name, _ in layers}:
+    if layers and saved and not set(saved) & {name for name, _ in layers}:
         theirs, own = (name.removeprefix(prefix) for name in (saved[0], layers[0][0]))
         raise ValueError(
             f"what was saved is of {theirs}, which this {type(model.model).__name__} lacks (it has "

@@ -31,7 +31,8 @@ def quantization_of(layer: nn.Module, model: nn.Module) -> Any:
 
 def is_repacked(layer: Any) -> bool:
     """Whether bitsandbytes has brought 4-bit weights into the layout of AVX512-BF16 kernels."""
-    state = getattr(layer.weight, "quant_state", None)
+    weight = getattr(layer, "weight", None)  # GPTQ's layers have none
+    state = getattr(weight, "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 

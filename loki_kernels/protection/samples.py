@@ -131,7 +131,10 @@ def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
 def _chat_template(tokenizer: Any) -> Any:
     """The tokenizer's own, or of a processor whose tokenizer has none the processor's."""
     own = getattr(tokenizer_in(tokenizer), "chat_template", None)
-    return getattr(tokenizer, "chat_template", None) if own is None else own
+    template = getattr(tokenizer, "chat_template", None) if own is None else own
+    return (
+        template.get("default") if isinstance(template, dict) else template
+    )  # of several, by name
 
 
 def _user_turn(tokenizer: Any, template: Any) -> str:

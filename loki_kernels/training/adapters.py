@@ -72,7 +72,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             for names in projection_names(structure)
         ],
         "rank": next(iter(layers.values())).rank,
-        "modules_to_save": _modules_to_save(structure, others),
+        "modules_to_save": _modules_to_save(
+            structure, others, "loki_kernels.load_adapter reads it from this adapter"
+        ),
         "protection": fingerprint,
         **adapter_file.base_rows_content(adapter_file.base_of(layers)),
     }
@@ -81,13 +83,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _modules_to_save(structure: Structure, others: Iterable[str]) -> list[str] | None:
-    """For PEFT, which knows modules alone."""
+def _modules_to_save(structure: Structure, others: Iterable[str], reader: str) -> list[str] | None:
+    """For PEFT, which knows modules alone; else what reads the other parameters is said."""
     whole, alone = adapter_file.whole_modules(structure.causal_lm, others)
     if alone:
         logger.warning(
-            "the adapter holds %s too, of which PEFT reads nothing, since it knows whole modules "
-            "alone; loki_kernels.load_adapter reads them.", ", ".join(alone),
+            "PEFT reads nothing of %s, since it knows whole modules alone; %s.",
+            ", ".join(alone), reader,
         )  # fmt: skip
     return whole or None
 
@@ -160,7 +162,9 @@ def export_lora(
         "base_model_name_or_path": _base_name(structure),
         "r": rank,
         "lora_alpha": rank,
-        "modules_to_save": _modules_to_save(structure, others),
+        "modules_to_save": _modules_to_save(
+            structure, others, "loki_kernels.save_adapter and save_pretrained keep it"
+        ),
         "lora_dropout": 0.0,
         "bias": "none",
     }

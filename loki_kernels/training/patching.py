@@ -195,7 +195,8 @@ def _patch_rows(
                 _replace_mlp(causal_lm, d, gating, undo)
         writer = _attach(structure, layers, undo, agreed=together)
         trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
-        report = replace(report, trainable=trained, notes=[*report.notes, *whole_weights(layers)])
+        notes = [*report.notes, *(f"{name} is trained beside the rows" for name in alone)]
+        report = replace(report, trainable=trained, notes=[*notes, *whole_weights(layers)])
         logger.info("%s", report)
         _warm_up(layers, fused=any(isinstance(gating, Gating) for gating in gatings.values()))
         return Patch(causal_lm, selection, report, protection, layers, writer, undo.pop_all())

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from ..attribution.analysis import AnalysisOptions, cached_attribution
@@ -360,7 +361,9 @@ def new_heads(structure: Structure) -> list[str]:
     unless it is trained. A base model by itself has none: beside a decoder lie its towers.
     """
     model = structure.causal_lm
-    if model.get_output_embeddings() is not None or model.base_model is model:
+    known = MODEL_MAPPING.get(type(model.config), ())
+    is_base = type(model) in (known if isinstance(known, tuple) else (known,))
+    if model.get_output_embeddings() is not None or structure.decoder is model or is_base:
         return []
     return [
         name

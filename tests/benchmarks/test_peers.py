@@ -11,9 +11,14 @@ import torch
 from torch.nn import functional
 
 from benchmarks import measure
+from benchmarks.__main__ import SUITES
 from benchmarks.ops import peers, shared_prefix_attention
 from benchmarks.report import table_line
 from loki_kernels.ops.shared_prefix_attention.reference import shared_prefix_attention_reference
+
+
+def test_they_are_a_suite():
+    assert importlib.import_module(f"benchmarks.{SUITES['peers']}") is peers
 
 
 @pytest.fixture(autouse=True)

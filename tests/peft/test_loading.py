@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
@@ -31,6 +32,21 @@ def test_an_adapter_of_another_class_is_refused(checkpoint, tmp_path):
         ValueError, match=r"language_model\.layers.* which this LlamaForCausalLM lacks"
     ):
         peft.PeftModel.from_pretrained(load_model(checkpoint), tmp_path / "adapter")
+
+
+def test_layers_that_are_checkpointed_are_of_this_class(checkpoint, tmp_path):
+    """As accelerate wraps them under FSDP2; state dicts have plain names."""
+    model = peft.get_peft_model(load_model(checkpoint), LokiConfig(rows=ROWS))
+    layers = model.get_base_model().model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer)
+    saved = {name: tensor.clone() for name, tensor in train(model).state_dict().items()}
+    train(model)
+    model.load_state_dict(saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    name = next(name for name in saved if ".loki_index" in name)
+    with pytest.raises(ValueError, match="trains other rows"):
+        model.load_state_dict(saved | {name: saved[name] + 1})
 
 
 def test_a_base_weight_that_is_to_be_trained_has_its_gradient(checkpoint):

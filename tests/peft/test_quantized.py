@@ -233,10 +233,12 @@ class Packed(torch.nn.Linear):
     """A layer of GPTQ's, for all that PEFT says of one."""
 
 
-def test_a_base_whose_rows_cannot_be_read_is_refused(monkeypatch):
+@pytest.mark.parametrize("options", [{"rows": ROWS}, {"quota": 100, "protect": False}])
+def test_a_base_whose_rows_cannot_be_read_is_refused(options, monkeypatch):
     model = build_model()
     for layer in model.model.layers:
         layer.mlp.down_proj.__class__ = Packed
+        del layer.mlp.down_proj.weight  # it has a qweight
     backend = quantization_utils.ForwardOnlyQuantizationBackend("gptq")
     monkeypatch.setattr(
         quantization_utils,
@@ -244,7 +246,7 @@ def test_a_base_whose_rows_cannot_be_read_is_refused(monkeypatch):
         lambda layer, **_: backend if isinstance(layer, Packed) else None,
     )
     with pytest.raises(loki.UnsupportedModelError, match=r"Packed \(gptq\) cannot be read"):
-        peft.get_peft_model(model, LokiConfig(rows=ROWS))
+        peft.get_peft_model(model, LokiConfig(**options))
 
 
 def test_patch_names_the_way(base):

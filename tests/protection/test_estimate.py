@@ -242,6 +242,9 @@ def test_a_users_turn_of_parts_and_of_a_processors_template(caplog):
         "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
     )
     assert samples.openings_of(tokenizer) == [([96], 96), ([7], 96)]
+    several = chat_tokenizer()
+    several.chat_template = dict.fromkeys(("default", "tool_use"), tokenizer.chat_template)
+    assert samples.openings_of(several) == [([96], 96), ([7], 96)]
     processor = SimpleNamespace(tokenizer=chat_tokenizer(), chat_template=tokenizer.chat_template)
     processor.tokenizer.chat_template = None
     assert samples.openings_of(processor) == [([96], 96), ([7], 96)]
