@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self, TypeGuard, cast
 
@@ -13,18 +13,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import UnsupportedModelError, check_choice, explained
+from ..errors import UnsupportedModelError, check_choice
 from ..ops import row_delta_linear
 from ..ops._directions import acting_factors, leave_out, padded
 from ..sharding import DTensor, full_values, is_partitioned, is_sharded, own_part, shard_like
 from ..structure import Structure, has_hooks
-from ..training.adapter_file import PROTECTION_FILE, base_rows_of
+from ..training.adapter_file import PROTECTION_FILE
 from ..training.arithmetic import (
     check_gradients,
     digest_of,
     initial_factors,
     updated_rows,
-    whole_update,
 )
 from .config import MERGES, LokiConfig
 from .quantized import (
@@ -401,28 +400,6 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                     base.data.index_copy_(0, self.index_of(name), kept.to(base))
         self._replaced.clear()
         self.merged_adapters.clear()
-
-
-def refuse_merged(layers: Mapping[str, LokiLayer], adapter: str, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError if rows hold a saved update already, in layers by their names in ``saved``.
-
-    Of whole tensors alone, as a file has them.
-    """
-    own = {name: layer for name, layer in layers.items() if adapter in layer.rows}
-    config = next(iter(own.values())).configs[adapter]
-    trained_on = base_rows_of(vars(config))
-    if trained_on is None or config.present is None:
-        return
-    keys = ("loki_update",) if config.rank is None else ("loki_delta_a", "loki_delta_b")
-    parts: list[list[Any]] = [
-        [saved.get(f"{name}.{key}.{adapter}") for key in keys] for name in own
-    ]
-    if any(part is None or part.is_meta or is_sharded(part) for pair in parts for part in pair):
-        return
-    updates = (whole_update(*pair) for pair in parts)
-    reason = trained_on.why_merged(config.present, updates)
-    if reason is not None:
-        raise explained(ValueError(f"adapter {adapter!r} was trained on another base: {reason}."))
 
 
 def _save_what_acts(layer: LokiLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

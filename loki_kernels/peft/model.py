@@ -20,13 +20,12 @@ from ..fingerprint import BaseRows
 from ..memory import warn_of_memory
 from ..protection import Protection, fingerprint_of
 from ..sharding import ignore_in_ddp, is_distributed, is_first, shards_its_weights
-from ..structure import Structure, plain_name, refuse_tensor_parallelism
+from ..structure import Structure, refuse_tensor_parallelism
 from ..training.adapter_file import (
     PROTECTION_FILE,
     base_rows_content,
     base_rows_of,
     check_base,
-    why_other_protection,
 )
 from ..training.arithmetic import coarse_dtype
 from ..training.targets import (
@@ -45,10 +44,10 @@ from .config import LokiConfig
 from .layer import (
     LokiLayer,
     held_directions,
-    refuse_merged,
     refuse_other_modules,
     refuse_parts,
 )
+from .loading import check_saved
 from .quantized import dequantize_model
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class LokiModel(BaseTuner):
         self._warned = False
         self._holders = 0
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_read_saved)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(check_saved)  # type: ignore[no-untyped-call]
         self.register_forward_pre_hook(_check_training)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,6 +114,10 @@ class LokiModel(BaseTuner):
         *same, name = (name for name, config in self.peft_config.items() if config is peft_config)
         self._copied = same[0] if same else None
         self.peft_config[name] = peft_config = copy.copy(peft_config)
+        # PEFT lets a model be given an adapter of that name twice: the second replaces the first.
+        for layer in self._loki_layers():
+            if name in layer.rows:
+                layer.delete_adapter(name)
         # Of these PEFT names the heads in the config that it was given, once this has been made.
         heads = _HEADS.get(peft_config.task_type, [])
         if heads:
@@ -138,9 +141,10 @@ class LokiModel(BaseTuner):
             structure, wanted, quota, protected=bool(protect), rank=rank, keeps_rows=False
         )
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
-        selection = selection_to_train(
-            structure, peft_config.rows, None, quota, peft_config.criterion, agree=together
-        )
+        with self._base_alone():  # an analysis is of what every adapter is of
+            selection = selection_to_train(
+                structure, peft_config.rows, None, quota, peft_config.criterion, agree=together
+            )
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}
         kept_by_layer = self._directions(structure, peft_config)
@@ -179,6 +183,18 @@ class LokiModel(BaseTuner):
             vars(peft_config).update(base_rows_content(present))
         peft_config.target_modules = set(self._added)
         return peft_config
+
+    @contextlib.contextmanager
+    def _base_alone(self) -> Iterator[None]:
+        """Without the adapters that are here; PEFT's own way would change what is trained."""
+        before = [(layer, layer._disable_adapters) for layer in self._loki_layers()]
+        try:
+            for layer, _ in before:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, disabled in before:
+                layer._disable_adapters = disabled
 
     def _directions(self, structure: Structure, config: LokiConfig) -> dict[str, Tensor]:
         """What a new adapter leaves alone, by down-projection; its fingerprint into the config.
@@ -401,48 +417,6 @@ def _check_training(model: LokiModel, _inputs: Any) -> None:
     model.warn_of_coarse_updates(first)
     if is_distributed():
         model.check_ranks()
-
-
-def _read_saved(model: LokiModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict of other rows or another protection, or whose rows were merged before.
-
-    PEFT loads one into an adapter that is there without reading its config.
-    """
-    modules = ((f"{prefix}{plain_name(n)}", m) for n, m in model.named_modules())
-    layers = [(name, module) for name, module in modules if isinstance(module, LokiLayer)]
-    for name, layer in layers:
-        for adapter, index in layer.rows.items():
-            other = state_dict.get(f"{name}.loki_index.{adapter}", index)
-            if not torch.equal(other.cpu(), index.cpu()):
-                raise ValueError(
-                    f"{name.removeprefix(prefix)} trains other rows in adapter {adapter!r} than "
-                    "those that were saved; load them as an adapter of their own."
-                )
-            if f"{name}.loki_index.{adapter}" in state_dict:
-                # of a key that the model lacks PEFT 0.21 leaves the adapter's name out
-                key = f"{name}.loki_protection"
-                saved = state_dict.get(f"{key}.{adapter}", state_dict.get(key))
-                _check_protection(layer, adapter, saved)
-    saved = [key.partition(".loki_index")[0] for key in state_dict if ".loki_index" in key]
-    if layers and saved and not set(saved) & {name for name, _ in layers}:
-        theirs, own = (name.removeprefix(prefix) for name in (saved[0], layers[0][0]))
-        raise ValueError(
-            f"what was saved is of {theirs}, which this {type(model.model).__name__} lacks (it has "
-            f"{own}): none of it would be loaded. Load it onto the class that it was trained on."
-        )
-    for adapter in {adapter for _, layer in layers for adapter in layer.rows}:
-        refuse_merged(dict(layers), adapter, state_dict)
-
-
-def _check_protection(layer: LokiLayer, adapter: str, saved: Tensor | None) -> None:
-    """Raise ValueError if an update that was formed with one would be formed with another."""
-    named = None if saved is None else bytes(saved.tolist()).hex()
-    reason = why_other_protection(named, layer.configs[adapter].protection)
-    if reason is not None:
-        message = f"what was saved of {adapter!r} belongs to a model patched otherwise: {reason}."
-        if saved is not None:
-            message += f" The folder that it was saved in has it in {PROTECTION_FILE}."
-        raise explained(ValueError(message))
 
 
 register_peft_method(name="loki", config_cls=LokiConfig, model_cls=LokiModel)

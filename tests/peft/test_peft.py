@@ -73,6 +73,43 @@ def test_trains_as_patch_does(name, rank, row_file):
         assert changed in ([], [0], [3, 7], [1, 5, 40]), key
 
 
+@pytest.mark.parametrize("second", [{"rows": ROWS}, {"rows": ROWS, "rank": 2}])
+@pytest.mark.parametrize("first", [{}, {"rank": 2}, {"protect": True}, {"rows": [[9], [], []]}])
+def test_a_second_adapter_of_a_name_replaces_the_first(first, second, base_folder, tmp_path):
+    """PEFT wraps a base again with no more than a warning, as when a notebook's cell is rerun."""
+    first = {"rows": ROWS} | first
+    if "protect" in first:
+        first["protect"] = protection_file(base_folder)
+    base = load_model(base_folder)
+    train(peft.get_peft_model(base, LokiConfig(**first)))
+    model = train(peft.get_peft_model(base, LokiConfig(**second)))
+    want = train(peft.get_peft_model(load_model(base_folder), LokiConfig(**second)))
+    if "rank" not in second:  # whose factors are drawn
+        torch.testing.assert_close(logits(model), logits(want))
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(load_model(base_folder), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model))
+    torch.testing.assert_close(logits(model.merge_and_unload()), logits(loaded))
+
+
+def test_a_second_adapters_rows_are_the_bases(base_folder, monkeypatch):
+    """Which rows matter least is asked of the base without the first adapter."""
+    seen = []
+
+    def selection(structure, *_, **__):
+        seen.append(logits(structure.causal_lm))
+        return loki.RowSelection(ROWS)
+
+    base = load_model(base_folder)
+    want = logits(base)
+    model = train(peft.get_peft_model(base, LokiConfig(rows=ROWS)))
+    learned = logits(model)
+    monkeypatch.setattr(loki_kernels.peft.model, "selection_to_train", selection)
+    model.add_adapter("other", LokiConfig(quota=10))
+    torch.testing.assert_close(seen[0], want)
+    torch.testing.assert_close(logits(model), learned)
+
+
 @pytest.mark.parametrize("protected", [False, True])
 def test_an_average_is_of_the_same_rows(protected, base_folder):
     """torch averages integer buffers too, and rounds down what comes out."""

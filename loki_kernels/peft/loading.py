@@ -1,0 +1,80 @@
+"""Which state dicts a model with adapters takes: what is asked before PEFT loads one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import explained
+from ..sharding import is_sharded
+from ..structure import plain_name
+from ..training.adapter_file import PROTECTION_FILE, base_rows_of, why_other_protection
+from ..training.arithmetic import whole_update
+from .layer import LokiLayer
+
+
+def check_saved(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict of other rows or another protection, or whose rows were merged before.
+
+    PEFT loads one into an adapter that is there without reading its config.
+    """
+    modules = ((f"{prefix}{plain_name(n)}", m) for n, m in model.named_modules())
+    layers = [(name, module) for name, module in modules if isinstance(module, LokiLayer)]
+    for name, layer in layers:
+        for adapter, index in layer.rows.items():
+            other = state_dict.get(f"{name}.loki_index.{adapter}", index)
+            if not torch.equal(other.cpu(), index.cpu()):
+                raise ValueError(
+                    f"{name.removeprefix(prefix)} trains other rows in adapter {adapter!r} than "
+                    "those that were saved; load them as an adapter of their own."
+                )
+            if f"{name}.loki_index.{adapter}" in state_dict:
+                # of a key that the model lacks PEFT 0.21 leaves the adapter's name out
+                key = f"{name}.loki_protection"
+                saved = state_dict.get(f"{key}.{adapter}", state_dict.get(key))
+                _check_protection(layer, adapter, saved)
+    saved = [key.partition(".loki_index")[0] for key in state_dict if ".loki_index" in key]
+    if layers and saved and not set(saved) & {name for name, _ in layers}:
+        theirs, own = (name.removeprefix(prefix) for name in (saved[0], layers[0][0]))
+        raise ValueError(
+            f"what was saved is of {theirs}, which this model lacks (it has {own}): none of it "
+            "would be loaded. Load it onto the class that it was trained on."
+        )
+    for adapter in {adapter for _, layer in layers for adapter in layer.rows}:
+        _refuse_merged(dict(layers), adapter, state_dict)
+
+
+def _check_protection(layer: LokiLayer, adapter: str, saved: Tensor | None) -> None:
+    """Raise ValueError if an update that was formed with one would be formed with another."""
+    named = None if saved is None else bytes(saved.tolist()).hex()
+    reason = why_other_protection(named, layer.configs[adapter].protection)
+    if reason is not None:
+        message = f"what was saved of {adapter!r} belongs to a model patched otherwise: {reason}."
+        if saved is not None:
+            message += f" The folder that it was saved in has it in {PROTECTION_FILE}."
+        raise explained(ValueError(message))
+
+
+def _refuse_merged(layers: Mapping[str, LokiLayer], adapter: str, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError if rows hold a saved update already, in layers by their names in ``saved``.
+
+    Of whole tensors alone, as a file has them.
+    """
+    own = {name: layer for name, layer in layers.items() if adapter in layer.rows}
+    config = next(iter(own.values())).configs[adapter]
+    trained_on = base_rows_of(vars(config))
+    if trained_on is None or config.present is None:
+        return
+    keys = ("loki_update",) if config.rank is None else ("loki_delta_a", "loki_delta_b")
+    parts: list[list[Any]] = [
+        [saved.get(f"{name}.{key}.{adapter}") for key in keys] for name in own
+    ]
+    if any(part is None or part.is_meta or is_sharded(part) for pair in parts for part in pair):
+        return
+    updates = (whole_update(*pair) for pair in parts)
+    reason = trained_on.why_merged(config.present, updates)
+    if reason is not None:
+        raise explained(ValueError(f"adapter {adapter!r} was trained on another base: {reason}."))
