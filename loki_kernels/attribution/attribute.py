@@ -44,6 +44,7 @@ _UNRESOLVED = 1.0
 
 # A target that this share of at least so many prompts have in common says little of the prompts.
 _ONE_TARGET, _ENOUGH_PROMPTS = 0.9, 20
+_VANISHED = 1e-30  # a probability whose products with small gradients are subnormal or zero
 
 
 class Options(Overrides, total=False):
@@ -248,8 +249,23 @@ def _mean_size(values: Tensor) -> float:
 
 def _warn(result: Attribution | AttributionCounts, tokenizer: Any, *, given: bool) -> None:
     _warn_if_unresolved(result)
+    _warn_if_vanished(result)
     if not given:
         _warn_of_one_target(result, tokenizer)
+
+
+def _warn_if_vanished(result: Attribution | AttributionCounts) -> None:
+    """The probability of a long answer has no digits in float32, and ties go to the first rows."""
+    value = result.value
+    if result.run.get("objective") != "probability" or value is None:
+        return
+    vanished = (value.abs() < _VANISHED).nonzero().flatten()
+    if len(vanished):
+        logger.warning(
+            "the probability of %d answers (prompt %d first) is below %.0e, of which float32 keeps "
+            "few digits or none: their scores say nothing. Pass objective='log_probability'.",
+            len(vanished), int(vanished[0]), _VANISHED,
+        )  # fmt: skip
 
 
 def _warn_of_one_target(result: Attribution | AttributionCounts, tokenizer: Any) -> None:

@@ -32,7 +32,7 @@ from ..options import EngineName
 from ..placement import computed_if_it_fits, free_bytes
 from ..structure import FFN, Structure, embedding_weight
 from .definitions import PathIntegral
-from .integration import guard_tolerance, integrate, relative_error
+from .integration import guard_tolerance, integrate, odds_left, relative_error
 from .path import path_points
 from .prefill import Batch, keep_site
 from .scores import Scores
@@ -238,9 +238,9 @@ class Copies:
             objective = integral.definition.objective
             # The gradient of p is p times that of log p, which does not underflow in float16.
             which = "logit" if objective == "logit" else "log_probability"
-            gradients = torch.autograd.grad(
-                objectives[which][1:].sum(), [leaves[layer] for layer in layers]
-            )
+            left = None if which == "logit" else odds_left(objectives["log_probability"])
+            shares = objectives[which] if left is None else objectives[which] / left
+            gradients = torch.autograd.grad(shares[1:].sum(), [leaves[layer] for layer in layers])
         error = relative_error(got[0].detach(), logits)
         tolerance = guard_tolerance(logits.dtype, embedding_weight(structure.causal_lm).dtype)
         if error > tolerance:
@@ -253,6 +253,7 @@ class Copies:
         return integrate(
             integral,
             objectives[objective].detach()[None],
+            None if left is None else left[None],
             [gradient[None, :, -1] for gradient in gradients],
             [ends[layer] for layer in layers],
             None if starts is None else [starts[layer][-prompt.tail][None] for layer in layers],
@@ -381,9 +382,12 @@ def _size(cache: Any) -> int:
 def _objectives(logits: Tensor, answer: Tensor) -> dict[str, Tensor]:
     """Each objective of the answer ``[n]``, ``[copies]``, of logits ``[copies, n, V]``."""
     index = answer.expand(len(logits), -1)[..., None]
-    log_probability = logits.log_softmax(-1).gather(-1, index).sum((1, 2))
+    own = logits.gather(-1, index)
+    # by log-odds: a logit less the normaliser keeps no digits of 1 - p = 1e-6
+    others = logits.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
+    log_probability = -functional.softplus(others - own).sum((1, 2))
     return {
-        "logit": logits.gather(-1, index).sum((1, 2)),
+        "logit": own.sum((1, 2)),
         "log_probability": log_probability,
         "probability": log_probability.exp(),
     }

@@ -28,9 +28,20 @@ def guard_tolerance(*dtypes: torch.dtype) -> float:
     return max(_GUARD_TOLERANCE[dtype] for dtype in dtypes)
 
 
+def odds_left(log_probability: Tensor) -> Tensor:
+    """1 - p of points, by which d log p is less than d log-odds.
+
+    Of a token that the model is sure of it makes float16's gradients zero: they are formed without
+    it, and `integrate` multiplies by it in float32.
+    """
+    least = torch.finfo(log_probability.dtype).eps
+    return (-torch.expm1(log_probability.detach())).clamp_min(least)
+
+
 def integrate(
     integral: PathIntegral,
     values: Tensor,
+    left: Tensor | None,
     gradients: Sequence[Tensor],
     ends: Sequence[Tensor],
     starts: Sequence[Tensor] | None,
@@ -42,7 +53,8 @@ def integrate(
     Args:
         integral: what is integrated.
         values: ``[B, 1 + L * m]``, F of the unperturbed point and of each layer's points.
-        gradients: L of ``[B, m, D]``, of log p instead of p where F is a probability.
+        left: what `odds_left` gives of the same points; None where F is a logit.
+        gradients: L of ``[B, m, D]``, of log p divided by ``left`` where F is not a logit.
         ends: L of z ``[B, D]``.
         starts: L of the baseline ``[B, D]``; None for zero.
         target: int64 ``[B]``.
@@ -58,6 +70,8 @@ def integrate(
     weights = integral.weights.to(values, non_blocking=True)
     if definition.objective == "probability":
         weights = weights * at_points
+    if left is not None:
+        weights = weights * left[:, 1:].view(samples, layers, m)
     z = start = None
     if definition.multiply:
         z = stacked(ends)

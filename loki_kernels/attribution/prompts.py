@@ -27,7 +27,12 @@ WINDOW = 4096
 _BESIDE = frozenset(
     {
         "attention_mask",
+        "id",
+        "idx",
+        "index",
         "input_ids",
+        "label",
+        "label_ids",
         "labels",
         "length",
         "num_items_in_batch",
@@ -109,6 +114,11 @@ def tokenize_prompts(
     """
     if isinstance(prompts, (str, Mapping)):
         raise TypeError("prompts must be a list or another iterable of prompts, not one prompt.")
+    if hasattr(prompts, "to_dict") and hasattr(prompts, "columns"):  # it iterates over their names
+        raise TypeError(
+            f"prompts is a {type(prompts).__name__}; give a column of it, "
+            "prompts['text'].tolist(), or its rows, prompts.to_dict('records')."
+        )
     options = dict(chat_template_kwargs or {})
     reserved = sorted(_OURS & set(options))
     if reserved:

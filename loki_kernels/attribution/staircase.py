@@ -28,7 +28,7 @@ from ..head import Head, check_logits
 from ..ops import shared_prefix_attention, target_probability
 from ..structure import Structure
 from .definitions import PathIntegral
-from .integration import guard_tolerance, integrate, relative_error
+from .integration import guard_tolerance, integrate, odds_left, relative_error
 from .path import path_points, steps_for
 from .prefill import Batch, Prefill, Prefix
 from .scores import Scores
@@ -102,7 +102,7 @@ class Staircase:
                 rerunning(self.structure),
                 steered(self.structure, self._attend(prefix), self._hook(layers, trace)),
             ):
-                hidden, values, gradients = self._differentiate(layers, trace)
+                hidden, values, left, gradients = self._differentiate(layers, trace)
         except UnsupportedModelError:
             check_logits(self.structure.causal_lm, self.prefill.logits)  # NaN can be why
             raise
@@ -110,7 +110,7 @@ class Staircase:
         ends = [trace.ends[layer] for layer in layers]
         starts = [trace.starts[layer] for layer in layers] if trace.starts else None
         target = self.prefill.target
-        scores = integrate(self.integral, values, gradients, ends, starts, target)
+        scores = integrate(self.integral, values, left, gradients, ends, starts, target)
         self._guard(hidden, trace.layer_inputs)  # waits for the device, which now has all its work
         return scores
 
@@ -195,13 +195,13 @@ class Staircase:
 
     def _differentiate(
         self, layers: Sequence[int], trace: _Trace
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
         """All points forward, and back to the leaves; ``torch.compile`` takes it whole.
 
         Returns:
             The unperturbed point's last hidden state ``[B, hidden_size]``, the objective of each
-            point ``[B, 1 + len(layers) * m]``, and the gradients at each layer's leaves
-            ``[B, m, D]``.
+            point and its `odds_left` ``[B, 1 + len(layers) * m]``, and the gradients at each
+            layer's leaves ``[B, m, D]``, divided by the latter.
         """
         batch, head = self.batch, self.head
         hidden = self.structure.run_decoder(
@@ -213,6 +213,7 @@ class Staircase:
         target = self.prefill.target.repeat_interleave(points).to(head.weight.device)
         if self.integral.definition.objective == "logit":
             values = differentiated = head.logit(rows, target)
+            left = None
         else:
             outputs = target_probability(
                 rows,
@@ -225,12 +226,14 @@ class Staircase:
             values = outputs._asdict()[self.integral.definition.objective]
             # The gradient of p is p times that of log p, which does not underflow in float16.
             differentiated = outputs.log_probability
+            left = odds_left(differentiated).view(samples, points)
+        shares = differentiated.view(samples, points)
+        shares = shares if left is None else shares / left
         gradients = torch.autograd.grad(
-            differentiated.view(samples, points)[:, 1:].sum(),
-            [trace.leaves[layer] for layer in layers],
+            shares[:, 1:].sum(), [trace.leaves[layer] for layer in layers]
         )
         trace.leaves.clear()
-        return hidden[:, 0].detach(), values.detach().view(samples, points), gradients
+        return hidden[:, 0].detach(), values.detach().view(samples, points), left, gradients
 
     def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:
         """The unperturbed point must reproduce the prefill, or the model is refused.

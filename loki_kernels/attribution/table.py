@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def read_parquet(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             samples, layers, _ = shape = about["shape"]
             shapes = {"score": shape, "target": [samples], "value": [samples]}
             shapes |= {name: [samples, layers] for name in ("completeness", "change")}
+            if file.metadata.num_rows != math.prod(shape):
+                raise ValueError(
+                    f"{path} has {file.metadata.num_rows} lines of the {math.prod(shape)} of all "
+                    "prompts, layers and nodes; filter what was loaded, not the file."
+                )
             arrays = {
                 name: np.empty(shape, schema.field(name).type.to_pandas_dtype())
                 for name, shape in shapes.items()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import math
 import os
 import tracemalloc
 from dataclasses import replace
@@ -211,6 +212,34 @@ def test_half_precision_follows_float32(dtype, prompts):
     ours = (result.scores - exact.scores).norm()
     theirs = (naive - exact.scores).norm()
     assert ours < 2 * theirs + 1e-6
+
+
+@pytest.mark.parametrize("objective", ["probability", "log_probability"])
+@pytest.mark.parametrize("engine", ["staircase", "decode"])
+def test_float16_keeps_the_gradients_of_sure_tokens(engine, objective):
+    """1 - p = 1e-6 of them is nothing there, and ties would go to the first rows."""
+    ids = torch.tensor([5, 9, 3, 40, 22])
+    model = build_model().double()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(97, dtype=torch.float64, device=DEVICE))
+    with torch.no_grad():
+        logits = model(input_ids=to_device(ids)[None]).logits[0, -1]
+        target = int(logits.argmax())
+        others = logits.index_fill(0, to_device(torch.tensor([target])), -torch.inf)
+        model.lm_head.bias[target] += others.logsumexp(0) - logits[target] - math.log(1e-6)
+    options = {"target": [target], "engine": engine, "objective": objective}
+    exact = loki.attribute(model, [{"input_ids": ids}], **options)
+    half = loki.attribute(model.half(), [{"input_ids": ids}], **options)
+    assert half.value[0] == pytest.approx(float(exact.value[0]), abs=2e-6)
+    assert norm_error(half.scores, exact.scores) < 0.1
+
+
+@pytest.mark.parametrize("objective", ["probability", "log_probability"])
+def test_a_probability_that_vanishes_is_said(model, objective, caplog):
+    """Of a long answer; its logarithm does not."""
+    answer = list(range(3, 60))
+    result = loki.attribute(model, [{"input_ids": [5, 9, 3]}], target=[answer], objective=objective)
+    assert bool((result.value.abs() < 1e-30).all()) == (objective == "probability")
+    assert ("objective='log_probability'" in caplog.text) == (objective == "probability")
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

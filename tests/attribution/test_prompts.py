@@ -60,6 +60,14 @@ PARTS = (
 )
 
 
+def test_a_table_is_no_list_of_prompts():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"text": ["a", "b"]})
+    with pytest.raises(TypeError, match=r"prompts\['text'\].tolist"):
+        list(tokenize_prompts(table, tokenizer(), 97))
+    assert len(list(tokenize_prompts(table["text"], tokenizer(), 97))) == 2
+
+
 def test_a_tokenizer_may_write_chats_without_a_template():
     """mistral-common's, which AutoTokenizer gives of Mistral's models where it is installed."""
     tokenizer_of_mistral = tokenizer()

@@ -139,6 +139,16 @@ def test_parquet_is_a_table_and_the_result_again(tmp_path, monkeypatch, complete
     assert loki.select(Attribution.load(path)) == loki.select(want)
 
 
+def test_a_part_of_a_parquet_file_is_no_result(tmp_path):
+    pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    make_result().save(path)
+    parquet.write_table(parquet.read_table(path).slice(7), path)
+    with pytest.raises(ValueError, match=r"has 98 lines of the 105"):
+        Attribution.load(path)
+
+
 def test_parquet_of_no_prompt(tmp_path):
     pytest.importorskip("pyarrow")
     make_result(samples=0).save(tmp_path / "a.parquet")
