@@ -269,6 +269,12 @@ def before_every_text(tokenizer: Any) -> list[int]:
     return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
 
 
+def pieces(tokens: int, length: int, head: int) -> Iterator[slice]:
+    """Parts of ``length`` tokens, all but the first of so many fewer as ``head``."""
+    begins = [0, *range(length, tokens, length - head)] if tokens else []
+    return map(slice, begins, [*begins[1:], tokens])
+
+
 def _from_chat(
     chat: Sequence[Any], tokenizer: Any, template: Any, i: int, options: dict[str, Any]
 ) -> list[int]:
@@ -301,9 +307,8 @@ def as_its_template_reads(
     The templates of SmolVLM, Idefics and LLaVA go through a content's parts: through a string
     letter by letter, of which they find none, and render an empty message without an error.
     """
-    strings = any(isinstance(message.get("content"), str) for message in chat)
     template = template or getattr(tokenizer, "chat_template", None)
-    if not strings or not _reads_parts_alone(tokenizer, str(template)):
+    if not _reads_parts_alone(tokenizer, str(template)):  # which is found out once
         return chat
     return [
         {**message, "content": _as_parts(message["content"])}

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attribution.prompts import MEDIA, before_every_text, tokenize_prompts, tokenizer_in
+from ..attribution.prompts import (
+    MEDIA,
+    before_every_text,
+    pieces,
+    tokenize_prompts,
+    tokenizer_in,
+)
 from ..questions import Question, load_questions, records_of_file
 
 UNKNOWN = -1  # the target of a text's last token
@@ -225,7 +231,7 @@ def tokenize(texts: Sequence[Text], tokenizer: Any, length: int, tokens: int | N
         if skipped >= stop:  # the limit of tokens cut it off before anything of its own
             continue
         head = start if len(start) < length and torch.equal(ids[: len(start)], start) else start[:0]
-        for part in _parts(stop, length, len(head)):
+        for part in pieces(stop, length, len(head)):
             if part.stop <= skipped:
                 continue
             before = head if part.start else head[:0]
@@ -235,13 +241,6 @@ def tokenize(texts: Sequence[Text], tokenizer: Any, length: int, tokens: int | N
             place += len(chunks[-1].targets)
         domains.append(text.domain)
     return Corpus(domains, chunks, len(texts) - len(domains))
-
-
-def _parts(stop: int, length: int, head: int) -> Iterator[slice]:
-    """Of ``length`` tokens, after the first of as many as are left beside ``head``."""
-    yield slice(0, min(length, stop))
-    for begin in range(length, stop, length - head):
-        yield slice(begin, min(begin + length - head, stop))
 
 
 def _kind(text: Text) -> type:

@@ -11,7 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..attribution.prompts import before_every_text, find_tokenizer, from_string, tokenizer_in
+from ..attribution.prompts import (
+    before_every_text,
+    find_tokenizer,
+    from_string,
+    pieces,
+    tokenizer_in,
+)
 from ..attribution.result import model_settings
 from ..cache import cache_folder, read_cached, write_cached
 from ..default_device import made_on_cpu
@@ -264,7 +270,5 @@ def _windows(
         if isinstance(text, str):
             tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
             head, text = before_every_text(tokenizer), from_string(text, tokenizer)
-            text = text[len(head) :]
-        room = _WINDOW - len(head)
-        for start in range(0, len(text), room):
-            yield [*head, *text[start : start + room]]
+        for part in pieces(len(text), _WINDOW, len(head)):
+            yield [*(head if part.start else []), *text[part]]
