@@ -238,9 +238,12 @@ class Copies:
             objective = integral.definition.objective
             # The gradient of p is p times that of log p, which does not underflow in float16.
             which = "logit" if objective == "logit" else "log_probability"
-            left = None if which == "logit" else odds_left(objectives["log_probability"])
-            shares = objectives[which] if left is None else objectives[which] / left
-            gradients = torch.autograd.grad(shares[1:].sum(), [leaves[layer] for layer in layers])
+            differentiated = objectives[which]
+            by_odds = which == "log_probability"
+            left = odds_left(differentiated) if by_odds else torch.ones_like(differentiated)
+            gradients = torch.autograd.grad(
+                (differentiated / left)[1:].sum(), [leaves[layer] for layer in layers]
+            )
         error = relative_error(got[0].detach(), logits)
         tolerance = guard_tolerance(logits.dtype, embedding_weight(structure.causal_lm).dtype)
         if error > tolerance:
@@ -253,7 +256,7 @@ class Copies:
         return integrate(
             integral,
             objectives[objective].detach()[None],
-            None if left is None else left[None],
+            left[None],
             [gradient[None, :, -1] for gradient in gradients],
             [ends[layer] for layer in layers],
             None if starts is None else [starts[layer][-prompt.tail][None] for layer in layers],

@@ -41,7 +41,7 @@ def odds_left(log_probability: Tensor) -> Tensor:
 def integrate(
     integral: PathIntegral,
     values: Tensor,
-    left: Tensor | None,
+    left: Tensor,
     gradients: Sequence[Tensor],
     ends: Sequence[Tensor],
     starts: Sequence[Tensor] | None,
@@ -53,8 +53,8 @@ def integrate(
     Args:
         integral: what is integrated.
         values: ``[B, 1 + L * m]``, F of the unperturbed point and of each layer's points.
-        left: what `odds_left` gives of the same points; None where F is a logit.
-        gradients: L of ``[B, m, D]``, of log p divided by ``left`` where F is not a logit.
+        left: what `odds_left` gives of the same points; ones where F is a logit.
+        gradients: L of ``[B, m, D]``, of log p (where F is a probability too) divided by ``left``.
         ends: L of z ``[B, D]``.
         starts: L of the baseline ``[B, D]``; None for zero.
         target: int64 ``[B]``.
@@ -67,11 +67,9 @@ def integrate(
         return torch.stack([x.to(device) for x in of_layers]).flatten(0, 1)
 
     at_points = values[:, 1:].view(samples, layers, m)
-    weights = integral.weights.to(values, non_blocking=True)
+    weights = integral.weights.to(values, non_blocking=True) * left[:, 1:].view_as(at_points)
     if definition.objective == "probability":
         weights = weights * at_points
-    if left is not None:
-        weights = weights * left[:, 1:].view(samples, layers, m)
     z = start = None
     if definition.multiply:
         z = stacked(ends)

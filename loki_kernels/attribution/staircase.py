@@ -195,7 +195,7 @@ class Staircase:
 
     def _differentiate(
         self, layers: Sequence[int], trace: _Trace
-    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         """All points forward, and back to the leaves; ``torch.compile`` takes it whole.
 
         Returns:
@@ -213,7 +213,7 @@ class Staircase:
         target = self.prefill.target.repeat_interleave(points).to(head.weight.device)
         if self.integral.definition.objective == "logit":
             values = differentiated = head.logit(rows, target)
-            left = None
+            left = torch.ones_like(values)
         else:
             outputs = target_probability(
                 rows,
@@ -226,14 +226,14 @@ class Staircase:
             values = outputs._asdict()[self.integral.definition.objective]
             # The gradient of p is p times that of log p, which does not underflow in float16.
             differentiated = outputs.log_probability
-            left = odds_left(differentiated).view(samples, points)
-        shares = differentiated.view(samples, points)
-        shares = shares if left is None else shares / left
+            left = odds_left(differentiated)
         gradients = torch.autograd.grad(
-            shares[:, 1:].sum(), [trace.leaves[layer] for layer in layers]
+            (differentiated / left).view(samples, points)[:, 1:].sum(),
+            [trace.leaves[layer] for layer in layers],
         )
         trace.leaves.clear()
-        return hidden[:, 0].detach(), values.detach().view(samples, points), left, gradients
+        values, left = (x.detach().view(samples, points) for x in (values, left))
+        return hidden[:, 0].detach(), values, left, gradients
 
     def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:
         """The unperturbed point must reproduce the prefill, or the model is refused.
