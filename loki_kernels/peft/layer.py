@@ -23,6 +23,7 @@ from ..training.arithmetic import (
     check_gradients,
     digest_of,
     initial_factors,
+    moved_index,
     updated_rows,
 )
 from .config import MERGES, LokiConfig
@@ -147,8 +148,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         """Which rows an adapter trains, where its update lies."""
         device, index = self.factors(name)[0].device, self.rows[name]
         if index.device != device and device.type != "meta":
-            with torch.inference_mode(False):  # else a training pass could not keep it
-                index = self.rows[name] = index.to(device)
+            index = self.rows[name] = moved_index(index, device)
         return index
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -44,6 +44,12 @@ def initial_factors(shape: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
     )
 
 
+def moved_index(index: Tensor, device: torch.device) -> Tensor:
+    """An index elsewhere, of which a training pass can keep what inference mode has moved."""
+    with torch.inference_mode(False):
+        return index.to(device)
+
+
 def take_rows(weight: Tensor, index: Tensor, axis: int) -> Tensor:
     """Rows ``[..., k, in_features]`` of a weight that numbers them along ``axis``."""
     return weight.index_select(axis, index).movedim(axis, -2)

@@ -123,8 +123,8 @@ class SavePretrained:
             f"{name}.{part}": weight
             for name, layer in self.layers.items()
             if isinstance(layer, LokiExperts)
-            for part, weight in layer.named_parameters(recurse=False)
-            if part in layer.experts._parameters and part != layer.parameter
+            for part, weight in layer.own_parameters()
+            if part != layer.parameter
         }
         for device in {weight.device for weight in taken_apart.values()}:
             there = {name: w for name, w in taken_apart.items() if w.device == device}

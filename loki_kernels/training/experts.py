@@ -106,8 +106,12 @@ class LokiExperts(LokiRows):
         """Of grouped experts all matrices, which their products take as they are."""
         if self.why_whole is not None:
             return super().without_gradient
+        return [name for name, parameter in self.own_parameters() if parameter.ndim == 3]
+
+    def own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of those that the family's module has, without the update."""
         own = self.experts._parameters
-        return [n for n, p in self.named_parameters(recurse=False) if n in own and p.ndim == 3]
+        return [(name, p) for name, p in self.named_parameters(recurse=False) if name in own]
 
     def trained_weight(self) -> Tensor:
         """The weight with the update in it, as a function of the update."""

@@ -24,6 +24,7 @@ from ..sharding import (
 from .arithmetic import (
     digest_of,
     initial_factors,
+    moved_index,
     place_of,
     same_rows,
     sorted_index,
@@ -130,8 +131,7 @@ class LokiRows(nn.Module):
         AveragedModel averages buffers, by which row 7 becomes row 6.
         """
         if self._index.device != self.base_rows.device:
-            with torch.inference_mode(False):  # else a training pass could not keep it
-                self._index = self._numbers.to(self.base_rows.device)
+            self._index = moved_index(self._numbers, self.base_rows.device)
         return self._index
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
