@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, GenerationConfig, Trainer, TrainingArguments
 
 import loki_kernels as loki
@@ -59,6 +60,23 @@ def train(model, steps=3, lr=0.05, **inputs):
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+def train_averaged(model, use_buffers=True):
+    """(torch's average of a model that trains four steps, what its trained parameters should be).
+
+    It averages integer buffers too, and rounds down what comes out.
+    """
+    average = get_ema_multi_avg_fn(0.9)
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=use_buffers)
+    want = {}
+    for _ in range(4):
+        train(model, 1)
+        averaged.update_parameters(model)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                want[name] = 0.9 * want.get(name, p.detach()) + 0.1 * p.detach()
+    return averaged.module, want
 
 
 def logits(model):

@@ -11,7 +11,6 @@ import sys
 import peft
 import pytest
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import loki_kernels as loki
 import loki_kernels.peft
@@ -29,6 +28,7 @@ from tests.tiny_training import (
     tiny_trainer,
     token_batch,
     train,
+    train_averaged,
 )
 
 
@@ -112,28 +112,19 @@ def test_a_second_adapters_rows_are_the_bases(base_folder, monkeypatch):
 
 @pytest.mark.parametrize("protected", [False, True])
 def test_an_average_is_of_the_same_rows(protected, base_folder):
-    """torch averages integer buffers too, and rounds down what comes out."""
     protect = protection_file(base_folder) if protected else None
     config = LokiConfig(rows=ROWS, protect=protect)
-    model = peft.get_peft_model(load_model(base_folder), config)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    want = {}
-    for _ in range(4):
-        train(model, 1)
-        averaged.update_parameters(model)
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                want[name] = 0.9 * want.get(name, p.detach()) + 0.1 * p.detach()
+    averaged, want = train_averaged(peft.get_peft_model(load_model(base_folder), config))
     again = peft.get_peft_model(load_model(base_folder), config)
-    for tensor in averaged.module.state_dict().values():
+    for tensor in averaged.state_dict().values():
         if not tensor.is_floating_point():
             tensor.sub_(1)  # as an average in a state dict may
-    again.load_state_dict(averaged.module.state_dict())  # it compares rows and protections
+    again.load_state_dict(averaged.state_dict())  # it compares rows and protections
     for name, parameter in again.named_parameters():
         if parameter.requires_grad:
             parameter.data.copy_(want[name])
-    torch.testing.assert_close(logits(averaged.module), logits(again))
-    merged = averaged.module.merge_and_unload()
+    torch.testing.assert_close(logits(averaged), logits(again))
+    merged = averaged.merge_and_unload()
     torch.testing.assert_close(logits(merged), logits(again))
 
 

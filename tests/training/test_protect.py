@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 import loki_kernels as loki
@@ -37,6 +36,7 @@ from tests.tiny_training import (
     tiny_trainer,
     token_batch,
     train,
+    train_averaged,
 )
 
 
@@ -775,26 +775,17 @@ def test_weights_that_zero_3_has_split_are_estimated_from_in_no_process():
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("protected", [False, True])
 def test_an_average_is_of_the_same_rows(protected, use_buffers, protection):
-    """torch averages integer buffers too, and rounds down what comes out."""
     protect = protection if protected else None
     model = build_model()
     loki.patch(model, ROWS, protect=protect)
-    average = get_ema_multi_avg_fn(0.9)
-    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=use_buffers)
-    want = {}
-    for _ in range(4):
-        train(model, 1)
-        averaged.update_parameters(model)
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                want[name] = 0.9 * want.get(name, p.detach()) + 0.1 * p.detach()
+    averaged, want = train_averaged(model, use_buffers)
     again = build_model()
     loki.patch(again, ROWS, protect=protect)
-    again.load_state_dict(averaged.module.state_dict())  # it compares rows and protections
+    again.load_state_dict(averaged.state_dict())  # it compares rows and protections
     for name, parameter in again.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.detach(), want[name], msg=name)
-    torch.testing.assert_close(logits(averaged.module), logits(again))
+    torch.testing.assert_close(logits(averaged), logits(again))
 
 
 def test_of_averaged_state_dicts_the_updates_are_loaded():
