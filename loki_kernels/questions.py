@@ -12,9 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from .errors import explained, import_extra
+from .tokenizing import writes_chats
 
 _LETTERS = "ABCD"
 # Of 5 bundled questions a subject, the analysis uses 3 (171 in all) and leaves 2 for evaluation.
@@ -42,15 +41,6 @@ class Question:
         if not writes_chats(tokenizer):
             return self.text()
         return [{"role": "user", "content": self.text()}]
-
-
-def writes_chats(tokenizer: Any) -> bool:
-    """Whether it makes tokens of chats: by a template, or as mistral-common's without one."""
-    own = getattr(type(tokenizer), "apply_chat_template", None)
-    return getattr(tokenizer, "chat_template", None) is not None or (
-        isinstance(tokenizer, PreTrainedTokenizerBase)
-        and own is not PreTrainedTokenizerBase.apply_chat_template
-    )
 
 
 def load_questions(per_subject: int | None = None, *, skip: int = 0) -> list[Question]:

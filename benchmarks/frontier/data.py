@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loki_kernels as loki
-from loki_kernels.attribution.prompts import before_every_text
 from loki_kernels.demo.evaluation import general_text
 from loki_kernels.files import atomic_path
 from loki_kernels.protection.samples import draw_samples
+from loki_kernels.tokenizing import before_every_text
 
 from ..records import read_lines
 

@@ -19,10 +19,11 @@ from ..placement import memory_is_full, on_accelerator
 from ..questions import CALIBRATION_PER_SUBJECT, load_questions
 from ..structure import Structure
 from ..team import Team
+from ..tokenizing import find_tokenizer
 from .answers import with_answers
 from .attribute import Options, attribute
 from .definitions import PathIntegral
-from .prompts import Tokens, find_tokenizer, tokenize_prompts
+from .prompts import Tokens, tokenize_prompts
 from .result import Attribution, model_settings
 
 logger = logging.getLogger(__name__)

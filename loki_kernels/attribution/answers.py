@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..tokenizing import tokenizer_in
 from .definitions import Definition
-from .prompts import Tokens, tokenizer_in
+from .prompts import Tokens
 
 # Of each prompt a token, or an answer: its tokens or its text.
 Target = Sequence[int] | Sequence[Sequence[int]] | Sequence[str] | Tensor

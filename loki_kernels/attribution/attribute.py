@@ -113,11 +113,11 @@ def attribute(
 
     Args:
         model: a transformers causal language model, or a PEFT model around one.
-        prompts: strings, chat-message lists or questions (with ``tokenizer``, a transformers
-            tokenizer or a processor), mappings with ``messages``, ``prompt`` or ``text``, or with
-            ``input_ids`` and ``attention_mask``, padded on either side. Lists and tuples are
-            checked whole before anything runs; another iterable is read as it is needed. A prompt
-            whose own last token is EOS is attributed at the token after it.
+        prompts: strings, questions or chat-message lists without the answer at their end (with
+            ``tokenizer``, a transformers tokenizer or a processor), mappings with ``messages``,
+            ``prompt`` or ``text``, or with ``input_ids`` and ``attention_mask``, padded on either
+            side. Lists and tuples are checked whole before anything runs, another iterable as it is
+            read. A prompt whose own last token is EOS is attributed at the token after it.
         chat_template_kwargs: for the chat template, such as ``{"enable_thinking": False}``.
         definition: ``"published"``, ``"paper"`` or ``"captum"``; by ``steps`` path points m.
         engine: ``"staircase"``, ``"decode"`` or ``"reforward"``; the first exact one of the former.

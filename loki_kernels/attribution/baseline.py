@@ -39,7 +39,7 @@ def mean_activations(
 
     Args:
         model: as in `attribute`.
-        prompts: as in `attribute`.
+        prompts: as in `attribute`, but an answer that a chat ends with is read too.
         tokenizer: as in `attribute`.
         chat_template_kwargs: as in `attribute`.
         site: as in `attribute`.
@@ -58,7 +58,9 @@ def mean_activations(
     check_choice("site", site, get_args(Site))
     structure = find_structure(model)
     sums = torch.zeros(len(structure.layers), structure.width(site), dtype=torch.float64)
-    sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)
+    sequences = tokenize_prompts(
+        prompts, tokenizer, structure.vocab_size, chat_template_kwargs, whole=True
+    )
     border = rotary_border(structure.causal_lm)
     limits = BatchLimits.of(structure.device, batch_size, border=border)
     tokens = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from ..errors import explained
-from ..questions import Question, text_of, writes_chats
+from ..questions import Question, text_of
+from ..tokenizing import (
+    as_its_template_reads,
+    chat_template_of,
+    from_string,
+    tokenizer_in,
+    writes_chats,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +97,8 @@ def tokenize_prompts(
     tokenizer: Any,
     vocab_size: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    whole: bool = False,
 ) -> Iterator[Tokens]:
     """Every prompt as its tokens, padding removed; one after the other.
 
@@ -102,9 +109,11 @@ def tokenize_prompts(
             special tokens that a string or a template names. Other tensors beside the
             ``input_ids`` of one prompt are a processor's images or sounds.
         tokenizer: needed for strings and messages, a transformers tokenizer or a processor with
-            one; messages go through its chat template with the generation prompt appended.
+            one; messages go through its chat template.
         vocab_size: ids must be below it.
         chat_template_kwargs: what the chat template takes, such as ``enable_thinking``.
+        whole: whether chats are texts, of which nothing is left out. Else an answer that a chat
+            ends with is, and the generation prompt stands in its place.
 
     Raises:
         ValueError: for no or empty prompts, ids out of range, a mask with holes or of another kind,
@@ -126,6 +135,7 @@ def tokenize_prompts(
             f"chat_template_kwargs names {reserved[0]}, which is not for the template."
         )
     i, chats = 0, False
+    answered: list[int] = []
     for prompt in prompts:
         if isinstance(prompt, Question):
             prompt = prompt.prompt(tokenizer)
@@ -135,7 +145,11 @@ def tokenize_prompts(
         if isinstance(prompt, Mapping):
             sequences = _from_mapping(prompt, i)
         else:
-            chats |= not isinstance(prompt, str)
+            if _is_chat(prompt):
+                chats = True
+                asked = prompt if whole or _ends_by(options) else _asked(prompt, i)
+                answered += [i] * (len(asked) < len(prompt))
+                prompt = asked
             sequences = [_from_text(prompt, tokenizer, i, options)]
         for tokens in sequences:
             _check_tokens(tokens.ids, i, vocab_size)
@@ -143,36 +157,17 @@ def tokenize_prompts(
             i += 1
     if not i:
         raise ValueError("prompts is empty; there is nothing to attribute.")
+    if answered:
+        logger.warning(
+            "%d of %d prompts are chats that end with an answer (number %d first), which is left "
+            "out: what the model answers is attributed. Pass target= to attribute what it should.",
+            len(answered), i, answered[0],
+        )  # fmt: skip
     if options and not chats:
         if i > WINDOW:  # of a stream hours have been computed by now
             logger.warning(_NO_CHAT)
         else:
             raise ValueError(_NO_CHAT)
-
-
-def find_tokenizer(model: nn.Module) -> Any:
-    """The tokenizer of ``model.name_or_path``; ValueError where there is none."""
-    from transformers import AutoTokenizer
-
-    name = getattr(model, "name_or_path", "")
-    if name:
-        try:
-            # False, since by default a terminal is asked for 15 s whether its code may run
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no tokenizer was found under {name!r} ({error}); pass tokenizer=..., or save it "
-                "there (tokenizer.save_pretrained), which is how LokiConfig finds it"
-            ) from error
-    message = "the model has no name to find its tokenizer by; pass tokenizer=..."
-    raise explained(ValueError(message))
-
-
-def tokenizer_in(tokenizer: Any) -> Any:
-    """A processor's own tokenizer; anything else as it is."""
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return tokenizer
-    return getattr(tokenizer, "tokenizer", tokenizer)
 
 
 def _check_tokens(tokens: np.ndarray, i: int, vocab_size: int) -> None:
@@ -186,8 +181,43 @@ def _check_tokens(tokens: np.ndarray, i: int, vocab_size: int) -> None:
         )
 
 
+def _is_chat(prompt: Any) -> bool:
+    return (
+        not isinstance(prompt, str)
+        and isinstance(prompt, Sequence)
+        and all(isinstance(message, Mapping) for message in prompt)
+    )
+
+
+def _answers(message: Mapping[str, Any]) -> bool:
+    return message.get("role") == "assistant"
+
+
+def _asked(chat: Sequence[Any], i: int) -> Sequence[Any]:
+    """A chat without the answer that it ends with, as those of data sets for training do.
+
+    After it the model would be asked what it says in a turn that follows on its own.
+    """
+    end = next((n for n in range(len(chat), 0, -1) if not _answers(chat[n - 1])), 0)
+    if chat and not end:
+        raise ValueError(f"prompt {i} is a chat of an answer alone, which nothing asks for.")
+    return chat[:end]
+
+
+def _ends_by(options: Mapping[str, Any]) -> bool:
+    """Whether these options for the chat template say how a chat ends."""
+    return "add_generation_prompt" in options or bool(options.get("continue_final_message"))
+
+
+def _ending(chat: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options with which a turn is opened after a chat that waits for an answer."""
+    if _ends_by(options):
+        return options
+    return {"add_generation_prompt": not _answers(chat[-1])} | options
+
+
 def _from_text(prompt: Any, tokenizer: Any, i: int, options: dict[str, Any]) -> Tokens:
-    is_chat = isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)
+    is_chat = _is_chat(prompt)
     if is_chat and any(map(_shows, prompt)):
         return _from_processor(prompt, tokenizer, i, options)
     if not isinstance(prompt, str) and not is_chat:
@@ -198,8 +228,7 @@ def _from_text(prompt: Any, tokenizer: Any, i: int, options: dict[str, Any]) -> 
     if tokenizer is None:
         message = f"prompt {i} is text, so a tokenizer is needed: pass tokenizer=..."
         raise explained(TypeError(message))
-    template = getattr(tokenizer, "chat_template", None)  # a processor may have one of its own
-    tokenizer = tokenizer_in(tokenizer)
+    template, tokenizer = chat_template_of(tokenizer), tokenizer_in(tokenizer)
     if not callable(tokenizer):
         raise TypeError(
             f"prompt {i} is text, and tokenizer= is a {type(tokenizer).__name__}; pass a "
@@ -229,7 +258,7 @@ def _from_processor(chat: Sequence[Any], processor: Any, i: int, options: dict[s
             f"prompt {i} has images or sounds, so tokenizer= must be the model's processor; it is "
             f"a {type(processor).__name__}."
         )
-    options = {"add_generation_prompt": True} | options
+    options = _ending(chat, options)
     try:
         made = processor.apply_chat_template(
             as_its_template_reads(chat, processor),
@@ -246,42 +275,12 @@ def _from_processor(chat: Sequence[Any], processor: Any, i: int, options: dict[s
     return tokens
 
 
-def from_string(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of ``text`` after what the tokenizer puts in front of it, such as BOS.
-
-    What it appends is left out: after an EOS of its own the next token is another document's, and
-    would be attributed. What it puts in front is left out where the text begins with it, as one
-    that a chat template has written.
-    """
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # what else can be called adds nothing
-        return list(tokenizer(text)["input_ids"])
-    plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    added = before_every_text(tokenizer)
-    return plain if not plain or plain[: len(added)] == added else added + plain
-
-
-def before_every_text(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts there by itself; one that is not transformers' none."""
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return []
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
-
-
-def pieces(tokens: int, length: int, head: int) -> Iterator[slice]:
-    """Parts of ``length`` tokens, all but the first of so many fewer as ``head``."""
-    begins = [0, *range(length, tokens, length - head)] if tokens else []
-    return map(slice, begins, [*begins[1:], tokens])
-
-
 def _from_chat(
     chat: Sequence[Any], tokenizer: Any, template: Any, i: int, options: dict[str, Any]
 ) -> list[int]:
-    own = getattr(tokenizer, "chat_template", None)
-    options = {"add_generation_prompt": True} | options
-    if own is None and template is not None:
-        options.setdefault("chat_template", template)
+    options = _ending(chat, options)
+    if getattr(tokenizer, "chat_template", None) is None and template is not None:
+        options.setdefault("chat_template", template)  # the processor's
     if not writes_chats(tokenizer) and options.get("chat_template") is None:
         raise ValueError(
             f"prompt {i} is a chat, but the tokenizer has no chat template; give strings, or set "
@@ -297,45 +296,6 @@ def _from_chat(
             f"prompt {i} is refused by the chat template ({type(error).__name__}: {error})."
         ) from error
     return ids
-
-
-def as_its_template_reads(
-    chat: Sequence[Any], tokenizer: Any, template: Any = None
-) -> Sequence[Any]:
-    """A chat whose strings are typed, where the chat template reads nothing else.
-
-    The templates of SmolVLM, Idefics and LLaVA go through a content's parts: through a string
-    letter by letter, of which they find none, and render an empty message without an error.
-    """
-    template = template or getattr(tokenizer, "chat_template", None)
-    if not _reads_parts_alone(tokenizer, str(template)):  # which is found out once
-        return chat
-    return [
-        {**message, "content": _as_parts(message["content"])}
-        if isinstance(message.get("content"), str)
-        else message
-        for message in chat
-    ]
-
-
-def _as_parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
-
-
-@functools.lru_cache(maxsize=8)
-def _reads_parts_alone(tokenizer: Any, template: str) -> bool:
-    mark = "0123456789"
-
-    def shows(content: Any) -> bool:
-        own = str(getattr(tokenizer, "chat_template", None))
-        options = {} if template == own else {"chat_template": template}
-        chat = [{"role": "user", "content": content}]
-        try:
-            return mark in tokenizer.apply_chat_template(chat, tokenize=False, **options)
-        except Exception:  # a template is a program, which may want other messages
-            return False
-
-    return not shows(mark) and shows(_as_parts(mark))
 
 
 def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:

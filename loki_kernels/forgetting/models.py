@@ -23,6 +23,7 @@ from ..inspection import load_model
 from ..placement import device_to_use
 from ..sharding import is_partitioned, is_sharded, reshard, settle
 from ..structure import text_config, unwrap
+from ..tokenizing import writes_chats
 from ..training import load_adapter
 from ..training.adapter_file import ADAPTER_FILE, read_saved
 from ..training.rows import LokiRows
@@ -113,7 +114,7 @@ def tokenizer_of_pair(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
     if tokenizer is not None:
         return tokenizer
     # the base of a chat model has seldom a template
-    with_template = (t for t in known if getattr(t, "chat_template", None))
+    with_template = (t for t in known if writes_chats(t))
     return next(with_template, next(iter(known), None))
 
 

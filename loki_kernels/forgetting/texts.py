@@ -13,14 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attribution.prompts import (
-    MEDIA,
-    before_every_text,
-    pieces,
-    tokenize_prompts,
-    tokenizer_in,
-)
+from ..attribution.prompts import MEDIA, tokenize_prompts
 from ..questions import Question, load_questions, records_of_file
+from ..tokenizing import before_every_text, pieces, tokenizer_in
 
 UNKNOWN = -1  # the target of a text's last token
 # Of a record with token ids, and images, which are refused; a data set has more columns.
@@ -184,10 +179,10 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
     )
 
 
-def _token_ids(content: Any, where: str, tokenizer: Any = None, **options: Any) -> Tensor:
+def _token_ids(content: Any, where: str, tokenizer: Any = None) -> Tensor:
     """What `tokenize_prompts` makes of a text, int64 ``[T]``; an error says which text it was."""
     try:
-        found = list(tokenize_prompts([content], tokenizer, sys.maxsize, options))
+        found = list(tokenize_prompts([content], tokenizer, sys.maxsize, whole=True))
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("prompt 0", where)) from error
     if len(found) > 1:
@@ -273,7 +268,4 @@ def encode(text: Text, tokenizer: Any) -> Tensor:
         return content
     if isinstance(content, Question):
         content = content.prompt(tokenizer)
-    if isinstance(content, str):
-        return _token_ids(content, text.where, tokenizer)
-    answered = content[-1].get("role") == "assistant"
-    return _token_ids(content, text.where, tokenizer, add_generation_prompt=not answered)
+    return _token_ids(content, text.where, tokenizer)

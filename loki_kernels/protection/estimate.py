@@ -11,13 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..attribution.prompts import (
-    before_every_text,
-    find_tokenizer,
-    from_string,
-    pieces,
-    tokenizer_in,
-)
 from ..attribution.result import model_settings
 from ..cache import cache_folder, read_cached, write_cached
 from ..default_device import made_on_cpu
@@ -29,6 +22,7 @@ from ..progress import progress_bar
 from ..sharding import is_partitioned, of_the_first
 from ..structure import Structure, evaluating, refuse_tensor_parallelism
 from ..team import Team
+from ..tokenizing import before_every_text, find_tokenizer, from_string, pieces, tokenizer_in
 from .moments import (
     FEATURES_A_DIRECTION,
     Moment,

@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..attribution.prompts import as_its_template_reads, before_every_text, tokenizer_in
 from ..options import DEFAULT_SAMPLES
 from ..placement import computed_if_it_fits
 from ..progress import progress_bar
-from ..questions import writes_chats
+from ..tokenizing import (
+    as_its_template_reads,
+    before_every_text,
+    chat_template_of,
+    tokenizer_in,
+    writes_chats,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +117,7 @@ def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
     tokenizer since may lack them, and have brought a separator that the model has never seen. Of a
     processor it is the tokenizer, with the processor's template where that has none.
     """
-    template, tokenizer = _chat_template(tokenizer), tokenizer_in(tokenizer)
+    template, tokenizer = chat_template_of(tokenizer), tokenizer_in(tokenizer)
     separator, always = _separator(tokenizer), before_every_text(tokenizer)
     starts = [separator, tokenizer.bos_token_id, tokenizer.eos_token_id]
     start = always or [token for token in starts if token is not None][:1]
@@ -126,15 +131,6 @@ def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
             begun = opening[: len(always)] == always
             openings.append((opening if begun else always + opening, separator))
     return openings
-
-
-def _chat_template(tokenizer: Any) -> Any:
-    """The tokenizer's own, or of a processor whose tokenizer has none the processor's."""
-    own = getattr(tokenizer_in(tokenizer), "chat_template", None)
-    template = getattr(tokenizer, "chat_template", None) if own is None else own
-    return (
-        template.get("default") if isinstance(template, dict) else template
-    )  # of several, by name
 
 
 def _user_turn(tokenizer: Any, template: Any) -> str:

@@ -17,6 +17,7 @@ import loki_kernels as loki
 from loki_kernels.attribution.prompts import Tokens
 from tests import models
 from tests.architectures import lfm2, mixtral
+from tests.attribution.test_prompts import BOS, CHAT, A, B, tokenizer
 
 # on the CPU, as the definition's own tensors are
 build_model = functools.partial(models.build_model, device="cpu")
@@ -228,6 +229,14 @@ def test_everything_of_a_prompt_is_in_its_hash():
     ]  # fmt: skip
     assert len({prompt.content() for prompt in prompts}) == len(prompts)
     assert Tokens(ids.copy(), dict(media[0])).content() == prompts[7].content()
+
+
+def test_mean_activations_read_what_a_chat_ends_with():
+    model, words = build_model(), tokenizer(chat_template=CHAT)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b a"}]
+    mean = loki.mean_activations(model, [chat], tokenizer=words)
+    same = loki.mean_activations(model, [{"input_ids": [BOS, A, B, A]}])
+    assert torch.equal(mean, same)
 
 
 def test_mean_activations_of_another_site():

@@ -125,10 +125,38 @@ def test_options_reach_the_chat_template():
     assert tokens(CHAT_OF_A, tokenizer(), chat_template_kwargs={"chat_template": CHAT})[-1] == B
 
 
+ANSWER = {"role": "assistant", "content": "a a"}
+
+
+def test_an_answer_that_a_chat_ends_with_is_left_out(caplog):
+    """After it the model would be asked what it says in a turn of its own."""
+    words = tokenizer(chat_template=CHAT)
+    talk = [*CHAT_OF_A, ANSWER, *CHAT_OF_A]
+    for chat in (
+        [*CHAT_OF_A, ANSWER],
+        [*CHAT_OF_A, ANSWER, ANSWER],
+        {"messages": [*CHAT_OF_A, ANSWER]},
+    ):
+        caplog.clear()
+        assert tokens(chat, words) == tokens(CHAT_OF_A, words)
+        assert "1 of 1 prompts are chats that end with an answer (number 0 first)" in caplog.text
+    caplog.clear()
+    assert tokens(talk, words) == [BOS, A, A, A, A, B]
+    assert tokens([*talk, ANSWER], words, whole=True) == [BOS, A, A, A, A, A, A]
+    assert tokens(talk, words, whole=True) == [BOS, A, A, A, A, B]
+    for option in ("add_generation_prompt", "continue_final_message"):  # who names it has said so
+        told = tokens([*CHAT_OF_A, ANSWER], words, chat_template_kwargs={option: True})
+        assert told == [BOS, A, A, A, *[B] * (option == "add_generation_prompt")]
+    assert not caplog.text
+    with pytest.raises(ValueError, match="prompt 0 is a chat of an answer alone"):
+        tokens([ANSWER], words)
+
+
 def test_a_processor_stands_for_its_tokenizer():
     assert tokens("a", SimpleNamespace(tokenizer=tokenizer())) == [BOS, A]
-    processor = SimpleNamespace(tokenizer=tokenizer(), chat_template=CHAT)
-    assert tokens(CHAT_OF_A, processor) == [BOS, A, B]
+    for template in (CHAT, {"default": CHAT, "tool_use": PARTS}):
+        processor = SimpleNamespace(tokenizer=tokenizer(), chat_template=template)
+        assert tokens(CHAT_OF_A, processor) == [BOS, A, B]
     processor.tokenizer = tokenizer(chat_template=CHAT)
     processor.chat_template = None
     assert tokens(CHAT_OF_A, processor) == [BOS, A, B]

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
 
 import loki_kernels as loki
-from loki_kernels.attribution.prompts import find_tokenizer
+from loki_kernels.tokenizing import find_tokenizer
 from loki_kernels.training import patching, rows
 from tests.architectures import llava
 from tests.models import ARCHITECTURES, DEVICE, assert_unchanged, build_model, snapshot, to_device
