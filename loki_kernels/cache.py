@@ -22,13 +22,11 @@ def cache_folder() -> Path:
 
 
 def read_cached(path: Path, load: Callable[[Path], _Kept]) -> _Kept | None:
-    """What a file of the cache holds; None if it is not there, or damaged, which is logged."""
-    if not path.is_file():
-        return None
+    """What a file of the cache holds; None if it is not there, or of no use, which is logged."""
     try:
-        return load(path)
-    except ValueError as error:
-        logger.warning("%s; it is made again", error)
+        return load(path) if path.is_file() else None
+    except (OSError, ValueError) as error:  # another user's has perhaps no way in
+        logger.warning("%s could not be used: %s; it is made again", path, error)
         return None
 
 

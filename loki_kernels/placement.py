@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .sharding import is_sharded
+from .sharding import is_sharded, process_device
 
 logger = logging.getLogger(__name__)
 
@@ -23,23 +23,32 @@ _LEAST_FREE = 2 * 10**9
 
 
 def device_to_use(named: str | torch.device | None = None) -> str | torch.device:
-    """The device that is named; else CUDA where there is one, else the CPU."""
-    return named or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that is named; else CUDA where there is one that computes, else the CPU."""
+    usable = torch.cuda.is_available() and computes(torch.device("cuda"))
+    return named or ("cuda" if usable else "cpu")
 
 
 def accelerator() -> tuple[torch.device, int] | None:
     """This process's accelerator and its free bytes; None if there is none that tells them."""
-    if not torch.accelerator.is_available():
-        return None
-    kind = torch.accelerator.current_accelerator()
-    if kind is None:
-        return None
-    index = torch.accelerator.current_device_index()
-    if index == 0:  # perhaps not chosen yet: a launcher's processes have one each
-        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
-    device = torch.device(kind.type, index)
-    free = free_bytes(device)
-    return None if free is None else (device, free)
+    device = process_device()
+    free = None if device is None else free_bytes(device)
+    return (device, free) if device and free is not None and computes(device) else None
+
+
+@functools.cache
+def computes(device: torch.device) -> bool:
+    """Whether this build of torch has kernels for a device; if not, that is logged.
+
+    It finds the device and fills its memory all the same: builds for CUDA 12.8 and later have none
+    for cards before the T4, such as a P100.
+    """
+    try:
+        (torch.zeros(1, device=device) + 1).item()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        logger.warning("%s is left alone, since this torch cannot use it: %s", device, reason)
+        return False
+    return True
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -35,10 +36,31 @@ def is_first() -> bool:
     return not is_distributed() or torch.distributed.get_rank() == 0
 
 
+def process_device() -> torch.device | None:
+    """This process's accelerator; None if there is none."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is None:
+        return None
+    index = torch.accelerator.current_device_index()
+    if index == 0:  # perhaps not chosen yet: a launcher's processes have one each
+        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
+    return torch.device(kind.type, index)
+
+
+def device_of_the_group() -> torch.device:
+    """Where tensors have to be that all processes of the group exchange.
+
+    NCCL alone wants each process's own GPU, and torch takes the current one, which is the first in
+    every process of a loop that gives models a device and never chooses one.
+    """
+    on_cpu = "cpu:" in torch.distributed.get_backend_config()
+    return (None if on_cpu else process_device()) or torch.device("cpu")
+
+
 def of_the_first(content: T) -> T:
     """The first process's object, in all of the group; every process has to ask."""
     shared = [content]
-    torch.distributed.broadcast_object_list(shared, src=0)
+    torch.distributed.broadcast_object_list(shared, src=0, device=device_of_the_group())
     return shared[0]
 
 

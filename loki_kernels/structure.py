@@ -441,5 +441,5 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """``tensor`` in float64, on the CPU if its device has none (Apple's)."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    """``tensor`` in float64, on the CPU if its device may have none (Apple's, some of Intel's)."""
+    return (tensor if tensor.device.type in ("cpu", "cuda") else tensor.cpu()).double()

@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .sharding import is_distributed
+from .sharding import device_of_the_group, is_distributed
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +139,7 @@ class Team(contextlib.AbstractContextManager["Team"]):
         """
         if self.size == 1:
             return
-        device = torch.device("cpu")
-        if "cpu:" not in torch.distributed.get_backend_config():
-            device = torch.accelerator.current_accelerator() or device
+        device = device_of_the_group()
         for part in tensor.view(-1).view(_BITS[tensor.element_size()]).split(_PART):
             summed = part.to(device)
             torch.distributed.all_reduce(summed)

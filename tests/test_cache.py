@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loki_kernels.cache import cache_folder
+from loki_kernels.cache import cache_folder, read_cached
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,15 @@ def test_a_process_without_a_home_has_the_folder_that_is_named(variable, monkeyp
     monkeypatch.setenv(variable, "/named")
     monkeypatch.setattr(Path, "home", home)
     assert cache_folder().is_relative_to("/named")
+
+
+def test_a_file_that_another_user_alone_may_read_is_made_again(tmp_path, caplog):
+    def load(_path):
+        raise PermissionError("not yours")
+
+    path = tmp_path / "file"
+    assert read_cached(path, load) is None
+    assert not caplog.text
+    path.touch()
+    assert read_cached(path, load) is None
+    assert "not yours; it is made again" in caplog.text

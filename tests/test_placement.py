@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import loki_kernels as loki
-from loki_kernels import placement
+from loki_kernels import placement, sharding
 from loki_kernels.attribution import analysis, job
 from loki_kernels.discovery import find_structure
 from loki_kernels.placement import on_accelerator
@@ -119,6 +119,7 @@ def test_each_process_has_its_own_device(monkeypatch):
         memory_allocated=lambda _: 0,
     )
     monkeypatch.setattr(torch, "get_device_module", lambda _kind: module)
+    monkeypatch.setattr(placement, "computes", lambda _device: True)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert placement.accelerator() == (torch.device("cuda:0"), 100)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -127,6 +128,32 @@ def test_each_process_has_its_own_device(monkeypatch):
     assert placement.accelerator() == (torch.device("cuda:2"), 102)
     del module.mem_get_info  # MPS
     assert placement.accelerator() is None
+
+
+def test_a_device_without_kernels_is_left_alone(monkeypatch, caplog):
+    """A P100 under a build for CUDA 12.8 is found, has memory, and fails at the first kernel."""
+    device = torch.device("meta")  # of which no number can be read
+    monkeypatch.setattr(placement, "process_device", lambda: device)
+    monkeypatch.setattr(placement, "free_bytes", lambda _device: 10**12)
+    placement.computes.cache_clear()
+    assert placement.accelerator() is None
+    assert placement.accelerator() is None
+    assert caplog.text.count("meta is left alone, since this torch cannot use it") == 1
+    assert placement.computes(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["cpu:gloo,cuda:nccl", "cuda:nccl"])
+def test_what_the_first_has_reaches_each_process_on_its_own_device(backend, monkeypatch):
+    """A loop that calls model.to(f"cuda:{rank}") and never set_device has cuda:0 as the current."""
+    given = []
+    own = torch.device("cuda:3")
+    monkeypatch.setattr(sharding, "process_device", lambda: own)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backend)
+    monkeypatch.setattr(
+        torch.distributed, "broadcast_object_list", lambda *_, device, **__: given.append(device)
+    )
+    assert sharding.of_the_first("content") == "content"
+    assert given == [torch.device("cpu") if "cpu" in backend else own]
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from torch import Tensor
 def steps_for(z: Tensor, alphas: Tensor) -> Tensor:
     """``alphas`` where z is, float32 (float64 for float64), in which points are computed."""
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    # Waiting for so few numbers would be waiting for the device, at every layer.
-    return alphas.to(device=z.device, dtype=wide, non_blocking=True)
+    # Waiting for so few numbers would be waiting for the device, at every layer. Apple's reads them
+    # later, when torch has given their memory back (before 2.12 at least).
+    return alphas.to(device=z.device, dtype=wide, non_blocking=z.is_cuda)
 
 
 def path_points(z: Tensor, alphas: Tensor, baseline: Tensor | None = None) -> Tensor:

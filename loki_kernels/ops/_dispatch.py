@@ -198,7 +198,8 @@ def _backend_why_not(backend: str, device: torch.device) -> str | None:
 def _triton_why_not() -> str | None:
     try:
         importlib.import_module("triton.language")
-    except Exception as error:  # a library that it was built for is not here, or a folder's name
+        importlib.import_module(f"{__package__}._triton")
+    except Exception as error:  # its libraries are not here, or it is too old (3.3 has no knobs)
         return f"triton cannot be imported ({type(error).__name__}: {error})."
     return None
 

@@ -19,7 +19,7 @@ from ..fingerprint import model_fingerprint
 from ..options import DEFAULT_SAMPLES
 from ..placement import on_accelerator, warn_of_slow_products
 from ..progress import progress_bar
-from ..sharding import is_partitioned, of_the_first
+from ..sharding import is_sharded, of_the_first
 from ..structure import Structure, evaluating, refuse_tensor_parallelism
 from ..team import Team
 from ..tokenizing import before_every_text, find_tokenizer, from_string, pieces, tokenizer_in
@@ -80,14 +80,15 @@ def estimate_protection(
 
     Raises:
         TypeError: for one string, which is no list of texts.
-        ValueError: for no text, a share or count out of range, an ``earlier`` of other layers, or a
-            model or tokenizer that samples cannot be drawn from.
+        ValueError: for no text, a share or count out of range, an ``earlier`` of other layers, a
+            model or tokenizer that samples cannot be drawn from, or weights that are split.
         UnsupportedModelError: if the model has no FFN down-projections, or experts whose inputs
             cannot be told (those that transformers does not decorate).
     """
     _check_options(texts, samples, share, max_directions, batch_size)
     structure = find_structure(model)
     refuse_tensor_parallelism(structure)
+    _refuse_sharded(structure)
     refuse_untold_inputs(structure)
     if earlier is not None:
         earlier = earlier.of(structure)
@@ -120,6 +121,15 @@ def estimate_protection(
     if earlier is None:  # else there is more than was read now
         _warn_of_few(result, read)
     return result
+
+
+def _refuse_sharded(structure: Structure) -> None:
+    if any(map(is_sharded, structure.causal_lm.parameters())):
+        raise ValueError(
+            "FSDP2 or ZeRO-3 has split the weights, and a protection is estimated by one process "
+            "from a whole model: write one first (loki-kernels protection MODEL FILE) and pass "
+            "protect=FILE."
+        )
 
 
 def _check_options(
@@ -199,15 +209,10 @@ def cached_protection(structure: Structure, tokenizer: Any) -> Protection:
     In distributed training the first process's reaches all: two processes would draw other samples.
 
     Raises:
-        ValueError: as `estimate_protection`, and where ZeRO-3 has the weights in parts.
+        ValueError: as `estimate_protection`.
         RuntimeError: if the first process fails.
     """
-    if any(map(is_partitioned, structure.causal_lm.parameters())):
-        raise ValueError(
-            "ZeRO-3 has split the weights, and one process alone cannot run the model to "
-            "estimate a protection; write one first (loki-kernels protection MODEL FILE) and "
-            "pass protect=FILE."
-        )
+    _refuse_sharded(structure)
     with Team() as team:
         if team.size == 1:
             return _cached_or_estimated(structure, tokenizer)

@@ -39,15 +39,20 @@ def layers_at_a_time(layers: Sequence[DownProjection]) -> Iterator[list[DownProj
     """As many layers at a time as have room: at 14,336 features a layer takes .8 GB, and one at a
     time as much again for its eigenvectors."""
     group: list[DownProjection] = []
-    room = _room(layers[0].weight.device)
-    taken = widest = max(4 * down_proj.in_features**2 for down_proj in layers)
+    widest = max(4 * down_proj.in_features**2 for down_proj in layers)
+    # of a device_map's devices each holds its own layers' moments, beside what else it has
+    room = {device: _room(device) for device in {layer.weight.device for layer in layers}}
+    taken = dict.fromkeys(room, widest)
     for down_proj in layers:
-        size = 4 * math.prod(down_proj.experts) * down_proj.in_features**2
-        if group and taken + size > room:
+        size, device = (
+            4 * math.prod(down_proj.experts) * down_proj.in_features**2,
+            down_proj.weight.device,
+        )
+        if group and taken[device] + size > room[device]:
             yield group
-            group, taken = [], widest
+            group, taken = [], dict.fromkeys(room, widest)
         group.append(down_proj)
-        taken += size
+        taken[device] += size
     yield group
 
 

@@ -199,6 +199,9 @@ def _generate(
         tokens = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
+            # By default a process waits at each token for others where DeepSpeed's ZeRO-3 is
+            # configured, whether or not this model is split; one alone may be sampling.
+            synced_gpus=False,
             do_sample=True,
             top_k=0,
             max_new_tokens=max(1, length - len(opening)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from . import adapter_file
 from .adapter_file import Layers, Parts
 from .arithmetic import updated_rows
 from .experts import LokiExperts
-from .rows import BESIDE, TRAINED, check_known
+from .rows import BESIDE, TRAINED, LokiRows, check_known
 from .targets import trained_whole
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,11 @@ class SavePretrained:
     ) -> Any:
         check_known(self.layers.values())
         adapter_file.refuse_adapter(save_directory)
+        written = [layer for layer in self.layers.values() if layer.written]
         try:
             return self._save(save_directory, is_main_process, state_dict, **kwargs)
         finally:
-            self._take_back()
+            self._take_back(written)
 
     def _save(
         self,
@@ -133,13 +134,15 @@ class SavePretrained:
                 state_dict |= {name: state_dict[name].to(HOST) for name in there}
         return state_dict
 
-    def _take_back(self) -> None:
-        """Put the base back where the update is not written for a pass but was lent to the file.
+    def _take_back(self, written: Collection[LokiRows]) -> None:
+        """Put the base back where the update was lent to the file alone.
 
-        Else an average that is swapped in right after would be added to what holds the update.
+        Else an average that is swapped in right after would be added to what holds the update, and
+        steps under ``torch.compile`` would be compiled anew.
         """
         for layer in self.layers.values():
-            if layer.written and not (layer.can_write or layer.held or is_sharded(layer.frozen)):
+            stays = layer.held or is_sharded(layer.frozen) or (layer.can_write and layer in written)
+            if layer.written and not stays:
                 layer.write_base()
 
     def _lacks_sharded(self, state_dict: dict[str, Tensor]) -> bool:

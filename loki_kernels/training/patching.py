@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..attribution.analysis import AnalysisOptions
@@ -22,7 +23,7 @@ from ..ops._dispatch import warm_up
 from ..options import Criterion
 from ..protection import Protection, fingerprint_of
 from ..selection import RowSelection
-from ..sharding import heed_in_ddp, ignore_in_ddp, is_distributed, is_sharded
+from ..sharding import heed_in_ddp, ignore_in_ddp, is_distributed, is_partitioned, is_sharded
 from ..structure import DownProjection, Structure
 from . import adapter_file
 from .adapter_file import SavedUpdate
@@ -173,6 +174,7 @@ def _patch_rows(
         alone: names of parameters that are.
         together: whether every process does, so that they can be compared now.
     """
+    _refuse_mixed_buffer(structure, whole, alone)
     together = together and is_distributed()
     if together:
         check_processes_agree(selection, fingerprint_of(protection))
@@ -200,6 +202,27 @@ def _patch_rows(
         logger.info("%s", report)
         _warm_up(layers, fused=any(isinstance(gating, Gating) for gating in gatings.values()))
         return Patch(causal_lm, selection, report, protection, layers, writer, undo.pop_all())
+
+
+def _refuse_mixed_buffer(
+    structure: Structure, whole: Mapping[str, nn.Module], alone: Sequence[str]
+) -> None:
+    """Raise ValueError for what DeepSpeed's ZeRO-3 would fail on, with an assertion of no words.
+
+    It keeps its parts of all that is trained in one buffer of one dtype. The update is float32, and
+    with bf16 or fp16 what is trained whole was given 16 bits when it was split.
+    """
+    model = structure.causal_lm
+    trained = [(name, p) for name, module in whole.items() for p in module.parameters()]
+    trained += [(name, p) for name, p in parameters_of(model).items() if name in alone]
+    for name, parameter in trained:
+        if is_partitioned(parameter) and parameter.dtype != torch.float32:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} would be trained whole in {dtype}, beside an update in float32, and "
+                "ZeRO-3 keeps what is trained in one buffer of one dtype. Train without "
+                "bf16 and fp16, with ZeRO-2, or the rows alone."
+            )
 
 
 def _warm_up(layers: dict[str, LokiRows], *, fused: bool) -> None:

@@ -20,6 +20,7 @@ from .adapter_file import (
     SavedUpdate,
     protection_of,
     read_update,
+    refuse_adapter,
     write_protection_of,
 )
 from .arithmetic import same_rows, updated_rows
@@ -36,27 +37,7 @@ class SideFileCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        refuse_efficient_loading()  # the arguments may be younger than the patch
-        if getattr(args, "use_vllm", False):
-            raise RuntimeError(
-                "with use_vllm the trainer sends named_parameters() to vLLM, which are not the "
-                "trained weights of a patched model. Give it the unpatched model and "
-                "peft_config=loki_kernels.peft.LokiConfig(rows=...), which it merges first; a loop "
-                "of your own sends handle.merged_parameters()."
-            )
-        batches = getattr(args, "use_transformers_continuous_batching", False)
-        if batches and (args.bf16 or args.fp16):
-            raise RuntimeError(
-                "with use_transformers_continuous_batching and bf16 or fp16 the trainer makes the "
-                "model, and the update of rows with it, 16 bits before every generation, in which "
-                "an optimizer's small steps are rounded away. Train with bf16=False and fp16=False "
-                "(a model that was loaded in bfloat16 stays so), or without continuous batching."
-            )
-        if getattr(args, "sync_ref_model", False):
-            raise RuntimeError(
-                "sync_ref_model copies parameters one by one, and the reference model has no "
-                "updates of rows; train with sync_ref_model=False."
-            )
+        _check_arguments(args)
 
     def on_train_begin(
         self,
@@ -66,6 +47,7 @@ class SideFileCallback(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
+        _check_arguments(args)  # a callback that was added later has seen no start
         if model is not None and self.layers:
             modules = set(map(id, model.modules()))
             if not any(id(layer) in modules for layer in self.layers.values()):
@@ -78,6 +60,7 @@ class SideFileCallback(TrainerCallback):
         assert args.output_dir is not None  # TrainingArguments fills it in
         if args.should_save:
             check_folder(args.output_dir)
+            refuse_adapter(args.output_dir)  # as save_model() would, when all has been trained
         if state.global_step:
             folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
             if isinstance(args.resume_from_checkpoint, str):
@@ -150,6 +133,33 @@ class SideFileCallback(TrainerCallback):
             f"{' or '.join(map(str, folders))}, so training cannot go on from its update. A "
             "checkpoint elsewhere is found by TrainingArguments(resume_from_checkpoint=...)."
         )
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    """Raise RuntimeError for what a patched model cannot be trained with."""
+    refuse_efficient_loading()  # the arguments may be younger than the patch
+    if getattr(args, "use_vllm", False):
+        raise RuntimeError(
+            "with use_vllm the trainer sends named_parameters() to vLLM, which are not the "
+            "trained weights of a patched model. Give it the unpatched model and "
+            "peft_config=loki_kernels.peft.LokiConfig(rows=...), which it merges first; a loop "
+            "of your own sends handle.merged_parameters()."
+        )
+    batches = getattr(args, "use_transformers_continuous_batching", False)
+    if batches and (args.bf16 or args.fp16):
+        raise RuntimeError(
+            "with use_transformers_continuous_batching and bf16 or fp16 the trainer makes the "
+            "model, and the update of rows with it, 16 bits before every generation, in which "
+            "an optimizer's small steps are rounded away. Train with bf16=False and fp16=False "
+            "(a model that was loaded in bfloat16 stays so), or without continuous batching."
+        )
+    averages = {"sync_ref_model": True, "teacher_model_kind": "ema"}  # the latter SDPO's and SDFT's
+    for name, value in averages.items():
+        if getattr(args, name, None) == value:
+            raise RuntimeError(
+                f"{name}={value!r} copies parameters one by one, and the other model has no "
+                f"updates of rows; train with another {name}."
+            )
 
 
 def _check_unprotected(folder: Path) -> None:

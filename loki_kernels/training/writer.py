@@ -45,6 +45,7 @@ class RowWriter:
     checked: bool = field(default=False, init=False)  # that the model can be trained
     warned: bool = field(default=False, init=False)  # that small steps are lost
     holders: int = field(default=0, init=False)  # who want the rows to stay as they were written
+    bases: list[LokiRows] = field(default_factory=list, init=False)  # that had the base before
     # Where the updates lie that were last written, and their versions.
     versions: list[tuple[int, int | None]] | None = field(default=None, init=False)
     kept: bool = field(default=False, init=False)  # whether a trainer says that they are as then
@@ -106,7 +107,8 @@ class RowWriter:
         kept, self.kept = self.kept, False  # for one forward pass
         versions = self._versions()
         unknown = any(version is None for _, version in versions)
-        if not kept or unknown or self.versions != versions:
+        as_written = self.versions == versions and all(layer.written for layer in written)
+        if not kept or unknown or not as_written:
             write_rows(written)
             self.versions = versions
         for layer in self.layers:
@@ -281,6 +283,7 @@ class RowWriter:
             yield
             return
         if not self.holders:
+            self.bases = [x for x in self.layers if not (x.can_write and x.written)]
             write_rows(self.layers)
         self.holders += 1  # one may generate inside another, or two threads at once
         try:
@@ -289,9 +292,12 @@ class RowWriter:
             yield
         finally:
             self.holders -= 1
-            for layer in () if self.holders else self.layers:
-                layer.in_step = layer.held = False
-                if not layer.can_write:
+            if not self.holders:
+                for layer in self.layers:
+                    layer.in_step = layer.held = False
+                # Under torch.compile the weight holds the base: written, every later step would be
+                # compiled anew and keep its update for the backward pass, 7.5 GB at 8B.
+                for layer in self.bases:
                     layer.write_base()
 
 

@@ -185,12 +185,14 @@ def test_auto_leaves_unsupported_inputs_to_torch(accelerator):
     assert _dispatch.choose(OP, None, inputs("meta")) is accelerator.torch
 
 
-def test_a_triton_that_cannot_be_imported_is_no_backend(monkeypatch):
-    """A broken library, or a folder of that name where Python looks first."""
+@pytest.mark.parametrize("module", ["triton.language", "loki_kernels.ops._triton"])
+def test_a_triton_that_cannot_be_imported_is_no_backend(module, monkeypatch):
+    """A broken library, or a folder of that name where Python looks first; one that is too old."""
     pytest.importorskip("triton")
 
     def fails(name):
-        raise ImportError("libtriton.so")
+        if name == module:
+            raise ImportError("libtriton.so")
 
     monkeypatch.setattr(_dispatch, "_gpu_why_not", lambda _device: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

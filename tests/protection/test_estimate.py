@@ -90,6 +90,21 @@ def test_layers_at_a_time_and_windows_change_nothing(monkeypatch):
     assert torch.equal(a, b)
 
 
+def test_each_device_has_room_for_its_own_layers(monkeypatch):
+    """Of a device_map the first device is often another one than the rest."""
+
+    def layer(device):
+        weight = SimpleNamespace(device=torch.device(device))
+        return SimpleNamespace(weight=weight, in_features=16, experts=())
+
+    layers = [layer(device) for device in ("cuda:0", "cuda:1", "cuda:1", "cuda:1", "cuda:0")]
+    size = 4 * 16**2  # and as much is left for the eigenvectors
+    monkeypatch.setattr(moments, "_room", lambda device: size * (10, 3)[device.index])
+    groups = list(moments.layers_at_a_time(layers))
+    assert [len(group) for group in groups] == [3, 2]
+    assert [layer for group in groups for layer in group] == layers
+
+
 def test_a_container_s_memory_is_heeded(monkeypatch, tmp_path):
     """Half of what its limit leaves, where files that were read take none of it."""
     here = ((str(tmp_path), "memory.max", "memory.current", ""),)
@@ -261,6 +276,20 @@ def test_samples_do_not_heed_how_the_model_generates():
     own.min_p, own.num_return_sequences, own.suppress_tokens = 0.9, 2, list(range(3, 90))
     assert samples.draw_samples(model, tokenizer, 5, 12) == drawn
     assert model.generation_config is own
+
+
+def test_samples_are_drawn_by_one_process_alone_beside_zero_3(monkeypatch):
+    """By default generate waits for the others at each token, also of a model that is not split."""
+    model = build_model()
+    want = samples.draw_samples(model, chat_tokenizer(), 2, 8)
+    synced = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda *a, **k: synced.append(k["synced_gpus"]) or generate(*a, **k)
+    )
+    assert samples.draw_samples(model, chat_tokenizer(), 2, 8) == want
+    assert synced
+    assert not any(synced)
 
 
 def test_samples_end_where_the_model_ends_them_and_are_of_all_tokens():

@@ -802,6 +802,32 @@ def test_inference_writes_once(model, writes):
     assert len(writes) > 1
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("what", ["generate", "save"])
+def test_a_weight_that_held_the_base_holds_it_again(what, trained, model, tmp_path):
+    """Compiled training never writes: a written weight would have later steps compiled anew."""
+    handle = loki.patch(model, ROWS)
+    layers = [layer for _, layer in handle.named_layers()]
+    if trained:
+        train(model)
+    else:
+        with torch.no_grad():
+            for layer in layers:
+                layer.update.normal_()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    if what == "generate":
+        model.generate(token_batch(), max_new_tokens=2, do_sample=False)
+    else:
+        model.save_pretrained(tmp_path)
+    assert [layer.written for layer in layers] == [trained] * len(layers)
+    for name, parameter in model.named_parameters():
+        if not (trained and name.endswith("down_proj.weight")):  # of the last step's update there
+            assert torch.equal(parameter, before[name])
+    handle.trainer_callback().on_prediction_step()  # nothing was trained, and the rows are the base
+    got = logits(model)
+    assert torch.equal(got, logits(handle.merge()))
+
+
 @pytest.mark.parametrize("graded", [False, True])
 def test_inference_runs_what_is_merged_of_a_rank_too(graded):
     """In bfloat16 a product of factors is rounded elsewhere than the rows that are saved."""

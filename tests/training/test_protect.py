@@ -770,6 +770,19 @@ def test_weights_that_zero_3_has_split_are_estimated_from_in_no_process():
     model.model.norm.weight.ds_id = 0
     with pytest.raises(ValueError, match="ZeRO-3 has split the weights"):
         loki.patch(model, ROWS, protect=True, tokenizer=object())
+    with pytest.raises(ValueError, match="ZeRO-3 has split the weights"):
+        loki.estimate_protection(model, [[1, 2, 3]])
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_16_bits_beside_the_update_are_refused_where_zero_3_keeps_one_buffer(split):
+    model = build_model(dtype=torch.bfloat16)
+    if split:
+        model.model.norm.weight.ds_id = 0
+        with pytest.raises(ValueError, match=r"model\.norm.* trained whole in bfloat16"):
+            loki.patch(model, ROWS, modules_to_save=["norm"])
+        model.model.norm.float()
+    loki.patch(model, ROWS, modules_to_save=["norm"])
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])

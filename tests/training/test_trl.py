@@ -368,6 +368,23 @@ def test_sync_ref_model_is_refused(way, error, message, base_folder, tmp_path):
         grpo(model, tmp_path, False, {"sync_ref_model": True, "beta": 0.1}, **options)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("sync_ref_model", True), ("teacher_model_kind", "ema"), ("use_vllm", True)],
+)
+def test_what_is_refused_is_refused_of_a_callback_that_is_added_later(
+    option, value, base_folder, tmp_path
+):
+    """`on_init_end` has been called by then; SDPO's and SDFT's teacher is an average too."""
+    model = load_model(base_folder)
+    callback = loki.patch(model, ROWS).trainer_callback()
+    trainer = grpo(model, tmp_path, False)
+    trainer.add_callback(callback)
+    setattr(trainer.args, option, value)
+    with pytest.raises(RuntimeError, match=option):
+        trainer.train()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_grpo_without_a_server(way, base_folder, tmp_path):
     """The model that trains answers by itself."""
