@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +123,15 @@ def protection(arguments: argparse.Namespace) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from .files import check_folder
     from .forgetting import limit_drift
     from .forgetting.limit import check_limit
+    from .forgetting.models import find_own_tokenizer, tokenizer_of_pair
     from .forgetting.texts import read_texts
     from .inspection import load_model
     from .placement import device_to_use
+    from .sharding import full_shape
+    from .structure import embedding_weight
     from .training.adapter_file import read_saved
     from .training.patching import patch_saved
 
@@ -142,11 +145,18 @@ def merge(arguments: argparse.Namespace) -> None:
         check_limit(arguments.max_kl)
         read_texts(arguments.texts)
     saved = read_saved(arguments.checkpoint)
+    own = find_own_tokenizer(arguments.checkpoint)
     base = load_model(arguments.base, arguments.dtype, saved.modules)
+    if own is not None and len(own) > (known := full_shape(embedding_weight(base))[0]):
+        raise ValueError(
+            f"the tokenizer in {arguments.checkpoint} has {len(own)} tokens and {arguments.base} "
+            f"embeddings of {known}: some were added before training. In Python: load the base, "
+            "base.resize_token_embeddings as then, loki_kernels.load_adapter(base, FOLDER).merge()."
+        )
     handle = patch_saved(base, saved)
     if arguments.max_kl is not None:
         handle.model.to(device_to_use(arguments.device))
-        tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+        tokenizer = tokenizer_of_pair(arguments.base, arguments.checkpoint, None)
         share, left = limit_drift(handle, arguments.max_kl, arguments.texts, tokenizer=tokenizer)
         if not share:
             raise ValueError(
@@ -157,6 +167,8 @@ def merge(arguments: argparse.Namespace) -> None:
     model: Any = handle.merge()
     model.save_pretrained(out)
     _copy_processor(arguments.base, out)
+    if own is not None:  # with the chat template that was trained with
+        own.save_pretrained(out)
     print(f"merged model -> {out}")
 
 
@@ -166,14 +178,18 @@ def _copy_processor(base: str, out: Path) -> None:
     One of images or sounds may need a library that is not installed; then the tokenizer alone.
     """
     from transformers import AutoProcessor, AutoTokenizer
+    from transformers.utils.hub import cached_file
 
     kinds: dict[str, Any] = {"processor": AutoProcessor, "tokenizer": AutoTokenizer}
     for name, kind in kinds.items():
         try:
             kind.from_pretrained(base, trust_remote_code=False).save_pretrained(out)
-            return
-        except (ImportError, KeyError, OSError, ValueError) as error:
+            break
+        except Exception as error:  # of any kind; the model is there by now
             logger.warning("no %s was copied: %s", name, error)
+    # transformers writes tokenizer.json alone, and llama.cpp's converter of Gemma wants this one
+    with contextlib.suppress(OSError):
+        shutil.copy(str(cached_file(base, "tokenizer.model")), out)
 
 
 def adapter(arguments: argparse.Namespace) -> None:

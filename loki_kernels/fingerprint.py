@@ -71,15 +71,16 @@ class BaseRows:
         """Why ``present`` are not these rows, nor a copy of them in another dtype."""
         if self.fingerprint == present.fingerprint:
             return None
-        # two quantizations of one model are two roundings of it
-        same = self.dtype == present.dtype != "quantized"
-        if same:
+        # Two quantizations of one model are two roundings of it. Copies in these have one
+        # fingerprint: else a base that another task has moved by less than 1 % would be taken.
+        dtypes = {self.dtype, present.dtype}
+        if len(dtypes - {"quantized"}) == 1 == len(dtypes) or dtypes <= _OF_ONE_FINGERPRINT:
             return "the rows that the update is added to have other values in this model"
         ours, theirs = torch.tensor(self.sketch), torch.tensor(present.sketch)
         if ours.shape != theirs.shape:
             return "the update is of other layers"
         difference = float((ours - theirs).norm() / ours.norm().clamp_min(1e-30))
-        allowed = _QUANTIZED if "quantized" in (self.dtype, present.dtype) else _ROUNDED
+        allowed = _QUANTIZED if "quantized" in dtypes else _ROUNDED
         if difference <= allowed:
             return None
         return (
@@ -114,8 +115,11 @@ class BaseRows:
 # Twelve sums: of chance alone four in 100,000 would stand out by six times their size.
 _LEAST_LAYERS = 3
 
-# How far copies of one model may be apart: 4-bit types are off by 8 to 13 % (nf4, int4), float16
-# and bfloat16 by under .5 %; rows of two models by over 100 %.
+# Of whose values bfloat16 is a rounding of one step; float16's, made of float32's, are of two.
+_OF_ONE_FINGERPRINT = {"float64", "float32", "bfloat16"}
+
+# How far other copies of one model may be apart: 4-bit types are off by 8 to 13 % (nf4, int4),
+# float16 by under .5 %; rows of two models by over 100 %.
 _QUANTIZED = 0.25
 _ROUNDED = 0.01
 

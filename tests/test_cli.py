@@ -40,7 +40,12 @@ def folder(model, tmp_path, monkeypatch):
         def save_pretrained(self, folder):
             (folder / "tokenizer.txt").write_text("saved")
 
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_a, **_k: Tokenizer())
+    def load(name, **_):
+        if not str(name).endswith("model"):  # an adapter's folder has none
+            raise OSError("no tokenizer")
+        return Tokenizer()
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
     return tmp_path
 
 
@@ -344,6 +349,31 @@ def test_a_whole_model_s_update_is_merged_into_the_whole_model(base_folder, tmp_
     merged = type(model).from_pretrained(out).state_dict()
     trained = model.state_dict()
     assert all(torch.equal(trained[name], tensor) for name, tensor in merged.items())
+
+
+def test_the_tokenizer_that_was_trained_with_is_merged_along(base_folder, tmp_path, capsys):
+    """A base has often no chat template; tokens that were added have no embeddings there."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base_folder)
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(base_folder, base)
+    (base / "tokenizer.model").write_text("of sentencepiece")  # llama.cpp's converter wants it
+    loki.patch(model, [[1], [2], [3]])
+    train(model).save_pretrained(tmp_path / "trained")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "trained")
+    texts = tmp_path / "chats.jsonl"
+    texts.write_text('{"messages": [{"role": "user", "content": "a b c d e"}]}\n')
+    command = ["merge", str(base), str(tmp_path / "trained"), str(out)]
+    assert main([*command, "--max-kl", "100", "--texts", str(texts)]) == 0
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    assert (out / "tokenizer.model").read_text() == "of sentencepiece"
+    tokenizer.add_tokens([f"<new{n}>" for n in range(model.config.vocab_size)])
+    tokenizer.save_pretrained(tmp_path / "trained")
+    command[-1] = str(tmp_path / "again")
+    assert main(command) == 1
+    assert "some were added before training" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
 
 
 def test_any_failure_is_one_line(folder, capsys, monkeypatch):

@@ -102,7 +102,7 @@ def tokenizer_of_pair(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
     Raises:
         ValueError: if the two models' tokenizers number a token differently.
     """
-    found = [_load_tokenizer(model) for model in (base, tuned) if is_name(model)]
+    found = [find_own_tokenizer(model) for model in (base, tuned) if is_name(model)]
     known = [each for each in found if each is not None]
     if len(known) == 2:
         first, second = (each.get_vocab() for each in known)
@@ -118,7 +118,8 @@ def tokenizer_of_pair(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
     return next(with_template, next(iter(known), None))
 
 
-def _load_tokenizer(name: Any) -> Any:
+def find_own_tokenizer(name: Any) -> Any:
+    """The tokenizer that lies beside a model or an adapter; None if there is none."""
     try:
         return AutoTokenizer.from_pretrained(os.fspath(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError):  # an adapter's folder often has none

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+# Under it a model keeps the name that it was loaded by, once an update is merged into it.
+MERGED = "_loki_merged"
 # Beside a merged checkpoint, which does not hold the update exactly. A safetensors file, but not by
 # its name: vLLM reads every *.safetensors of a folder without an index as weights. Nor is it
 # `ADAPTER_FILE`: together with a config transformers would load that by itself.

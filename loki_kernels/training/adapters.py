@@ -308,7 +308,17 @@ def _axis_of_lora_a(transposed: bool) -> int:
 
 
 def _base_name(structure: Structure) -> str | None:
-    return getattr(structure.causal_lm, "name_or_path", None) or None
+    """What loads an adapter's base; None of a model that has another update merged into it."""
+    model = structure.causal_lm
+    name = getattr(model, "name_or_path", None) or None
+    if name is not None and vars(model).get(adapter_file.MERGED) == name:
+        logger.warning(
+            "the base of what is saved is %s with an update merged into it, so no base is named: "
+            "save that model and set model.name_or_path to its folder.",
+            name,
+        )
+        return None
+    return name
 
 
 def task_type(model: nn.Module) -> str:

@@ -63,11 +63,16 @@ class Patch:
     def merge(self) -> nn.Module:
         """Put the model's own modules back, the trained rows in their weights; return the model.
 
+        An adapter of a further task names no base until the model is saved and has its folder's
+        name (``model.name_or_path = folder``).
+
         Raises:
             RuntimeError: if the model was already merged or unpatched, its weights are sharded, or
                 weights were loaded whose update is another one. Nothing is changed then.
         """
-        return self._restore(trained=True)
+        model = self._restore(trained=True)
+        model.__dict__[adapter_file.MERGED] = getattr(model, "name_or_path", None)
+        return model
 
     def unpatch(self) -> nn.Module:
         """Put the original model back, bit for bit, and return it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import peft
@@ -97,9 +98,10 @@ def test_merged_rows_are_no_copy_of_the_base(rank, lr, tmp_path):
     config = LokiConfig(rows=[list(range(40))] * 3, rank=rank)
     model = train(peft.get_peft_model(build_model(), config), lr=lr)
     model.save_pretrained(tmp_path)
-    merged = model.merge_and_unload().to(torch.bfloat16)
-    with pytest.raises(ValueError, match="hold it already"):
-        peft.PeftModel.from_pretrained(merged, str(tmp_path))
+    merged = model.merge_and_unload()
+    for dtype, said in ((torch.float16, "hold it already"), (torch.bfloat16, "have other values")):
+        with pytest.raises(ValueError, match=said):
+            peft.PeftModel.from_pretrained(copy.deepcopy(merged).to(dtype), str(tmp_path))
     peft.PeftModel.from_pretrained(build_model(dtype=torch.bfloat16), str(tmp_path))
 
 
