@@ -23,7 +23,7 @@ from benchmarks.forgetting.training import train_steps
 from loki_kernels import Attribution
 from loki_kernels.demo.evaluation import token_log_probabilities
 from tests.models import build_model
-from tests.test_demo import word_tokenizer
+from tests.tiny_tokenizers import word_tokenizer
 
 TINY = LlamaConfig(
     vocab_size=50, hidden_size=40, intermediate_size=48, num_hidden_layers=2,
