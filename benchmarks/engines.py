@@ -29,11 +29,14 @@ SIZES = {
 
 
 def models() -> Iterator[tuple[str, nn.Module]]:
+    """Each with weights of one seed, whatever was drawn before."""
     dense = transformers.Qwen3Config(**SIZES, intermediate_size=1536)
+    torch.manual_seed(0)
     yield "dense (Qwen3)", transformers.Qwen3ForCausalLM(dense)
     mixture = transformers.Qwen3MoeConfig(
         **SIZES, moe_intermediate_size=384, num_experts=16, num_experts_per_tok=4
     )
+    torch.manual_seed(0)
     yield "mixture (Qwen3-MoE, 4 of 16 experts)", transformers.Qwen3MoeForCausalLM(mixture)
     hybrid = transformers.Qwen3_5TextConfig(
         **SIZES,
@@ -43,6 +46,7 @@ def models() -> Iterator[tuple[str, nn.Module]]:
         linear_key_head_dim=64,
         linear_value_head_dim=64,
     )
+    torch.manual_seed(0)
     yield "hybrid (Qwen3.5, 3 of 4 layers recurrent)", transformers.Qwen3_5ForCausalLM(hybrid)
 
 
@@ -55,7 +59,6 @@ def main() -> None:
     print("| model | engine | s a prompt | times the first | largest difference |")
     print("|---|---|---|---|---|")
     for name, model in models():
-        torch.manual_seed(0)
         model.eval()
         prompt = [{"input_ids": torch.randint(0, SIZES["vocab_size"], (options.tokens,))}]
         first: tuple[float, torch.Tensor] | None = None

@@ -41,7 +41,7 @@ CURVES = (
 
 
 def read_records(folder: Path = RESULTS) -> list[Record]:
-    """The records of all machines, of equal ones the newest; older kinds have no case."""
+    """The records of all machines, of equal ones the newest; compilers' tables have no case."""
     newest: dict[str, Record] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for record in read_lines(path):

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 # The files of a minute each, heaviest first: started last, one would leave other workers idle.
 FIRST = (
-    "test_forgetting",
     "test_distributed",
     "test_gpu_script",
     "test_smollm2",
     "test_compile_triton",
+    "test_forgetting",
 )
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

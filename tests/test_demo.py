@@ -5,10 +5,6 @@ import math
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 
 import loki_kernels as loki
 from loki_kernels.demo import main as demo
@@ -19,6 +15,7 @@ from loki_kernels.demo.methods import FULL, LOKI, LORA, Update, trainable
 from loki_kernels.demo.training import collate
 from loki_kernels.questions import Question
 from tests.models import build_model
+from tests.tiny_tokenizers import word_tokenizer
 from tests.tiny_training import logits, protection_of, train
 
 
@@ -48,15 +45,6 @@ def test_the_best_constant_call():
     calls = [example.call for example in test]
     assert best_constant(test) == max(map(calls.count, calls)) / 36
     assert best_constant(test[:1]) == 1
-
-
-def word_tokenizer():
-    vocabulary = {f"w{i}": i for i in range(97)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="w5"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2")
-    tokenizer.chat_template = "{% for m in messages %}w7 {{ m['content'] }} {% endfor %}"
-    return tokenizer
 
 
 def records(lengths=(3, 9, 5)):

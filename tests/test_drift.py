@@ -15,10 +15,6 @@ import transformers
 from accelerate import dispatch_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
 
 import loki_kernels as loki
 from loki_kernels.cli import main
@@ -31,6 +27,7 @@ from loki_kernels.peft import layer as layer_module
 from loki_kernels.training import rows as rows_module
 from tests.architectures import falcon_h1
 from tests.models import assert_unchanged, build_model, save_base, snapshot
+from tests.tiny_tokenizers import bos_tokenizer
 from tests.tiny_training import ROWS, WordTokenizer, load_model, tiny_trainer, train
 from tests.zoo.build import build
 
@@ -216,15 +213,6 @@ def test_every_chunk_begins_as_the_tokenizer_begins_a_text():
     bare = loki.drift(base, tuned, [{"input_ids": ids[1:]}], tokenizer=one, length=10)
     kl = naive(base, tuned, [{"input_ids": part} for part in ids[1:].split(10)])[0]
     torch.testing.assert_close(bare.token_kl.double(), torch.cat(kl).double(), atol=1e-5, rtol=1e-4)
-
-
-def bos_tokenizer():
-    """``<s>``, of id 1, before every text."""
-    vocabulary = {"<s>": 1} | {f"w{i}": i for i in range(97) if i != 1}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="w5"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
 
 
 def test_what_all_texts_begin_with_is_read_and_not_measured():

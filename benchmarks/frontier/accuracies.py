@@ -16,7 +16,7 @@ import torch
 from loki_kernels.cache import cache_folder
 from loki_kernels.demo.model import NAME
 
-from ..forgetting.precision import keep_head
+from ..forgetting.precision import DEVICE, keep_head
 from ..forgetting.retention import Retention
 from ..records import SHARED
 from .arms import ARMS, Job
@@ -41,12 +41,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     start = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")  # as the study trains
     model, tokenizer = MODELS[NAME]()
-    model.to(device)
+    model.to(DEVICE)
     retention = Retention(arguments.shared, tokenizer, arguments.records, windows=32)
-    data = Data.load(arguments.data).to(device)
+    data = Data.load(arguments.data).to(DEVICE)
     jobs = [
         Job(name, ARMS[name], task, ARMS[name].rates[2], 0, arguments.steps)
         for task in TASKS

@@ -27,8 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loki_kernels.cache import cache_folder
 from loki_kernels.demo.model import NAME
 
+from ..forgetting.precision import DEVICE
 from ..records import RESULTS, SHARED, describe_machine, read_lines
-from ..shapes import MODELS as SHAPES
 from .arms import ARMS, Job
 from .data import DOMAINS, LENGTH, PARTS, SOURCES, TASKS, Data, write_data
 from .models import MODELS, RATE_SCALES
@@ -36,6 +36,7 @@ from .moments import Moments, linears, measure_moments
 from .workers import MOMENTS, Pool
 
 STEPS = 80
+_TOGETHER = 10 if DEVICE == "cuda" else 1  # trainings as one model
 
 # What the promise is about, and what a user would do instead.
 DECISIVE = (
@@ -208,7 +209,6 @@ def _write_moments(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if not arguments.rehearse and not arguments.data.is_file():
         raise SystemExit(f"{arguments.data} is not there; python -m benchmarks.frontier data.")
     path: Path = arguments.results
@@ -242,20 +242,19 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch, open(path, "a", encoding="utf-8") as file:
         folder = Path(scratch)
         if arguments.rehearse:
-            model, tensors = _rehearsal(arguments.rehearse)
+            model, tensors = _rehearsal()
             save_file(tensors, folder / "data.safetensors")
         else:
             shutil.copy(arguments.data, folder / "data.safetensors")
             model, _ = MODELS[arguments.model]()
         model.save_pretrained(folder / "model")
-        data = Data.load(folder / "data.safetensors").to(device)
+        data = Data.load(folder / "data.safetensors").to(DEVICE)
         kept["data"] = data.digest()
         _refuse_other_samples(kept["data"], jobs, drawn)
-        _write_moments(folder, model.to(device), data, jobs, arguments.predict or device == "cuda")
+        _write_moments(folder, model.to(DEVICE), data, jobs, arguments.predict or DEVICE == "cuda")
         del model, data
-        most = arguments.group if device == "cuda" else 1
-        parts = [group for phase in phases for group in groups(phase, most)]
-        pool = Pool(folder, device, arguments.bfloat16, parts, arguments.processes)
+        parts = [group for phase in phases for group in groups(phase, _TOGETHER)]
+        pool = Pool(folder, DEVICE, arguments.bfloat16, parts, arguments.processes)
         count = 0
         for record in pool.run(arguments.seconds - (time.monotonic() - start)):
             _refuse_other_texts(record, known)
@@ -299,11 +298,10 @@ _TINY = {
 }
 
 
-def _rehearsal(name: str = "tiny") -> tuple[Any, dict[str, Tensor]]:
-    """A random model of a shape, and random tokens in the place of texts."""
+def _rehearsal() -> tuple[Any, dict[str, Tensor]]:
+    """A tiny random model, and random tokens in the place of texts."""
     torch.manual_seed(0)
-    shape = _TINY if name == "tiny" else SHAPES[name]
-    config = LlamaConfig(**shape | {"tie_word_embeddings": True, "pad_token_id": 2})
+    config = LlamaConfig(**_TINY, tie_word_embeddings=True, pad_token_id=2)
     tensors = {}
     for name in (*DOMAINS, *SOURCES, *(f"{t}/{part}" for t in TASKS for part in PARTS)):
         ids = torch.randint(config.vocab_size, (6, LENGTH))
@@ -328,13 +326,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help=f"(default: {STEPS})")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each arm's own")
     parser.add_argument("--most", type=int, help="train no more than so many")
-    parser.add_argument(
-        "--rehearse",
-        nargs="?",
-        const="tiny",
-        choices=("tiny", "SmolLM2-135M"),
-        help="with a random model of this shape",
-    )
+    parser.add_argument("--rehearse", action="store_true", help="with a tiny random model")
     parser.add_argument(
         "--bfloat16",
         action="store_true",
@@ -346,7 +338,6 @@ def main() -> None:
         action="store_true",
         help="predict what each training damages, which takes minutes on a CPU; a GPU always does",
     )
-    parser.add_argument("--group", type=int, default=10, help="trainings as one model, on a GPU")
     arguments = parser.parse_args()
     if arguments.what == "run" and not arguments.arms:
         for name in ("tasks", "seeds", "steps", "rates"):
@@ -363,9 +354,8 @@ def main() -> None:
         arguments.data.parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         model, tokenizer = MODELS[arguments.model]()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         drawn = RESULTS / "frontier" / own / "drawn.json"
-        write_data(arguments.data, arguments.shared, drawn, model.to(device), tokenizer)
+        write_data(arguments.data, arguments.shared, drawn, model.to(DEVICE), tokenizer)
     elif arguments.what == "run":
         run(arguments)
     else:

@@ -16,8 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
 import loki_kernels as loki
 from loki_kernels.demo.model import load_samples, load_smollm2
 
@@ -117,7 +115,6 @@ def summary(folder: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.upstream", description=__doc__)
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("--model", type=Path, help="a folder; SmolLM2-135M-Instruct by default")
     parser.add_argument("--shared", type=Path, default=SHARED, help="the evaluation texts")
     parser.add_argument("--settings", nargs="+", choices=(*PEERS, *OURS), default=(*PEERS, *OURS))
     parser.add_argument("--steps", type=int, default=20)
@@ -126,21 +123,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if arguments.model is None:
-            model, tokenizer = load_smollm2()
-            tokenizer.save_pretrained(folder / "model")
-            model.save_pretrained(folder / "model")
-        else:
-            shutil.copytree(arguments.model, folder / "model")
-            model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        model, tokenizer = load_smollm2()
+        tokenizer.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model")
         hidden_size = model.config.hidden_size
         protection = folder / "protection.safetensors"
         if any("protected" in name for name in arguments.settings):
-            samples = load_samples()
-            if arguments.model is not None:  # SmolLM2's samples may have tokens it does not know
-                most = model.get_input_embeddings().num_embeddings
-                samples = [[token % most for token in sample] for sample in samples]
-            loki.estimate_protection(model, samples).save(protection)
+            loki.estimate_protection(model, load_samples()).save(protection)
         del model
         (folder / "texts.json").write_text(
             json.dumps(texts(arguments.shared, arguments.questions)), encoding="utf-8"

@@ -17,7 +17,7 @@ import loki_kernels as loki
 from loki_kernels.attribution.prompts import Tokens
 from tests import models
 from tests.architectures import lfm2, mixtral
-from tests.attribution.test_prompts import BOS, CHAT, A, B, tokenizer
+from tests.tiny_tokenizers import BOS, CHAT, A, B, tokenizer
 
 # on the CPU, as the definition's own tensors are
 build_model = functools.partial(models.build_model, device="cpu")

@@ -6,38 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
 
 from loki_kernels.attribution import prompts
 from loki_kernels.attribution.prompts import tokenize_prompts
 from loki_kernels.questions import Question, load_questions
-
-BOS, EOS, A, B = 1, 2, 3, 4
-# A generation prompt that an option changes, as enable_thinking does.
-CHAT = (
-    "<s>{% for m in messages %} {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %} b{% if enable_thinking is false %} b{% endif %}{% endif %}"
-)
-
-
-def tokenizer(adds="<s> $A", chat_template=None):
-    """Words a and b; ``adds`` is what it puts around text by itself."""
-    words = Tokenizer(WordLevel({"[UNK]": 0, "<s>": BOS, "</s>": EOS, "a": A, "b": B}, "[UNK]"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.post_processor = TemplateProcessing(
-        single=adds, special_tokens=[("<s>", BOS), ("</s>", EOS)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="[UNK]",
-        chat_template=chat_template,
-    )
+from tests.tiny_tokenizers import BOS, CHAT, EOS, A, B, tokenizer
 
 
 def tokens(prompt, *arguments, **options):

@@ -21,10 +21,6 @@ def checked(request, monkeypatch):
     return lambda: attribution.check_scores(model, ids, 4, DEFINITIONS, [0, 1, 2])
 
 
-def test_right_scores_are_timed(checked):
-    checked()
-
-
 def test_wrong_scores_are_not_timed(checked, monkeypatch):
     right = attribution.attribute
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attribution, measure, processes, records, report
+from benchmarks import attribution, engines, measure, processes, records, report
 from benchmarks.__main__ import SUITES, main
 from benchmarks.ops import row_masked_linear
 from benchmarks.shapes import build
@@ -268,12 +267,6 @@ def test_the_committed_report_is_of_the_committed_records(tmp_path, monkeypatch)
     assert report.REPORT.read_bytes() == committed
 
 
-def test_every_committed_record_is_json():
-    for path in records.RESULTS.glob("*.jsonl"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            json.loads(line)
-
-
 @pytest.mark.parametrize("suite", sorted({*SUITES} - {"ops", "peers"}))  # elsewhere
 def test_a_suite_runs(suite, monkeypatch, capsys):
     started = subprocess.run
@@ -292,6 +285,16 @@ def test_a_suite_runs(suite, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--dry-run"])
     main()
     assert f"{suite} " in capsys.readouterr().out
+
+
+def test_engines_are_compared_on_the_same_weights_in_every_run(monkeypatch):
+    monkeypatch.setattr(engines, "SIZES", engines.SIZES | {"num_hidden_layers": 4})
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        runs.append([model.lm_head.weight[0, :9].tolist() for _, model in engines.models()])
+    assert len(runs[0]) == 3
+    assert runs[0] == runs[1]
 
 
 def test_an_unknown_suite_is_refused(monkeypatch, capsys):

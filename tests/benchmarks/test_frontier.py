@@ -40,7 +40,7 @@ from benchmarks.frontier.train import Run, train
 from benchmarks.frontier.workers import Pool
 from loki_kernels.demo.frontier import frontier, mean_at_equal_loss
 from tests import models
-from tests.test_demo import word_tokenizer
+from tests.tiny_tokenizers import word_tokenizer
 
 
 def make_lab(device):

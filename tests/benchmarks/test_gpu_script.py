@@ -29,6 +29,14 @@ def rehearse(out, *arguments, **environment):
     return run, run.stdout + run.stderr
 
 
+def stand_in(folder, script=""):
+    """A shell script in the place of Python, which imports for seconds before it measures."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    return str(python)
+
+
 def sections(out, run):
     summary = (out / f"gpu-{run}-summary.txt").read_text().splitlines()
     assert summary[0] == "no GPU, a dry run"
@@ -74,11 +82,9 @@ def test_study_adds_to_the_results(tmp_path):
 
 def test_a_study_that_cannot_read_its_model_does_not_start(tmp_path):
     """Which transformers does by gguf, a package that machines may lack."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$*" in *gguf) echo "no gguf" >&2; exit 1;; esac\n')
-    python.chmod(0o755)
+    python = stand_in(tmp_path, 'case "$*" in *gguf) echo "no gguf" >&2; exit 1;; esac')
     (tmp_path / "texts").write_text("")
-    environment = {"OUT": str(tmp_path), "PYTHON": str(python)}
+    environment = {"OUT": str(tmp_path), "PYTHON": python}
     run = subprocess.run(
         ["bash", SCRIPT, "study", "60"],
         env=os.environ | environment | {"FRONTIER_DATA": str(tmp_path / "texts")},
@@ -92,12 +98,10 @@ def test_a_study_that_cannot_read_its_model_does_not_start(tmp_path):
 
 
 def test_a_copy_without_a_history_asks_for_its_revision(tmp_path):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\n")
-    python.chmod(0o755)
+    python = stand_in(tmp_path)
     for revision, said in (("", True), ("1.0-3-g12345", False)):
         environment = {"GIT_DIR": str(tmp_path / "nowhere"), "REVISION": revision}
-        run, _ = rehearse(tmp_path, "goals", PYTHON=str(python), **environment)
+        run, _ = rehearse(tmp_path, "goals", PYTHON=python, **environment)
         assert run.returncode == 0
         assert ("$REVISION is unset" in run.stdout) == said
 
@@ -110,10 +114,7 @@ def test_what_tests_are_left_out_of_is_there():
 
 def test_bench_runs_every_suite(tmp_path):
     """By a stand-in for Python; `test_benchmarks` runs the suites themselves."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
-    run, output = rehearse(tmp_path, "bench", PYTHON=str(python))
+    run, output = rehearse(tmp_path, "bench", PYTHON=stand_in(tmp_path, 'echo "$@"'))
     assert run.returncode == 0, output + (tmp_path / "gpu-bench.log").read_text()
     assert sections(tmp_path, "bench") == dict.fromkeys(UNNAMED, "passed")
     log = (tmp_path / "gpu-bench.log").read_text().splitlines()
@@ -127,17 +128,15 @@ def test_bench_runs_every_suite(tmp_path):
     [(["goals"], "benchmarks.goals --dry-run"), (["bench", "peers"], "benchmarks peers --dry-run")],
 )
 def test_a_run_of_its_own(arguments, command, tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
-    run, output = rehearse(tmp_path, *arguments, PYTHON=str(python))
+    run, output = rehearse(tmp_path, *arguments, PYTHON=stand_in(tmp_path, 'echo "$@"'))
     assert run.returncode == 0, output
     assert sections(tmp_path, arguments[0]) == {arguments[-1]: "passed"}
     assert f"-m {command}\n" in (tmp_path / f"gpu-{arguments[0]}.log").read_text()
 
 
 def test_a_failing_section_does_not_stop_the_rest(tmp_path):
-    run, output = rehearse(tmp_path, "bench", "no_such_suite", "selection")
+    python = stand_in(tmp_path, 'case "$3" in no_*) echo "unknown suite $3" >&2; exit 2;; esac')
+    run, output = rehearse(tmp_path, "bench", "no_such_suite", "selection", PYTHON=python)
     assert run.returncode == 1
     assert sections(tmp_path, "bench") == {"no_such_suite": "FAILED", "selection": "passed"}
     assert "unknown suite no_such_suite" in output

@@ -14,7 +14,6 @@ from benchmarks.upstream.__main__ import (
     CHANGES,
     HERE,
     OURS,
-    SHARED,
     copy_experiment,
     prepare,
     texts,
@@ -69,9 +68,8 @@ def test_settings_keep_what_they_say_at_another_scale(checkout, tmp_path):
     assert int(adapter["quota"] / 100 * 576) == 40
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the evaluation texts are not here")
-def test_texts_of_training_and_testing_are_different():
-    made = texts(SHARED, 4)
+def test_texts_of_training_and_testing_are_different(shared_data):
+    made = texts(shared_data, 4)
     assert [len(made[part]) for part in ("valid", "test", "wiki")] == [4, 4, 4]
     held_out = {record["question"] for record in made["valid"] + made["test"]}
     assert len(held_out) == 8

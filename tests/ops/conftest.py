@@ -23,8 +23,8 @@ _DEVICES = ["cpu", "cuda"] if _GPU else ["cpu"]
 _OF_SEVERAL = ("test_grouped", "test_products")
 # Of plain torch, or without a Triton kernel: the other process has run them.
 _NOTHING_TO_INTERPRET = (
-    "test_grouped.py", "test_products.py", "test_row_delta_linear.py",
-    "test_row_masked_linear.py", "test_sync_rows.py",
+    "test_cuda_bindings.py", "test_grouped.py", "test_products.py", "test_row_delta_linear.py",
+    "test_row_masked_linear.py", "test_sync_rows.py", "test_triton.py",
 )  # fmt: skip
 collect_ignore = list(_NOTHING_TO_INTERPRET) if _INTERPRETED else []
 

@@ -19,7 +19,7 @@ from loki_kernels.peft import layer as layer_module
 from loki_kernels.protection import estimate
 from loki_kernels.training import targets
 from tests.models import build_model
-from tests.protection.test_estimate import chat_tokenizer
+from tests.tiny_tokenizers import chat_tokenizer
 from tests.tiny_training import (
     ROWS,
     WordTokenizer,

@@ -11,18 +11,15 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 import loki_kernels as loki
 from loki_kernels.files import write_safetensors
 from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import Protection, estimate, moments, samples
-from tests.attribution.test_prompts import tokenizer as prompts_tokenizer
 from tests.models import DEVICE, assert_unchanged, build_model, snapshot, to_device
-from tests.test_demo import word_tokenizer
-from tests.test_drift import bos_tokenizer
+from tests.tiny_tokenizers import bos_tokenizer, chat_tokenizer, word_tokenizer
+from tests.tiny_tokenizers import tokenizer as prompts_tokenizer
 
 NAME = "model.layers.1.mlp.down_proj"
 ALL = 10**6  # more directions than there are
@@ -200,17 +197,6 @@ def test_an_earlier_protection_is_added():
     other = build_model("gpt_neox")
     with pytest.raises(ValueError, match="of another model"):
         loki.estimate_protection(other, second, earlier=earlier)
-
-
-def chat_tokenizer():
-    vocabulary = {f"w{i}": i for i in range(96)} | {"<|endoftext|>": 96}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w5")),
-        eos_token="w2",
-        bos_token="w1",
-    )
-    tokenizer.chat_template = "w7{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    return tokenizer
 
 
 def test_every_window_of_a_string_begins_as_the_tokenizer_begins_a_text(monkeypatch):

@@ -15,7 +15,7 @@ from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import moments, samples
 from loki_kernels.training.experts import LokiExperts
 from tests.models import DEVICE, assert_unchanged, snapshot, to_device
-from tests.protection.test_estimate import chat_tokenizer
+from tests.tiny_tokenizers import chat_tokenizer
 from tests.tiny_training import load_model, logits, train
 from tests.training.test_experts import ROWS, build_model, one_module, routed, run, stacks
 from tests.zoo.build import build

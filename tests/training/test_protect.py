@@ -24,7 +24,7 @@ from loki_kernels.questions import CALIBRATION_PER_SUBJECT
 from loki_kernels.training import rows
 from loki_kernels.training.linear import LokiLinear
 from tests.models import build_model, to_device
-from tests.protection.test_estimate import chat_tokenizer
+from tests.tiny_tokenizers import chat_tokenizer
 from tests.tiny_training import (
     ROWS,
     WordTokenizer,
