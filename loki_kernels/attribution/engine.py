@@ -58,7 +58,6 @@ class OnStaircase:
                 "an answer of several tokens is processed after the prompt, as engine='decode' "
                 "does it."
             )
-        check_model(structure, batch)
         layers = list(structure.present())
         prefill = run_prefill(structure, batch, integral)
         staircase = Staircase(structure, batch, prefill, integral)
@@ -132,7 +131,9 @@ def choose_engine(
     for make in _candidates(wanted, media=bool(prompt.media)):
         engine = make(structure, one)
         try:
-            _refuse_early(engine, structure, integral)
+            _refuse_early(engine)
+            if isinstance(engine, OnStaircase) and not prompt.media:  # with it all are refused
+                check_model(structure, text.input_ids)
             attribute_batch(engine, probe)
             if isinstance(engine, Copies) and engine.cached:
                 _check_gradient(engine, text)
@@ -182,14 +183,13 @@ def _candidates(wanted: EngineName | None, *, media: bool) -> Iterator[_Make]:
         yield functools.partial(Copies, cached=False)
 
 
-def _refuse_early(engine: Engine, structure: Structure, integral: PathIntegral) -> None:
+def _refuse_early(engine: Engine) -> None:
     """Raise UnsupportedModelError for what is known before anything runs."""
     if engine.name == "staircase":
-        structure.head_module()
-        reason = why_no_staircase(structure.decoder)
+        reason = why_no_staircase(engine.structure.decoder)
         if reason is not None:
             raise UnsupportedModelError(reason)
-    if engine.name == "decode" and integral.definition.path == "sequence":
+    if engine.name == "decode" and engine.integral.definition.path == "sequence":
         raise UnsupportedModelError(
             "path='sequence' scales every token, and the earlier ones are in the cache."
         )
