@@ -29,12 +29,12 @@ from ..team import Team
 from .definitions import PathIntegral
 from .engine import Engine, attribute_batch, choose_engine, short_prompt
 from .fitting import Fitting, Refused
-from .fusing import Forward, find_fusion, replacing
+from .fusing import Forward, find_fusion
 from .log import Log
 from .plan import BatchLimits, PlannedBatch, Window
 from .result import Attribution, AttributionCounts, describe_machine, model_settings
 from .scores import Counter, Scores
-from .steering import borrowed
+from .steering import borrowed, replacing
 from .store import Layout, Memory
 
 logger = logging.getLogger(__name__)
