@@ -167,7 +167,6 @@ class PlannedBatch:
         for padded, tokens in zip(input_ids, self.sequences, strict=True):
             padded[: len(tokens)] = torch.from_numpy(tokens.ids)
         return Batch(
-            self.members,
             input_ids.to(device),
             lengths.to(device),
             _tensors(tokens.answer for tokens in self.sequences),

@@ -40,7 +40,7 @@ def check_model(structure: Structure, input_ids: Tensor) -> None:
             lambda _module, _args: (hidden.expand(2, len(tokens), -1),)
         )
 
-    logits, prefix = native_forward(structure, both, Batch([], both, lengths), put_hidden())
+    logits, prefix = native_forward(structure, both, Batch(both, lengths), put_hidden())
     # of the head that is gathered: FSDP2's shards may be of another dtype
     tolerance = TOLERANCE[head.weight.dtype]
     name = type(model).__name__
