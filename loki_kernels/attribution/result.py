@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -225,8 +224,11 @@ def load_result(path: str | os.PathLike[str]) -> Attribution | AttributionCounts
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged or is something else.
     """
-    with contextlib.suppress(ValueError):
-        return AttributionCounts.load(path)
+    path = Path(path)
+    if path.suffix not in (".h5", ".hdf5", ".parquet"):
+        _, metadata = read_safetensors(path, _FORMAT, _COUNTS_FORMAT)
+        if metadata["format"] == _COUNTS_FORMAT:
+            return AttributionCounts.load(path)
     return Attribution.load(path)
 
 
