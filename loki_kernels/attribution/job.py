@@ -243,7 +243,7 @@ class Job:
 
 
 def _check_rankable(scores: Scores, members: list[int]) -> None:
-    undefined = scores.sums().isnan().nonzero()
+    undefined = scores.sums.isnan().nonzero()
     if len(undefined):
         sample, layer = undefined[0].tolist()
         raise ValueError(
