@@ -72,9 +72,6 @@ class Job:
             run: the result's.
             progress: as `attribute` has it.
         """
-        without = [i for i, ffn in enumerate(self.structure.ffns) if ffn is None]
-        if without:
-            run["without_ffn"] = without
         store = self._store(out, run)
         weight = embedding_weight(self.structure.causal_lm)
         shown = progress if self.team.rank == 0 else False
