@@ -103,6 +103,8 @@ def choose_engine(
 ) -> Engine:
     """The first engine that passes its own guard on a short prompt, or one with images or sounds.
 
+    The staircase, if it takes more than half of the prompts: `Job` leaves others to decode.
+
     Args:
         structure: a borrowed model.
         prompts: some of those that will be attributed.
@@ -114,6 +116,10 @@ def choose_engine(
             sum of its blocks.
         ValueError: if the logits are NaN.
     """
+    if wanted is None and not structure.sharded:  # else `Job` leaves none to another
+        most = _staircase_of_most(structure, prompts, integral)
+        if most is not None:
+            return most
     prompt, definition = _prompt_to_try(prompts), integral.definition
     config = structure.causal_lm.config
     known = _chosen.setdefault(structure.causal_lm, {})
@@ -152,10 +158,28 @@ def choose_engine(
     raise UnsupportedModelError("; ".join(dict.fromkeys(reasons)) + hint)
 
 
+def _staircase_of_most(
+    structure: Structure, prompts: Sequence[Tokens], integral: PathIntegral
+) -> Engine | None:
+    """The staircase, where it takes more than half of the prompts and decode the others.
+
+    One image or one long answer among thousands of prompts makes none of the others slower.
+    """
+    others = [tokens for tokens in prompts if not tokens.plain]
+    if not others or 2 * len(others) >= len(prompts):
+        return None
+    plain = [tokens for tokens in prompts if tokens.plain]
+    try:
+        engine = choose_engine(structure, plain, integral, "staircase")
+        choose_engine(structure, others, integral, "decode")
+    except UnsupportedModelError:
+        return None
+    return engine
+
+
 def _prompt_to_try(prompts: Sequence[Tokens]) -> Tokens:
     """The first with images, sounds or a long answer; else a few tokens of the first."""
-    whole = (tokens for tokens in prompts if tokens.media or tokens.several)
-    prompt = next(whole, None)
+    prompt = next((tokens for tokens in prompts if not tokens.plain), None)
     if prompt is not None:
         return prompt
     return replace(prompts[0], ids=short_prompt(prompts[0]).numpy()[0])
