@@ -198,23 +198,6 @@ def _stacks(
 
 
 @dataclass(frozen=True)
-class _Linear:
-    """A linear layer outside the mixers."""
-
-    name: str
-    parent: nn.Module
-    attribute: str
-    module: nn.Module
-    in_features: int
-    out_features: int
-    axis: int
-
-    @property
-    def down_proj(self) -> DownProjection:
-        return DownProjection(self.name, self.parent, self.attribute, self.module, axis=self.axis)
-
-
-@dataclass(frozen=True)
 class _Stack:
     """A parameter of three dimensions: the matrices of several experts."""
 
@@ -251,7 +234,7 @@ class _Branch:
         name: dotted name in the model; the decoder layer's for what it holds directly.
         module: that; None for the latter.
         kind: its class.
-        linears: every linear layer in it.
+        linears: every linear layer in it, as if it were a down-projection.
         stacks: matrices of experts in it.
         others: (dotted name, shape) of matrices in it that are neither's.
     """
@@ -259,7 +242,7 @@ class _Branch:
     name: str
     module: nn.Module | None
     kind: str
-    linears: list[_Linear]
+    linears: list[DownProjection]
     stacks: list[_Stack]
     others: list[tuple[str, tuple[int, ...]]]
 
@@ -281,7 +264,8 @@ class _Branch:
         for name, child in module.named_children():
             shape_of_linear = linear_shape(child)
             if shape_of_linear is not None:
-                self.linears.append(_Linear(prefix + name, module, name, child, *shape_of_linear))
+                axis = shape_of_linear[2]
+                self.linears.append(DownProjection(prefix + name, module, name, child, axis=axis))
             elif deep and not is_mixer(child):
                 self.collect(child, f"{prefix}{name}.", (module, name), deep=True)
 
@@ -357,7 +341,7 @@ def _find_ffn(layer: nn.Module, layer_name: str, hidden_size: int) -> FFN | None
     if not ends:
         return None
     projections = [d for b in ends for d in experts[b.name]]
-    projections += [x.down_proj for b in ends for x in candidates[b.name]]
+    projections += [down for b in ends for down in candidates[b.name]]
     ffn = FFN(tuple(b.module for b in ends if b.module is not None), tuple(projections))
     if ffn.lone is not None or not ffn.nodes:
         ffn = replace(ffn, nodes=tuple(x.module for b in ends for x in candidates[b.name]))
@@ -366,7 +350,7 @@ def _find_ffn(layer: nn.Module, layer_name: str, hidden_size: int) -> FFN | None
 
 def _choose(
     branches: list[_Branch], experts: dict[str, list[DownProjection]], hidden_size: int
-) -> dict[str, list[_Linear]]:
+) -> dict[str, list[DownProjection]]:
     """The linears of each branch that end an FFN.
 
     Beside a gated FFN, or experts, one that is not gated is none, such as Gemma-3n's low-rank
@@ -393,7 +377,10 @@ def _choose(
 
 
 def _refuse_unknown(
-    branch: _Branch, own: list[_Linear], stacks: list[DownProjection], hidden_size: int
+    branch: _Branch,
+    own: list[DownProjection],
+    stacks: list[DownProjection],
+    hidden_size: int,
 ) -> None:
     """Raise UnsupportedModelError if a part of a branch that may be the FFN's is not known."""
     if len({id(x.parent) for x in own}) < len(own):
@@ -420,7 +407,7 @@ def _refuse_unknown(
         )
 
 
-def _is_down(linear: _Linear, hidden_size: int, linears: list[_Linear]) -> bool:
+def _is_down(linear: DownProjection, hidden_size: int, linears: list[DownProjection]) -> bool:
     """Whether a plain or gated up-projection feeds it, or one that fuses gate and up."""
     inner = linear.in_features
     return linear.out_features == hidden_size and any(
@@ -428,7 +415,7 @@ def _is_down(linear: _Linear, hidden_size: int, linears: list[_Linear]) -> bool:
     )
 
 
-def _is_gated(down: _Linear, linears: list[_Linear]) -> bool:
+def _is_gated(down: DownProjection, linears: list[DownProjection]) -> bool:
     """Whether two linears beside it feed it, or one that fuses gate and up."""
     inner, path = down.in_features, down.name.rpartition(".")[0] + "."
     widths = [x.out_features for x in linears if x is not down and x.name.startswith(path)]

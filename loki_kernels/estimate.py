@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -54,6 +53,7 @@ class Shape:
     Attributes:
         layers: how many.
         weights: of one layer's matrices.
+        outputs: of those, of one token, about.
         queries: heads times their width.
         prefix: keys and values of one token in one layer.
         head: weights of the output head.
@@ -61,6 +61,7 @@ class Shape:
 
     layers: int
     weights: int
+    outputs: int
     queries: int
     prefix: int
     head: int
@@ -69,7 +70,7 @@ class Shape:
     def of(cls, structure: Structure) -> Shape:
         config = text_config(structure.causal_lm)
         chosen = experts_per_token(config)
-        matrices = (
+        matrices = sum(
             # of the experts, those that a token passes
             p.numel() if p.ndim == 2 else p.numel() // len(p) * min(chosen, len(p))
             for layer in structure.layers
@@ -81,7 +82,8 @@ class Shape:
         sizes = [_attention_sizes(config if view is None else view[i]) for i in range(count)]
         return cls(
             layers=count,
-            weights=sum(matrices) // count,
+            weights=matrices // count,
+            outputs=matrices // (count * structure.hidden_size),
             queries=sum(queries for queries, _ in sizes) // count,
             prefix=sum(prefix for _, prefix in sizes) // count,
             head=structure.hidden_size * structure.vocab_size,
@@ -112,6 +114,21 @@ class Shape:
         products = 2 * self.weights * (prefill + points + back)
         attended = 2 * tokens * self.queries * (prefill + 2 * points + 4 * back)
         return Cost(prompts * (products + attended), prompts * 2 * self.head * (1 + 2 * heads))
+
+    def kept(
+        self, prompts: int, tokens: int, integral: PathIntegral, engine: EngineName = "staircase"
+    ) -> int:
+        """Numbers that a layer keeps of one batch, padded to ``tokens``: which batch is largest.
+
+        Of a point twice what half of the layers put out (`points_that_fit`), of a token its keys
+        and values, on the sequence path once a point. In the decode engine a prompt runs after the
+        other.
+        """
+        points, copies = self.layers * len(integral.alphas), 1
+        if integral.definition.path == "sequence":  # a layer at a time
+            points = copies = len(integral.alphas)
+        together = prompts if engine == "staircase" else min(prompts, 1)
+        return together * (points * self.outputs + copies * tokens * self.prefix)
 
 
 @dataclass(frozen=True)
@@ -218,7 +235,7 @@ def estimate(
         batches, count = batches + len(plan), window.end
         tokens += sum(planned.tokens for planned in plan)
         sizes = [(len(planned.members), planned.longest) for planned in plan]
-        largest = max(largest, *sizes, key=math.prod)
+        largest = max(largest, *sizes, key=lambda x: shape.kept(x[0], x[1], integral, engine))
         owners = share_out([planned.cost(points) for planned in plan], loads)
         for (members, longest), owner in zip(sizes, owners, strict=True):
             costs[owner] += shape.cost(members, longest, integral, engine)

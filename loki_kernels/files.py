@@ -56,9 +56,9 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def read_safetensors(
-    path: str | os.PathLike[str], file_format: str
+    path: str | os.PathLike[str], *formats: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file whose metadata names ``file_format``.
+    """Tensors and metadata of a safetensors file whose metadata names one of ``formats``.
 
     The tensors are mapped: nothing of them is read before it is used, whatever the file's size, and
     what is written into them stays in this process.
@@ -76,8 +76,9 @@ def read_safetensors(
     except safetensors.SafetensorError as error:
         message = f"{path} is not a whole safetensors file: {error}"
         raise explained(ValueError(message)) from error
-    if metadata.get("format") != file_format:
-        raise ValueError(f"{path} is a safetensors file, but not a {file_format} file.")
+    if metadata.get("format") not in formats:
+        known = " or ".join(formats)
+        raise ValueError(f"{path} is a safetensors file, but not a {known} file.")
     mapping = _map(path)
     start = 8 + int.from_bytes(mapping[:8], "little")
     header = json.loads(mapping[8:start])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .errors import import_extra
 from .files import atomic_path, check_writable
-from .ranking import count_extreme, rows_per_layer
+from .ops import count_lowest
+from .ranking import in_parts, rows_per_layer
 
 _COLORS = ("#3b6ea5", "#c1622d")
 _LEAST = 1e-12
@@ -36,14 +37,16 @@ def plot_heatmap(
         ValueError: for another suffix or a quota out of range.
         ImportError: without the ``plot`` extra.
     """
-    samples, _, width = scores.shape
+    samples, layers, width = scores.shape
     k = rows_per_layer(quota, width)
     with picture(path, 10, 6, dpi=150) as figure:
+        highest, lowest = torch.zeros(2, layers, width, dtype=torch.int64, device=scores.device)
+        for part in in_parts(scores):  # read once: it may be larger than memory
+            count_lowest(-part, k, highest)
+            count_lowest(part, k, lowest)
         panels = {
-            f"among the {quota:g} % {kind}": shares_of(
-                count_extreme(scores, k, kind == "highest", "signed"), samples, without_ffn
-            )
-            for kind in ("highest", "lowest")
+            f"among the {quota:g} % {kind}": shares_of(counts, samples, without_ffn)
+            for kind, counts in (("highest", highest), ("lowest", lowest))
         }
         draw_heatmap(figure, panels)
 

@@ -86,11 +86,14 @@ class DownProjection:
     @property
     def in_features(self) -> int:
         """Weights of a row, of one expert."""
-        width = getattr(self.module, "in_features", None)
-        if isinstance(width, int):
-            return width
-        shape = full_shape(self.weight)
-        return shape[-1] if self.axis == len(shape) - 2 else shape[-2]
+        shape = linear_shape(self.module)
+        return full_shape(self.weight)[3 - self.axis] if shape is None else shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """Rows, of one expert."""
+        shape = linear_shape(self.module)
+        return full_shape(self.weight)[self.axis] if shape is None else shape[1]
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,31 @@ def test_batches_are_those_that_attribute_makes(engine, batches, folder, monkeyp
     assert result.batches == batches
 
 
+@pytest.mark.parametrize(
+    ("engine", "definition", "lengths", "largest"),
+    [
+        ("staircase", "published", [70] * 3 + [20] * 10, (10, 20)),  # has fewer tokens, more points
+        ("staircase", "captum", [70] * 3 + [20] * 6, (3, 70)),  # whose points have all tokens' keys
+        ("decode", "published", [150] + [20] * 10, (1, 150)),  # takes a prompt after the other
+    ],
+)
+def test_the_batch_that_keeps_most_is_measured(
+    engine, definition, lengths, largest, base_folder, monkeypatch
+):
+    measured = []
+
+    def measure(*given):
+        measured.append(given[5])
+        return _Speed(1e-9, 1e-9, 0.0)
+
+    monkeypatch.setattr(_Speed, "measure", measure)
+    monkeypatch.setattr("loki_kernels.estimate._engine", lambda *_: engine)
+    monkeypatch.setattr("loki_kernels.estimate.points_that_fit", lambda *_, **__: 210)
+    prompts = [{"input_ids": [1] * length} for length in lengths]
+    estimate(base_folder, prompts, definition=definition, device="cpu")
+    assert measured == [largest]
+
+
 def test_activations_of_a_deep_model_follow_from_shallow_ones():
     """With as many points each: 60 of one layer, 20 of each of 3, 10 of each of 6."""
     shape = Shape.of(find_structure(build_model()))

@@ -32,7 +32,7 @@ from ..options import EngineName
 from ..placement import computed_if_it_fits, free_bytes
 from ..structure import FFN, Structure, embedding_weight
 from .definitions import PathIntegral
-from .integration import guard_tolerance, integrate, odds_left, relative_error
+from .integration import guard_tolerance, integrate, relative_error, to_differentiate
 from .path import path_points
 from .prefill import Batch, keep_site
 from .scores import Scores
@@ -67,7 +67,7 @@ class _Prompt:
         more = 0 if answer is None else len(answer) - 1
         dtype = embedding_weight(structure.causal_lm).dtype
         media = {}
-        for name, x in (batch.media[sample] if batch.media else {}).items():
+        for name, x in batch.media[sample].items():
             if x.shape == ids.shape:  # a number for each token: the answer is text
                 x = functional.pad(x, (0, more))
             media[name] = x.to(ids.device, dtype if x.is_floating_point() else x.dtype)
@@ -236,14 +236,8 @@ class Copies:
             wide = torch.float64 if got.dtype == torch.float64 else torch.float32
             objectives = _objectives(got.to(wide), answer)
             objective = integral.definition.objective
-            # The gradient of p is p times that of log p, which does not underflow in float16.
-            which = "logit" if objective == "logit" else "log_probability"
-            differentiated = objectives[which]
-            by_odds = which == "log_probability"
-            left = odds_left(differentiated) if by_odds else torch.ones_like(differentiated)
-            gradients = torch.autograd.grad(
-                (differentiated / left)[1:].sum(), [leaves[layer] for layer in layers]
-            )
+            divided, left = to_differentiate(objectives, objective)
+            gradients = torch.autograd.grad(divided[1:].sum(), [leaves[layer] for layer in layers])
         error = relative_error(got[0].detach(), logits)
         tolerance = guard_tolerance(logits.dtype, embedding_weight(structure.causal_lm).dtype)
         if error > tolerance:

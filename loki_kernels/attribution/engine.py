@@ -58,7 +58,6 @@ class OnStaircase:
                 "an answer of several tokens is processed after the prompt, as engine='decode' "
                 "does it."
             )
-        check_model(structure, batch)
         layers = list(structure.present())
         prefill = run_prefill(structure, batch, integral)
         staircase = Staircase(structure, batch, prefill, integral)
@@ -104,6 +103,8 @@ def choose_engine(
 ) -> Engine:
     """The first engine that passes its own guard on a short prompt, or one with images or sounds.
 
+    The staircase, if it takes more than half of the prompts: `Job` leaves others to decode.
+
     Args:
         structure: a borrowed model.
         prompts: some of those that will be attributed.
@@ -115,6 +116,10 @@ def choose_engine(
             sum of its blocks.
         ValueError: if the logits are NaN.
     """
+    if wanted is None and not structure.sharded:  # else `Job` leaves none to another
+        most = _staircase_of_most(structure, prompts, integral)
+        if most is not None:
+            return most
     prompt, definition = _prompt_to_try(prompts), integral.definition
     config = structure.causal_lm.config
     known = _chosen.setdefault(structure.causal_lm, {})
@@ -132,7 +137,9 @@ def choose_engine(
     for make in _candidates(wanted, media=bool(prompt.media)):
         engine = make(structure, one)
         try:
-            _refuse_early(engine, structure, integral)
+            _refuse_early(engine)
+            if isinstance(engine, OnStaircase) and not prompt.media:  # with it all are refused
+                check_model(structure, text.input_ids)
             attribute_batch(engine, probe)
             if isinstance(engine, Copies) and engine.cached:
                 _check_gradient(engine, text)
@@ -151,10 +158,28 @@ def choose_engine(
     raise UnsupportedModelError("; ".join(dict.fromkeys(reasons)) + hint)
 
 
+def _staircase_of_most(
+    structure: Structure, prompts: Sequence[Tokens], integral: PathIntegral
+) -> Engine | None:
+    """The staircase, where it takes more than half of the prompts and decode the others.
+
+    One image or one long answer among thousands of prompts makes none of the others slower.
+    """
+    others = [tokens for tokens in prompts if not tokens.plain]
+    if not others or 2 * len(others) >= len(prompts):
+        return None
+    plain = [tokens for tokens in prompts if tokens.plain]
+    try:
+        engine = choose_engine(structure, plain, integral, "staircase")
+        choose_engine(structure, others, integral, "decode")
+    except UnsupportedModelError:
+        return None
+    return engine
+
+
 def _prompt_to_try(prompts: Sequence[Tokens]) -> Tokens:
     """The first with images, sounds or a long answer; else a few tokens of the first."""
-    whole = (tokens for tokens in prompts if tokens.media or tokens.several)
-    prompt = next(whole, None)
+    prompt = next((tokens for tokens in prompts if not tokens.plain), None)
     if prompt is not None:
         return prompt
     return replace(prompts[0], ids=short_prompt(prompts[0]).numpy()[0])
@@ -182,14 +207,13 @@ def _candidates(wanted: EngineName | None, *, media: bool) -> Iterator[_Make]:
         yield functools.partial(Copies, cached=False)
 
 
-def _refuse_early(engine: Engine, structure: Structure, integral: PathIntegral) -> None:
+def _refuse_early(engine: Engine) -> None:
     """Raise UnsupportedModelError for what is known before anything runs."""
     if engine.name == "staircase":
-        structure.head_module()
-        reason = why_no_staircase(structure.decoder)
+        reason = why_no_staircase(engine.structure.decoder)
         if reason is not None:
             raise UnsupportedModelError(reason)
-    if engine.name == "decode" and integral.definition.path == "sequence":
+    if engine.name == "decode" and engine.integral.definition.path == "sequence":
         raise UnsupportedModelError(
             "path='sequence' scales every token, and the earlier ones are in the cache."
         )

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from ..structure import (
     in_float64,
 )
 from .integration import guard_tolerance, relative_error
+from .steering import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +60,6 @@ Forward = Callable[..., Tensor]
 _reasons: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str | None]] = (
     weakref.WeakKeyDictionary()
 )
-
-
-@contextlib.contextmanager
-def replacing(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
-    """Each module with its ``forward`` here, and with its own afterwards."""
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in forwards.items():
-            if vars(module).get("forward") is forward:  # nobody has put another there
-                del module.forward
 
 
 def find_fusion(structure: Structure, tokens: int, prompt: Tensor) -> dict[nn.Module, Forward]:

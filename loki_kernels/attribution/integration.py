@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,14 +28,21 @@ def guard_tolerance(*dtypes: torch.dtype) -> float:
     return max(_GUARD_TOLERANCE[dtype] for dtype in dtypes)
 
 
-def odds_left(log_probability: Tensor) -> Tensor:
-    """1 - p of points, by which d log p is less than d log-odds.
+def to_differentiate(objectives: Mapping[str, Tensor], objective: str) -> tuple[Tensor, Tensor]:
+    """What an objective of points is differentiated through, and what that is divided by.
 
-    Of a token that the model is sure of it makes float16's gradients zero: they are formed without
-    it, and `integrate` multiplies by it in float32.
+    The gradient of p is p times that of log p, which does not underflow in float16. d log p is
+    1 - p times d log-odds, which of a token that the model is sure of makes float16's gradients
+    zero: they are formed without it, and `integrate` multiplies by it in float32. A logit is
+    divided by ones.
     """
+    if objective == "logit":
+        logit = objectives["logit"]
+        return logit, torch.ones_like(logit)
+    log_probability = objectives["log_probability"]
     least = torch.finfo(log_probability.dtype).eps
-    return (-torch.expm1(log_probability.detach())).clamp_min(least)
+    left = (-torch.expm1(log_probability.detach())).clamp_min(least)
+    return log_probability / left, left
 
 
 def integrate(
@@ -53,7 +60,7 @@ def integrate(
     Args:
         integral: what is integrated.
         values: ``[B, 1 + L * m]``, F of the unperturbed point and of each layer's points.
-        left: what `odds_left` gives of the same points; ones where F is a logit.
+        left: what `to_differentiate` has divided the same points by.
         gradients: L of ``[B, m, D]``, of log p (where F is a probability too) divided by ``left``.
         ends: L of z ``[B, D]``.
         starts: L of the baseline ``[B, D]``; None for zero.

@@ -29,12 +29,12 @@ from ..team import Team
 from .definitions import PathIntegral
 from .engine import Engine, attribute_batch, choose_engine, short_prompt
 from .fitting import Fitting, Refused
-from .fusing import Forward, find_fusion, replacing
+from .fusing import Forward, find_fusion
 from .log import Log
 from .plan import BatchLimits, PlannedBatch, Window
 from .result import Attribution, AttributionCounts, describe_machine, model_settings
 from .scores import Counter, Scores
-from .steering import borrowed
+from .steering import borrowed, replacing
 from .store import Layout, Memory
 
 logger = logging.getLogger(__name__)
@@ -72,9 +72,6 @@ class Job:
             run: the result's.
             progress: as `attribute` has it.
         """
-        without = [i for i, ffn in enumerate(self.structure.ffns) if ffn is None]
-        if without:
-            run["without_ffn"] = without
         store = self._store(out, run)
         weight = embedding_weight(self.structure.causal_lm)
         shown = progress if self.team.rank == 0 else False
@@ -244,7 +241,7 @@ class Job:
 
 
 def _check_rankable(scores: Scores, members: list[int]) -> None:
-    undefined = scores.sums().isnan().nonzero()
+    undefined = scores.sums.isnan().nonzero()
     if len(undefined):
         sample, layer = undefined[0].tolist()
         raise ValueError(

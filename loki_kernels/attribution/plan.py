@@ -30,6 +30,8 @@ class BatchLimits:
         processes: that share the batches; none is left without one for the size of the others'.
         border: tokens; a prompt of more is with none of fewer, since its rotary embedding has other
             frequencies, which all of a batch would get. None where they are always the same.
+        apart: whether prompts that are not plain, which the staircase would refuse with all of
+            their batch, are with others such alone, and after the rest.
     """
 
     prompts: int | None
@@ -37,6 +39,7 @@ class BatchLimits:
     points: int
     processes: int = 1
     border: int | None = None
+    apart: bool = False
 
     @classmethod
     def of(
@@ -74,7 +77,7 @@ class BatchLimits:
         They gain nothing by large batches, which are what a log keeps.
         """
         if name == "staircase":
-            return self
+            return replace(self, apart=True)
         return replace(self, tokens=min(self.tokens, _POINTS), points=min(self.points, _POINTS))
 
     def size(self, longest: int, points: int, among: int) -> int:
@@ -167,7 +170,6 @@ class PlannedBatch:
         for padded, tokens in zip(input_ids, self.sequences, strict=True):
             padded[: len(tokens)] = torch.from_numpy(tokens.ids)
         return Batch(
-            self.members,
             input_ids.to(device),
             lengths.to(device),
             _tensors(tokens.answer for tokens in self.sequences),
@@ -201,20 +203,27 @@ class Window:
     def batches(self, number: int, limits: BatchLimits, points: int) -> list[PlannedBatch]:
         """The longest prompts first, so that what does not fit fails now.
 
+        Where prompts that are not plain are apart, their batches are as large as decode's.
+
         Args:
             number: of the first batch.
             limits: of each batch.
             points: path points of a prompt.
         """
-        order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i]))
+
+        def kind(i: int) -> tuple[bool, bool]:
+            tokens, border = self.sequences[i], limits.border
+            return limits.apart and not tokens.plain, border is None or len(tokens) <= border
+
+        places = range(len(self.sequences))
+        order = sorted(places, key=lambda i: (kind(i), -len(self.sequences[i])))
         batches: list[PlannedBatch] = []
         start = 0
         while start < len(order):
-            size = limits.size(len(self.sequences[order[start]]), points, len(order))
-            chosen = order[start : start + size]
-            border = limits.border
-            if border is not None and len(self.sequences[chosen[0]]) > border:
-                chosen = [i for i in chosen if len(self.sequences[i]) > border]
+            first = order[start]
+            own = limits.of_engine("decode") if kind(first)[0] else limits
+            size = own.size(len(self.sequences[first]), points, len(order))
+            chosen = [i for i in order[start : start + size] if kind(i) == kind(first)]
             start += len(chosen)
             members = [self.first + i for i in chosen]
             sequences = [self.sequences[i] for i in chosen]

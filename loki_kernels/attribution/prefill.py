@@ -26,7 +26,6 @@ class Batch:
     """Prompts, right-padded to the longest: causal attention keeps the padding out of the rest.
 
     Attributes:
-        members: the prompts' places in the result.
         input_ids: int64 ``[B, T]``.
         lengths: int64 ``[B]``.
         answers: int64 ``[n]`` of each prompt, the tokens to attribute; None for the one that the
@@ -35,7 +34,6 @@ class Batch:
         contrast: like ``answers``; their attribution is subtracted.
     """
 
-    members: list[int]
     input_ids: Tensor
     lengths: Tensor
     answers: Sequence[Tensor] | None = None

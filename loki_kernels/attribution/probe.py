@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
@@ -19,31 +17,22 @@ from .steering import hook_site, hooking, refusing
 # Of logits that the head is tried with: large enough for a soft-cap to show.
 _LOGITS = 20.0
 
-_checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 
-
-def check_model(structure: Structure, batch: Batch) -> None:
+def check_model(structure: Structure, input_ids: Tensor) -> None:
     """Raise unless earlier tokens do not see later ones and the head is what its config says.
 
-    One forward pass of two prompts, the first time a model is attributed in a dtype and with an
-    attention implementation: they are the short one that engines are tried with, and another.
+    One forward pass of two prompts: one ``[1, T]``, and the same with another last token.
 
     Raises:
-        UnsupportedModelError: naming what does not hold.
+        UnsupportedModelError: naming what does not hold, or that there is no linear head.
     """
-    model = structure.causal_lm
-    structure.gather()  # FSDP2's shards may be of another dtype than what is gathered
-    dtype = cast(Tensor, structure.head_module().weight).dtype
-    tried = dtype, getattr(model.config, "_attn_implementation", None)
-    if tried in _checked.setdefault(model, set()):
-        return
-    head = structure.head()  # of an offloaded model it is copied in whole
-    tokens = batch.input_ids[0, : int(batch.lengths[0])]
+    model, head = structure.causal_lm, structure.head()
+    (tokens,) = input_ids
     other = tokens[tokens != tokens[-1]]
     changed = tokens.clone()
     changed[-1] = other[0] if len(other) else (tokens[-1] + 1) % structure.vocab_size
-    input_ids = torch.stack([tokens, changed])
-    lengths = torch.full((2,), len(tokens), device=input_ids.device)
+    both = torch.stack([tokens, changed])
+    lengths = torch.full((2,), len(tokens), device=both.device)
     hidden = _large_hidden(head.weight)
 
     def put_hidden() -> Iterator[RemovableHandle]:
@@ -51,9 +40,9 @@ def check_model(structure: Structure, batch: Batch) -> None:
             lambda _module, _args: (hidden.expand(2, len(tokens), -1),)
         )
 
-    batch = Batch([], input_ids, lengths)
-    logits, prefix = native_forward(structure, input_ids, batch, put_hidden())
-    tolerance = TOLERANCE[dtype]
+    logits, prefix = native_forward(structure, both, Batch(both, lengths), put_hidden())
+    # of the head that is gathered: FSDP2's shards may be of another dtype
+    tolerance = TOLERANCE[head.weight.dtype]
     name = type(model).__name__
     for layer, (keys, values) in prefix.items():
         if max(_difference(x[0, :, :-1], x[1, :, :-1]) for x in (keys, values)) > tolerance:
@@ -67,7 +56,6 @@ def check_model(structure: Structure, batch: Batch) -> None:
             f"{name} makes its logits in another way than by its output head, scaled and capped "
             "as its config says."
         )
-    _checked[model].add(tried)
 
 
 def check_sums(structure: Structure, input_ids: Tensor) -> None:

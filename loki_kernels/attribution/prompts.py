@@ -76,6 +76,11 @@ class Tokens:
         """Whether an answer of several tokens is attributed."""
         return any(x is not None and len(x) > 1 for x in (self.answer, self.contrast))
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is text of which one token is attributed: what the staircase takes."""
+        return not (self.media or self.several)
+
     def content(self) -> bytes:
         """What a hash of the prompt is made of."""
         parts = [f"{len(self.ids)} ".encode(), self.ids.tobytes()]

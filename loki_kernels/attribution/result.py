@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..errors import import_extra
@@ -26,7 +24,7 @@ from ..files import (
     write_safetensors,
 )
 from ..options import DEFAULT_QUOTA, Criterion
-from ..structure import embedding_weight, text_config
+from ..structure import Structure, embedding_weight, text_config
 from .definitions import PathIntegral
 from .table import import_pyarrow, read_parquet, write_parquet
 
@@ -225,8 +223,11 @@ def load_result(path: str | os.PathLike[str]) -> Attribution | AttributionCounts
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged or is something else.
     """
-    with contextlib.suppress(ValueError):
-        return AttributionCounts.load(path)
+    path = Path(path)
+    if path.suffix not in (".h5", ".hdf5", ".parquet"):
+        _, metadata = read_safetensors(path, _FORMAT, _COUNTS_FORMAT)
+        if metadata["format"] == _COUNTS_FORMAT:
+            return AttributionCounts.load(path)
     return Attribution.load(path)
 
 
@@ -238,9 +239,11 @@ def _present(result: Attribution | AttributionCounts) -> dict[str, Tensor]:
 
 
 def describe_run(
-    model: PreTrainedModel, name: str, integral: PathIntegral, steps: int
+    structure: Structure, name: str, integral: PathIntegral, steps: int
 ) -> dict[str, Any]:
-    """Everything needed to repeat an attribution, as JSON values."""
+    """Everything needed to repeat an attribution, and which layers have no FFN, as JSON values."""
+    model = structure.causal_lm
+    without = [i for i, ffn in enumerate(structure.ffns) if ffn is None]
     return {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "dtype": str(embedding_weight(model).dtype).removeprefix("torch."),
@@ -254,6 +257,7 @@ def describe_run(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
+        **({"without_ffn": without} if without else {}),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ class Scores:
             self.target,
         )
 
+    @functools.cached_property  # of counts it is asked for twice, and waits for the device
     def sums(self) -> Tensor:
         """Each layer's sum of scores, float64 ``[B, L]`` on the CPU."""
         # Apple's devices have no float64.

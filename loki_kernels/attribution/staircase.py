@@ -28,7 +28,7 @@ from ..head import Head, check_logits
 from ..ops import shared_prefix_attention, target_probability
 from ..structure import Structure
 from .definitions import PathIntegral
-from .integration import guard_tolerance, integrate, odds_left, relative_error
+from .integration import guard_tolerance, integrate, relative_error, to_differentiate
 from .path import path_points, steps_for
 from .prefill import Batch, Prefill, Prefix
 from .scores import Scores
@@ -200,8 +200,8 @@ class Staircase:
 
         Returns:
             The unperturbed point's last hidden state ``[B, hidden_size]``, the objective of each
-            point and its `odds_left` ``[B, 1 + len(layers) * m]``, and the gradients at each
-            layer's leaves ``[B, m, D]``, divided by the latter.
+            point and what `to_differentiate` divides it by ``[B, 1 + len(layers) * m]``, and the
+            gradients at each layer's leaves ``[B, m, D]``, divided by the latter.
         """
         batch, head = self.batch, self.head
         hidden = self.structure.run_decoder(
@@ -211,28 +211,25 @@ class Staircase:
         samples, points, width = hidden.shape
         rows = hidden.reshape(samples * points, width).to(head.weight.device)
         target = self.prefill.target.repeat_interleave(points).to(head.weight.device)
-        if self.integral.definition.objective == "logit":
-            values = differentiated = head.logit(rows, target)
-            left = torch.ones_like(values)
+        objective = self.integral.definition.objective
+        if objective == "logit":
+            objectives = {"logit": head.logit(rows, target)}
         else:
-            outputs = target_probability(
+            objectives = target_probability(
                 rows,
                 head.weight,
                 target,
                 head.bias,
                 softcap=head.softcap,
                 logit_scale=head.scale,
-            )
-            values = outputs._asdict()[self.integral.definition.objective]
-            # The gradient of p is p times that of log p, which does not underflow in float16.
-            differentiated = outputs.log_probability
-            left = odds_left(differentiated)
+            )._asdict()
+        divided, left = to_differentiate(objectives, objective)
         gradients = torch.autograd.grad(
-            (differentiated / left).view(samples, points)[:, 1:].sum(),
+            divided.view(samples, points)[:, 1:].sum(),
             [trace.leaves[layer] for layer in layers],
         )
         trace.leaves.clear()
-        values, left = (x.detach().view(samples, points) for x in (values, left))
+        values, left = (x.detach().view(samples, points) for x in (objectives[objective], left))
         return hidden[:, 0].detach(), values, left, gradients
 
     def _guard(self, hidden: Tensor, layer_inputs: list[Tensor]) -> None:

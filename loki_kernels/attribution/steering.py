@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -156,6 +156,26 @@ def _require_grad(parameters: Iterable[tuple[nn.Module, str]], flag: bool) -> No
 
 
 @contextlib.contextmanager
+def replacing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Each module with its ``forward`` here, and afterwards with what it had.
+
+    That is its class's, or one of the instance's own, as accelerate's is.
+    """
+    before = {m: vars(m)["forward"] for m in forwards if "forward" in vars(m)}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in forwards.items():
+            if vars(module).get("forward") is not forward:  # somebody has put another there
+                continue
+            del module.forward
+            if module in before:
+                module.forward = before[module]
+
+
+@contextlib.contextmanager
 def rerunning(structure: Structure) -> Iterator[None]:
     """Where `Structure.reruns`, layers that keep their inputs alone for a backward pass.
 
@@ -163,18 +183,9 @@ def rerunning(structure: Structure) -> Iterator[None]:
     pass. Hooks on the layer itself are called once, those on modules within it twice. So are caches
     written twice: what a layer finds there is put back before.
     """
-    with contextlib.ExitStack() as stack:
-        for layer in structure.layers if structure.reruns else ():
-            before = layer.__dict__.get("forward")  # accelerate's
-            layer.forward = _rerun(layer.forward)
-            stack.callback(_set_forward, layer, before)
+    layers = structure.layers if structure.reruns else ()
+    with replacing({layer: _rerun(layer.forward) for layer in layers}):
         yield
-
-
-def _set_forward(layer: nn.Module, before: Any) -> None:
-    del layer.forward
-    if before is not None:
-        layer.forward = before
 
 
 def _rerun(forward: Callable[..., Any]) -> Callable[..., Any]:

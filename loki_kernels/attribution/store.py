@@ -49,7 +49,7 @@ class Layout:
             values["scores"] = scores.scores.to(torch.float32)
         if self.complete:
             change = scores.change.cpu()
-            values |= {"change": change, "completeness": scores.sums() - change}
+            values |= {"change": change, "completeness": scores.sums - change}
         return {
             name: values[name].cpu().numpy().astype(array.dtype, order="C", copy=False)
             for name, array in self.empty.items()

@@ -25,7 +25,7 @@ def check_compiled(model, steps, within=contextlib.nullcontext):
     torch._dynamo.reset()
     structure = find_structure(model)
     integral = PathIntegral.resolve("published", {}, steps)
-    batch = Batch([0, 1], *to_device([torch.arange(18).view(2, 9), torch.tensor([9, 5])]))
+    batch = Batch(*to_device([torch.arange(18).view(2, 9), torch.tensor([9, 5])]))
     with borrowed(structure), within(structure):
         prefill = run_prefill(structure, batch, integral)
         staircase = Staircase(structure, batch, prefill, integral)

@@ -33,12 +33,13 @@ PROMPTS = [{"input_ids": [1 + i, 5, *range(2, 2 + i % 4)]} for i in range(5)]
 OPTIONS = {"batch_size": 2, "steps": 2}
 
 attributed: list[list[int]] = []
-compute = job.attribute_batch
+attribute_batch, compute = job.attribute_batch, job.Job._compute
 
 
-def recording(engine, batch):
-    attributed.append(batch.members)
-    return compute(engine, batch)
+def recording(self, planned, *arguments):
+    scores = compute(self, planned, *arguments)
+    attributed.append(planned.members)
+    return scores
 
 
 def sharded(model, how="layers and root", **kind):
@@ -116,7 +117,7 @@ def stopped(folder: Path) -> dict[str, object]:
     def ending(*arguments):
         if RANK:
             os.kill(os.getpid(), signal.SIGTERM)
-        return recording(*arguments)
+        return attribute_batch(*arguments)
 
     attributed.clear()
     job.attribute_batch = ending
@@ -125,7 +126,7 @@ def stopped(folder: Path) -> dict[str, object]:
     except SystemExit as end:
         found["ended"] = end.code
     finally:
-        job.attribute_batch = recording
+        job.attribute_batch = attribute_batch
     found["before"] = len(attributed)
     dist.barrier()
     attributed.clear()
@@ -189,7 +190,7 @@ def within() -> float:
 def main(folder: Path) -> None:
     os.environ["LOKI_KERNELS_CACHE"] = str(folder / "cache")
     dist.init_process_group("gloo")
-    job.attribute_batch = recording
+    job.Job._compute = recording
     low = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
     found: dict[str, object] = {
         "compared": {

@@ -27,12 +27,13 @@ PROMPTS = [{"input_ids": [1 + i, 5, *range(2, 2 + i % 4)]} for i in range(11)]
 OPTIONS = {"batch_size": 2, "steps": 2}
 
 attributed: list[list[int]] = []
-compute = job.attribute_batch
+attribute_batch, compute = job.attribute_batch, job.Job._compute
 
 
-def recording(engine, batch):
-    attributed.append(batch.members)
-    return compute(engine, batch)
+def recording(self, planned, *arguments):
+    scores = compute(self, planned, *arguments)
+    attributed.append(planned.members)
+    return scores
 
 
 def failing(after: int, error: Exception):
@@ -41,7 +42,7 @@ def failing(after: int, error: Exception):
     def fail(*arguments):
         if RANK == 1 and len(attributed) >= after:
             raise error
-        return recording(*arguments)
+        return attribute_batch(*arguments)
 
     return fail
 
@@ -68,7 +69,7 @@ def results(model, folder: Path, keep: str) -> dict[str, object]:
         job.attribute_batch = failing(2, KeyError("killed"))
         found["failed"] = error_of(lambda: attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS))
         before = len(attributed)
-        job.attribute_batch = recording
+        job.attribute_batch = attribute_batch
         dist.barrier()
         attributed.clear()
         if name == "unseen" and RANK == 1:  # of what was left before, as on another machine
@@ -97,7 +98,7 @@ def main(folder: Path, base: Path) -> None:
     os.environ["LOKI_KERNELS_CACHE"] = str(folder / "cache")
     dist.init_process_group("gloo")
     log._SECONDS_BETWEEN_COUNTS = 0
-    job.attribute_batch = recording
+    job.Job._compute = recording
     model = build_model(device="cpu")
     found: dict[str, object] = {k: results(model, folder, k) for k in ("scores", "counts")}
     own = [*PROMPTS[:-1], {"input_ids": [60 + RANK]}]
@@ -108,7 +109,7 @@ def main(folder: Path, base: Path) -> None:
     attributed.clear()
     job.attribute_batch = failing(1, torch.OutOfMemoryError("full"))
     found["memory"] = error_of(lambda: attribute(model, PROMPTS, **OPTIONS))
-    job.attribute_batch = recording
+    job.attribute_batch = attribute_batch
 
     attributed.clear()
     with loki.patch(model, quota=25, analysis={"prompts": PROMPTS, **OPTIONS}) as handle:

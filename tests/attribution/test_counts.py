@@ -7,6 +7,8 @@ import torch
 
 from loki_kernels import Attribution, AttributionCounts, attribute, select
 from loki_kernels.attribution import integration
+from loki_kernels.attribution.result import load_result
+from loki_kernels.files import write_safetensors
 from loki_kernels.ops import count_lowest, integrate_path
 
 
@@ -53,6 +55,17 @@ def test_counts_file_round_trip(model, prompts, tmp_path):
         Attribution.load(path)
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         counted.save(tmp_path / "counts.json")
+
+
+def test_a_damaged_file_of_counts_is_said_to_be_one(tmp_path):
+    """And not that it holds no scores."""
+    path = tmp_path / "counts.safetensors"
+    write_safetensors(path, {"counts": torch.ones(1, 4)}, {"format": "loki-kernels-counts"})
+    with pytest.raises(ValueError, match="is damaged"):
+        load_result(path)
+    write_safetensors(path, {"x": torch.ones(1)}, {"format": "other"})
+    with pytest.raises(ValueError, match="not a loki-kernels-attribution or loki-kernels-counts"):
+        load_result(path)
 
 
 @pytest.mark.parametrize(

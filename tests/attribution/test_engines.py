@@ -287,6 +287,35 @@ def test_an_image_may_come_after_the_staircase_is_chosen(monkeypatch):
     assert torch.allclose(got.scores, want.scores, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["image", "answer"])
+def test_few_prompts_of_another_kind_leave_the_others_to_the_staircase(kind, monkeypatch):
+    """One among others, in a batch of its own."""
+    if kind == "image":
+        model, prompts, options = llava(), [PROMPTS[0], with_image(llava), *PROMPTS[1:]], {}
+    else:
+        model, prompts = build_model(), [PROMPTS[0], *PROMPTS]
+        options = {"target": [[3], [6, 7], [4], [5]]}
+    ran, compute = [], job.attribute_batch
+
+    def recording(engine, batch):
+        ran.append((engine.name, len(batch.lengths)))
+        return compute(engine, batch)
+
+    want = loki.attribute(model, prompts, engine="decode", **options)
+    monkeypatch.setattr(job, "attribute_batch", recording)
+    got = loki.attribute(model, prompts, batch_size=4, **options)
+    assert ran == [("staircase", 3), ("staircase", 1), ("decode", 1)]
+    assert got.run["engine"] == "staircase"
+    assert torch.allclose(got.scores, want.scores, rtol=1e-3, atol=1e-6)
+
+
+def test_few_long_answers_to_a_hybrid_are_for_decode_as_all_are(caplog):
+    caplog.set_level("INFO")
+    got = loki.attribute(lfm2(), PROMPTS, target=[[3], [6, 7], [4]])
+    assert got.run["engine"] == "decode"
+    assert "refused" not in caplog.text
+
+
 def test_layers_without_an_ffn_have_no_rows():
     model = build_model()
     model.model.layers[1].mlp = torch.nn.Identity()

@@ -17,7 +17,7 @@ from loki_kernels.attribution import fusing, job
 from loki_kernels.attribution.fusing import find_fusion
 from loki_kernels.attribution.plan import BatchLimits, windows
 from loki_kernels.attribution.prompts import Tokens
-from loki_kernels.attribution.steering import borrowed
+from loki_kernels.attribution.steering import borrowed, replacing
 from loki_kernels.discovery import find_structure
 from tests.architectures import deepseek, gpt2, granite_moe_hybrid, lfm2
 from tests.attribution.compiled import check_compiled
@@ -54,7 +54,7 @@ def nowhere(monkeypatch):
 def fused(structure, tokens):
     """A borrowed model while it is analysed."""
     prompt = torch.arange(3, 9, device=structure.device)[None]
-    return fusing.replacing(find_fusion(structure, tokens, prompt))
+    return replacing(find_fusion(structure, tokens, prompt))
 
 
 def own_attributes(model):
@@ -414,7 +414,17 @@ def test_a_forward_that_was_put_there_since_stays(model):
     structure = find_structure(model)
     with borrowed(structure):
         forwards = find_fusion(structure, 1, to_device(torch.arange(3, 9)[None]))
-        with fusing.replacing(forwards):
+        with replacing(forwards):
             model.model.norm.forward = other = lambda x: x
         assert vars(model.model.norm)["forward"] is other
         assert "forward" not in vars(model.model.layers[0].input_layernorm)
+
+
+def test_a_forward_that_was_there_before_is_put_back():
+    """As accelerate's is, where weights are offloaded."""
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    module.forward = own = lambda x: x
+    with replacing({module: lambda x: 2 * x, other: lambda x: 3 * x}):
+        assert (module(1), other(1)) == (2, 3)
+    assert vars(module)["forward"] is own
+    assert "forward" not in vars(other)

@@ -52,13 +52,14 @@ def out(tmp_path):
 def attributed(monkeypatch):
     """The prompts of each batch that is computed."""
     batches = []
-    compute = job.attribute_batch
+    compute = job.Job._compute
 
-    def recording(engine, batch):
-        batches.append(batch.members)
-        return compute(engine, batch)
+    def recording(self, planned, *arguments):
+        scores = compute(self, planned, *arguments)
+        batches.append(planned.members)
+        return scores
 
-    monkeypatch.setattr(job, "attribute_batch", recording)
+    monkeypatch.setattr(job.Job, "_compute", recording)
     return batches
 
 

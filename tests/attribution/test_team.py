@@ -116,6 +116,17 @@ def test_few_prompts_are_batches_for_all():
     assert [len(b.members) for b in window.batches(0, limits, 7)] == [5, 5]
 
 
+def test_prompts_that_the_staircase_refuses_are_batches_of_decode(monkeypatch):
+    monkeypatch.setattr("loki_kernels.attribution.plan._POINTS", 14)  # of two prompts
+    long = Tokens(np.arange(4), answer=np.arange(2))
+    window = Window(0, [long, Tokens(np.arange(3)), long, long, Tokens(np.arange(2))])
+    limits = BatchLimits(None, tokens=100, points=100)
+    planned = window.batches(0, limits.of_engine("staircase"), 7)
+    assert [batch.members for batch in planned] == [[1, 4], [0, 2], [3]]
+    planned = window.batches(0, limits, 7)
+    assert [batch.members for batch in planned] == [[0, 2, 3, 1, 4]]
+
+
 def test_a_process_on_the_cpu_makes_all_plan_as_a_cpu_does(monkeypatch):
     """Where one GPU has room for the model and another has not; else their batches would differ."""
     module = sys.modules["loki_kernels.attribution.attribute"]
