@@ -28,16 +28,18 @@ class UpdatedLinear(nn.Module):
         """Of all rows, or of ``rows``."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def weight(self) -> Tensor:
+        """With the share of the update in it."""
         update = self.update()
         if self.share != 1:
             update = self.share * update
         weight: Tensor = self.linear.weight
         if self.rows is None:
-            weight = weight + update
-        else:
-            weight = weight.index_put((self.rows,), weight[self.rows] + update)
-        return functional.linear(x, weight, self.linear.bias)
+            return weight + update
+        return weight.index_put((self.rows,), weight[self.rows] + update)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight(), self.linear.bias)
 
     def constrain(self, named: Mapping[str, Tensor]) -> None:
         """Make the gradients of these parameters, or of stacks of them, what they have to be."""

@@ -74,9 +74,8 @@ def integrate(
         return torch.stack([x.to(device) for x in of_layers]).flatten(0, 1)
 
     at_points = values[:, 1:].view(samples, layers, m)
-    weights = integral.weights.to(values, non_blocking=values.is_cuda) * left[:, 1:].view_as(
-        at_points
-    )
+    weights = integral.weights.to(values, non_blocking=values.is_cuda)
+    weights = weights * left[:, 1:].view_as(at_points)
     if definition.objective == "probability":
         weights = weights * at_points
     z = start = None

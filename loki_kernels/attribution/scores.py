@@ -66,8 +66,8 @@ class Scores:
     @functools.cached_property  # of counts it is asked for twice, and waits for the device
     def sums(self) -> Tensor:
         """Each layer's sum of scores, float64 ``[B, L]`` on the CPU."""
-        # Apple's devices have no float64.
-        scores = self.scores.cpu() if self.scores.device.type == "mps" else self.scores
+        # Apple's devices and some of Intel's have no float64.
+        scores = self.scores if self.scores.device.type in ("cpu", "cuda") else self.scores.cpu()
         return scores.sum(-1, dtype=torch.float64).cpu()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from benchmarks.frontier import accuracies, two_tasks, workers
+from benchmarks.frontier import accuracies, rounded, two_tasks, workers
 from benchmarks.frontier.arms import ARMS, Job
 from benchmarks.frontier.data import LENGTH, TASKS, Data, _prompt, _windows, write_data
 from benchmarks.frontier.laboratory import Laboratory
@@ -376,6 +376,35 @@ def test_finals_are_asked_questions(tmp_path, monkeypatch, capsys):
     ]
     assert all(0 <= line["piqa"] <= 1 for line in lines)
     assert len({line["perplexity"] for line in lines}) == 5
+
+
+def test_a_training_is_measured_as_a_checkpoint_of_16_bits(monkeypatch, capsys):
+    model, tensors = _rehearsal()
+    monkeypatch.setattr(rounded, "MODELS", {rounded.NAME: lambda: (model, None)})
+    monkeypatch.setattr(Data, "load", lambda _: Data(tensors))
+    command = "rounded --steps 3 --arms full LoRA --rates 1e-3 1e-1"
+    monkeypatch.setattr(sys, "argv", command.split())
+    measured = []
+    look = Laboratory.look
+    monkeypatch.setattr(
+        Laboratory,
+        "look",
+        lambda lab, own, *rest: measured.append(on_grid(own)) or look(lab, own, *rest),
+    )
+    rounded.main()
+    assert on_grid(model)  # the base, which trainings share layers with
+    assert measured == [False, True] * 2
+    lines = [json.loads(s) for s in capsys.readouterr().out.splitlines() if s.startswith('{"')]
+    assert [line.get("weights") for line in lines] == ["float32", "bfloat16", None] * 2
+    exact, coarse, about = lines[3:]
+    assert exact["loss"] != coarse["loss"]
+    assert exact["loss"] == pytest.approx(coarse["loss"], rel=0.01)
+    assert exact["wikitext"] > 0
+    assert 0 < about["rounding"] < 0.2
+
+
+def on_grid(model):
+    return all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
 
 
 class Threads:
