@@ -82,6 +82,7 @@ class LokiConfig(PeftConfig):
         ValueError: for a damaged row file, rows that are negative, duplicated or of FFN neurons,
             a quota or criterion beside them, a quota outside (0, 100], a rank below 1, an unknown
             ``criterion`` or ``quantized_merge``, or ``modules_to_save`` that are no list.
+        TypeError: for a `Protection` itself, which has no place in a config.
     """
 
     rows: str | list[list[int]] | None = None
@@ -111,6 +112,10 @@ class LokiConfig(PeftConfig):
             self.rank,
             self.modules_to_save or (),
         )
+        if isinstance(self.protect, Protection):
+            raise TypeError(
+                "a config is a file and names another one: protection.save(FILE), protect=FILE."
+            )
         if self.protect is not None and not isinstance(self.protect, bool):
             self.protect = os.fspath(self.protect)
         if self.quantized_merge is not None:

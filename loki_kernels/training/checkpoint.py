@@ -92,6 +92,12 @@ class SavePretrained:
         own: dict[str, Any] = {}
         if kwargs.get("push_to_hub"):
             own["_upload_modified_files"] = partial(_upload, self.model._upload_modified_files)
+        count = self.model.num_parameters() - sum(
+            parameter.numel()
+            for layer in self.layers.values()
+            for _, parameter in layer.trained_parameters()
+        )
+        own["num_parameters"] = lambda: count  # for the index, which has none of the update
         if getattr(self.model, "hf_quantizer", None) is not None:
             # transformers drops the state dict that it is given then, and asks the quantizer, which
             # asks the model, or else the model itself

@@ -10,6 +10,7 @@ from functools import cache, partial
 import peft
 import pytest
 import torch
+import transformers
 
 import loki_kernels as loki
 from loki_kernels.attribution import analysis
@@ -18,7 +19,7 @@ from loki_kernels.peft import config as config_module
 from loki_kernels.peft import layer as layer_module
 from loki_kernels.protection import estimate
 from loki_kernels.training import targets
-from tests.models import build_model
+from tests.models import DEVICE, build_model
 from tests.tiny_tokenizers import chat_tokenizer
 from tests.tiny_training import (
     ROWS,
@@ -107,6 +108,25 @@ def test_an_adapter_needs_its_protection_to_be_trained_on_alone(rank, file, tmp_
     torch.testing.assert_close(logits(again), want)
     train(again)
     again.delete_adapter("default")
+
+
+def test_transformers_reads_an_adapter_wherever_its_protection_is(tmp_path):
+    """As pipelines and evaluations do, by the adapter's folder alone."""
+    pytest.importorskip("peft.utils.transformers_weight_conversion")  # which transformers asks for
+    build_model().save_pretrained(tmp_path / "base")
+    file = tmp_path / "protection.safetensors"
+    protection_of(build_model()).save(file)
+    base = load_model(tmp_path / "base")
+    model = train(peft.get_peft_model(base, LokiConfig(rows=ROWS, protect=str(file))))
+    model.save_pretrained(tmp_path / "adapter")
+    file.unlink()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded.to(DEVICE)), logits(model))
+
+
+def test_a_config_names_a_file():
+    with pytest.raises(TypeError, match=r"protection.save\(FILE\), protect=FILE"):
+        LokiConfig(rows=ROWS, protect=protection_of(build_model()))
 
 
 @pytest.fixture

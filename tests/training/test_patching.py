@@ -812,6 +812,17 @@ def test_inference_writes_once(model, writes):
     assert len(writes) > 1
 
 
+def test_the_index_of_shards_counts_the_models_own_parameters(model, tmp_path):
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    loki.patch(model, ROWS)
+    model.save_pretrained(tmp_path / "trained", max_shard_size="20KB")
+    read = [
+        json.loads((tmp_path / name / "model.safetensors.index.json").read_text())["metadata"]
+        for name in ("base", "trained")
+    ]
+    assert read[0] == read[1]
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("what", ["generate", "save"])
 def test_a_weight_that_held_the_base_holds_it_again(what, trained, model, tmp_path):
