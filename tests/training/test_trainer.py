@@ -56,9 +56,15 @@ def test_compiled_layers_of_an_eager_model(want):
     assert_trained(train(model), want, 1e-4)
 
 
-def test_accelerate(want):
+def new_accelerator():
+    """In float32: an earlier trainer's precision stays with its process."""
     accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=DEVICE.type == "cpu")
+    accelerate.state.AcceleratorState._reset_state()
+    return accelerate.Accelerator(cpu=DEVICE.type == "cpu", mixed_precision="no")
+
+
+def test_accelerate(want):
+    accelerator = new_accelerator()
     model = build_model("llama_mlp_bias")
     loki.patch(model, ROWS)
     prepared, optimizer = accelerator.prepare(model, optimizer_of(model))
@@ -72,11 +78,10 @@ def test_accelerate(want):
 @pytest.mark.parametrize("rank", [None, 2])
 def test_accelerate_resumes_bit_exactly(tmp_path, rank):
     """``save_state`` and ``load_state`` alone, over a bfloat16 model."""
-    accelerate = pytest.importorskip("accelerate")
 
     def start():
         torch.manual_seed(0)
-        accelerator = accelerate.Accelerator(cpu=DEVICE.type == "cpu")
+        accelerator = new_accelerator()
         model = build_model(dtype=torch.bfloat16)
         loki.patch(model, ROWS, rank=rank)
         return accelerator, *accelerator.prepare(model, optimizer_of(model))

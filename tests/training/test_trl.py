@@ -354,7 +354,7 @@ def test_merged_parameters_are_what_a_server_loads(rank, base_folder, tmp_path):
 @pytest.mark.parametrize(
     ("way", "error", "message"),
     [
-        ("patch", RuntimeError, "sync_ref_model copies parameters one by one"),
+        ("patch", RuntimeError, "sync_ref_model=True copies parameters one by one"),
         ("peft", (ValueError, NotImplementedError), "sync_ref_model.*PEFT"),  # by TRL's version
     ],
 )
