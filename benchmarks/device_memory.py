@@ -9,8 +9,9 @@ import torch
 
 from loki_kernels.cut import Cut
 from loki_kernels.discovery import find_structure
-from loki_kernels.estimate import Shape, experts_per_token
+from loki_kernels.estimate import Shape
 from loki_kernels.inspection import build_model
+from loki_kernels.mixture import experts_per_token
 
 Way = Literal["device_map", "fsdp2", "offloaded"]
 

@@ -16,7 +16,6 @@ from .options import (
     DEFAULT_DEFINITION,
     DEFAULT_LENGTH,
     DEFAULT_QUOTA,
-    DEFAULT_SAMPLES,
     DEFAULT_STEPS,
     DEFAULT_TOKENS,
     Criterion,
@@ -127,7 +126,9 @@ def _add_protection(subparsers: Any) -> None:
     protection.add_argument("model", help="folder or hub name of a causal language model")
     protection.add_argument("out", help="file to write: .safetensors")
     protection.add_argument("--texts", help=".txt or .jsonl (default: the model's own samples)")
-    protection.add_argument("--samples", type=int, default=DEFAULT_SAMPLES, help="to draw")
+    protection.add_argument(
+        "--samples", type=int, help="to draw (default: 192, more for wide layers)"
+    )
     protection.add_argument("--max-directions", type=int, help="of a layer (default: a fourteenth)")
     protection.add_argument("--share", type=float, help="of the inputs' energy, in place of that")
     protection.add_argument("--earlier", help="a protection whose energy is added")

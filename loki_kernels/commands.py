@@ -130,8 +130,6 @@ def merge(arguments: argparse.Namespace) -> None:
     from .forgetting.texts import read_texts
     from .inspection import load_model
     from .placement import device_to_use
-    from .sharding import full_shape
-    from .structure import embedding_weight
     from .training.adapter_file import read_saved
     from .training.patching import patch_saved
 
@@ -147,12 +145,7 @@ def merge(arguments: argparse.Namespace) -> None:
     saved = read_saved(arguments.checkpoint)
     own = find_own_tokenizer(arguments.checkpoint)
     base = load_model(arguments.base, arguments.dtype, saved.modules)
-    if own is not None and len(own) > (known := full_shape(embedding_weight(base))[0]):
-        raise ValueError(
-            f"the tokenizer in {arguments.checkpoint} has {len(own)} tokens and {arguments.base} "
-            f"embeddings of {known}: some were added before training. In Python: load the base, "
-            "base.resize_token_embeddings as then, loki_kernels.load_adapter(base, FOLDER).merge()."
-        )
+    _check_tokens(own, arguments, base)
     handle = patch_saved(base, saved)
     if arguments.max_kl is not None:
         handle.model.to(device_to_use(arguments.device))
@@ -172,6 +165,30 @@ def merge(arguments: argparse.Namespace) -> None:
     print(f"merged model -> {out}")
 
 
+def _check_tokens(tokenizer: Any, arguments: argparse.Namespace, base: Any) -> None:
+    """Raise ValueError if the tokenizer beside an update has tokens that its base lacks.
+
+    Gemma 3's own has one more than there are embeddings.
+    """
+    from .forgetting.models import find_own_tokenizer
+    from .sharding import full_shape
+    from .structure import embedding_weight
+
+    if tokenizer is None:
+        return
+    theirs = find_own_tokenizer(arguments.base)
+    old = {} if theirs is None else theirs.get_vocab()
+    known = full_shape(embedding_weight(base))[0]
+    added = [t for t, n in tokenizer.get_vocab().items() if n >= known and t not in old]
+    if added:
+        raise ValueError(
+            f"the tokenizer in {arguments.checkpoint} has {len(added)} tokens ({added[0]}, ...) "
+            f"that {arguments.base} has no embeddings of: they were added before training. In "
+            "Python: load the base, base.resize_token_embeddings as then, "
+            "loki_kernels.load_adapter(base, FOLDER).merge()."
+        )
+
+
 def _copy_processor(base: str, out: Path) -> None:
     """Copy a model's processor, which is its tokenizer where it reads text alone.
 
@@ -188,7 +205,7 @@ def _copy_processor(base: str, out: Path) -> None:
         except Exception as error:  # of any kind; the model is there by now
             logger.warning("no %s was copied: %s", name, error)
     # transformers writes tokenizer.json alone, and llama.cpp's converter of Gemma wants this one
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):
         shutil.copy(str(cached_file(base, "tokenizer.model")), out)
 
 

@@ -21,6 +21,7 @@ from .cut import Cut
 from .discovery import find_structure
 from .inspection import build_model, dtype_named, dtype_of
 from .memory import weights_size
+from .mixture import experts_per_token
 from .options import DEFAULT_DEFINITION, DEFAULT_STEPS, DefinitionName, EngineName
 from .placement import device_to_use
 from .questions import load_questions
@@ -325,15 +326,6 @@ def _attention_sizes(config: Any) -> tuple[int, int]:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     pairs = getattr(config, "num_key_value_heads", None) or heads
     return heads * width, 2 * pairs * width
-
-
-def experts_per_token(config: Any) -> int:
-    """How many experts a token passes; 1 where there are none, or the config says it otherwise."""
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    return 1
 
 
 def _engine(model: nn.Module, definition: DefinitionName) -> EngineName:

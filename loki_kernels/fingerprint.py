@@ -115,8 +115,8 @@ class BaseRows:
 # Twelve sums: of chance alone four in 100,000 would stand out by six times their size.
 _LEAST_LAYERS = 3
 
-# Of whose values bfloat16 is a rounding of one step; float16's, made of float32's, are of two.
-_OF_ONE_FINGERPRINT = {"float64", "float32", "bfloat16"}
+# Of whose values bfloat16 is a rounding of one step; of copies through another dtype it is of two.
+_OF_ONE_FINGERPRINT = {"float32", "bfloat16"}
 
 # How far other copies of one model may be apart: 4-bit types are off by 8 to 13 % (nf4, int4),
 # float16 by under .5 %; rows of two models by over 100 %.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -113,3 +113,12 @@ def why_not_grouped(experts: nn.Module, parameter: str, axis: int) -> str | None
 def _up_name(experts: nn.Module) -> str:
     """Of the weight that the tokens are first multiplied by; before 5.3 all had a gate."""
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+
+
+def experts_per_token(config: Any) -> int:
+    """How many experts a token passes; 1 where there are none, or the config says it otherwise."""
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return 1

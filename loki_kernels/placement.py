@@ -24,8 +24,9 @@ _LEAST_FREE = 2 * 10**9
 
 def device_to_use(named: str | torch.device | None = None) -> str | torch.device:
     """The device that is named; else CUDA where there is one that computes, else the CPU."""
-    usable = torch.cuda.is_available() and computes(torch.device("cuda"))
-    return named or ("cuda" if usable else "cpu")
+    if named:
+        return named
+    return "cuda" if torch.cuda.is_available() and computes(torch.device("cuda")) else "cpu"
 
 
 def accelerator() -> tuple[torch.device, int] | None:
@@ -45,6 +46,8 @@ def computes(device: torch.device) -> bool:
     try:
         (torch.zeros(1, device=device) + 1).item()
     except RuntimeError as error:
+        if memory_is_full(error):  # there may be room another time
+            return True
         reason = str(error).partition("\n")[0]
         logger.warning("%s is left alone, since this torch cannot use it: %s", device, reason)
         return False

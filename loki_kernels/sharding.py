@@ -53,8 +53,10 @@ def device_of_the_group() -> torch.device:
     NCCL alone wants each process's own GPU, and torch takes the current one, which is the first in
     every process of a loop that gives models a device and never chooses one.
     """
-    on_cpu = "cpu:" in torch.distributed.get_backend_config()
-    return (None if on_cpu else process_device()) or torch.device("cpu")
+    if "cpu:" in torch.distributed.get_backend_config():
+        return torch.device("cpu")
+    bound = getattr(torch.distributed.group.WORLD, "bound_device_id", None)  # by who made the group
+    return bound or process_device() or torch.device("cpu")
 
 
 def of_the_first(content: T) -> T:

@@ -372,7 +372,7 @@ def test_the_tokenizer_that_was_trained_with_is_merged_along(base_folder, tmp_pa
     tokenizer.save_pretrained(tmp_path / "trained")
     command[-1] = str(tmp_path / "again")
     assert main(command) == 1
-    assert "some were added before training" in capsys.readouterr().err
+    assert "they were added before training" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
 
 

@@ -142,6 +142,18 @@ def test_a_device_without_kernels_is_left_alone(monkeypatch, caplog):
     assert placement.computes(torch.device("cpu"))
 
 
+def test_a_full_device_is_no_device_without_kernels(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    placement.computes.cache_clear()
+    assert placement.computes(torch.device("meta"))
+    placement.computes.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: 1 / 0)
+    assert placement.device_to_use("cpu") == "cpu"  # what is named is not looked for
+
+
 @pytest.mark.parametrize("backend", ["cpu:gloo,cuda:nccl", "cuda:nccl"])
 def test_what_the_first_has_reaches_each_process_on_its_own_device(backend, monkeypatch):
     """A loop that calls model.to(f"cuda:{rank}") and never set_device has cuda:0 as the current."""
@@ -149,11 +161,16 @@ def test_what_the_first_has_reaches_each_process_on_its_own_device(backend, monk
     own = torch.device("cuda:3")
     monkeypatch.setattr(sharding, "process_device", lambda: own)
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backend)
+    world = SimpleNamespace(bound_device_id=None)
+    monkeypatch.setattr(torch.distributed, "group", SimpleNamespace(WORLD=world))
     monkeypatch.setattr(
         torch.distributed, "broadcast_object_list", lambda *_, device, **__: given.append(device)
     )
     assert sharding.of_the_first("content") == "content"
     assert given == [torch.device("cpu") if "cpu" in backend else own]
+    if "cpu" not in backend:  # init_process_group(device_id=...) has said which
+        world.bound_device_id = torch.device("cuda:5")
+        assert sharding.device_of_the_group() == world.bound_device_id
 
 
 @pytest.fixture

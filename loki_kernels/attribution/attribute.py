@@ -155,7 +155,7 @@ def attribute(
     sequences = with_answers(sequences, target, contrast, tokenizer, vocabulary)
     held = isinstance(prompts, (list, tuple))
     parts = windows(check_answers(sequences, integral.definition), None if held else WINDOW)
-    run = describe_run(structure, definition, integral, steps)
+    run = describe_run(structure, definition, integral, steps, target, contrast)
     with Team(share=share) as team:
         limits = _limits(structure, batch_size, team)
         first = next(parts)

@@ -140,7 +140,7 @@ def tokenize_prompts(
             f"chat_template_kwargs names {reserved[0]}, which is not for the template."
         )
     i, chats = 0, False
-    answered: list[int] = []
+    answered = first = 0
     for prompt in prompts:
         if isinstance(prompt, Question):
             prompt = prompt.prompt(tokenizer)
@@ -153,7 +153,8 @@ def tokenize_prompts(
             if _is_chat(prompt):
                 chats = True
                 asked = prompt if whole or _ends_by(options) else _asked(prompt, i)
-                answered += [i] * (len(asked) < len(prompt))
+                if len(asked) < len(prompt):
+                    first, answered = first if answered else i, answered + 1
                 prompt = asked
             sequences = [_from_text(prompt, tokenizer, i, options)]
         for tokens in sequences:
@@ -165,8 +166,8 @@ def tokenize_prompts(
     if answered:
         logger.warning(
             "%d of %d prompts are chats that end with an answer (number %d first), which is left "
-            "out: what the model answers is attributed. Pass target= to attribute what it should.",
-            len(answered), i, answered[0],
+            "out: without target= it is what the model answers that is attributed.",
+            answered, i, first,
         )  # fmt: skip
     if options and not chats:
         if i > WINDOW:  # of a stream hours have been computed by now

@@ -239,9 +239,17 @@ def _present(result: Attribution | AttributionCounts) -> dict[str, Tensor]:
 
 
 def describe_run(
-    structure: Structure, name: str, integral: PathIntegral, steps: int
+    structure: Structure,
+    name: str,
+    integral: PathIntegral,
+    steps: int,
+    target: object = None,
+    contrast: object = None,
 ) -> dict[str, Any]:
-    """Everything needed to repeat an attribution, and which layers have no FFN, as JSON values."""
+    """Everything needed to repeat an attribution, and which layers have no FFN, as JSON values.
+
+    Of the tokens to attribute that they were given: they may be as many as the prompts.
+    """
     model = structure.causal_lm
     without = [i for i, ffn in enumerate(structure.ffns) if ffn is None]
     return {
@@ -250,6 +258,8 @@ def describe_run(
         "definition": name,
         "steps": steps,
         **integral.described(),
+        "target": "predicted" if target is None else "given",
+        **({} if contrast is None else {"contrast": "given"}),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "loki_kernels": __version__,

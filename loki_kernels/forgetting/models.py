@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -120,9 +121,15 @@ def tokenizer_of_pair(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
 
 def find_own_tokenizer(name: Any) -> Any:
     """The tokenizer that lies beside a model or an adapter; None if there is none."""
+    folder = Path(os.fspath(name))
+    # of a config alone transformers makes Gemma's, Qwen's and GPT-2's with special tokens only
+    if folder.is_dir() and not any(
+        re.search("token|vocab|tekken|piece", f) for f in os.listdir(folder)
+    ):
+        return None
     try:
         return AutoTokenizer.from_pretrained(os.fspath(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError):  # an adapter's folder often has none
+    except (ImportError, KeyError, OSError, ValueError):  # an adapter's folder often has none
         return None
 
 

@@ -141,9 +141,9 @@ class Patch:
         model for the reference. Uploads of checkpoints hold the update too. The rows are written
         once for all micro-batches of a step, and once for an evaluation, and not at every forward
         pass. A trainer of TRL that would send the parameters to vLLM (``use_vllm``) or to its
-        reference model (``sync_ref_model``), or round the update
+        reference or teacher (``sync_ref_model``, ``teacher_model_kind="ema"``), or round the update
         (``use_transformers_continuous_batching`` with ``bf16``), raises RuntimeError when it is
-        made.
+        made, or when it trains if it is given the callback later.
         """
         from .trainer import SideFileCallback  # transformers' Trainer takes seconds to import
 

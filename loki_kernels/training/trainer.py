@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ from .adapter_file import (
 from .arithmetic import same_rows, updated_rows
 from .targets import refuse_efficient_loading
 from .writer import RowWriter
+
+logger = logging.getLogger(__name__)
 
 
 class SideFileCallback(TrainerCallback):
@@ -60,7 +63,7 @@ class SideFileCallback(TrainerCallback):
         assert args.output_dir is not None  # TrainingArguments fills it in
         if args.should_save:
             check_folder(args.output_dir)
-            refuse_adapter(args.output_dir)  # as save_model() would, when all has been trained
+            _heed_adapter(args)
         if state.global_step:
             folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
             if isinstance(args.resume_from_checkpoint, str):
@@ -160,6 +163,19 @@ def _check_arguments(args: TrainingArguments) -> None:
                 f"{name}={value!r} copies parameters one by one, and the other model has no "
                 f"updates of rows; train with another {name}."
             )
+
+
+def _heed_adapter(args: TrainingArguments) -> None:
+    """Raise ValueError if an upload would end at an adapter in ``output_dir``, when all is trained.
+
+    Checkpoints lie in folders of their own, so that `save_model` may never be called.
+    """
+    try:
+        refuse_adapter(args.output_dir or "")
+    except ValueError as error:
+        if args.push_to_hub:
+            raise
+        logger.warning("trainer.save_model() will be refused: %s", error)
 
 
 def _check_unprotected(folder: Path) -> None:

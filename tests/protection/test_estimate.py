@@ -382,6 +382,26 @@ def test_as_many_samples_as_asked_for(monkeypatch):
     assert drawn == [7, 192]
 
 
+@pytest.mark.parametrize(
+    ("features", "experts", "passed", "count"),
+    [
+        (1536, (), None, 192),  # SmolLM2-135M, 447 tokens a direction
+        (14336, (), None, 448),  # an 8B model
+        (768, (128,), 8, 385),  # Qwen3-30B-A3B: a sixteenth of the tokens reach an expert
+        (14336, (8,), 2, 1792),  # Mixtral-8x7B
+        (14336, (64,), 1, 2048),
+    ],
+)
+def test_wide_layers_and_experts_have_tokens_for_their_directions(features, experts, passed, count):
+    down_proj = SimpleNamespace(in_features=features, experts=experts)
+    config = SimpleNamespace(num_experts_per_tok=passed)
+    structure = SimpleNamespace(
+        causal_lm=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda **_: config)),
+        projections=lambda: iter([SimpleNamespace(in_features=48, experts=()), down_proj]),
+    )
+    assert estimate.samples_to_draw(structure) == count
+
+
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

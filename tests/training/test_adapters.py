@@ -269,12 +269,15 @@ def test_a_further_tasks_base_is_not_the_first_ones(save, tmp_path, caplog):
     assert named() == "first"
 
 
-def test_a_trainer_says_at_the_start_that_its_folder_is_an_adapters(trained, tmp_path):
-    """`save_model` would, when all has been trained."""
+def test_a_trainer_says_at_the_start_that_its_folder_is_an_adapters(trained, caplog):
+    """`save_model` would, when all has been trained; checkpoints lie elsewhere."""
     _, folder = trained
     callback = loki.patch(build_model(), ROWS).trainer_callback()
     arguments = transformers.TrainingArguments(str(folder), use_cpu=True)
     state = transformers.TrainerState()
+    callback.on_train_begin(arguments, state, transformers.TrainerControl())
+    assert "save_model() will be refused" in caplog.text
+    arguments.push_to_hub = True
     with pytest.raises(ValueError, match="is an adapter's folder"):
         callback.on_train_begin(arguments, state, transformers.TrainerControl())
 
