@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from . import commands
+from ._version import __version__
 from .options import (
     DEFAULT_CRITERION,
     DEFAULT_DEFINITION,
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="loki-kernels",
         description="Fine-tune a language model in the weights its knowledge depends on least.",
     )
+    parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True)
 
     attribute = subparsers.add_parser("attribute", help="attribute a model's answers to FFN nodes")

@@ -85,7 +85,7 @@ def select(arguments: argparse.Namespace) -> None:
     from .attribution.result import load_result
     from .files import check_writable
 
-    check_writable(arguments.out)
+    check_writable(arguments.out, ".json")
     rows = selection.select(
         load_result(arguments.attribution),
         arguments.quota,

@@ -145,9 +145,9 @@ def dtype_of(config: Any) -> torch.dtype | None:
     return dtype_named(dtype) if isinstance(dtype, str) else dtype
 
 
-def dtype_named(name: str) -> torch.dtype:
+def dtype_named(name: str | torch.dtype) -> torch.dtype:
     """torch's dtype of that name; ValueError if it has none."""
-    dtype = getattr(torch, name, None)
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name} is not a torch dtype, such as bfloat16.")
     return dtype

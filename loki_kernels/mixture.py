@@ -116,9 +116,24 @@ def _up_name(experts: nn.Module) -> str:
 
 
 def experts_per_token(config: Any) -> int:
-    """How many experts a token passes; 1 where there are none, or the config says it otherwise."""
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
+    """How many experts a token passes, of layers that differ (HunYuan's may) the least.
+
+    1 where there are none, or the config says it otherwise.
+    """
+    for name in _TOP_K:
         value = getattr(config, name, None)
+        if isinstance(value, list) and value:
+            value = min(value)
         if isinstance(value, int):
             return value
     return 1
+
+
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",  # Gemma 4's
+    "moe_topk",
+    "moe_k",
+    "top_k",
+)

@@ -21,7 +21,7 @@ Keep = Literal["scores", "counts"]
 DEFAULT_DEFINITION: DefinitionName = "published"
 DEFAULT_STEPS = 7  # path points
 DEFAULT_QUOTA = 10.0  # percent
-DEFAULT_SAMPLES = 192  # that a protection is estimated from
+DEFAULT_SAMPLES = 192  # that a protection is estimated from, or more (`samples_to_draw`)
 # Tokens of a chunk of text that `drift` reads, and of all chunks.
 DEFAULT_LENGTH = 512
 DEFAULT_TOKENS = 20_000

@@ -73,7 +73,7 @@ def warn_of_slow_products(weight: Tensor | None) -> None:
     """Log where a model's 16-bit weights lie on a CPU that has no instructions for their products.
 
     transformers loads what a checkpoint holds, bfloat16 mostly. Without AVX-512 or AMX oneDNN does
-    not multiply it, and torch's own loops take 7 times as long as float32's forwards and 120 times
+    not multiply it, and torch's own loops take 7 times as long as float32's forwards and 65 times
     backwards (docs/troubleshooting.md).
     """
     if weight is None or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():

@@ -32,7 +32,7 @@ _FORMAT = "loki-kernels-attribution"
 _COUNTS_FORMAT = "loki-kernels-counts"
 
 
-@dataclass
+@dataclass(eq=False)  # of tensors, which have no one truth
 class Attribution:
     """What `attribute` found.
 
@@ -146,7 +146,7 @@ class Attribution:
         plot_heatmap(self.scores, path, quota, self.run.get("without_ffn", ()))
 
 
-@dataclass
+@dataclass(eq=False)
 class AttributionCounts:
     """What ``attribute(keep="counts")`` found.
 

@@ -157,6 +157,8 @@ def _read_file(path: Path) -> list[Text]:
 
 
 def _as_text(record: Any, domain: str, where: str) -> Text:
+    if isinstance(record, Question):
+        return Text(record, record.subject or domain, where)
     content = record
     if isinstance(record, Mapping):
         if record.get("domain") is not None:
@@ -174,8 +176,8 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
     if isinstance(content, Sequence) and content and all(isinstance(m, Mapping) for m in content):
         return Text(content, domain, where)
     raise TypeError(
-        f"{where} is no text: give a string, a chat's messages, or an object with text, messages "
-        "or input_ids, and perhaps a domain."
+        f"{where} is no text: give a string, a question, a chat's messages, or an object with "
+        "text, messages or input_ids, and perhaps a domain."
     )
 
 

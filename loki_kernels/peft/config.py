@@ -118,6 +118,8 @@ class LokiConfig(PeftConfig):
             )
         if self.protect is not None and not isinstance(self.protect, bool):
             self.protect = os.fspath(self.protect)
+        if self.quota is not None:
+            self.quota = float(self.quota)  # NumPy's have no place in a file
         if self.quantized_merge is not None:
             check_choice("quantized_merge", self.quantized_merge, MERGES)
         if self.rows is not None:

@@ -41,7 +41,7 @@ from .samples import LENGTH, draw_samples, openings_of
 logger = logging.getLogger(__name__)
 
 _WINDOW = 512  # tokens of a text that are read at once
-_TOKENS_A_DIRECTION = 112  # that samples have at least
+_TOKENS_A_DIRECTION = 112  # that full samples have, of experts on average
 _MOST_SAMPLES = 2048  # unless more are asked for: of large mixtures they would take hours
 
 
@@ -71,8 +71,8 @@ def estimate_protection(
         model: a transformers causal language model, patched or not.
         texts: strings, or lists of token ids; longer ones are cut into windows of 512 tokens. None
             draws ``samples`` of up to 256 tokens from the model itself.
-        samples: how many; None: 192, or as many as give each direction 112 tokens (448 at 8B). With
-            447, 112 and 45 the KL after training was as 1 to 1.09 to 1.29 (SmolLM2-135M, one seed).
+        samples: how many; None: 192 to 2,048, some 112 tokens a direction (448 at 8B). With 447,
+            112 and 47 the KL after training was as 1 to 1.09 to 1.29 (SmolLM2-135M, one seed).
         tokenizer: for strings and samples; by default the one of ``model.name_or_path``.
         share: as many directions as hold so much of the inputs' energy, the trace; in (0, 1).
         max_directions: of a layer, and of each expert, at most. Layers of more than 4,096 features

@@ -166,7 +166,7 @@ def _read_inputs(module: nn.Module, kept: Tensor, x: Tensor) -> _Inputs:
     """(None, the layer's inputs ``[tokens, in_features]``), of the tokens that are kept.
 
     In float32, or on a GPU in bfloat16, whose products are exact there too and run on its tensor
-    cores: at 8B 650 TFLOP.
+    cores: at 8B 1,500 TFLOP.
     """
     x = x.flatten(0, -2)
     _check_tokens(module, len(x), len(kept))

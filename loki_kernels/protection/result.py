@@ -20,7 +20,7 @@ from ..structure import Structure
 _FORMAT = "loki-kernels-protection"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the fingerprint compares
 class Protection:
     """The input directions of every down-projection that an update has to leave alone.
 

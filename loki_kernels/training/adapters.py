@@ -333,8 +333,8 @@ def task_type(model: nn.Module) -> str:
     return next((kind for end, kind in kinds.items() if name.endswith(end)), "CAUSAL_LM")
 
 
-def _patched_layers(model: nn.Module) -> tuple[Structure, dict[str, LokiRows]]:
-    structure = find_structure(model)
+def _patched_layers(model: nn.Module | Patch) -> tuple[Structure, dict[str, LokiRows]]:
+    structure = find_structure(model.model if isinstance(model, Patch) else model)
     reshard(structure.causal_lm)
     modules: dict[str, nn.Module] = {d.name: d.module for d in structure.projections()}
     layers = {n: layer for n, layer in modules.items() if isinstance(layer, LokiRows)}

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .trainer import SideFileCallback
 
 
-@dataclass
+@dataclass(eq=False)
 class Patch:
     """Handle on a patched model; as a context manager it unpatches at the end.
 

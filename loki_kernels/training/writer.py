@@ -126,7 +126,7 @@ class RowWriter:
 
         By itself an update's version does not tell, since some optimizers write past it; a trainer
         that accumulates gradients, or evaluates, does. Of all protected rows at 8B that spares 7.7
-        TFLOP and .1 TB a pass.
+        TFLOP and .05 TB a pass.
         """
         self.kept = True
 

@@ -389,6 +389,7 @@ def test_as_many_samples_as_asked_for(monkeypatch):
         (14336, (), None, 448),  # an 8B model
         (768, (128,), 8, 385),  # Qwen3-30B-A3B: a sixteenth of the tokens reach an expert
         (14336, (8,), 2, 1792),  # Mixtral-8x7B
+        (3072, (64,), [8, 8], 770),  # HunYuan-A13B, whose layers may differ
         (14336, (64,), 1, 2048),
     ],
 )
