@@ -199,11 +199,21 @@ def test_an_earlier_protection_is_added():
         loki.estimate_protection(other, second, earlier=earlier)
 
 
-def test_every_window_of_a_string_begins_as_the_tokenizer_begins_a_text(monkeypatch):
+@pytest.mark.parametrize("text", ["w3 w4 w6 w7 w8 w9", [1, 3, 4, 6, 7, 8, 9]])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(monkeypatch, text):
+    """Of token ids too, which the command line makes of its texts."""
     monkeypatch.setattr(estimate, "_WINDOW", 5)
     model, tokenizer = build_model(), bos_tokenizer()
-    one = loki.estimate_protection(model, ["w3 w4 w6 w7 w8 w9"], tokenizer=tokenizer)
+    one = loki.estimate_protection(model, [text], tokenizer=tokenizer)
     other = loki.estimate_protection(model, [[1, 3, 4, 6, 7], [1, 8, 9]])
+    assert one.fingerprint == other.fingerprint
+
+
+def test_windows_of_ids_that_begin_otherwise_go_on(monkeypatch):
+    monkeypatch.setattr(estimate, "_WINDOW", 5)
+    model = build_model()
+    one = loki.estimate_protection(model, [[3, 4, 6, 7, 8, 9, 5]], tokenizer=bos_tokenizer())
+    other = loki.estimate_protection(model, [[3, 4, 6, 7, 8], [9, 5]])
     assert one.fingerprint == other.fingerprint
 
 
