@@ -78,6 +78,12 @@ def test_options_of_the_chat_template(folder, capsys):
             main([*command, "--chat-template-kwargs", text])
 
 
+def test_the_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == loki.__version__
+
+
 def test_counts_are_a_selection_in_the_making(folder, capsys):
     questions, counts, rows = folder / "mine.jsonl", folder / "c.safetensors", folder / "rows.json"
     questions.write_text('{"question": "Is it?", "choices": ["a", "b", "c", "d"], "answer": 1}\n')

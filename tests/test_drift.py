@@ -594,6 +594,12 @@ def test_paragraphs_are_texts(base_folder, tmp_path):
     assert str(result).count("some") > 1
 
 
+def test_questions_are_texts_of_their_subjects():
+    """The held-out of those that come with the package, on which rows were chosen."""
+    held_out = loki.load_questions(2, skip=3)[:3]
+    assert [text.domain for text in read_texts(held_out)] == [q.subject for q in held_out]
+
+
 def test_chats_go_through_the_template(base_folder, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base_folder)
     chat = {"messages": [{"role": "user", "content": "w1 w2"}], "domain": "chat"}

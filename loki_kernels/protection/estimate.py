@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..attribution.prompts import tokenize_prompts
 from ..attribution.result import model_settings
 from ..cache import cache_folder, read_cached, write_cached
 from ..default_device import made_on_cpu
@@ -21,6 +23,7 @@ from ..mixture import experts_per_token
 from ..options import DEFAULT_SAMPLES
 from ..placement import on_accelerator, warn_of_slow_products
 from ..progress import progress_bar
+from ..questions import Question
 from ..sharding import is_sharded, of_the_first
 from ..structure import Structure, evaluating, refuse_tensor_parallelism, text_config
 from ..team import Team
@@ -48,7 +51,7 @@ _MOST_SAMPLES = 2048  # unless more are asked for: of large mixtures they would 
 @made_on_cpu
 def estimate_protection(
     model: nn.Module,
-    texts: Iterable[str | Sequence[int]] | None = None,
+    texts: Iterable[str | Sequence[Any] | Question] | None = None,
     *,
     tokenizer: Any = None,
     samples: int | None = None,
@@ -69,8 +72,8 @@ def estimate_protection(
 
     Args:
         model: a transformers causal language model, patched or not.
-        texts: strings, or lists of token ids; longer ones are cut into windows of 512 tokens. None
-            draws ``samples`` of up to 256 tokens from the model itself.
+        texts: strings, chats, questions, or lists of token ids; longer ones are cut into windows of
+            512 tokens, each with its BOS. None draws ``samples`` of up to 256 from the model.
         samples: how many; None: 192 to 2,048, some 112 tokens a direction (448 at 8B). With 447,
             112 and 47 the KL after training was as 1 to 1.09 to 1.29 (SmolLM2-135M, one seed).
         tokenizer: for strings and samples; by default the one of ``model.name_or_path``.
@@ -84,7 +87,7 @@ def estimate_protection(
         progress: whether to show a bar; None: on a terminal and in a notebook.
 
     Raises:
-        TypeError: for one string, which is no list of texts.
+        TypeError: for one string, which is no list of texts, or counts that are not whole.
         ValueError: for no text, a share or count out of range, an ``earlier`` of other layers, a
             model or tokenizer that samples cannot be drawn from, or weights that are split.
         UnsupportedModelError: if the model has no FFN down-projections, or experts whose inputs
@@ -105,7 +108,7 @@ def estimate_protection(
             samples = samples or samples_to_draw(structure)
             texts = draw_samples(causal_lm, tokenizer, count=samples, seed=seed, progress=progress)
         assert texts is not None
-        windows = list(_windows(texts, tokenizer_in(tokenizer), structure))
+        windows = list(_windows(texts, tokenizer, structure))
         _check_windows(windows, structure.vocab_size)
         parts: dict[str, tuple[Tensor, Tensor, float]] = {}
         read: dict[str, float] = {}
@@ -116,9 +119,9 @@ def estimate_protection(
         "model": getattr(causal_lm, "name_or_path", None),
         "texts": "the model's own samples" if own else "given",
         "tokens": sum(len(window) - 1 for window in windows),
-        "seed": seed if own else None,
-        "share": share,
-        "max_directions": max_directions,
+        "seed": int(seed) if own else None,
+        "share": share and float(share),
+        "max_directions": max_directions and int(max_directions),
         "earlier": fingerprint_of(earlier),
         "loki_kernels": __version__,
     }
@@ -155,9 +158,12 @@ def _check_options(
             f"texts is a {type(texts).__name__}; give texts, or the token ids of each without "
             "padding."
         )
+    if texts is not None and samples is not None:
+        raise ValueError("samples= are drawn where no texts are given; leave one of the two out.")
     if share is not None and not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1); it is {share}.")
-    if min(x for x in (batch_size, samples, max_directions) if x is not None) < 1:
+    counts = (batch_size, samples, max_directions)
+    if min(operator.index(x) for x in counts if x is not None) < 1:
         raise ValueError("samples, max_directions and batch_size must be positive.")
 
 
@@ -282,14 +288,21 @@ def _of_the_first(found: Protection | None, names: Sequence[str]) -> Protection:
     return _of_parts(parts, of_the_first(found and found.info))  # type: ignore[arg-type]
 
 
-def _windows(
-    texts: Iterable[str | Sequence[int]], tokenizer: Any, structure: Structure
-) -> Iterator[list[int]]:
-    """Each of a string begins with what the tokenizer puts before every text, as models know it."""
+def _windows(texts: Iterable[Any], tokenizer: Any, structure: Structure) -> Iterator[list[int]]:
+    """Each begins with what the tokenizer puts before every text, as models know it.
+
+    Of token ids too, if they begin so: the command line makes ids of all texts.
+    """
     for text in texts:
-        head: list[int] = []
-        if isinstance(text, str):
+        chat = isinstance(text, Question) or any(isinstance(part, Mapping) for part in text[:1])
+        if chat or isinstance(text, str):
             tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
-            head, text = before_every_text(tokenizer), from_string(text, tokenizer)
+        if chat:
+            (found,) = tokenize_prompts([text], tokenizer, structure.vocab_size, whole=True)
+            text = found.ids.tolist()
+        elif isinstance(text, str):
+            text = from_string(text, tokenizer_in(tokenizer))
+        start = before_every_text(tokenizer_in(tokenizer))
+        head = start if list(text[: len(start)]) == start else []
         for part in pieces(len(text), _WINDOW, len(head)):
             yield [*(head if part.start else []), *text[part]]

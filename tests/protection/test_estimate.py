@@ -6,6 +6,7 @@ import copy
 from types import SimpleNamespace
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import loki_kernels as loki
+from loki_kernels.attribution.prompts import tokenize_prompts
 from loki_kernels.files import write_safetensors
 from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import Protection, estimate, moments, samples
+from loki_kernels.questions import Question
 from tests.models import DEVICE, assert_unchanged, build_model, snapshot, to_device
-from tests.tiny_tokenizers import bos_tokenizer, chat_tokenizer, word_tokenizer
+from tests.tiny_tokenizers import CHAT, bos_tokenizer, chat_tokenizer, word_tokenizer
 from tests.tiny_tokenizers import tokenizer as prompts_tokenizer
 
 NAME = "model.layers.1.mlp.down_proj"
@@ -199,11 +202,21 @@ def test_an_earlier_protection_is_added():
         loki.estimate_protection(other, second, earlier=earlier)
 
 
-def test_every_window_of_a_string_begins_as_the_tokenizer_begins_a_text(monkeypatch):
+@pytest.mark.parametrize("text", ["w3 w4 w6 w7 w8 w9", [1, 3, 4, 6, 7, 8, 9]])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(monkeypatch, text):
+    """Of token ids too, which the command line makes of its texts."""
     monkeypatch.setattr(estimate, "_WINDOW", 5)
     model, tokenizer = build_model(), bos_tokenizer()
-    one = loki.estimate_protection(model, ["w3 w4 w6 w7 w8 w9"], tokenizer=tokenizer)
+    one = loki.estimate_protection(model, [text], tokenizer=tokenizer)
     other = loki.estimate_protection(model, [[1, 3, 4, 6, 7], [1, 8, 9]])
+    assert one.fingerprint == other.fingerprint
+
+
+def test_windows_of_ids_that_begin_otherwise_go_on(monkeypatch):
+    monkeypatch.setattr(estimate, "_WINDOW", 5)
+    model = build_model()
+    one = loki.estimate_protection(model, [[3, 4, 6, 7, 8, 9, 5]], tokenizer=bos_tokenizer())
+    other = loki.estimate_protection(model, [[3, 4, 6, 7, 8], [9, 5]])
     assert one.fingerprint == other.fingerprint
 
 
@@ -508,6 +521,44 @@ def test_a_copy_has_the_same_tensors():
     copied.directions[name] = torch.zeros_like(protection.directions[name])
     assert protection.directions[name].any()
     assert copied.fingerprint != protection.fingerprint
+
+
+def test_chats_and_questions_are_texts():
+    model, words = build_model(), prompts_tokenizer(chat_template=CHAT)
+    chat = [{"role": "user", "content": "a b a"}, {"role": "assistant", "content": "b b"}]
+    question = Question("b a", ("a", "b", "a", "b"), 1)
+    whole = [t.ids.tolist() for t in tokenize_prompts([chat, question], words, 97, whole=True)]
+    got = loki.estimate_protection(model, [chat, question, "a a b"], tokenizer=words)
+    same = loki.estimate_protection(model, [*whole, "a a b"], tokenizer=words)
+    assert got.fingerprint == same.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_directions": 3.0}, TypeError),  # of a quotient: it would fail at the eigenvectors
+        ({"batch_size": 8.0}, TypeError),
+        ({"samples": 8}, ValueError),  # beside texts
+    ],
+)
+def test_counts_are_checked_before_anything_is_read(options, error, monkeypatch):
+    monkeypatch.setattr(estimate, "find_structure", None)
+    with pytest.raises(error):
+        loki.estimate_protection(build_model(), texts(), **options)
+
+
+def test_what_numpy_counts_can_be_saved(tmp_path):
+    options = {"max_directions": np.int64(3), "share": np.float32(0.5), "seed": np.int64(1)}
+    loki.estimate_protection(build_model(), texts(), **options).save(tmp_path / "p.safetensors")
+
+
+def test_results_are_compared_by_what_they_are(tmp_path):
+    """Of tensors there is no one truth, and `==` raised."""
+    one, other = (loki.estimate_protection(build_model(), texts()) for _ in range(2))
+    assert one != other
+    assert one == one
+    assert one.fingerprint == other.fingerprint
+    assert len({one, other}) == 2
 
 
 def test_bad_input_is_refused():
