@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args, overload
@@ -137,6 +137,8 @@ def _check_layer(rows: Sequence[int] | Tensor, layer: int) -> Tensor:
                 f"rows of layer {layer} must be integers [k]; they are {tensor.dtype}."
             )
         values = tensor.tolist()
+    elif not isinstance(rows, Iterable):
+        raise ValueError(f"layer {layer} is {rows!r}; a selection is a list of rows a layer.")
     else:
         values = [int(row) if isinstance(row, np.integer) else row for row in rows]
     for value in values:
