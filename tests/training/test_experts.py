@@ -13,6 +13,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from transformers.pytorch_utils import Conv1D
@@ -503,10 +505,6 @@ def test_what_experts_do_not_support_is_refused():
         peft.get_peft_model(model, LokiConfig(rows=ROWS))
     assert_unchanged(model, before)
     first = stacks(model)[0][1]
-    first._is_expert_parallel = True
-    with pytest.raises(loki.UnsupportedModelError, match="expert parallelism"):
-        loki.patch(model, ROWS)
-    first._is_expert_parallel = False
     first.down_proj.ds_id = 0  # ZeRO-3's
     with pytest.raises(loki.UnsupportedModelError, match="use ZeRO-2"):
         loki.patch(model, ROWS)
@@ -523,6 +521,18 @@ def test_what_experts_do_not_support_is_refused():
     with pytest.raises(loki.UnsupportedModelError, match="load the model unquantized"):
         loki.patch(model, ROWS)
     assert_unchanged(model, before)
+
+
+def test_expert_parallelism_is_refused_for_what_it_is(one_process):
+    """As transformers leaves the stacks of a model that was loaded with ep_size=."""
+    model = zoo.build("Glm4MoeForCausalLM", device="cpu")
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("ep",))
+    for _, experts in stacks(model):
+        part = distribute_tensor(experts.down_proj.detach(), mesh, [Shard(0)])
+        experts.down_proj = nn.Parameter(part)
+        experts._is_expert_parallel = True
+    with pytest.raises(loki.UnsupportedModelError, match="load the model without ep_size"):
+        loki.patch(model, ROWS)
 
 
 def test_packed_experts_are_refused():
