@@ -117,7 +117,12 @@ def _products(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
 def _outer_products(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """``a[group].T @ b[group]`` of every group, ``[E, m, n]``, for ``[tokens, m]``, ``[.., n]``."""
     if _why_loop(a, b) is None:
-        return functional.grouped_mm(a.t(), b, offs=offsets)
+        product = functional.grouped_mm(a.t(), b, offs=offsets)
+        # A sum over no tokens, which kernels leave as memory was on Blackwell (pytorch#172439) and
+        # on ROCm (#174314): an optimizer would move those experts by it. Filled, not multiplied by
+        # zero, since it may be NaN.
+        empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+        return product.masked_fill_(empty[:, None, None], 0.0)
     outer: Tensor = _loop_outer_products(a, b, offsets)
     return outer
 

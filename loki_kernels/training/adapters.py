@@ -22,8 +22,9 @@ from ..structure import Structure
 from . import adapter_file
 from .adapter_file import Layers
 from .handle import Patch
+from .loading import check_known
 from .patching import patch_saved
-from .rows import LokiRows, check_known
+from .rows import LokiRows
 from .targets import parameters_of, projection_names, trained_whole
 
 logger = logging.getLogger(__name__)

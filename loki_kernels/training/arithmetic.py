@@ -11,7 +11,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops._check import without_autocast
 from ..ops._products import rounded_sum
+from ..placement import free_bytes
 from ..sharding import is_sharded
+
+HOST = torch.device("cpu")
+# Copies of a weight that a device has to have free for one: itself, and what forming the next
+# layer's rows takes meanwhile, by count four of all rows of bfloat16, protected.
+_ROOM = 6
 
 
 def check_rank(rank: object) -> None:
@@ -53,6 +59,12 @@ def moved_index(index: Tensor, device: torch.device) -> Tensor:
 def take_rows(weight: Tensor, index: Tensor, axis: int) -> Tensor:
     """Rows ``[..., k, in_features]`` of a weight that numbers them along ``axis``."""
     return weight.index_select(axis, index).movedim(axis, -2)
+
+
+def where_it_fits(weight: Tensor) -> Tensor:
+    """A weight that is to be copied, on the host where its device has not room for the copy."""
+    free = None if weight.is_meta else free_bytes(weight.device)
+    return weight if free is None or _ROOM * weight.nbytes <= free else weight.to(HOST)
 
 
 def write_into(weight: Tensor, rows: Tensor, index: Tensor, axis: int) -> None:

@@ -11,21 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..placement import free_bytes
 from ..sharding import full_state_dict, has_fsdp, is_first, is_partitioned, is_sharded
 from . import adapter_file
 from .adapter_file import Layers, Parts
-from .arithmetic import updated_rows
+from .arithmetic import HOST, updated_rows
 from .experts import LokiExperts
-from .rows import BESIDE, TRAINED, LokiRows, check_known
+from .loading import check_known
+from .rows import BESIDE, TRAINED, LokiRows
 from .targets import trained_whole
 
 logger = logging.getLogger(__name__)
-
-HOST = torch.device("cpu")
 
 
 @dataclass(eq=False)

@@ -29,8 +29,9 @@ from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import Layers, SavedUpdate
 from .arithmetic import write_into
+from .loading import check_known
 from .report import Report
-from .rows import TRAINED, LokiRows, check_known
+from .rows import TRAINED, LokiRows
 from .targets import parameters_of, trained_whole, why_other_modules
 from .writer import RowWriter
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,3 +61,12 @@ def why_not_load(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | N
     # Where the rows were made, since another device's products are others, above all in TF32.
     whole = layer.formed({n: full_values(factor).to(rows.device) for n, factor in factors.items()})
     return None if same_rows(rows, updated_rows(layer.base_rows, *whole.values())) else OTHER
+
+
+def check_known(layers: Iterable[Any]) -> None:
+    """Raise RuntimeError, before anything is written, if an update is not that of what was loaded.
+
+    Merged rows alone are enough where they are what the update gives, as in evaluation.
+    """
+    for layer in layers:
+        layer.check_loaded()

@@ -31,6 +31,7 @@ from .arithmetic import (
     take_rows,
     updated_rows,
     version_of,
+    where_it_fits,
     whole_update,
     write_into,
 )
@@ -245,8 +246,11 @@ class LokiRows(nn.Module):
     def _updated_rows(self) -> Tensor:
         return updated_rows(self.base_rows, *self.formed_update().values())
 
-    def merged_weight(self) -> Tensor:
-        """The weight as trained so far, sharded if it is; a copy where it will hold the base."""
+    def merged_weight(self, *, among_others: bool = False) -> Tensor:
+        """The weight as trained so far, sharded if it is; a copy where it will hold the base.
+
+        One among other layers' is copied on the host where the device has no room for all.
+        """
         self.check_loaded()
         if self.rank is None and not is_sharded(self.frozen):
             # of a model that was just patched there is nothing to write, nor a protected update to
@@ -257,7 +261,10 @@ class LokiRows(nn.Module):
                 write_rows([self])
             if in_place or not moved:
                 return self.frozen.detach()
-        return shard_like(self.put_rows(full_values(self.frozen), self.merged_rows()), self.frozen)
+        weight = full_values(self.frozen)
+        if among_others and not is_sharded(self.frozen):
+            return self.put_rows(where_it_fits(weight), self.merged_rows())
+        return shard_like(self.put_rows(weight, self.merged_rows()), self.frozen)
 
     def take_rows(self, weight: Tensor) -> Tensor:
         """These rows of a whole weight, where it lies."""
@@ -301,7 +308,7 @@ class LokiRows(nn.Module):
                 destination[prefix + part] = own.to(self.base_rows.device, copy=True)
         if is_partitioned(self.frozen):  # DeepSpeed keeps every parameter's parts by itself
             return
-        weight = self.merged_weight()
+        weight = self.merged_weight(among_others=True)
         if not self.can_write or is_sharded(self.frozen):
             destination[prefix + self.parameter] = weight
 
@@ -401,15 +408,6 @@ class LokiRows(nn.Module):
 # What another device's products may move the rows that one update gives, in roundings of theirs.
 # A whole one would be too much: in 16 bits two checkpoints' updates differ by less.
 _BY_PRODUCTS = 0.02
-
-
-def check_known(layers: Iterable[LokiRows]) -> None:
-    """Raise RuntimeError, before anything is written, if an update is not that of what was loaded.
-
-    Merged rows alone are enough where they are what the update gives, as in evaluation.
-    """
-    for layer in layers:
-        layer.check_loaded()
 
 
 def _note_update(layer: LokiRows) -> None:

@@ -194,6 +194,13 @@ def _check_projection(down_proj: DownProjection) -> None:
             f"{getattr(weight, 'dtype', 'no dtype')}, not a plain linear layer nor plain experts; "
             f"{advice}."
         )
+    split = getattr(module, "_is_expert_parallel", False) or is_partitioned(weight)
+    if down_proj.of_experts and split:
+        raise UnsupportedModelError(
+            f"the experts of {name} are split between processes (expert parallelism, ZeRO-3), "
+            "which rows of experts cannot be trained over; load the model without ep_size, use "
+            "ZeRO-2, or shard the patched model with FSDP2 (fully_shard)."
+        )
     if isinstance(weight, DTensor):
         raise UnsupportedModelError(
             f"the weight of {name} is sharded; patch the model before fully_shard."
@@ -204,12 +211,6 @@ def _check_projection(down_proj: DownProjection) -> None:
             "model without offloading."
         )
     if down_proj.of_experts:
-        if getattr(module, "_is_expert_parallel", False) or is_partitioned(weight):
-            raise UnsupportedModelError(
-                f"the experts of {name} are split between processes (expert parallelism, ZeRO-3), "
-                "which rows of experts cannot be trained over; use ZeRO-2, or shard the patched "
-                "model with FSDP2 (fully_shard)."
-            )
         around = foreign_forward(down_proj.parent)
         if around is not None:
             raise UnsupportedModelError(

@@ -13,6 +13,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 
 import loki_kernels as loki
 from loki_kernels.peft import LokiConfig
-from loki_kernels.training import checkpoint, patching, writer
+from loki_kernels.training import arithmetic, checkpoint, patching, writer
 from loki_kernels.training.experts import LokiExperts
 from tests.models import DEVICE, assert_unchanged, snapshot, to_device
 from tests.test_drift import texts
@@ -503,10 +505,6 @@ def test_what_experts_do_not_support_is_refused():
         peft.get_peft_model(model, LokiConfig(rows=ROWS))
     assert_unchanged(model, before)
     first = stacks(model)[0][1]
-    first._is_expert_parallel = True
-    with pytest.raises(loki.UnsupportedModelError, match="expert parallelism"):
-        loki.patch(model, ROWS)
-    first._is_expert_parallel = False
     first.down_proj.ds_id = 0  # ZeRO-3's
     with pytest.raises(loki.UnsupportedModelError, match="use ZeRO-2"):
         loki.patch(model, ROWS)
@@ -523,6 +521,18 @@ def test_what_experts_do_not_support_is_refused():
     with pytest.raises(loki.UnsupportedModelError, match="load the model unquantized"):
         loki.patch(model, ROWS)
     assert_unchanged(model, before)
+
+
+def test_expert_parallelism_is_refused_for_what_it_is(one_process):
+    """As transformers leaves the stacks of a model that was loaded with ep_size=."""
+    model = zoo.build("Glm4MoeForCausalLM", device="cpu")
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("ep",))
+    for _, experts in stacks(model):
+        part = distribute_tensor(experts.down_proj.detach(), mesh, [Shard(0)])
+        experts.down_proj = nn.Parameter(part)
+        experts._is_expert_parallel = True
+    with pytest.raises(loki.UnsupportedModelError, match="load the model without ep_size"):
+        loki.patch(model, ROWS)
 
 
 def test_packed_experts_are_refused():
@@ -764,6 +774,29 @@ def test_saving_copies_no_weight(name, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     assert len(checked) == len(handle.named_layers())
     torch.testing.assert_close(logits(model), learned)
+
+
+def test_copies_in_a_state_dict_are_on_the_host_where_they_have_no_room(monkeypatch):
+    """accelerate makes all of it before it moves any, under ZeRO-2."""
+    model = build("MixtralForCausalLM")
+    handle = loki.patch(model, ROWS)
+    train(model)
+    want = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    names = [f"{name}.{layer.parameter}" for name, layer in handle.named_layers()]
+    room = want[names[0]].nbytes * 6
+
+    def host_of(free, host):
+        left = iter(free)
+        monkeypatch.setattr(arithmetic, "free_bytes", lambda _: next(left))
+        monkeypatch.setattr(arithmetic, "HOST", torch.device(host))
+        return model.state_dict()
+
+    state = host_of([room, room - 1, None, 0], "meta")
+    assert [key for key, tensor in state.items() if tensor.is_meta] == [names[1], names[3]]
+    assert not any(tensor.is_meta for _, tensor in handle.merged_parameters())
+    state = host_of([0] * 4, "cpu")
+    assert all(state[name].device.type == "cpu" for name in names)
+    assert all(torch.equal(state[key].to(tensor), tensor) for key, tensor in want.items())
 
 
 @pytest.mark.parametrize(("free", "moved"), [(0, True), (10**9, False), (None, False)])
