@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from torch import nn
 
 import loki_kernels as loki
@@ -202,6 +203,16 @@ def test_among_linears_of_one_shape_the_down_projection_is_what_ends_the_mlp(fus
     assert {n: rows for n, rows in changed.items() if rows} == {
         f"{name}.weight": rows for name, rows in zip(names, [[1, 5], [0], [7]], strict=True)
     }
+
+
+def test_neither_adapters_nor_offloaded_weights_hide_what_ends_an_mlp():
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    options = {"r": 2, "target_modules": ["gate_proj", "down_proj"]}
+    wrapped = peft.get_peft_model(of_equal_widths(), peft.LoraConfig(**options))
+    assert [down_proj.name for down_proj in find_structure(wrapped).projections()] == names
+    placed = cpu_offload(of_equal_widths())
+    assert [down_proj.name for down_proj in find_structure(placed).projections()] == names
+    assert all(parameter.is_meta for parameter in placed.parameters())
 
 
 def test_a_layer_whose_down_projection_cannot_be_told_is_refused():
