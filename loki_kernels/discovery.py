@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .ending import endings
 from .errors import UnsupportedModelError
 from .sharding import full_shape
 from .structure import (
@@ -279,7 +280,9 @@ class _Branch:
         for axis, stacks in found.items():
             for stack in self.stacks:
                 transposed = getattr(stack.module, "is_transposed", None)
-                feeders = stack.feeders(hidden_size, axis, self.stacks)
+                beside = [other for other in self.stacks if other.module is stack.module]
+                others = beside if len(beside) > 1 else self.stacks  # or in a module each
+                feeders = stack.feeders(hidden_size, axis, others)
                 if feeders and transposed in (None, axis == 2):
                     stacks.append((feeders, stack))
         # Up-projections that are not gated, read as transposed, look as if the down-projection fed
@@ -328,9 +331,11 @@ def _find_ffn(layer: nn.Module, layer_name: str, hidden_size: int) -> FFN | None
         )
     branches = _branches(layer, layer_name)
     experts = {branch.name: branch.experts(hidden_size) for branch in branches}
-    candidates = _choose(branches, experts, hidden_size)
+    chosen = _choose(branches, experts, hidden_size)
+    candidates = {name: endings(linears, hidden_size) for name, linears in chosen.items()}
     for branch in branches:
-        _refuse_unknown(branch, candidates[branch.name], experts[branch.name], hidden_size)
+        own, stacks = candidates[branch.name], experts[branch.name]
+        _refuse_unknown(branch, own, stacks, hidden_size, branches)
     ends = [b for b in branches if candidates[b.name] or experts[b.name]]
     if not ends and any(branch.linears for branch in branches):
         raise UnsupportedModelError(
@@ -381,30 +386,51 @@ def _refuse_unknown(
     own: list[DownProjection],
     stacks: list[DownProjection],
     hidden_size: int,
+    branches: list[_Branch],
 ) -> None:
     """Raise UnsupportedModelError if a part of a branch that may be the FFN's is not known."""
     if len({id(x.parent) for x in own}) < len(own):
         raise UnsupportedModelError(
             f"{branch.name} ({branch.kind}) has {len(own)} linears that could be the FFN's "
-            f"down-projection ({', '.join(linear.name for linear in own)}): intermediate_size = "
-            "hidden_size is not supported yet."
+            f"down-projection ({', '.join(linear.name for linear in own)}), and the output of "
+            "none is known to be that of the module which holds them."
         )
     experts = {stack.shape[0] for stack in branch.stacks}
     experts.add(sum({id(stack.module): stack.shape[0] for stack in branch.stacks}.values()))
     for name, shape in branch.others:
         # a router has a row for each expert, a bias of the experts likewise
-        if hidden_size in shape and shape[0] not in experts:
+        routes = shape[0] in experts
+        if hidden_size in shape and not routes and _has_mate(name, shape, hidden_size, branches):
             raise UnsupportedModelError(
                 f"{branch.name} ({branch.kind}) holds {name} {list(shape)}, which is neither a "
                 "linear layer's nor experts' that are known here."
             )
-    wide = any(hidden_size in stack.shape[1:] for stack in branch.stacks)
-    if branch.stacks and not stacks and (wide or not own):
+    # experts of the width that a linear leads out of
+    latent = any(
+        stack.feeders(x.in_features, axis, branch.stacks)
+        for x in own
+        for stack in branch.stacks
+        for axis in (1, 2)
+    )
+    if branch.stacks and not stacks and not latent:
         first = branch.stacks[0]
         raise UnsupportedModelError(
             f"{branch.name} ({branch.kind}) holds {first.name}.{first.parameter} "
             f"{list(first.shape)}, but no experts' down-projection of {hidden_size} rows."
         )
+
+
+def _has_mate(name: str, shape: tuple[int, ...], hidden_size: int, branches: list[_Branch]) -> bool:
+    """Whether another matrix of the layer may feed one or be fed by it, by its inner width.
+
+    Of Inkling-2's queries over earlier layers, ``[3, hidden_size]``, there is none.
+    """
+    own = {size for size in shape if size != hidden_size} or {hidden_size}
+    widths = {size for b in branches for n, other in b.others if n != name for size in other}
+    for branch in branches:
+        widths.update(*(stack.shape[1:] for stack in branch.stacks))
+        widths.update(*((x.in_features, x.out_features) for x in branch.linears))
+    return any(a in (b, 2 * b) or b == 2 * a for a in own for b in widths)
 
 
 def _is_down(linear: DownProjection, hidden_size: int, linears: list[DownProjection]) -> bool:

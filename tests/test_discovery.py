@@ -6,9 +6,12 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from torch import nn
 
 import loki_kernels as loki
+from loki_kernels.attribution.definitions import DEFINITIONS
+from loki_kernels.attribution.reference import attribute_reference
 from loki_kernels.cli import main
 from loki_kernels.discovery import find_structure, is_mixer
 from tests.architectures import (
@@ -73,6 +76,16 @@ def test_latent_experts_end_in_what_leads_out_of_them():
         "3.mixer.fc2_latent_proj.weight": [7],
         "3.mixer.shared_experts.down_proj.weight": [7],
     }
+
+
+def test_latent_experts_may_have_the_models_width_by_chance():
+    """Muse Spark's gate and up projections have 8192 rows together, and the model that width."""
+    model = nemotron_latent()
+    for layer in model.model.layers[2:]:
+        layer.mixer.experts.up_proj = nn.Parameter(torch.zeros(4, 48, 20))
+    for ffn in find_structure(model).ffns[2:]:
+        names = [down.name.rpartition("mixer.")[2] for down in ffn.projections]
+        assert names == ["shared_experts.down_proj", "fc2_latent_proj"]
 
 
 def test_experts_that_write_the_models_width_in_an_unknown_way_are_refused():
@@ -166,14 +179,67 @@ def test_a_quantized_checkpoint_is_named(tmp_path, capsys):
     assert "quantized (fp8): what follows is of the model without" in capsys.readouterr().out
 
 
-def test_a_layer_whose_down_projection_cannot_be_told_is_refused():
-    """gate_proj and up_proj have the shape of down_proj where the widths are equal."""
+def of_equal_widths():
+    """gate_proj and up_proj have the shape of down_proj."""
     config = transformers.LlamaConfig(**(TINY | {"intermediate_size": TINY["hidden_size"]}))
-    model = transformers.LlamaForCausalLM(config)
-    before = snapshot(model)
-    with pytest.raises(loki.UnsupportedModelError, match="could be the FFN's"):
-        loki.patch(model, [[1]] * 3)
-    assert_unchanged(model, before)
+    return built(transformers.LlamaForCausalLM, config)
+
+
+@pytest.mark.parametrize("fuse_mlp", [False, True])
+def test_among_linears_of_one_shape_the_down_projection_is_what_ends_the_mlp(fuse_mlp):
+    model = of_equal_widths()
+    names = [down_proj.name for down_proj in find_structure(model.train()).projections()]
+    assert names == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    ids = torch.tensor([PROMPT[0]["input_ids"]])
+    scores = loki.attribute(model.eval(), PROMPT, definition="published").scores[0]
+    want = attribute_reference(model, ids[0], definition=DEFINITIONS["published"])
+    torch.testing.assert_close(scores.double(), want.double(), rtol=1e-4, atol=1e-6)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loki.patch(model, [[1, 5], [0], [7]], fuse_mlp=fuse_mlp)
+    assert [down_proj.name for down_proj in find_structure(model).projections()] == names
+    train(model, steps=2, input_ids=ids, labels=ids)
+    trained = model.state_dict()
+    changed = {n: (trained[n] != t).nonzero()[:, :1].unique().tolist() for n, t in before.items()}
+    assert {n: rows for n, rows in changed.items() if rows} == {
+        f"{name}.weight": rows for name, rows in zip(names, [[1, 5], [0], [7]], strict=True)
+    }
+
+
+def test_neither_adapters_nor_offloaded_weights_hide_what_ends_an_mlp():
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    options = {"r": 2, "target_modules": ["gate_proj", "down_proj"]}
+    wrapped = peft.get_peft_model(of_equal_widths(), peft.LoraConfig(**options))
+    assert [down_proj.name for down_proj in find_structure(wrapped).projections()] == names
+    placed = cpu_offload(of_equal_widths())
+    assert [down_proj.name for down_proj in find_structure(placed).projections()] == names
+    assert all(parameter.is_meta for parameter in placed.parameters())
+
+
+def test_a_layer_whose_down_projection_cannot_be_told_is_refused():
+    """Where the MLP does not end in a linear, or its code takes more than hidden states."""
+    for forward in (lambda self, x: 2 * self.down_proj(x), lambda self, x, y: self.down_proj(x)):
+        model = of_equal_widths()
+        mlp = model.model.layers[1].mlp
+        mlp.__class__ = type("MLP", (type(mlp),), {"forward": forward})
+        before = snapshot(model)
+        with pytest.raises(loki.UnsupportedModelError, match=r"layers.1.*could be the FFN's"):
+            loki.patch(model, [[1]] * 3)
+        assert_unchanged(model, before)
+
+
+def test_a_raw_matrix_is_a_part_of_an_ffn_if_another_has_its_inner_width():
+    """Inkling-2's three queries over earlier layers are none, DBRX's experts are."""
+    model = build_model()
+    layer = model.model.layers[1]
+    layer.residual = nn.Module()
+    layer.residual.query = nn.Parameter(torch.zeros(3, 48))
+    assert len(list(find_structure(model).projections())) == 3
+    for feeding in (190, 380):
+        layer.experts = nn.Module()
+        layer.experts.up = nn.Parameter(torch.zeros(feeding, 48))
+        layer.experts.down = nn.Parameter(torch.zeros(190, 48))
+        with pytest.raises(loki.UnsupportedModelError, match=r"experts.up .*neither a linear"):
+            find_structure(model)
 
 
 def test_trained_tokens_of_an_adapter_hide_no_embedding():

@@ -532,6 +532,20 @@ def test_a_head_that_accelerate_has_placed(tmp_path):
     assert not hasattr(measure.Readout.of(placed, kept=True).head, "_hf_hook")
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers, "DoryForCausalLM"), reason="this transformers has no Dory"
+)
+def test_a_placed_head_with_a_factor_of_its_own_is_not_taken_for_a_linear_one():
+    """Dory learns a factor of each token; without it the base's logits would be others."""
+    base = build("DoryForCausalLM")
+    tuned = moved(base)
+    want = loki.drift(base, tuned, texts()).token_kl
+    placed = dispatch_model(base, {"": "cpu"}, force_hooks=True)
+    with pytest.raises(measure.UnreadableHeadError, match="besides weight and bias: logit_scale"):
+        measure.Readout.of(placed, kept=True)
+    torch.testing.assert_close(loki.drift(placed, tuned, texts()).token_kl, want)
+
+
 def test_a_scaled_head():
     """Falcon-H1 multiplies what its head gives, as its config says."""
     model = falcon_h1()

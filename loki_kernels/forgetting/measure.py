@@ -54,6 +54,7 @@ class Readout:
 
         Raises:
             UnsupportedModelError: if there is no head.
+            UnreadableHeadError: if it cannot be copied.
         """
         causal_lm = unwrap(model)
         head = causal_lm.get_output_embeddings()
@@ -81,12 +82,22 @@ class Readout:
 
 
 def _copy(head: Any) -> nn.Module:
-    """A head on the host; of a sharded one, which all processes have to ask for, a whole one."""
+    """A head on the host; of a sharded one, which all processes have to ask for, a whole one.
+
+    Raises:
+        UnreadableHeadError: if that one is more than a linear layer.
+    """
     placed = hasattr(head, "_hf_hook")  # by accelerate, whose hook a copy would have too
     if not placed and not any(map(is_sharded, head.parameters())):
         with torch.no_grad():
             alone: nn.Module = copy.deepcopy(head).to("cpu").requires_grad_(False)
             return alone
+    others = dict(head.named_parameters(recurse=False)).keys() - {"weight", "bias"}
+    if others:  # Dory's factor of each token
+        raise UnreadableHeadError(
+            f"the output head ({type(head).__name__}) is placed by accelerate or sharded, and has "
+            f"parameters besides weight and bias: {', '.join(sorted(others))}."
+        )
     weight, bias = weight_and_bias(head)
     whole = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     whole.weight = nn.Parameter(weight.to("cpu", copy=True), requires_grad=False)

@@ -148,6 +148,7 @@ _QWEN4_EXP = {
 }
 _SLIDING_FULL = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _LINEAR_FULL = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_INKLING2 = {"layer_types": ["hybrid_sliding", "hybrid"] * 2}
 _CONV_FULL = {"layer_types": ["conv", "full_attention"] * 2}
 # The last two layers attend to the keys and values of the two before.
 _SHARED_KEYS = _SLIDING_FULL | {"num_kv_shared_layers": 2}
@@ -199,6 +200,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "HunYuanVLForConditionalGeneration": {
         "text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 1, 1]}}
     },
+    "Inkling2ForCausalLM": _INKLING2,
+    "Inkling2ForConditionalGeneration": {"text_config": _INKLING2},
+    "Inkling2LoopForCausalLM": _INKLING2,
+    "Inkling2LoopForConditionalGeneration": {"text_config": _INKLING2},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "Lfm2MoeForCausalLM": _CONV_FULL,
     "Mamba2ForCausalLM": {"head_dim": 16},

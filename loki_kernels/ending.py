@@ -1,0 +1,70 @@
+"""Which of a module's linears ends it, where their shapes do not tell: by what its code does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .structure import DownProjection, linear_shape
+
+
+def endings(linears: Sequence[DownProjection], hidden_size: int) -> list[DownProjection]:
+    """Of several linears in one module the one that ends it; all of them where none is known to.
+
+    ``gate_proj`` and ``up_proj`` have the shape of ``down_proj`` where intermediate_size is
+    hidden_size.
+    """
+    held: dict[int, list[DownProjection]] = {}
+    for linear in linears:
+        held.setdefault(id(linear.parent), []).append(linear)
+    found: list[DownProjection] = []
+    for rivals in held.values():
+        last = _last(rivals, hidden_size) if len(rivals) > 1 else None
+        found += rivals if last is None else [last]
+    return found
+
+
+def _last(rivals: Sequence[DownProjection], hidden_size: int) -> DownProjection | None:
+    """The one whose output is the output of the module that holds them.
+
+    The class's own forward pass runs on a tensor without values, and what stands in for each linear
+    gives another. So neither weights, which may be quantized, split or on a disk, nor hooks matter.
+    """
+    trained = [x for x in rivals if hasattr(x.module, "trained_parameters")]
+    if len(trained) == 1:  # the model is patched
+        return trained[0]
+    module = rivals[0].parent
+    given: dict[str, Tensor] = {}
+    parts: dict[str, Any] = dict(module.named_children())
+    state = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for name, child in module.named_children():
+        shape = linear_shape(child)
+        if shape is not None:
+            parts[name] = _Product(name, shape[1], given)
+        elif isinstance(child, nn.Dropout):
+            parts[name] = nn.Identity()
+        else:
+            state += [*child.parameters(), *child.buffers()]
+    if state:  # which would meet a tensor without values
+        return None
+    alike = object.__new__(type(module))
+    alike.__dict__.update(module.__dict__, _modules=parts, training=False)
+    try:
+        output = type(module).forward(alike, torch.empty(1, 1, hidden_size, device="meta"))
+    except Exception:  # any code: it takes more than one tensor, or works on values
+        return None
+    return next((x for x in rivals if given.get(x.attribute) is output), None)
+
+
+class _Product:
+    """Stands in for a linear, and keeps what it gave."""
+
+    def __init__(self, name: str, out_features: int, given: dict[str, Tensor]) -> None:
+        self.name, self.out_features, self.given = name, out_features, given
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.given[self.name] = x.new_empty(*x.shape[:-1], self.out_features)
+        return self.given[self.name]
