@@ -30,13 +30,15 @@ def _join_processes() -> bool:
     """Join those that torchrun has started; whether this is the first of all."""
     import torch
 
+    from .sharding import is_first
+
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")  # what is exchanged is on the CPU
-    return torch.distributed.get_rank() == 0
+    return is_first()
 
 
 def attribute(arguments: argparse.Namespace) -> None:
@@ -57,7 +59,7 @@ def attribute(arguments: argparse.Namespace) -> None:
     first = _join_processes()
     model = load_model(arguments.model, arguments.dtype)
     model.to(device_to_use(arguments.device))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     result = attribution.attribute(
         model,
         questions,
@@ -108,7 +110,7 @@ def protection(arguments: argparse.Namespace) -> None:
     check_writable(arguments.out, ".safetensors")
     found = read_texts(arguments.texts) if arguments.texts else None
     earlier = Protection.load(arguments.earlier) if arguments.earlier else None
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     result = estimate_protection(
         load_model(arguments.model, arguments.dtype),
         None if found is None else [encode(text, tokenizer).tolist() for text in found],

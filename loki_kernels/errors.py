@@ -39,9 +39,15 @@ ENTRIES = (
 
 
 def explained(error: E) -> E:
-    """The error, with a note of the page's entry for its message, which a traceback shows."""
+    """The error, with a note of the page's entry for its message, which a traceback shows.
+
+    One that has none is given as it is, unless a model is refused, of which the page says more.
+    """
     message = str(error)
-    entry = next((entry for entry in ENTRIES if entry in message), _REFUSED)
+    own = _REFUSED if isinstance(error, UnsupportedModelError) else None
+    entry = next((entry for entry in ENTRIES if entry in message), own)
+    if entry is None:
+        return error
     anchor = "".join(c for c in entry.lower() if c.isalnum() or c in " -_").replace(" ", "-")
     error.add_note(f"What can be done: {_PAGE}#{anchor}")
     return error

@@ -213,7 +213,7 @@ def estimate(
             refuses.
     """
     device = torch.device(device_to_use(device))
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     own = dtype_of(config) or torch.float32
     chosen = own if dtype == "auto" else dtype_named(dtype)
     model = build_model(config, torch.device("meta"), chosen)
@@ -226,7 +226,7 @@ def estimate(
     limits = BatchLimits.of(device, batch_size, gpus, room, rotary_border(model)).of_engine(engine)
     shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
     prompts = load_questions() if prompts is None else prompts
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size)
     costs, loads = [Cost(0.0, 0.0)] * gpus, [0.0] * gpus
     tokens = count = batches = 0

@@ -30,7 +30,7 @@ def inspect_model(name: str | os.PathLike[str]) -> str:
         ValueError: if transformers knows no language model of this config.
         OSError: if there is no config.
     """
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     model = build_model(config, torch.device("meta"), dtype_of(config))
     kind = type(model).__name__
     try:
@@ -105,17 +105,21 @@ def load_model(
             one whose language models lack what is to be held.
         OSError: if there is no such model.
     """
-    chosen = dtype if dtype == "auto" else dtype_named(dtype)
+    # a model's own code is not run, and by default a terminal is asked for 15 s whether it may be
+    options: Any = {
+        "dtype": dtype if dtype == "auto" else dtype_named(dtype),
+        "trust_remote_code": False,
+    }
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError:  # an adapter's folder, whose base transformers finds
-        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
+        return transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     kinds = _classes_for(config) or [transformers.AutoModelForCausalLM]
     lacking: set[str] = set()
     for kind in kinds:
         lacking = _lacking(kind, config, holding)
         if not lacking:
-            return kind.from_pretrained(name, dtype=chosen)
+            return kind.from_pretrained(name, **options)
     raise ValueError(
         f"a {kinds[-1].__name__} of {name} has no {min(lacking)}: this is another model's update. "
         "That of a classifier or a reward model is merged where the model is loaded by its own "

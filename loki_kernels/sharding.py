@@ -136,6 +136,15 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return full_values(weight), None if bias is None else full_values(bias)
 
 
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen ``nn.Linear`` of a whole weight ``[out_features, in_features]`` and its bias."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
 def gather(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Have FSDP2 gather what it looks after outside of ``layers``, which gather their own.
 

@@ -382,6 +382,43 @@ def test_the_tokenizer_that_was_trained_with_is_merged_along(base_folder, tmp_pa
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize(
+    ("own", "command"),
+    [
+        ("config", "inspect"),
+        ("config", "estimate"),
+        ("config", "attribute"),
+        ("config", "drift"),
+        ("class", "attribute"),
+        ("tokenizer", "estimate"),
+        ("tokenizer", "attribute"),
+        ("tokenizer", "protection"),
+    ],
+)
+def test_nobody_is_asked_whether_a_model_s_own_code_may_run(
+    own, command, base_folder, tmp_path, capsys, monkeypatch
+):
+    """By default transformers asks a terminal for 15 s, and runs what it finds on a yes."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "no")
+    folder = shutil.copytree(base_folder, tmp_path / "model")
+    kinds = {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Tokenizer", None]}
+    if own == "tokenizer":
+        (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": kinds}))
+    else:  # of a class that transformers has, it knows no language model of CLIP's config
+        kinds = {"AutoModelForCausalLM": "own.Model"} if own == "class" else kinds
+        config = {"model_type": "clip" if own == "class" else "own", "auto_map": kinds}
+        (folder / "config.json").write_text(json.dumps(config))
+    rest = {
+        "attribute": [str(tmp_path / "out.safetensors")],
+        "protection": [str(tmp_path / "out.safetensors")],
+        "drift": [str(base_folder)],
+    }
+    assert main([command, str(folder), *rest.get(command, [])]) == 1
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert not asked
+
+
 def test_any_failure_is_one_line(folder, capsys, monkeypatch):
     """safetensors' own errors are of no common kind, and consoles lack letters."""
     weights = folder / "model" / "model.safetensors"

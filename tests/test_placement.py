@@ -14,6 +14,7 @@ from loki_kernels import placement, sharding
 from loki_kernels.attribution import analysis, job
 from loki_kernels.discovery import find_structure
 from loki_kernels.placement import on_accelerator
+from loki_kernels.training import patching
 from tests.models import assert_unchanged, build_model, snapshot
 from tests.tiny_training import WordTokenizer
 
@@ -243,6 +244,13 @@ def test_bad_options_change_nothing(model, rows, analysis, message):
     with pytest.raises(ValueError, match=message):
         loki.patch(model, rows, analysis=analysis)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("analysis", [{"step": 8}, {"site": "ffn_neurons"}])
+def test_unknown_options_are_named_before_a_protection_is_estimated(model, analysis, monkeypatch):
+    monkeypatch.setattr(patching, "protection_to_keep", lambda *_: pytest.fail("estimated"))
+    with pytest.raises(ValueError, match=r"analysis (has no option|chooses rows to train)"):
+        loki.patch(model, analysis=analysis, protect=True)
 
 
 @pytest.mark.parametrize("supported", [True, False])

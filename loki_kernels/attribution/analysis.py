@@ -60,7 +60,6 @@ def cached_attribution(
         ValueError: if there is no tokenizer to be found, or `attribute` refuses an option.
     """
     options: dict[str, Any] = dict(analysis or {})
-    check_analysis_options(options)
     prompts = options.pop("prompts", None)
     if prompts is None:
         tokenizer = tokenizer if tokenizer is not None else find_tokenizer(structure.causal_lm)

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..head import check_logits, logit_scale_and_softcap, scaled_and_capped
 from ..progress import progress_bar
-from ..sharding import home, is_sharded, reshard, shards_its_weights, weight_and_bias
+from ..sharding import (
+    home,
+    is_sharded,
+    linear_of,
+    reshard,
+    shards_its_weights,
+    weight_and_bias,
+)
 from ..structure import (
     embedding_weight,
     evaluating,
@@ -99,11 +106,8 @@ def _copy(head: Any) -> nn.Module:
             f"parameters besides weight and bias: {', '.join(sorted(others))}."
         )
     weight, bias = weight_and_bias(head)
-    whole = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    whole.weight = nn.Parameter(weight.to("cpu", copy=True), requires_grad=False)
-    if bias is not None:
-        whole.bias = nn.Parameter(bias.to("cpu", copy=True), requires_grad=False)
-    return whole
+    kept = None if bias is None else bias.to("cpu", copy=True)
+    return linear_of(weight.to("cpu", copy=True), kept)
 
 
 @dataclass(frozen=True)

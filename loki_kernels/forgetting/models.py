@@ -90,7 +90,8 @@ def _find_adapter(model: Any) -> Path | None:
 
 def _vocab_size(model: Any) -> int | None:
     if is_name(model):
-        config: Any = AutoConfig.from_pretrained(os.fspath(model)).get_text_config()
+        whole = AutoConfig.from_pretrained(os.fspath(model), trust_remote_code=False)
+        config: Any = whole.get_text_config()
     else:
         config = text_config(unwrap(model))
     size: int | None = getattr(config, "vocab_size", None)

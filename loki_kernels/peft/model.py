@@ -143,7 +143,7 @@ class LokiModel(BaseTuner):
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
         with self._base_alone():  # an analysis is of what every adapter is of
             selection = selection_to_train(
-                structure, peft_config.rows, None, quota, peft_config.criterion, agree=together
+                structure, peft_config.rows, None, quota, peft_config.criterion
             )
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..sharding import linear_of
 from ..structure import is_linear_like, is_plain_linear
 
 
@@ -65,12 +66,8 @@ def dequantized_weight(layer: Any, backend: Any, dtype: torch.dtype | None) -> T
 
 def plain_linear(weight: Tensor, layer: Any) -> nn.Linear:
     """An ``nn.Linear`` of this weight and the layer's bias."""
-    linear = nn.Linear(1, 1, bias=False)
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    bias = layer.bias
-    linear.bias = None if bias is None else nn.Parameter(bias.detach().to(weight), False)  # type: ignore[assignment]
-    return linear.train(layer.training)
+    bias = None if layer.bias is None else layer.bias.detach().to(weight)
+    return linear_of(weight, bias).train(layer.training)
 
 
 def dequantize_model(model: Any) -> None:

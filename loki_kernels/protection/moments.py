@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +114,7 @@ def second_moments(
 
     def watch(down_proj: DownProjection) -> Any:
         name = down_proj.name
-        read_inputs = _reader_of_experts(down_proj) if down_proj.of_experts else _read_inputs
+        read_inputs = _read_inputs_of_experts if down_proj.of_experts else _read_inputs
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             for expert, x in read_inputs(module, kept.flatten(), *args, **kwargs):
@@ -198,34 +198,24 @@ def refuse_untold_inputs(structure: Structure) -> None:
             )
 
 
-def _of_its_class(experts: nn.Module) -> nn.Module:
-    """What has the methods of the family's class; a patched model's experts keep it beside them."""
-    found: nn.Module = experts.__dict__.get("experts", experts)
-    return found
-
-
-def _reader_of_experts(down_proj: DownProjection) -> Callable[..., _Inputs]:
-    """What gives (expert, its float32 inputs times its shares of the tokens), of those kept."""
-    experts = _of_its_class(down_proj.module)
-
-    def read(
-        module: nn.Module,
-        kept: Tensor,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> _Inputs:
-        _check_tokens(module, len(hidden_states), len(kept))
-        own = kept.to(hidden_states.device)
-        found = routed_inputs(module, experts, hidden_states[own], top_k_index[own])
-        x = found.x.float() * top_k_weights[own].flatten()[found.order, None].float()
-        start = 0
-        for expert, end in enumerate(found.offsets.tolist()):
-            if end > start:
-                yield expert, x[start:end]
-            start = end
-
-    return read
+def _read_inputs_of_experts(
+    module: nn.Module,
+    kept: Tensor,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> _Inputs:
+    """(expert, its float32 inputs times its shares of the tokens), of those that are kept."""
+    _check_tokens(module, len(hidden_states), len(kept))
+    own = kept.to(hidden_states.device)
+    # a patched model's experts have the methods of the family's class too
+    found = routed_inputs(module, module, hidden_states[own], top_k_index[own])
+    x = found.x.float() * top_k_weights[own].flatten()[found.order, None].float()
+    start = 0
+    for expert, end in enumerate(found.offsets.tolist()):
+        if end > start:
+            yield expert, x[start:end]
+        start = end
 
 
 def _check_tokens(module: nn.Module, given: int, tokens: int) -> None:

@@ -233,8 +233,8 @@ def write_side_file(
 def write_protection(
     folder: str | os.PathLike[str],
     protection: Protection | None,
-    fingerprint: str | None = None,
-    source: str | bool | None = None,
+    fingerprint: str | None,
+    source: str | bool | None,
 ) -> None:
     """Write `PROTECTION_FILE`; of no protection take away the one that an earlier update left.
 

@@ -28,10 +28,9 @@ from ..sharding import (
 from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import Layers, SavedUpdate
-from .arithmetic import write_into
 from .loading import check_known
 from .report import Report
-from .rows import TRAINED, LokiRows
+from .rows import TRAINED, LokiRows, write_rows
 from .targets import parameters_of, trained_whole, why_other_modules
 from .writer import RowWriter
 
@@ -188,7 +187,6 @@ class Patch:
         reason = why_other_modules(self.model, saved.others)
         reason = reason or adapter_file.load_update(self._layers, saved)
         if reason is None:
-            self._writer.refusal = None
             parameters = parameters_of(self.model)
             for name, values in saved.others.items():
                 parameter = parameters[name]
@@ -248,10 +246,9 @@ class Patch:
             )
         if trained:
             check_known(self._layers.values())
-        for layer in self._layers.values():
-            if trained:
-                write_into(layer.frozen.data, layer.merged_rows(), layer.index, layer.axis)
-            else:
+            write_rows(self._layers.values())
+        else:
+            for layer in self._layers.values():
                 layer.write_base()
         self._leave(trained=trained)
         return self.model

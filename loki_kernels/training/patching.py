@@ -120,7 +120,7 @@ def patch(
     structure = find_structure(model)
     check_trainable(structure)
     check_arguments(rows, quota, criterion, analysis, rank, modules_to_save)
-    saved = _saved_update(rows)
+    saved = _saved_update(rows, rank)
     others, alone = adapter_file.whole_modules(structure.causal_lm, saved.others if saved else ())
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
@@ -234,11 +234,18 @@ def _warm_up(layers: dict[str, LokiRows], *, fused: bool) -> None:
         warm_up(ops, device, dtype)
 
 
-def _saved_update(rows: Rows | None) -> SavedUpdate | None:
+def _saved_update(rows: Rows | None, rank: int | None) -> SavedUpdate | None:
     """What a checkpoint's or an adapter's folder holds, if ``rows`` names one."""
     if not isinstance(rows, (str, os.PathLike)) or not Path(rows).is_dir():
         return None
-    return adapter_file.read_saved(rows)
+    saved = adapter_file.read_saved(rows)
+    if rank not in (None, saved.rank):
+        own = "of no rank" if saved.rank is None else f"of rank {saved.rank}"
+        raise ValueError(
+            f"the update in {rows} is {own}, and rank={rank} would train another; leave out rank= "
+            "to go on from it."
+        )
+    return saved
 
 
 def _beside(saved: SavedUpdate, protect: Protect | None) -> Protect | None:
@@ -264,16 +271,15 @@ def _load(handle: Patch, saved: SavedUpdate) -> None:
     It is unpatched if that fails, without writing rows into its weights: none holds an update yet,
     and sharded ones cannot be written.
     """
-    present = handle.protection
+    present = fingerprint_of(handle.protection)
     try:
-        refusal = adapter_file.why_other_protection(saved.protection, fingerprint_of(present))
-        if present is not None and refusal is not None:  # it would act otherwise
-            raise ValueError(f"the update that was saved does not fit: {refusal}.")
-        reason = handle._load(saved)
+        reason = None
+        if present is not None:  # it would act otherwise; without one it acts and is not trained
+            reason = adapter_file.why_other_protection(saved.protection, present)
+        reason = reason or handle._load(saved)
         if reason is not None:
-            message = f"the update that was saved is none of this model's: {reason}."
+            message = f"the update that was saved does not fit this model: {reason}."
             raise explained(ValueError(message))
-        handle._writer.refusal = refusal
     except BaseException:
         handle._leave(trained=False)
         raise

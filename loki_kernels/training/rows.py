@@ -324,7 +324,6 @@ class LokiRows(nn.Module):
     ) -> None:
         own = {prefix + name for name in (*BESIDE, *TRAINED)}
         weight = state_dict.get(prefix + self.parameter)
-        partitioned = is_partitioned(self.frozen)
         error = why_not_load(self, state_dict, prefix)
         if error is not None:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
@@ -335,7 +334,7 @@ class LokiRows(nn.Module):
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         missing_keys += [name for name in missing if name not in own]
-        if partitioned or len(error_msgs) > errors:
+        if is_partitioned(self.frozen) or len(error_msgs) > errors:
             return
         if weight is None:
             if all(prefix + name in state_dict for name, _ in self.trained_parameters()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from ..attribution.analysis import AnalysisOptions, cached_attribution
+from ..attribution.analysis import AnalysisOptions, cached_attribution, check_analysis_options
 from ..errors import UnsupportedModelError, check_choice, explained
 from ..options import DEFAULT_QUOTA, Criterion
 from ..protection import Protection
@@ -26,8 +26,8 @@ from ..structure import (
     TOLERANCE,
     DownProjection,
     Structure,
+    alike,
     foreign_forward,
-    in_float64,
     plain_name,
     refuse_tensor_parallelism,
 )
@@ -78,6 +78,7 @@ def check_arguments(
     both = [name for name, value in choices.items() if value is not None]
     if rows is not None and both:
         raise ValueError(f"{both[0]}= chooses rows, and rows= names them; give one of the two.")
+    check_analysis_options(analysis or {})
 
 
 def what_to_train(
@@ -104,12 +105,10 @@ def selection_to_train(
     quota: float,
     criterion: Criterion | None = None,
     analysis: AnalysisOptions | None = None,
-    *,
-    agree: bool = True,
 ) -> RowSelection:
     """The rows to train: those named, all with a quota of 100, or those an analysis chooses.
 
-    With ``agree``, which every process has to ask for, of an analysis those of the first process.
+    Of an analysis, for which every process has to ask, those of the first process.
     """
     if rows is not None:
         return as_selection(rows)
@@ -119,7 +118,7 @@ def selection_to_train(
         return RowSelection(every, {"width": width, "quota": quota})
     scores = cached_attribution(structure, tokenizer, analysis)
     selection = select(scores, quota, criterion=criterion)
-    return _of_the_first(selection) if agree and is_distributed() else selection
+    return _of_the_first(selection) if is_distributed() else selection
 
 
 def protection_to_keep(
@@ -261,8 +260,7 @@ def _computes_linear(module: nn.Module, axis: int) -> bool:
     with torch.no_grad():
         x = x.to(weight)
         want = nn.functional.linear(x, weight.t() if axis else weight, bias)
-        error = in_float64(type(module).forward(module, x)) - in_float64(want)
-    return float(error.norm()) <= TOLERANCE[weight.dtype] * float(in_float64(want).norm())
+        return alike(type(module).forward(module, x), want, weight.dtype)
 
 
 def refuse_efficient_loading() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from ..errors import explained
 from ..protection import fingerprint_of
 from ..sharding import DTensor, full_shape, is_distributed, shards_its_weights
 from ..structure import embedding_weight, foreign_forward
-from .adapter_file import protection_of
+from .adapter_file import protection_of, why_other_protection
 from .arithmetic import check_gradients, coarse_dtype, place_of, version_of
 from .experts import LokiExperts
 from .rows import TRAINED, LokiRows, write_rows
@@ -49,7 +49,6 @@ class RowWriter:
     # Where the updates lie that were last written, and their versions.
     versions: list[tuple[int, int | None]] | None = field(default=None, init=False)
     kept: bool = field(default=False, init=False)  # whether a trainer says that they are as then
-    refusal: str | None = field(default=None, init=False)  # why the update is not to be trained on
     tokens: int = field(init=False)  # that the model had embeddings of when it was patched
     # The layers, and what is around experts, which may read their weights without calling them.
     forwards: dict[str, nn.Module] = field(init=False)
@@ -156,7 +155,7 @@ class RowWriter:
         return handles
 
     def _check_gradient(self, layer: LokiRows) -> None:
-        self._check_allowed()
+        self._check_allowed([layer])
         layer.check_loaded(to_train=True)
         if not self.checked:  # in evaluation mode no forward pass has
             self._check_model()
@@ -188,14 +187,16 @@ class RowWriter:
             if of_layers or any(weight is not None for weight in in_files):
                 layer.pass_over(in_files)
 
-    def _check_allowed(self) -> None:
+    def _check_allowed(self, layers: Iterable[LokiRows]) -> None:
         if self.held:
             raise RuntimeError(
                 "the model trains inside handle.inference(), where the rows are not written anew; "
                 "leave it first."
             )
-        if self.refusal is not None:
-            raise RuntimeError(f"the update that was loaded cannot be trained on: {self.refusal}.")
+        for layer in layers:
+            if layer.trained_with is not None and layer.protection is None:
+                refusal = why_other_protection(layer.trained_with[0], None)
+                raise RuntimeError(f"the update that was loaded cannot be trained on: {refusal}.")
 
     def _check_forwards(self) -> None:
         """Raise RuntimeError if another program's forward pass runs in place of a module's own."""
@@ -213,7 +214,7 @@ class RowWriter:
             )
 
     def _check_training(self) -> None:
-        self._check_allowed()
+        self._check_allowed(self.layers)
         if not any(p.requires_grad for x in self.layers for _, p in x.trained_parameters()):
             raise explained(
                 RuntimeError(

@@ -10,7 +10,7 @@ import pytest
 
 import loki_kernels
 import loki_kernels.ops
-from loki_kernels.errors import ENTRIES
+from loki_kernels.errors import ENTRIES, explained
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -92,6 +92,10 @@ def test_an_error_names_its_entry(entry):
     title = "unsupportedmodelerror" if entry == "why" else entry.lower().replace(" ", "-")
     assert anchor == re.sub(r"[^\w-]", "", title)
     assert anchor in set(_headings(ROOT / page))
+
+
+def test_an_error_without_an_entry_names_none():
+    assert not hasattr(explained(ValueError("it has another rank or width there")), "__notes__")
 
 
 def test_every_error_that_has_an_entry_is_raised_with_it():

@@ -493,7 +493,7 @@ def test_zero_goes_on_from_what_was_trained_whole(zero):
     for read, rows, said, left in json.loads((zero / "continued.json").read_text()):
         assert read
         assert rows
-        assert "none of this model's: it was trained on another base" in said
+        assert "does not fit this model: it was trained on another base" in said
         assert not left
 
 

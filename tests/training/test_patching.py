@@ -612,6 +612,17 @@ def test_a_new_head_is_trained_and_others_on_demand(model):
     train(model)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_going_on_with_another_rank_is_refused(model, tmp_path, rank):
+    """The update has a rank of its own, which would be trained in place of the one asked for."""
+    with loki.patch(model, ROWS, rank=rank) as handle:
+        handle.save_state(tmp_path)
+    with pytest.raises(ValueError, match=f"of {'no ' if rank is None else ''}rank.*rank=4 would"):
+        loki.patch(model, tmp_path, rank=4)
+    with loki.patch(model, tmp_path, rank=rank) as handle:
+        assert {layer.rank for _, layer in handle.named_layers()} == {rank}
+
+
 def test_nobody_is_asked_whether_a_model_s_own_code_may_run(model, tmp_path, monkeypatch):
     """Of a model that was loaded with trust_remote_code=True transformers asks a terminal, 15 s."""
     asked = []
