@@ -142,9 +142,8 @@ class LokiModel(BaseTuner):
         )
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
         with self._base_alone():  # an analysis is of what every adapter is of
-            selection = selection_to_train(
-                structure, peft_config.rows, None, quota, peft_config.criterion
-            )
+            selection = selection_to_train(structure, wanted, None, quota, peft_config.criterion)
+        assigned = assign_rows(structure, selection)  # raises before minutes of estimating
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}
         kept_by_layer = self._directions(structure, peft_config)
@@ -156,7 +155,7 @@ class LokiModel(BaseTuner):
         # its index, dtype and protected directions
         self._added: dict[str, tuple[LokiLayer, Tensor, torch.dtype, Tensor | None]] = {}
         base_rows, quantized = [], False
-        for down_proj, rows in assign_rows(structure, selection):
+        for down_proj, rows in assigned:
             if len(rows):
                 module = down_proj.module
                 # one of ours is there if another adapter trains rows of it

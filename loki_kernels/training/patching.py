@@ -37,6 +37,7 @@ from .rows import BESIDE, LokiRows
 from .targets import (
     Protect,
     Rows,
+    as_selection,
     assign_rows,
     check_arguments,
     check_patchable,
@@ -66,7 +67,7 @@ def patch(
     analysis: AnalysisOptions | None = None,
     rank: int | None = None,
     protect: Protect | None = None,
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: Sequence[str] | None = None,
     fuse_mlp: bool = False,
 ) -> Patch:
     """Make a model train an update of rows of its FFN down-projections.
@@ -119,23 +120,40 @@ def patch(
     """
     structure = find_structure(model)
     check_trainable(structure)
-    check_arguments(rows, quota, criterion, analysis, rank, modules_to_save)
+    check_arguments(rows, quota, criterion, analysis, rank, modules_to_save or ())
     saved = _saved_update(rows, rank)
     others, alone = adapter_file.whole_modules(structure.causal_lm, saved.others if saved else ())
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
         protect = _beside(saved, protect)
-    whole = find_modules(structure, [*modules_to_save, *others, *new_heads(structure)])
+    whole = find_modules(structure, [*(modules_to_save or ()), *others, *new_heads(structure)])
     quota, protect = what_to_train(rows, quota, criterion, analysis, protect)
     warn_of_memory(structure, rows, quota, protected=protect not in (None, False), rank=rank)
-    protection = protection_to_keep(structure, protect, tokenizer)
-    selection = selection_to_train(structure, rows, tokenizer, quota, criterion, analysis)
+    selection, protection = _chosen(structure, rows, tokenizer, quota, criterion, analysis, protect)
     handle = _patch_rows(
         structure, selection, whole, alone, rank, protection, fuse_mlp=fuse_mlp, together=True
     )
     if saved is not None:
         _load(handle, saved)
     return handle
+
+
+def _chosen(
+    structure: Structure,
+    rows: Rows | None,
+    tokenizer: Any,
+    quota: float,
+    criterion: Criterion | None,
+    analysis: AnalysisOptions | None,
+    protect: Protect | None,
+) -> tuple[RowSelection, Protection | None]:
+    """The rows and the protection; what is read comes before what takes minutes."""
+    if rows is not None:
+        named = as_selection(rows)
+        assign_rows(structure, named)
+        return named, protection_to_keep(structure, protect, tokenizer)
+    protection = protection_to_keep(structure, protect, tokenizer)
+    return selection_to_train(structure, None, tokenizer, quota, criterion, analysis), protection
 
 
 def patch_saved(model: nn.Module, saved: SavedUpdate) -> Patch:
@@ -249,7 +267,14 @@ def _saved_update(rows: Rows | None, rank: int | None) -> SavedUpdate | None:
 
 
 def _beside(saved: SavedUpdate, protect: Protect | None) -> Protect | None:
-    """The protection that lies beside a saved update, unless another or none is asked for."""
+    """The protection that lies beside a saved update, unless another or none is asked for.
+
+    Raises:
+        ValueError: if one is to be estimated for an update that had none.
+    """
+    if saved.protection is None and protect is True:
+        reason = adapter_file.why_other_protection(None, "")
+        raise ValueError(f"the update that was saved does not fit this model: {reason}.")
     if saved.protection is None or protect not in (None, True):
         return protect
     return saved.protection_file if os.path.isfile(saved.protection_file) else protect

@@ -17,6 +17,7 @@ from loki_kernels.attribution import analysis
 from loki_kernels.peft import LokiConfig
 from loki_kernels.peft import config as config_module
 from loki_kernels.peft import layer as layer_module
+from loki_kernels.peft import model as model_module
 from loki_kernels.protection import estimate
 from loki_kernels.training import targets
 from tests.models import DEVICE, build_model
@@ -122,6 +123,13 @@ def test_transformers_reads_an_adapter_wherever_its_protection_is(tmp_path):
     file.unlink()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded.to(DEVICE)), logits(model))
+
+
+@pytest.mark.parametrize("rows", [[[1], [2]], [[48], [1], [1]]])
+def test_rows_are_checked_before_a_protection_is_estimated(rows, monkeypatch):
+    monkeypatch.setattr(model_module, "protection_to_keep", lambda *_: pytest.fail("it estimates"))
+    with pytest.raises(ValueError, match=r"layers|out of range"):
+        peft.get_peft_model(build_model(), LokiConfig(rows=rows, protect=True))
 
 
 def test_a_config_names_a_file():

@@ -21,7 +21,7 @@ import loki_kernels as loki
 from loki_kernels.attribution import analysis
 from loki_kernels.protection import estimate
 from loki_kernels.questions import CALIBRATION_PER_SUBJECT
-from loki_kernels.training import rows
+from loki_kernels.training import patching, rows
 from loki_kernels.training.linear import LokiLinear
 from tests.models import build_model, to_device
 from tests.tiny_tokenizers import chat_tokenizer
@@ -762,6 +762,29 @@ def test_gentle_rows_of_another_run_are_not_projected_in_16_bits(protection):
     protected.load_state_dict(merged, strict=False)
     with torch.no_grad(), pytest.raises(RuntimeError, match="not the update itself"):
         protected(input_ids=token_batch())
+
+
+@pytest.mark.parametrize(
+    ("named", "error"),
+    [
+        ("no.json", FileNotFoundError),
+        ([[1], [2]], ValueError),
+        ([[48], [1], [1]], ValueError),
+        ([1, 2, 3], ValueError),
+        ("{unprotected}", ValueError),  # an update that had no protection
+    ],
+)
+def test_rows_are_read_before_a_protection_is_estimated(named, error, monkeypatch, tmp_path):
+    if named == "{unprotected}":
+        loki.patch(build_model(), ROWS).save_state(tmp_path)
+        named = tmp_path
+    monkeypatch.setattr(patching, "protection_to_keep", lambda *_: pytest.fail("estimated"))
+    with pytest.raises(error):
+        loki.patch(build_model(), named, protect=True, tokenizer=object())
+
+
+def test_no_modules_to_save_are_none_of_them():
+    assert not loki.patch(build_model(), ROWS, modules_to_save=None).report.whole
 
 
 def test_weights_that_zero_3_has_split_are_estimated_from_in_no_process():
