@@ -44,10 +44,8 @@ def layers_at_a_time(layers: Sequence[DownProjection]) -> Iterator[list[DownProj
     room = {device: _room(device) for device in {layer.weight.device for layer in layers}}
     taken = dict.fromkeys(room, widest)
     for down_proj in layers:
-        size, device = (
-            4 * math.prod(down_proj.experts) * down_proj.in_features**2,
-            down_proj.weight.device,
-        )
+        size = 4 * math.prod(down_proj.experts) * down_proj.in_features**2
+        device = down_proj.weight.device
         if group and taken[device] + size > room[device]:
             yield group
             group, taken = [], dict.fromkeys(room, widest)
