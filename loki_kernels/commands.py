@@ -108,6 +108,10 @@ def protection(arguments: argparse.Namespace) -> None:
     from .protection import Protection, estimate_protection
 
     check_writable(arguments.out, ".safetensors")
+    if arguments.texts and arguments.samples:
+        raise ValueError(
+            "--samples are drawn where no --texts are given; leave one of the two out."
+        )
     found = read_texts(arguments.texts) if arguments.texts else None
     earlier = Protection.load(arguments.earlier) if arguments.earlier else None
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
