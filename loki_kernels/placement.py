@@ -36,7 +36,6 @@ def accelerator() -> tuple[torch.device, int] | None:
     return (device, free) if device and free is not None and computes(device) else None
 
 
-@functools.cache
 def computes(device: torch.device) -> bool:
     """Whether this build of torch has kernels for a device; if not, that is logged.
 
@@ -44,10 +43,18 @@ def computes(device: torch.device) -> bool:
     for cards before the T4, such as a P100.
     """
     try:
+        return _computes(device)
+    except RuntimeError:  # its memory is full, which tells nothing: another time it is tried again
+        return True
+
+
+@functools.cache
+def _computes(device: torch.device) -> bool:
+    try:
         (torch.zeros(1, device=device) + 1).item()
     except RuntimeError as error:
-        if memory_is_full(error):  # there may be room another time
-            return True
+        if memory_is_full(error):
+            raise
         reason = str(error).partition("\n")[0]
         logger.warning("%s is left alone, since this torch cannot use it: %s", device, reason)
         return False

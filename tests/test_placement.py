@@ -136,7 +136,7 @@ def test_a_device_without_kernels_is_left_alone(monkeypatch, caplog):
     device = torch.device("meta")  # of which no number can be read
     monkeypatch.setattr(placement, "process_device", lambda: device)
     monkeypatch.setattr(placement, "free_bytes", lambda _device: 10**12)
-    placement.computes.cache_clear()
+    placement._computes.cache_clear()
     assert placement.accelerator() is None
     assert placement.accelerator() is None
     assert caplog.text.count("meta is left alone, since this torch cannot use it") == 1
@@ -147,10 +147,11 @@ def test_a_full_device_is_no_device_without_kernels(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch, "zeros", full)
-    placement.computes.cache_clear()
-    assert placement.computes(torch.device("meta"))
-    placement.computes.cache_clear()
+    placement._computes.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros", full)
+        assert placement.computes(torch.device("meta"))
+    assert not placement.computes(torch.device("meta"))  # it is tried again
     monkeypatch.setattr(torch.cuda, "is_available", lambda: 1 / 0)
     assert placement.device_to_use("cpu") == "cpu"  # what is named is not looked for
 

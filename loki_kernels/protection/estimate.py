@@ -105,7 +105,7 @@ def estimate_protection(
         own = texts is None
         if own:
             tokenizer = tokenizer or find_tokenizer(causal_lm)
-            samples = samples or samples_to_draw(structure)
+            samples = samples or samples_to_draw(structure, max_directions)
             texts = draw_samples(causal_lm, tokenizer, count=samples, seed=seed, progress=progress)
         assert texts is not None
         windows = list(_windows(texts, tokenizer, structure))
@@ -167,13 +167,14 @@ def _check_options(
         raise ValueError("samples, max_directions and batch_size must be positive.")
 
 
-def samples_to_draw(structure: Structure) -> int:
-    """How many samples give each direction of a layer, or of an expert, enough tokens."""
+def samples_to_draw(structure: Structure, most: int | None = None) -> int:
+    """How many samples give each of at most so many directions of a layer, or expert, tokens."""
     passed = experts_per_token(text_config(structure.causal_lm))
     tokens = 0.0
     for down_proj in structure.projections():
         reach = min(1.0, passed / math.prod(down_proj.experts))  # the share of tokens, on average
-        wanted = _TOKENS_A_DIRECTION * default_directions(down_proj.in_features)
+        width = down_proj.in_features
+        wanted = _TOKENS_A_DIRECTION * min(width, most or default_directions(width))
         tokens = max(tokens, wanted / reach)
     return min(max(DEFAULT_SAMPLES, math.ceil(tokens / LENGTH)), _MOST_SAMPLES)
 

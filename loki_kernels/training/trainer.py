@@ -166,14 +166,15 @@ def _check_arguments(args: TrainingArguments) -> None:
 
 
 def _heed_adapter(args: TrainingArguments) -> None:
-    """Raise ValueError if an upload would end at an adapter in ``output_dir``, when all is trained.
+    """Raise ValueError if an upload, or the only save of a run without checkpoints, would end at
+    an adapter in ``output_dir`` when all is trained.
 
     Checkpoints lie in folders of their own, so that `save_model` may never be called.
     """
     try:
         refuse_adapter(args.output_dir or "")
     except ValueError as error:
-        if args.push_to_hub:
+        if args.push_to_hub or args.save_strategy == "no":
             raise
         logger.warning("trainer.save_model() will be refused: %s", error)
 

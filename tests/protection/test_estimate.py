@@ -414,6 +414,7 @@ def test_wide_layers_and_experts_have_tokens_for_their_directions(features, expe
         projections=lambda: iter([SimpleNamespace(in_features=48, experts=()), down_proj]),
     )
     assert estimate.samples_to_draw(structure) == count
+    assert estimate.samples_to_draw(structure, most=1) == 192
 
 
 CHATML = (
