@@ -42,14 +42,13 @@ def _join_processes() -> bool:
 
 
 def attribute(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from . import attribution
     from .attribution.result import check_suffix
     from .files import check_writable
     from .inspection import load_model
     from .placement import device_to_use
     from .questions import load_questions
+    from .tokenizing import load_tokenizer
 
     suffix = check_suffix(check_writable(arguments.out))
     if arguments.keep == "counts" and suffix != ".safetensors":
@@ -59,7 +58,7 @@ def attribute(arguments: argparse.Namespace) -> None:
     first = _join_processes()
     model = load_model(arguments.model, arguments.dtype)
     model.to(device_to_use(arguments.device))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(arguments.model)
     result = attribution.attribute(
         model,
         questions,
@@ -100,12 +99,11 @@ def select(arguments: argparse.Namespace) -> None:
 
 
 def protection(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from .files import check_writable
     from .forgetting.texts import encode, read_texts
     from .inspection import load_model
     from .protection import Protection, estimate_protection
+    from .tokenizing import load_tokenizer
 
     check_writable(arguments.out, ".safetensors")
     if arguments.texts and arguments.samples:
@@ -114,7 +112,7 @@ def protection(arguments: argparse.Namespace) -> None:
         )
     found = read_texts(arguments.texts) if arguments.texts else None
     earlier = Protection.load(arguments.earlier) if arguments.earlier else None
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(arguments.model)
     result = estimate_protection(
         load_model(arguments.model, arguments.dtype),
         None if found is None else [encode(text, tokenizer).tolist() for text in found],

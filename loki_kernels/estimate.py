@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from .attribution.attribute import attribute
 from .attribution.definitions import PathIntegral
@@ -27,6 +27,7 @@ from .placement import device_to_use
 from .questions import load_questions
 from .structure import Structure, text_config
 from .team import share_out
+from .tokenizing import load_tokenizer
 
 _ROUNDS = 3
 
@@ -226,7 +227,7 @@ def estimate(
     limits = BatchLimits.of(device, batch_size, gpus, room, rotary_border(model)).of_engine(engine)
     shape, points = Shape.of(structure), len(structure.layers) * len(integral.alphas)
     prompts = load_questions() if prompts is None else prompts
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer = load_tokenizer(name)
     sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size)
     costs, loads = [Cost(0.0, 0.0)] * gpus, [0.0] * gpus
     tokens = count = batches = 0

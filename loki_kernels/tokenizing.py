@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,15 +14,29 @@ from transformers import PreTrainedTokenizerBase
 from .errors import explained
 
 
-def find_tokenizer(model: nn.Module) -> Any:
-    """The tokenizer of ``model.name_or_path``; ValueError where there is none."""
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
+    """The tokenizer in a folder or of a hub's name; OSError where a folder has no file of one.
+
+    Of a config alone transformers makes Gemma's, Qwen's and GPT-2's with special tokens only.
+    """
     from transformers import AutoTokenizer
 
+    folder = os.fspath(name)
+    if os.path.isdir(folder) and not any(map(_OF_TOKENIZERS.search, os.listdir(folder))):
+        raise OSError(f"the folder {folder} has no file of a tokenizer")
+    # False, since by default a terminal is asked for 15 s whether its code may run
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+_OF_TOKENIZERS = re.compile("token|vocab|tekken|piece")
+
+
+def find_tokenizer(model: nn.Module) -> Any:
+    """The tokenizer of ``model.name_or_path``; ValueError where there is none."""
     name = getattr(model, "name_or_path", "")
     if name:
         try:
-            # False, since by default a terminal is asked for 15 s whether its code may run
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return load_tokenizer(name)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"no tokenizer was found under {name!r} ({error}); pass tokenizer=..., or save it "

@@ -30,6 +30,7 @@ PIPES = {"capture_output": True, "text": True}
 def folder(model, tmp_path, monkeypatch):
     """A saved model and a tokenizer that needs no download."""
     model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").touch()
 
     class Tokenizer:
         chat_template = None

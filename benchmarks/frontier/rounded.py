@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from loki_kernels.cache import cache_folder
 from loki_kernels.demo.model import NAME
+from loki_kernels.sharding import linear_of
 
 from ..forgetting.precision import DEVICE
 from .arms import ARMS, Job
@@ -33,10 +34,7 @@ def merge(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, UpdatedLinear):
-                linear = child.linear  # the base has it too
-                plain = nn.Linear(linear.in_features, linear.out_features, False, device="meta")
-                plain.weight, plain.bias = nn.Parameter(child.weight(), False), linear.bias
-                setattr(module, name, plain)
+                setattr(module, name, linear_of(child.weight(), child.linear.bias))
 
 
 @torch.no_grad()

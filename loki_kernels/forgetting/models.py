@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -24,7 +23,7 @@ from ..inspection import load_model
 from ..placement import device_to_use
 from ..sharding import is_partitioned, is_sharded, reshard, settle
 from ..structure import text_config, unwrap
-from ..tokenizing import writes_chats
+from ..tokenizing import load_tokenizer, writes_chats
 from ..training import load_adapter
 from ..training.adapter_file import ADAPTER_FILE, read_saved
 from ..training.rows import LokiRows
@@ -122,14 +121,8 @@ def tokenizer_of_pair(base: Model, tuned: Model | None, tokenizer: Any) -> Any:
 
 def find_own_tokenizer(name: Any) -> Any:
     """The tokenizer that lies beside a model or an adapter; None if there is none."""
-    folder = Path(os.fspath(name))
-    # of a config alone transformers makes Gemma's, Qwen's and GPT-2's with special tokens only
-    if folder.is_dir() and not any(
-        re.search("token|vocab|tekken|piece", f) for f in os.listdir(folder)
-    ):
-        return None
     try:
-        return AutoTokenizer.from_pretrained(os.fspath(name), trust_remote_code=False)
+        return load_tokenizer(name)
     except (ImportError, KeyError, OSError, ValueError):  # an adapter's folder often has none
         return None
 

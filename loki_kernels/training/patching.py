@@ -273,8 +273,7 @@ def _beside(saved: SavedUpdate, protect: Protect | None) -> Protect | None:
         ValueError: if one is to be estimated for an update that had none.
     """
     if saved.protection is None and protect is True:
-        reason = adapter_file.why_other_protection(None, "")
-        raise ValueError(f"the update that was saved does not fit this model: {reason}.")
+        raise _unfit(adapter_file.why_other_protection(None, ""))
     if saved.protection is None or protect not in (None, True):
         return protect
     return saved.protection_file if os.path.isfile(saved.protection_file) else protect
@@ -290,6 +289,10 @@ def _gating_or_reason(down_proj: DownProjection, rank: int | None) -> Gating | s
     return find_gating(down_proj, to_train=True)
 
 
+def _unfit(reason: str | None) -> ValueError:
+    return explained(ValueError(f"the update that was saved does not fit this model: {reason}."))
+
+
 def _load(handle: Patch, saved: SavedUpdate) -> None:
     """Load what was saved into a model that was just patched.
 
@@ -303,8 +306,7 @@ def _load(handle: Patch, saved: SavedUpdate) -> None:
             reason = adapter_file.why_other_protection(saved.protection, present)
         reason = reason or handle._load(saved)
         if reason is not None:
-            message = f"the update that was saved does not fit this model: {reason}."
-            raise explained(ValueError(message))
+            raise _unfit(reason)
     except BaseException:
         handle._leave(trained=False)
         raise

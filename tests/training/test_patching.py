@@ -834,6 +834,18 @@ def test_the_index_of_shards_counts_the_models_own_parameters(model, tmp_path):
     assert read[0] == read[1]
 
 
+def test_a_config_alone_is_no_tokenizer(tmp_path):
+    """Of Qwen's transformers makes one that knows a single token, without a word."""
+    config = transformers.Qwen2Config(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=97,
+    )  # fmt: skip
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    with pytest.raises(ValueError, match="has no file of a tokenizer"):
+        find_tokenizer(loaded)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("what", ["generate", "save"])
 def test_a_weight_that_held_the_base_holds_it_again(what, trained, model, tmp_path):
