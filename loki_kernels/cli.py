@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         "merge", help="put the rows of an adapter, or of a checkpoint's side file, into their base"
     )
     merge.add_argument("base", help="folder or hub name of the model that was patched")
-    merge.add_argument("checkpoint", help="adapter, or folder with loki_rows.update")
+    merge.add_argument(
+        "checkpoint", help="folder or hub name of an adapter, or folder with loki_rows.update"
+    )
     merge.add_argument("out", help="folder to write the merged model to")
     merge.add_argument("--dtype", default="auto", help="of the merged model: auto, float32, ...")
     merge.add_argument(

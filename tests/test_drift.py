@@ -24,6 +24,7 @@ from loki_kernels.forgetting import result as forgetting_result
 from loki_kernels.forgetting.texts import read_texts
 from loki_kernels.peft import LokiConfig
 from loki_kernels.peft import layer as layer_module
+from loki_kernels.training import adapter_file
 from loki_kernels.training import rows as rows_module
 from tests.architectures import falcon_h1
 from tests.models import assert_unchanged, build_model, save_base, snapshot
@@ -460,26 +461,25 @@ def test_two_precisions_are_named(base_folder, tmp_path, caplog):
 
 
 def test_our_adapter_by_its_name_on_the_hub(base_folder, tmp_path, monkeypatch):
-    """Its config is fetched to know it, and then its weights."""
+    """Its config is fetched to know it, and then its weights; its protection is not."""
     model = load_model(base_folder)
     loki.patch(model, ROWS)
     folder = loki.save_adapter(train(model), tmp_path / "snapshot")
-    weights = folder / "adapter_model.safetensors"
-    weights.rename(tmp_path / "remote")
     fetched = []
 
-    def fetch(name, file):
-        fetched.append((name, file))
-        (tmp_path / "remote").rename(folder / file)
+    def fetch(name, allow_patterns):
+        fetched.append((name, allow_patterns))
+        return str(folder)
 
     monkeypatch.setattr(
         models, "find_adapter_config_file",
         lambda name: str(folder / "adapter_config.json") if name == "user/rows" else None,
     )  # fmt: skip
-    monkeypatch.setattr(models, "cached_file", fetch)
+    monkeypatch.setattr(adapter_file, "snapshot_download", fetch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it has no tokenizer
     assert loki.drift(base_folder, "user/rows", texts()).overall.kl > 0
-    assert fetched == [("user/rows", "adapter_model.safetensors")]
+    wanted = ["adapter_config.json", "adapter_model.safetensors", "loki_rows.update"]
+    assert fetched == [("user/rows", wanted)] * 2
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_base(tmp_path):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig
-from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import import_extra
@@ -25,7 +24,7 @@ from ..sharding import is_partitioned, is_sharded, reshard, settle
 from ..structure import text_config, unwrap
 from ..tokenizing import load_tokenizer, writes_chats
 from ..training import load_adapter
-from ..training.adapter_file import ADAPTER_FILE, read_saved
+from ..training.adapter_file import read_saved
 from ..training.rows import LokiRows
 from ..training.targets import trained_whole
 
@@ -156,9 +155,7 @@ def modules_of_adapter(name: Any, adapter: Path) -> set[str]:
     """
     if not _is_ours(adapter):
         return set()
-    if not Path(os.fspath(name)).is_dir():  # of the hub the config alone is here so far
-        cached_file(os.fspath(name), ADAPTER_FILE)
-    return read_saved(adapter.parent).modules
+    return read_saved(name).modules
 
 
 def _is_ours(adapter: Path) -> bool:
@@ -177,7 +174,7 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
     """
     if _is_ours(adapter):
         with _random_numbers_kept(model):
-            handle = load_adapter(model, adapter.parent)
+            handle = load_adapter(model, os.fspath(name))
         with handle:
             yield handle.model
         return

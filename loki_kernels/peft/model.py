@@ -141,12 +141,14 @@ class LokiModel(BaseTuner):
             structure, wanted, quota, protected=bool(protect), rank=rank, keeps_rows=False
         )
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
-        with self._base_alone():  # an analysis is of what every adapter is of
+        if wanted is not None:  # raises before minutes of estimating
+            assign_rows(structure, as_selection(wanted))
+        kept_by_layer = self._directions(structure, peft_config)  # and this before an analysis
+        with self._base_alone():  # which is of what every adapter is of
             selection = selection_to_train(structure, wanted, None, quota, peft_config.criterion)
-        assigned = assign_rows(structure, selection)  # raises before minutes of estimating
+        assigned = assign_rows(structure, selection)
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}
-        kept_by_layer = self._directions(structure, peft_config)
         self._agreed.discard(name)
         if together:
             check_processes_agree(selection, peft_config.protection)
@@ -169,8 +171,7 @@ class LokiModel(BaseTuner):
                 self._added[names[id(module)]] = layer, rows.to(own.device), dtype, kept
                 base_rows.append(own)
                 quantized |= layer.quantization_backend is not None
-        present = BaseRows.of(base_rows, quantized=quantized)
-        peft_config.present = present
+        peft_config.present = present = BaseRows.of(base_rows, quantized=quantized)
         trained_on = base_rows_of(vars(peft_config))
         check_base(
             trained_on,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from ..errors import explained
@@ -36,6 +37,7 @@ SIDE_FILE = "loki_rows.update"
 # What a protected update was trained with, a `Protection`'s file, beside it or in an adapter's
 # folder: training on takes it, reading does not.
 PROTECTION_FILE = "loki_rows.protection"
+_OF_AN_UPDATE = (CONFIG_FILE, ADAPTER_FILE, SIDE_FILE)
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"(.+)\.loki_(index|{'|'.join(TRAINED)})")
@@ -321,15 +323,27 @@ def protection_tensors(layers: Layers, protection: str) -> dict[str, Tensor]:
     return {f"{_PREFIX}{name}.loki_protection": digest_of(protection) for name in layers}
 
 
-def read_saved(folder: str | os.PathLike[str]) -> SavedUpdate:
-    """Read the update in an adapter's folder, or beside a checkpoint.
+def _folder_of(name: str | os.PathLike[str]) -> Path:
+    """The folder that is named, or else what a hub's repository of that name has of an update."""
+    if os.path.exists(name):
+        return Path(name)
+    try:
+        return Path(snapshot_download(os.fspath(name), allow_patterns=[*_OF_AN_UPDATE]))
+    except (OSError, ValueError) as error:  # no such name, no connection, none that a hub takes
+        raise FileNotFoundError(
+            f"there is no folder {name}, nor was an update of that name found on the hub: {error}"
+        ) from error
+
+
+def read_saved(name: str | os.PathLike[str]) -> SavedUpdate:
+    """Read the update in an adapter's folder or repository on the hub, or beside a checkpoint.
 
     Raises:
-        FileNotFoundError: if the folder has neither.
+        FileNotFoundError: if the folder has neither, or there is none.
         ValueError: if it is damaged, another method's, or has embeddings of single tokens; or if
             it has both, which may be two updates.
     """
-    folder = Path(folder)
+    folder = _folder_of(name)
     path = folder / CONFIG_FILE
     if not path.is_file():
         if not (folder / SIDE_FILE).is_file():

@@ -104,8 +104,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
     The base may be in another dtype than the one that was trained on, or whole where that was
     quantized. To train a protected one on, `patch` with the folder.
 
+    Args:
+        model: the base.
+        folder: of either, or the name of the adapter's repository on the hub.
+
     Raises:
-        FileNotFoundError: if the folder has neither.
+        FileNotFoundError: if the folder has neither, or there is none.
         ValueError: if it is damaged, was made for another base, or has embeddings of single tokens
             (PEFT's ``trainable_token_indices``). The model is unchanged.
         UnsupportedModelError: if the model cannot be patched.

@@ -132,6 +132,14 @@ def test_rows_are_checked_before_a_protection_is_estimated(rows, monkeypatch):
         peft.get_peft_model(build_model(), LokiConfig(rows=rows, protect=True))
 
 
+def test_a_protection_is_read_before_an_analysis(monkeypatch, tmp_path):
+    monkeypatch.setattr(targets, "cached_attribution", lambda *_: pytest.fail("it analyses"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        peft.get_peft_model(
+            build_model(), LokiConfig(quota=25, protect=str(tmp_path / "gone.safetensors"))
+        )
+
+
 def test_a_config_names_a_file():
     with pytest.raises(TypeError, match=r"protection.save\(FILE\), protect=FILE"):
         LokiConfig(rows=ROWS, protect=protection_of(build_model()))

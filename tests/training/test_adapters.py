@@ -142,6 +142,8 @@ def test_damaged_files(trained, tmp_path):
     folder = trained[1]
     with pytest.raises(FileNotFoundError, match="is not an adapter"):
         loki.load_adapter(build_model(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*gone, nor"):
+        loki.load_adapter(build_model(), tmp_path / "gone")
     (folder / "adapter_model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         loki.load_adapter(build_model(), folder)
