@@ -10,6 +10,9 @@ OLD_PEFT := 0.18.1
 # The Pythons that `make wheels` tries its wheel with.
 PYTHONS ?= $(PYTHON)
 
+# A clean environment, as a user has.
+CLEAN := env -i HOME="$(HOME)" PATH=/usr/bin:/bin
+
 .PHONY: demo test package wheels lint docs bench clean
 
 .venv/.ready: pyproject.toml
@@ -37,7 +40,6 @@ test: .venv/.dev
 
 # What a user gets from the sdist, in a clean environment without nvcc: pure Python at first, then
 # with the C++ implementations.
-package: CLEAN := env -i HOME="$(HOME)" PATH=/usr/bin:/bin
 package: .venv/.dev
 	rm -rf dist
 	$(PY) -m build
@@ -52,7 +54,6 @@ package: .venv/.dev
 
 # One wheel for every Python from 3.11 on, with the C++ implementations and, where .venv has a torch
 # with CUDA and there is its nvcc, the CUDA ones. What torch brings stays out of it. No GPU is needed.
-wheels: CLEAN := env -i HOME="$(HOME)" PATH=/usr/bin:/bin
 wheels: .venv/.dev
 	rm -rf build dist/wheels
 	LOKI_KERNELS_WHEEL=1 $(PY) -m build --wheel --no-isolation --outdir dist/wheels/raw

@@ -190,17 +190,15 @@ def wheel_options() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def left_out_if_it_fails(*libraries: str) -> Iterator[None]:
+def left_out_if_it_fails(library: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         if WHEEL:
             raise
         summary = str(error).partition("\n")[0]
-        for library in libraries:
-            reason = f"compiling it failed ({summary}; pip install -v shows more)."
-            reasons.setdefault(library, reason)
-        print(f"{' and '.join(libraries)} left out: {error}", file=sys.stderr)
+        reasons.setdefault(library, f"compiling it failed ({summary}; pip install -v shows more).")
+        print(f"{library} left out: {error}", file=sys.stderr)
 
 
 def remove_older_builds(folder: Path) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import transformers
@@ -17,6 +17,8 @@ from torch import nn
 
 import loki_kernels as loki
 from loki_kernels.options import EngineName
+
+from .measure import seconds
 
 SIZES = {
     "vocab_size": 8192,
@@ -64,16 +66,12 @@ def main() -> None:
         first: tuple[float, torch.Tensor] | None = None
         engines: tuple[EngineName, ...] = ("staircase", "decode", "reforward")
         for engine in engines:
+            call = partial(loki.attribute, model, prompt, steps=options.steps, engine=engine)
             try:
-                result = loki.attribute(model, prompt, steps=options.steps, engine=engine)
+                result = call()
             except loki.UnsupportedModelError:
                 continue
-            seconds = []
-            for _ in range(options.rounds):
-                start = time.perf_counter()
-                loki.attribute(model, prompt, steps=options.steps, engine=engine)
-                seconds.append(time.perf_counter() - start)
-            taken = statistics.median(seconds)
+            taken = statistics.median(seconds(call) for _ in range(options.rounds))
             if first is None:
                 first = taken, result.scores
             error = (result.scores - first[1]).norm() / first[1].norm()

@@ -168,7 +168,9 @@ study() {
   mkdir -p "$OUT/frontier"
   # without those under a CPU's autocast: a seed's arms would be of two precisions
   [ -f "$results" ] || grep -v '"autocast"' benchmarks/results/frontier/trainings.jsonl > "$results"
-  nvidia-cuda-mps-control -d 2> /dev/null && trap 'echo quit | nvidia-cuda-mps-control' EXIT
+  if [ -z "$dry" ] && nvidia-cuda-mps-control -d 2> /dev/null; then
+    trap 'echo quit | nvidia-cuda-mps-control' EXIT
+  fi
   # every arm's step as a CUDA graph, of a tiny model: what fails there costs the study its time
   rm -f "$OUT/rehearsal.jsonl" # what it holds would not be tried again
   section arms 50 "$PYTHON" -m benchmarks.frontier run --rehearse --arms all --steps 4 \

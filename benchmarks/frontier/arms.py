@@ -25,8 +25,6 @@ class Arm:
         protect: M of the down-projections, and with ``linears`` of every layer. ``cut`` removes the
             top eigenvectors of the inputs' second moments, ``soft`` is (I + C / lambda)^-1/2,
             ``random`` removes a random subspace of cut's rank and ``other`` another layer's.
-            ``eigen`` is cut's with delta in the coordinates of the eigenvectors that are left, as
-            many as there are, and ``rotated`` with it in random coordinates of their space.
         share: of the inputs' energy that the cut's eigenvectors hold; lambda is the last of their
             eigenvalues.
         directions: how many eigenvectors are cut at most.
@@ -36,7 +34,6 @@ class Arm:
         row_steps: whether c is the sensitivity's inverse square root, else 1.
         start: what the update is trained from: ``null`` and ``corda`` are LoRA's factors
             (`start_of`), ``svd`` the weight's own lower singular triplets (OSF); None zero.
-        fixed_factor: whether LoRA's second factor stays as it starts.
         general: what half of every batch is: None (the task), ``replay`` (general text as it is) or
             ``kl`` (general text, with the divergence from the base as its loss).
         general_weight: of that half's loss.
@@ -57,7 +54,6 @@ class Arm:
     weighted: bool = False
     row_steps: bool = False
     start: str | None = None
-    fixed_factor: bool = False
     general: str | None = None
     general_weight: float = 1.0
 
@@ -130,7 +126,6 @@ ARMS: dict[str, Arm] = {
     "OSF": Arm(_FULL, "linears", start="svd"),
     "CorDA": Arm(_LORA, "linears", rank=16, start="corda"),
     "LoRA-Null": Arm(_LORA, "linears", rank=16, start="null"),
-    "LoRA-Null, A fixed": Arm(_LORA, "linears", rank=16, start="null", fixed_factor=True),
     "SHiRA": Arm(_ROWS, quota=9.8, entries="random"),
     "Super-Tuning, bottom": Arm(_ROWS, quota=9.8, entries="smallest"),
     # Variants of what the first ones say.
@@ -153,8 +148,6 @@ ARMS: dict[str, Arm] = {
     "rows protected, 110": Arm(_ROWS, quota=10, protect="cut", directions=110),
     "down_proj protected, weighted": Arm(_ALL, protect="cut", weighted=True),
     "down_proj protected, 110, weighted": Arm(_ALL, protect="cut", directions=110, weighted=True),
-    "down_proj protected, eigen": Arm(_ALL, protect="eigen"),
-    "down_proj protected, rotated": Arm(_ALL, protect="rotated"),
     "down_proj protected + KL": Arm(_ALL, protect="cut", general="kl"),
     "linears protected + KL": Arm(
         (5e-5, 1e-4, 2e-4, 4e-4, 8e-4), "linears", protect="cut", general="kl"

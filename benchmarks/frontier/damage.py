@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,13 +39,8 @@ def read_damages(records: Sequence[dict[str, Any]]) -> list[Damage]:
 
 def fit(damages: Sequence[Damage]) -> tuple[float, float]:
     """Slope of the measured on the predicted, and their correlation."""
-    count = len(damages)
     x, y = [d.predicted for d in damages], [d.measured for d in damages]
-    mean_x, mean_y = sum(x) / count, sum(y) / count
-    xx = sum((a - mean_x) ** 2 for a in x)
-    yy = sum((b - mean_y) ** 2 for b in y)
-    xy = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return xy / xx, xy / math.sqrt(xx * yy)
+    return statistics.linear_regression(x, y).slope, statistics.correlation(x, y)
 
 
 def damage_table(damages: Sequence[Damage]) -> Iterator[str]:

@@ -53,7 +53,7 @@ class FactoredLinear(UpdatedLinear):
         rows: that are trained; None for all.
         scale: of each row.
         rank: of the product; None for a dense delta.
-        mask: M ``[width, in]``, whose width is delta's.
+        mask: M ``[in, in]``.
         generator: of the second factor, which is drawn as PEFT draws LoRA's A.
         start: both factors, whose product the update is without.
         entries: ``[out, in]``, which are trained; None for all.
@@ -87,8 +87,7 @@ class FactoredLinear(UpdatedLinear):
             self.delta, self.factor = (nn.Parameter(t.clone()) for t in start)
         elif rank is None:
             count = out if rows is None else len(rows)
-            width = inputs if mask is None else len(mask)
-            self.delta = nn.Parameter(torch.zeros(count, width, device=device))
+            self.delta = nn.Parameter(torch.zeros(count, inputs, device=device))
         else:
             bound = 1 / math.sqrt(inputs)
             factor = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)

@@ -119,28 +119,13 @@ def rank_of(values: Tensor, share: float, most: int | None = None) -> int:
     return rank if most is None else min(rank, most)
 
 
-def _orthonormal(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(rows, columns, generator=generator).to(like.device)
-    return torch.linalg.qr(noise)[0]
-
-
 def projection(kind: str, values: Tensor, vectors: Tensor, rank: int, seed: int) -> Tensor:
-    """M of an arm's ``protect``; for ``other`` these are another layer's moments.
-
-    ``[in, in]``, and ``[in - rank, in]`` where delta has coordinates of its own.
-    """
+    """M of an arm's ``protect``, ``[in, in]``; for ``other`` these are another layer's moments."""
     if kind == "soft":
         return (vectors * (1 + values / values[rank - 1]).rsqrt()) @ vectors.T
-    if kind == "eigen":
-        return vectors[:, rank:].T.contiguous()
-    if kind == "rotated":
-        return (
-            _orthonormal(len(values) - rank, len(values) - rank, seed, vectors)
-            @ vectors[:, rank:].T
-        )
+    basis = vectors[:, :rank]
     if kind == "random":
-        basis = _orthonormal(len(values), rank, seed, vectors)
-    else:
-        basis = vectors[:, :rank]
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(values), rank, generator=generator).to(vectors.device)
+        basis = torch.linalg.qr(noise)[0]
     return torch.eye(len(values), device=vectors.device) - basis @ basis.T

@@ -65,8 +65,6 @@ def prepare(job: Job, lab: Laboratory, generator: torch.Generator, memo: Memo) -
             layer = OrthogonalSubspaceLinear(linear, start)
         else:
             layer = FactoredLinear(linear, rows, scale, arm.rank, mask, generator, start, entries)
-            if arm.fixed_factor:
-                cast(nn.Parameter, layer.factor).requires_grad_(False)
         setattr(model.get_submodule(parent), attribute, layer)
     if arm.whole:
         _train_the_rest(model)
@@ -128,13 +126,7 @@ def _mask(job: Job, lab: Laboratory, names: list[str], name: str, memo: Memo) ->
     values, vectors = moments.values[other], moments.vectors[other]
     rank = rank_of(values, arm.share, arm.directions)
     number = 10_000 * job.seed + names.index(name)
-    key = (
-        arm.moments,
-        arm.protect,
-        other,
-        rank,
-        number if arm.protect in ("random", "rotated") else 0,
-    )
+    key = arm.moments, arm.protect, other, rank, number if arm.protect == "random" else 0
     if key not in memo:
         memo[key] = projection(cast(str, arm.protect), values, vectors, rank, number)
     return cast(Tensor, memo[key])

@@ -68,7 +68,6 @@ PUBLISHED = (
     "OSF",
     "CorDA",
     "LoRA-Null",
-    "LoRA-Null, A fixed",
     "LoRA on the MLP",
     "SHiRA",
     "Super-Tuning, bottom",

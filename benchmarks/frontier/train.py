@@ -27,6 +27,7 @@ class Run:
     def __init__(self, jobs: Sequence[Job], lab: Laboratory) -> None:
         self.jobs, self.lab = jobs, lab
         self.arm, self.task = jobs[0].arm, jobs[0].task
+        self.half = BATCH // 2 if self.arm.general else BATCH  # the task's sequences in a step
         steps, device = jobs[0].steps, lab.device
         generators = [torch.Generator().manual_seed(1000 + job.seed) for job in jobs]
         memo: Memo = {}
@@ -62,7 +63,7 @@ class Run:
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """The sequences of each step, ``[steps, batch]``: of the task, then of general text."""
-        half, steps = BATCH // 2 if self.arm.general else BATCH, self.jobs[0].steps
+        half, steps = self.half, self.jobs[0].steps
         counts = [(len(self.lab.data.ids[f"{self.task}/train"]), half)]
         if self.arm.general:
             counts.append((len(self.lab.data.ids[self.arm.source]), BATCH - half))
@@ -78,14 +79,11 @@ class Run:
 
     def _losses(self) -> list[Tensor]:
         """Of each job's batch."""
-        order = self.order[self.step_number][0]  # [jobs, batch]
-        half = BATCH // 2 if self.arm.general else BATCH
+        order, half = self.order[self.step_number][0], self.half  # [jobs, batch]
         data, arm, count = self.lab.data, self.arm, len(self.jobs)
         ids = data.ids[f"{self.task}/train"][order[:, :half]]
         labels = data.labels[f"{self.task}/train"][order[:, :half]]
-        general_ids = None
         if arm.general:
-            general_ids = data.ids[arm.source][order[:, half:]].flatten(0, 1)
             ids = torch.cat([ids, data.ids[arm.source][order[:, half:]]], 1)
             labels = torch.cat([labels, data.labels[arm.source][order[:, half:]]], 1)
         if self.lab.device.type == "cpu":  # a captured step's shapes are fixed, these are not
@@ -96,18 +94,16 @@ class Run:
         before: Sequence[Tensor | None] = [None] * count
         if arm.general == "kl":
             with torch.no_grad():
-                base = self.lab.base.model(input_ids=general_ids, use_cache=False)
-            before = base.last_hidden_state[:, : labels.shape[-1] - 1].unflatten(0, (count, -1))
+                base = self.lab.base.model(input_ids=ids[:, half:].flatten(0, 1), use_cache=False)
+            before = base.last_hidden_state[:, :-1].unflatten(0, (count, -1))
         return [
-            self._loss(*one, half)
+            self._loss(*one)
             for one in zip(states, labels[..., 1:], heads(self.model, count), before, strict=True)
         ]
 
-    def _loss(
-        self, states: Tensor, wanted: Tensor, head: Tensor, before: Tensor | None, half: int
-    ) -> Tensor:
+    def _loss(self, states: Tensor, wanted: Tensor, head: Tensor, before: Tensor | None) -> Tensor:
         """Of one job; ``before`` are the base's last hidden states of its general text."""
-        arm = self.arm
+        arm, half = self.arm, self.half
         kept, own = _predicting(states[:half], wanted[:half])
         loss = _mean(_logits(kept, head), own)
         if arm.general is None:
@@ -231,7 +227,7 @@ class Run:
         try:
             for name, linear in linears(self.lab.base).items():
                 layer = self.model.get_submodule(name)
-                if layer is linear or not _is_trained(layer):
+                if not _is_trained(layer):
                     continue
                 if moments is None or name not in moments.sensitivity:
                     return None

@@ -3,8 +3,7 @@
 Ours at a tenth of the rows against training all of the experts, their down-projections alone, and
 PEFT's LoRA of their two parameters, in float32 and bfloat16 by default: the time of forward,
 backward and AdamW, interleaved in one process, and in a process of each one's own the memory at its
-peak beyond the block. Names are ``rounds`` (5) and those of `SIZES`. ``count`` says what they train
-of two models, by their shapes. Prints Markdown.
+peak beyond the block. Names are ``rounds`` (5) and those of `SIZES`. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from loki_kernels import patch
 from loki_kernels.selection import random_rows
@@ -27,8 +26,6 @@ from .memory import resident
 
 METHODS = ("ours", "all experts", "down_proj", "lora")
 SIZES = {"hidden": 1024, "experts": 32, "inner": 512, "chosen": 4, "tokens": 512}
-# hidden, experts, inner, layers
-MODELS = {"Qwen3-30B-A3B": (2048, 128, 768, 48), "gpt-oss-20b": (2880, 32, 2880, 24)}
 
 
 def block_of(method: str, dtype: torch.dtype, sizes: dict[str, int]) -> nn.Module:
@@ -40,7 +37,8 @@ def block_of(method: str, dtype: torch.dtype, sizes: dict[str, int]) -> nn.Modul
         num_experts_per_tok=sizes["chosen"],
     )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config).to(DEVICE, dtype).requires_grad_(False)
+    # made in its dtype: on a CPU a conversion's peak would be taken for the steps'
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(DEVICE).requires_grad_(False)
     experts = model.model.layers[0].mlp.experts
     if method == "ours":
         patch(model, random_rows(1, sizes["hidden"], sizes["hidden"] // 10, seed=0))
@@ -114,36 +112,10 @@ def measured(dtype: torch.dtype, sizes: dict[str, int], rounds: int) -> Iterator
         )
 
 
-def counted() -> list[str]:
-    """What is trained of two models, by their shapes: a tenth of the rows, or all experts."""
-    lines = [
-        "| model | trained | parameters | gradients | AdamW's moments |",
-        "|---|---|---|---|---|",
-    ]
-    for name, (hidden, experts, inner, layers) in MODELS.items():
-        down = layers * experts * hidden * inner
-        rows = layers * experts * (hidden // 10) * inner
-        # bytes of a gradient, and of its two moments: ours are of a float32 update
-        for what, count, gradient, moments in (
-            ("a tenth of the rows", rows, 4, 8),
-            ("down-projections, bfloat16", down, 2, 4),
-            ("all experts, bfloat16", 3 * down, 2, 4),
-            ("all experts, float32 moments", 3 * down, 2, 8),
-        ):
-            lines.append(
-                f"| {name} | {what} | {count / 1e9:.2f} G | {count * gradient / 1e9:.1f} GB | "
-                f"{count * moments / 1e9:.1f} GB |"
-            )
-    return lines
-
-
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["peak"]:
         _, method, dtype, sizes = arguments
         print(json.dumps(_peak(method, getattr(torch, dtype), json.loads(sizes))))
-        return
-    if arguments == ["count"]:
-        print(*counted(), sep="\n")
         return
     print("| dtype | trained | a step (p20 to p80) | ours = 1 | peak | parameters | gradients |")
     print("|---|---|---|---|---|---|---|")

@@ -90,7 +90,7 @@ def test_every_arm_trains_what_it_says(lab, name):
         elif arm.quota < 100:
             rows = update.abs().amax(1) > 1e-9
             assert rows.sum() == round(arm.quota / 100 * len(update))
-        if arm.protect in ("cut", "eigen", "rotated"):
+        if arm.protect == "cut":
             moments = lab.moments[arm.moments]
             rank = rank_of(moments.values[layer], arm.share, arm.directions)
             inside = update @ moments.vectors[layer][:, :rank]
@@ -158,9 +158,6 @@ def test_a_random_subspace_has_the_rank_of_the_cut(lab):
     assert float(cut.trace()) == pytest.approx(len(values) - rank, abs=1e-3)
     assert float(cut.trace()) == pytest.approx(float(drawn.trace()), abs=1e-3)
     assert (cut - drawn).abs().max() > 0.05
-    for kind in ("eigen", "rotated"):  # the same space in other coordinates
-        coordinates = projection(kind, values, vectors, rank, 5)
-        assert torch.allclose(coordinates.T @ coordinates, cut, atol=1e-5)
 
 
 def of(lab, name):
@@ -219,7 +216,7 @@ def test_osf_moves_its_vectors_across_the_upper_half(lab):
         "rows, steps by sensitivity",
         "OSF",
         "CorDA",
-        "LoRA-Null, A fixed",
+        "LoRA-Null",
         "SHiRA",
     ],
 )

@@ -1,1 +1,0 @@
-"""PEFT's own comparison of methods, run with this library's settings at the scale of two cores."""
