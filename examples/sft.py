@@ -39,6 +39,7 @@ trainer = SFTTrainer(
         lr_scheduler_type="linear",
         warmup_steps=options.steps // 10,
         bf16=torch.cuda.is_available(),
+        model_init_kwargs={"dtype": "auto" if torch.cuda.is_available() else "float32"},
         logging_steps=10,
         report_to="none",
     ),

@@ -10,7 +10,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import loki_kernels as loki
 
@@ -28,7 +34,9 @@ parser.add_argument("--steps", type=int, default=80)
 parser.add_argument("--length", type=int, default=256, help="tokens of a record")
 options = parser.parse_args()
 
-model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+on_gpu = torch.cuda.is_available()
+dtype = "auto" if on_gpu else torch.float32  # the update is float32 all the same
+model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 
 ids = tokenizer(Path(options.data).read_text(encoding="utf-8"))["input_ids"]
@@ -53,11 +61,13 @@ trainer = Trainer(
         learning_rate=options.lr,
         warmup_steps=options.steps // 10,
         weight_decay=0.0,
+        gradient_checkpointing=on_gpu,
         logging_steps=10,
         report_to="none",
     ),
     train_dataset=dataset,
     processing_class=tokenizer,
+    data_collator=default_data_collator,  # all records are equally long
     callbacks=[handle.trainer_callback()],
 )
 trainer.add_callback(loki.DriftCallback(trainer, options.measure, every=20, tokens=2000))

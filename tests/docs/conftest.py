@@ -27,6 +27,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_base(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.pad_token = None  # as Llama's and Mistral's
     tokenizer.save_pretrained(model)
     return root
 

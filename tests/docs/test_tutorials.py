@@ -34,6 +34,7 @@ def test_every_page_has_a_test():
 def test_first(reader):
     names = run("tutorials/first")
     assert names["drift"].overall.kl > 0
+    assert names["trainer"].evaluate(names["dataset"])["eval_loss"] > 0  # of unequal lengths
     assert len(changed_rows("library", NAME)) == 64
     loki.patch(names["tuned"].__class__.from_pretrained(NAME), "library")  # as the page ends
 
