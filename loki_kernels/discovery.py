@@ -168,9 +168,9 @@ def _find_layers(causal_lm: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleL
         name = name.rpartition(".")[0]
         tower = causal_lm.get_submodule(name)
         prefix = f"{name}." if name else ""
-        stacks = [(prefix + n, stack) for n, stack in _stacks(tower)]
+        stacks = list(_stacks(tower, prefix))
         if len(stacks) > 1:  # a vision or audio tower is a model of its own
-            stacks = [(prefix + n, stack) for n, stack in _stacks(tower, models=False)]
+            stacks = list(_stacks(tower, prefix, models=False))
         if len(stacks) == 1:
             return tower, *stacks[0]
         if stacks:
@@ -186,7 +186,7 @@ def _find_layers(causal_lm: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleL
 
 
 def _stacks(
-    module: nn.Module, prefix: str = "", *, models: bool = True
+    module: nn.Module, prefix: str, *, models: bool = True
 ) -> Iterator[tuple[str, nn.ModuleList]]:
     """The outermost lists of modules that hold mixers; not those in ``models`` inside this one."""
     for name, child in module.named_children():

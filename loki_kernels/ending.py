@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def _last(rivals: Sequence[DownProjection], hidden_size: int) -> DownProjection 
     for name, child in module.named_children():
         shape = linear_shape(child)
         if shape is not None:
-            parts[name] = _Product(name, shape[1], given)
+            parts[name] = partial(_give, given, name, shape[1])
         elif isinstance(child, nn.Dropout):
             parts[name] = nn.Identity()
         else:
@@ -59,12 +60,7 @@ def _last(rivals: Sequence[DownProjection], hidden_size: int) -> DownProjection 
     return next((x for x in rivals if given.get(x.attribute) is output), None)
 
 
-class _Product:
+def _give(given: dict[str, Tensor], name: str, out_features: int, x: Tensor) -> Tensor:
     """Stands in for a linear, and keeps what it gave."""
-
-    def __init__(self, name: str, out_features: int, given: dict[str, Tensor]) -> None:
-        self.name, self.out_features, self.given = name, out_features, given
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.given[self.name] = x.new_empty(*x.shape[:-1], self.out_features)
-        return self.given[self.name]
+    given[name] = x.new_empty(*x.shape[:-1], out_features)
+    return given[name]

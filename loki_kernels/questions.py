@@ -143,6 +143,15 @@ def text_of(record: Mapping[str, Any]) -> Any:
     return next((record[name] for name in columns if record.get(name) is not None), None)
 
 
+def refuse_table(name: str, given: object) -> None:
+    """Raise TypeError for a data frame, which iterates over the names of its columns."""
+    if hasattr(given, "to_dict") and hasattr(given, "columns"):
+        raise TypeError(
+            f"{name} is a {type(given).__name__}; give a column of it, {name}['text'].tolist(), or "
+            f"its rows, {name}.to_dict('records')."
+        )
+
+
 def records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each record of a file is, and what it is."""
     if path.suffix == ".parquet":

@@ -83,9 +83,13 @@ def pieces(tokens: int, length: int, head: int) -> Iterator[slice]:
 
 
 def writes_chats(tokenizer: Any) -> bool:
-    """Whether it makes tokens of chats: by a template, or as mistral-common's without one."""
+    """Whether it, or of a processor its tokenizer, makes tokens of chats.
+
+    By a template, or as mistral-common's without one.
+    """
+    template, tokenizer = chat_template_of(tokenizer), tokenizer_in(tokenizer)
     own = getattr(type(tokenizer), "apply_chat_template", None)
-    return getattr(tokenizer, "chat_template", None) is not None or (
+    return template is not None or (
         isinstance(tokenizer, PreTrainedTokenizerBase)
         and own is not PreTrainedTokenizerBase.apply_chat_template
     )

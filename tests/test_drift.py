@@ -349,7 +349,7 @@ def test_an_update_is_formed_once_a_measurement(way, monkeypatch, tmp_path):
         model = peft.get_peft_model(model, config)
     train(model)
     want = loki.drift(model, texts=texts()).overall.kl
-    monkeypatch.setattr(meter, "FORWARD", 1)  # a text a pass
+    monkeypatch.setattr(measure, "FORWARD", 1)  # a text a pass
     formed = []
     module = rows_module if way == "patch" else layer_module
     name = "leave_out" if way == "patch" else "acting_factors"
@@ -710,6 +710,9 @@ def test_models_that_cannot_be_compared(base_folder, words, tmp_path):
         loki.drift(base_folder, texts=words)
     with pytest.raises(TypeError, match="tokenizer is needed"):
         loki.drift(base, moved(base), ["w1"])
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r"its rows, texts\.to_dict"):
+        loki.drift(base, moved(base), pandas.DataFrame({"text": ["w1"]}))
     with pytest.raises(ValueError, match="outside the base's vocabulary"):
         loki.drift(base, moved(base), [{"input_ids": [99]}])
     with (
@@ -886,12 +889,12 @@ def test_sharded_weights(one_process):
 
     base = build_model()
     want = loki.drift(base, moved(base), texts())
-    batches = tokenize(read_texts(texts()), None, 512, None).batches(2048)
+    corpus = tokenize(read_texts(texts()), None, 512, None)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     sharded = copy.deepcopy(base)
     for module in (*sharded.model.layers, sharded):
         fully_shard(module, mesh=mesh)
-    kept = measure.record(sharded, batches)
+    kept = measure.record(sharded, corpus)
     assert not measure.compare(kept, sharded).kl.any()
     with torch.no_grad():
         for parameter, value in zip(sharded.parameters(), moved(base).parameters(), strict=True):

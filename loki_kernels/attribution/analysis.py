@@ -63,7 +63,7 @@ def cached_attribution(
     prompts = options.pop("prompts", None)
     if prompts is None:
         tokenizer = tokenizer if tokenizer is not None else find_tokenizer(structure.causal_lm)
-        prompts = [q.prompt(tokenizer) for q in load_questions(CALIBRATION_PER_SUBJECT)]
+        prompts = load_questions(CALIBRATION_PER_SUBJECT)
     chat = options.pop("chat_template_kwargs", None)
     vocabulary = structure.vocab_size
     sequences = tokenize_prompts(prompts, tokenizer, vocabulary, chat)

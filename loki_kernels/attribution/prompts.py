@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import explained
-from ..questions import Question, text_of
+from ..questions import Question, refuse_table, text_of
 from ..tokenizing import (
     as_its_template_reads,
     chat_template_of,
@@ -128,11 +128,7 @@ def tokenize_prompts(
     """
     if isinstance(prompts, (str, Mapping)):
         raise TypeError("prompts must be a list or another iterable of prompts, not one prompt.")
-    if hasattr(prompts, "to_dict") and hasattr(prompts, "columns"):  # it iterates over their names
-        raise TypeError(
-            f"prompts is a {type(prompts).__name__}; give a column of it, "
-            "prompts['text'].tolist(), or its rows, prompts.to_dict('records')."
-        )
+    refuse_table("prompts", prompts)
     options = dict(chat_template_kwargs or {})
     reserved = sorted(_OURS & set(options))
     if reserved:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..forgetting.measure import FORWARD, compare, record
+from ..forgetting.measure import compare, record
 from ..forgetting.result import summarize
 from ..forgetting.texts import read_texts, tokenize
 from ..options import DEFAULT_LENGTH
@@ -64,8 +64,7 @@ class Examination:
             general.append({"messages": [asked, answer], "domain": "questions"})
         self._corpus = tokenize(read_texts(general), tokenizer, DEFAULT_LENGTH, None)
         self._tokenizer, self._task, self._progress = tokenizer, task, progress
-        batches = self._corpus.batches(FORWARD)
-        self._base = record(base, batches, kept=True, progress=progress)
+        self._base = record(base, self._corpus, kept=True, progress=progress)
 
     def evaluate(self, model: nn.Module, label: str = "evaluate") -> Evaluation:
         """Measure one model."""

@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from ..options import DEFAULT_LENGTH, DEFAULT_TOKENS
-from .measure import FORWARD, Base, compare, record
+from .measure import Base, compare, record
 from .meter import check_positive
 from .models import without_update
 from .result import summarize
-from .texts import check_ids, read_texts, tokenize
+from .texts import read_texts, tokenize
 
 
 class DriftCallback(TrainerCallback):
@@ -84,7 +84,6 @@ class DriftCallback(TrainerCallback):
         if self._base is not None:
             return
         model: Any = self._trainer.model
-        check_ids(model, self._corpus)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(without_update(model))
@@ -94,7 +93,7 @@ class DriftCallback(TrainerCallback):
                         "a resumed run does not start from the base, so that DriftCallback cannot "
                         f"measure it: {error} Measure its checkpoints by loki-kernels drift."
                     ) from error
-            self._base = record(model, self._corpus.batches(FORWARD), progress=False)
+            self._base = record(model, self._corpus, progress=False)
         if not state.global_step:
             self._measure(state, control)
 

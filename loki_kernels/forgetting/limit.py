@@ -12,11 +12,11 @@ from ..default_device import made_on_cpu
 from ..options import DEFAULT_LENGTH, DEFAULT_TOKENS
 from ..team import Team
 from ..training import Patch
-from .measure import FORWARD, compare, record
+from .measure import compare, record
 from .meter import check_positive
 from .models import layers_to_scale, name_of, scaler_of
 from .result import Drift, summarize
-from .texts import check_ids, read_texts, tokenize
+from .texts import read_texts, tokenize
 
 _ROUNDS = 8
 _NEAR = 0.95  # of the limit, which is near enough
@@ -80,7 +80,6 @@ def limit_drift(
         model = model.model
     layers = layers_to_scale(model)
     corpus = tokenize(read_texts(texts), tokenizer, length, tokens)
-    check_ids(model, corpus)
     keep = scaler_of(layers)
 
     def measure(share: float) -> Drift:
@@ -92,7 +91,7 @@ def limit_drift(
     try:
         with Team() as team:  # around all that may fail in one process
             keep(0.0)
-            base = record(model, corpus.batches(FORWARD), progress=progress)
+            base = record(model, corpus, progress=progress)
             share, found = _search(measure, kl, team)
     finally:
         keep(share)

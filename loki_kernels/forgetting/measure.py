@@ -38,7 +38,7 @@ from ..structure import (
     without_engines,
 )
 from ..training.writer import rows_held
-from .texts import UNKNOWN, Batch
+from .texts import UNKNOWN, Batch, Corpus, check_ids
 
 # Logits of a model at once: 64 MiB in float32, of which a comparison needs about six.
 LOGITS = 2**24
@@ -170,7 +170,7 @@ class UnreadableHeadError(UnsupportedModelError):
 
 def record(
     model: nn.Module,
-    batches: Sequence[Batch],
+    corpus: Corpus,
     *,
     kept: bool | None = None,
     progress: bool | None = None,
@@ -181,8 +181,10 @@ def record(
 
     Raises:
         UnreadableHeadError: if its logits need more than the head; then `compare_whole` serves.
-        ValueError: if the logits are NaN.
+        ValueError: for a token that the model does not have, or if the logits are NaN.
     """
+    check_ids(model, corpus)
+    batches = corpus.batches(FORWARD)
     if kept is None:
         kept = not _keeps_head(model)
     readout = Readout.of(model, kept=kept)
@@ -237,13 +239,14 @@ def compare(base: Base, model: nn.Module, *, progress: bool | None = None) -> Mo
 
 
 def compare_whole(
-    base: nn.Module, tuned: nn.Module, batches: Sequence[Batch], *, progress: bool | None = None
+    base: nn.Module, tuned: nn.Module, corpus: Corpus, *, progress: bool | None = None
 ) -> Moves:
     """Compare two models side by side, with all logits of a batch at once.
 
     Raises:
         ValueError: for another vocabulary, or NaN.
     """
+    batches = corpus.batches(1)
     moves = Moves.empty(sum(len(batch.places) for batch in batches))
     with (
         _evaluated(base),

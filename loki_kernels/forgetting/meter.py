@@ -16,14 +16,7 @@ from ..errors import UnsupportedModelError
 from ..inspection import dtype_named
 from ..options import DEFAULT_LENGTH, DEFAULT_TOKENS
 from ..training import Patch
-from .measure import (
-    FORWARD,
-    Moves,
-    UnreadableHeadError,
-    compare,
-    compare_whole,
-    record,
-)
+from .measure import Moves, UnreadableHeadError, compare, compare_whole, record
 from .models import (
     Model,
     changes_head,
@@ -37,7 +30,7 @@ from .models import (
     without_update,
 )
 from .result import Drift, summarize
-from .texts import Corpus, check_ids, read_texts, tokenize
+from .texts import Corpus, read_texts, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -128,18 +121,16 @@ def _measure(
     device: str | None,
     progress: bool | None,
 ) -> Moves:
-    batches = corpus.batches(FORWARD)
     needed = set() if adapter is None else modules_of_adapter(tuned, adapter)
     model: nn.Module | None = open_model(base, dtype, device, needed)
     assert model is not None
-    check_ids(model, corpus)
     try:
         if tuned is None:
             with without_update(model):
-                kept = record(model, batches, progress=progress)
+                kept = record(model, corpus, progress=progress)
             return compare(kept, model, progress=progress)
         changes = adapter is not None and changes_head(adapter)
-        kept = record(model, batches, kept=changes, progress=progress)
+        kept = record(model, corpus, kept=changes, progress=progress)
         if adapter is not None:
             with with_adapter(model, tuned, adapter, keeps=not is_name(base)) as moved:
                 return compare(kept, moved, progress=progress)
@@ -158,13 +149,12 @@ def _measure(
         logger.info("%s Both models run side by side.", error)
         if tuned is None or (adapter is not None and not is_name(base)):
             raise UnsupportedModelError(f"{error} Give two models.") from error
-    batches = corpus.batches(1)
     with contextlib.ExitStack() as stack:
         first = open_model(base, dtype, device) if model is None else model
         second = open_model(tuned if adapter is None else base, dtype, device, needed)
         if adapter is not None:
             second = stack.enter_context(with_adapter(second, tuned, adapter, keeps=False))
-        return compare_whole(first, second, batches, progress=progress)
+        return compare_whole(first, second, corpus, progress=progress)
 
 
 def _free() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attribution.prompts import MEDIA, tokenize_prompts
-from ..questions import Question, load_questions, records_of_file
+from ..questions import Question, load_questions, records_of_file, refuse_table
 from ..tokenizing import before_every_text, pieces, tokenizer_in
 
 UNKNOWN = -1  # the target of a text's last token
@@ -127,6 +127,7 @@ def read_texts(texts: Any) -> list[Text]:
         ValueError: if it is of another suffix, damaged or empty, or a text is blank.
         TypeError: for what is no text.
     """
+    refuse_table("texts", texts)
     if texts is None:
         return [Text(q, q.subject, q.subject) for q in load_questions()]
     if isinstance(texts, (str, os.PathLike)):
@@ -265,9 +266,6 @@ def _by_turns(texts: Sequence[Text]) -> Iterator[Text]:
 
 def encode(text: Text, tokenizer: Any) -> Tensor:
     """A text's token ids, int64 ``[T]``; ValueError or TypeError says which text it was."""
-    content = text.content
-    if isinstance(content, Tensor):
-        return content
-    if isinstance(content, Question):
-        content = content.prompt(tokenizer)
-    return _token_ids(content, text.where, tokenizer)
+    if isinstance(text.content, Tensor):
+        return text.content
+    return _token_ids(text.content, text.where, tokenizer)

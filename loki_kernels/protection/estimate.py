@@ -23,7 +23,7 @@ from ..mixture import experts_per_token
 from ..options import DEFAULT_SAMPLES
 from ..placement import on_accelerator, warn_of_slow_products
 from ..progress import progress_bar
-from ..questions import Question
+from ..questions import Question, refuse_table
 from ..sharding import is_sharded, of_the_first
 from ..structure import Structure, evaluating, refuse_tensor_parallelism, text_config
 from ..team import Team
@@ -51,7 +51,7 @@ _MOST_SAMPLES = 2048  # unless more are asked for: of large mixtures they would 
 @made_on_cpu
 def estimate_protection(
     model: nn.Module,
-    texts: Iterable[str | Sequence[Any] | Question] | None = None,
+    texts: Iterable[str | Sequence[Any] | Question | Mapping[str, Any]] | None = None,
     *,
     tokenizer: Any = None,
     samples: int | None = None,
@@ -72,10 +72,10 @@ def estimate_protection(
 
     Args:
         model: a transformers causal language model, patched or not.
-        texts: strings, chats, questions, or lists of token ids; longer ones are cut into windows of
-            512 tokens, each with its BOS. None draws ``samples`` of up to 256 from the model.
-        samples: how many; None: 192 to 2,048, some 112 tokens a direction (448 at 8B). With 447,
-            112 and 47 the KL after training was as 1 to 1.09 to 1.29 (SmolLM2-135M, one seed).
+        texts: strings, chats, questions, token ids, or records of one as `attribute` takes; longer
+            ones are cut into windows of 512 tokens, each with its BOS. None draws ``samples``.
+        samples: how many, of 256 tokens; None: 192 to 2,048, some 112 tokens a direction (448 at
+            8B). With 447, 112 and 47 the KL was as 1 to 1.09 to 1.29 (SmolLM2-135M, one seed).
         tokenizer: for strings and samples; by default the one of ``model.name_or_path``.
         share: as many directions as hold so much of the inputs' energy, the trace; in (0, 1).
         max_directions: of a layer, and of each expert, at most. Layers of more than 4,096 features
@@ -148,6 +148,7 @@ def _check_options(
     max_directions: int | None,
     batch_size: int,
 ) -> None:
+    refuse_table("texts", texts)
     if isinstance(texts, (str, os.PathLike)):
         raise TypeError(
             f"texts is {texts!r}; give a list of texts, or a file to `loki-kernels protection "
@@ -295,10 +296,13 @@ def _windows(texts: Iterable[Any], tokenizer: Any, structure: Structure) -> Iter
     Of token ids too, if they begin so: the command line makes ids of all texts.
     """
     for text in texts:
-        chat = isinstance(text, Question) or any(isinstance(part, Mapping) for part in text[:1])
-        if chat or isinstance(text, str):
+        prompt = isinstance(text, (Question, Mapping)) or any(
+            isinstance(part, Mapping) for part in text[:1]
+        )
+        ids = isinstance(text, Mapping) and "input_ids" in text
+        if isinstance(text, str) or (prompt and not ids):
             tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
-        if chat:
+        if prompt:
             (found,) = tokenize_prompts([text], tokenizer, structure.vocab_size, whole=True)
             text = found.ids.tolist()
         elif isinstance(text, str):

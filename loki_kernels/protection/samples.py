@@ -59,7 +59,7 @@ def draw_samples(
             "built on), give estimate_protection texts, or train without (protect=False)."
         )
     openings = openings_of(tokenizer)
-    if len(openings) == 1 and (writes_chats(tokenizer) or writes_chats(tokenizer_in(tokenizer))):
+    if len(openings) == 1 and writes_chats(tokenizer):
         logger.warning(
             "the tokenizer shows no user's turn by itself, so no sample is a chat; give "
             "estimate_protection texts if chats must not be forgotten."

@@ -147,6 +147,8 @@ def test_a_question_is_a_chat_or_a_text():
     assert tokens(question, tokenizer()) == tokens(question.text(), tokenizer())
     words = tokenizer(chat_template=CHAT)
     assert tokens(question, words) == tokens(question.prompt(words), words)
+    processor = SimpleNamespace(tokenizer=words, chat_template=None)
+    assert tokens(question, processor) == tokens(question, words)
 
 
 def test_token_ids_are_taken_as_they_are():

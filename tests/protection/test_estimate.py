@@ -562,8 +562,22 @@ def test_results_are_compared_by_what_they_are(tmp_path):
     assert len({one, other}) == 2
 
 
+def test_records_are_what_is_in_them():
+    model, tokenizer = build_model(), chat_tokenizer()
+    chat = [{"role": "user", "content": "a b a b"}]
+    given = ["a b a", chat, [5, 6, 7]]
+    records = [{"text": "a b a", "id": 1}, {"messages": chat}, {"input_ids": [5, 6, 7]}]
+    want, got = (loki.estimate_protection(model, x, tokenizer=tokenizer) for x in (given, records))
+    assert got.directions.keys() == want.directions.keys()
+    assert all(torch.equal(got.directions[name], want.directions[name]) for name in want.directions)
+    loki.estimate_protection(model, records[2:])  # no tokenizer is asked for
+
+
 def test_bad_input_is_refused():
     model = build_model()
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r"texts\['text'\].tolist"):
+        loki.estimate_protection(model, pandas.DataFrame({"text": ["a"]}))
     for options, message in (
         ({"share": 1.0}, "share"),
         ({"max_directions": 0}, "positive"),

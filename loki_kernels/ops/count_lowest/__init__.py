@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from ...errors import check_choice
 from ...options import Criterion
 from .._dispatch import Backend, check_backend, register
 
@@ -45,8 +46,7 @@ def count_lowest(
     _, layers, width = scores.shape
     if not 0 <= k <= width:
         raise ValueError(f"k must lie in [0, {width}]; it is {k}.")
-    if criterion not in get_args(Criterion):
-        raise ValueError(f"criterion must be 'signed' or 'magnitude'; it is {criterion!r}.")
+    check_choice("criterion", criterion, get_args(Criterion))
     if scores.numel() and scores.amax().isnan():  # one pass, and nothing as large as the scores
         raise ValueError("scores hold NaN; a rank among them means nothing.")
     if counts is None:
