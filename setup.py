@@ -81,10 +81,10 @@ def why_no_cuda() -> str | None:
             f"nvcc {found} does not fit torch's CUDA {torch.version.cuda}; install that nvcc, or "
             "point CUDA_HOME to it."
         )
-    if not torch.cuda.is_available():
+    # a wheel is for others' GPUs too; an empty variable is none, as for torch
+    if (WHEEL or not torch.cuda.is_available()) and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         old = tuple(map(int, version.groups())) < (12, 8)
-        default = ARCHITECTURES_BEFORE_12_8 if old else ARCHITECTURES
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES_BEFORE_12_8 if old else ARCHITECTURES
     return None
 
 

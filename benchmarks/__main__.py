@@ -16,11 +16,11 @@ from .report import table_line, write_report
 # Suite -> its module here. The peers, other libraries', are timed where they are named.
 SUITES = {
     "attribution": "attribution",
+    "training_step": "training.step",
+    "memory": "training.memory",
     "ops": "ops.suite",
     "row_masked_linear": "ops.row_masked_linear",
-    "training_step": "training.step",
     "selection": "selection",
-    "memory": "training.memory",
     "peers": "ops.peers",
 }
 

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    print("| model | engine | s a prompt | times the first | largest difference |")
+    print("| model | engine | s a prompt | times the first | relative error |")
     print("|---|---|---|---|---|")
     for name, model in models():
         model.eval()

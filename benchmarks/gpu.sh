@@ -9,7 +9,7 @@
 # A section that fails or runs out of its time does not stop the rest; time that one leaves is the
 # next ones'. A log, a summary and the benchmarks' records go to $OUT, or to benchmarks/results/.
 # --dry-run does the same on a CPU at the smallest sizes, with stand-ins for NVIDIA's programs and
-# for the CUDA backend, to find typing errors before a GPU is paid for.
+# for the CUDA backend, to find typing errors before a GPU is paid for; without $OUT nothing is kept.
 #
 # Records say of which revision they are. A copy without a history has to be told, by what the first
 # of these prints where the history is:
@@ -19,14 +19,13 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-OUT=${OUT:-benchmarks/results}
-mkdir -p "$OUT"
-export LOKI_KERNELS_RESULTS="$OUT" MAX_JOBS
-MAX_JOBS=$(nproc)
 
 dry=
 if [ "${1:-}" = --dry-run ]; then
   dry=--dry-run
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+  OUT=${OUT:-$scratch/results}
   shift
 fi
 run=${1:-}
@@ -38,6 +37,10 @@ case $run in
     exit 2
     ;;
 esac
+OUT=${OUT:-benchmarks/results}
+mkdir -p "$OUT"
+export LOKI_KERNELS_RESULTS="$OUT" MAX_JOBS
+MAX_JOBS=$(nproc)
 log="$OUT/gpu-$run.log"
 summary="$OUT/gpu-$run-summary.txt"
 : > "$log"
@@ -56,8 +59,6 @@ pip=(install -e .)
 if [ -n "$dry" ]; then
   device=cpu backend=torch scope=--dry-run tests=(tests/test_questions.py)
   export CUDA_VISIBLE_DEVICES=
-  scratch=$(mktemp -d)
-  trap 'rm -rf "$scratch"' EXIT
   mkdir "$scratch/bin" "$scratch/source"
   printf '#!/bin/sh\necho "no GPU, a dry run"\n' > "$scratch/bin/nvidia-smi"
   printf '#!/bin/sh\nshift 4\nexec "$@"\n' > "$scratch/bin/compute-sanitizer"
@@ -133,15 +134,15 @@ check() {
 }
 
 # Liger and FlashInfer take part in peers if they are installed; FlexAttention's compilations take
-# the most.
+# the most. What README quotes comes first.
 bench() {
   local suite suites=("$@")
   declare -A limits=(
     [attribution]=80 [ops]=75 [row_masked_linear]=25 [training_step]=45 [selection]=10 [memory]=35
-    [peers]=60
+    [peers]=250
   )
   build_once
-  [ $# = 0 ] && suites=(attribution ops row_masked_linear training_step selection memory)
+  [ $# = 0 ] && suites=(attribution training_step memory ops row_masked_linear selection)
   for suite in "${suites[@]}"; do
     section "$suite" "${limits[$suite]:-25}" "$PYTHON" -m benchmarks "$suite" "$scope"
   done
@@ -149,7 +150,7 @@ bench() {
 
 goals() {
   build_once
-  section goals 200 "$PYTHON" -m benchmarks.goals $dry
+  section goals 270 "$PYTHON" -m benchmarks.goals $dry
 }
 
 # What has not been trained of the study, what decides most first. The texts' tokens travel in
@@ -166,8 +167,7 @@ study() {
     return 1
   fi
   mkdir -p "$OUT/frontier"
-  # without those under a CPU's autocast: a seed's arms would be of two precisions
-  [ -f "$results" ] || grep -v '"autocast"' benchmarks/results/frontier/trainings.jsonl > "$results"
+  [ -f "$results" ] || cp benchmarks/results/frontier/trainings.jsonl "$results"
   if [ -z "$dry" ] && nvidia-cuda-mps-control -d 2> /dev/null; then
     trap 'echo quit | nvidia-cuda-mps-control' EXIT
   fi

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 
+from loki_kernels import _native
+
 RESULTS = Path(__file__).parent / "results"
 # Evaluation texts and data, where they are: beside the repository.
 SHARED = RESULTS.parents[2] / "shared" / "data"
@@ -57,6 +59,7 @@ def describe_machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         described["driver"] = _driver()
         described["cuda"] = str(torch.version.cuda)
+        described["cuda_kernels"] = "no" if _native.why_not("cuda") else "yes"
     return described | {
         "python": platform.python_version(),
         "torch": torch.__version__,

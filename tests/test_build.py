@@ -96,6 +96,29 @@ def test_skipping_cuda(tmp_path):
     assert "LOKI_KERNELS_SKIP_CUDA=1 was set" in report["cuda"]
 
 
+@pytest.mark.parametrize(
+    ("available", "wheel", "given", "built_for"),
+    [
+        (True, True, None, "every"),  # of the machine's own GPU it would be of no use to others
+        (True, True, "9.0a", "9.0a"),
+        (False, False, "", "every"),  # as a Dockerfile's ARG without a value
+    ],
+)
+def test_architectures(available, wheel, given, built_for, tmp_path):
+    before = (
+        f"{fake_nvcc(tmp_path / 'cuda', '13.0')}; torch.cuda.is_available = lambda: {available}"
+    )
+    variables = {"LOKI_KERNELS_WHEEL": "1"} if wheel else {}
+    if given is not None:
+        variables["TORCH_CUDA_ARCH_LIST"] = given
+    run, report = build(tmp_path, before=before, **variables)
+    assert run.returncode == 0, run.stderr
+    if wheel:
+        found = report["build"]["architectures"]
+        assert (len(found.split(";")) > 3) == (built_for == "every")
+        assert built_for in ("every", found)
+
+
 def test_forcing_cuda_fails_loudly(tmp_path):
     before = "import torch; torch.version.cuda = None"
     run, _ = build(tmp_path, before=before, LOKI_KERNELS_FORCE_CUDA="1")

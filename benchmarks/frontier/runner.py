@@ -140,7 +140,13 @@ def _key(spec: dict[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    return list(read_lines(path)) if path.is_file() else []
+    """Of what was trained twice the last, unless that alone is under a CPU's autocast."""
+    kept: dict[str, dict[str, Any]] = {}
+    for record in read_lines(path) if path.is_file() else ():
+        key = _key({name: record[name] for name in _SPEC})
+        if "autocast" not in record or "autocast" in kept.get(key, record):
+            kept[key] = record
+    return list(kept.values())
 
 
 def _sources(jobs: Sequence[Job], predict: bool = True) -> dict[str, dict[str, Any]]:
@@ -212,7 +218,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"{arguments.data} is not there; python -m benchmarks.frontier data.")
     path: Path = arguments.results
     records = read_records(path)
-    done = {_key({k: r[k] for k in _SPEC}) for r in records}
+    # one under autocast is trained again where that is not asked for
+    done = {
+        _key({k: r[k] for k in _SPEC}) for r in records if arguments.bfloat16 or "autocast" not in r
+    }
     measured = [] if arguments.rehearse else records  # a rehearsal's texts are no results'
     known = {(r["task"], r["seed"]): r["before"] for r in measured}
     drawn: dict[int, set[str | None]] = {}
@@ -245,11 +254,12 @@ def run(arguments: argparse.Namespace) -> None:
             save_file(tensors, folder / "data.safetensors")
         else:
             shutil.copy(arguments.data, folder / "data.safetensors")
-            model, _ = MODELS[arguments.model]()
-        model.save_pretrained(folder / "model")
         data = Data.load(folder / "data.safetensors").to(DEVICE)
         kept["data"] = data.digest()
         _refuse_other_samples(kept["data"], jobs, drawn)
+        if not arguments.rehearse:
+            model, _ = MODELS[arguments.model]()
+        model.save_pretrained(folder / "model")
         _write_moments(folder, model.to(DEVICE), data, jobs, arguments.predict or DEVICE == "cuda")
         del model, data
         parts = [group for phase in phases for group in groups(phase, _TOGETHER)]

@@ -38,6 +38,7 @@ from benchmarks.frontier.runner import (
 )
 from benchmarks.frontier.train import Run, train
 from benchmarks.frontier.workers import Pool
+from benchmarks.records import read_lines
 from loki_kernels.demo.frontier import frontier, mean_at_equal_loss
 from tests import models
 from tests.tiny_tokenizers import word_tokenizer
@@ -300,6 +301,12 @@ def test_processes_train_what_was_not_trained(tmp_path, monkeypatch, capsys):
         assert len(read_records(path)) == want
     assert [r.get("autocast") for r in read_records(path)] == [None] * 3 + ["bfloat16"] * 7
     assert "7 trainings to do" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command.split(), *arms, "--most", "2"])
+    main()  # two of those under autocast, and theirs are passed over then
+    assert "7 trainings to do" not in capsys.readouterr().out
+    records = read_records(path)
+    assert len(records) == 10 < len(list(read_lines(path)))
+    assert sum("autocast" not in record for record in records) == 5
     monkeypatch.setattr(sys, "argv", ["frontier", "report", "--results", str(path)])
     main()
     text = path.with_suffix(".md").read_text()
@@ -316,7 +323,7 @@ def test_two_tasks_are_learned_in_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command.split())
     two_tasks.main()
     lines = [json.loads(s) for s in capsys.readouterr().out.splitlines() if s.startswith('{"')]
-    kept = read_records(path)
+    kept = list(read_lines(path))
     assert [{k: line[k] for k in line if k != "seconds"} for line in lines] == [
         {k: record[k] for k in line if k != "seconds"}
         for line, record in zip(lines, kept, strict=True)
