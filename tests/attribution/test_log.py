@@ -13,6 +13,7 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,6 +334,77 @@ def test_a_disk_that_fills_up(keep, model, out, monkeypatch, attributed):
     attributed.clear()
     assert_same(attribute(model, PROMPTS, keep=keep, out=out, **OPTIONS), want)
     assert 0 < len(attributed) < BATCHES
+
+
+def test_only_what_is_beyond_a_file_is_reserved(model, out, monkeypatch):
+    """glibc, where a file system has no fallocate, writes zeros into what is asked for."""
+    asked = []
+    leave_two_batches(model, out, monkeypatch)
+    (partial(out) / "value").write_bytes(bytes(12))  # of 3 prompts
+
+    def reserve(handle, begin, length):
+        asked.append((os.fstat(handle).st_size, begin, begin + length))
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve, raising=False)
+    attribute(model, PROMPTS, out=out, **OPTIONS)
+    assert (12, 12, 4 * len(PROMPTS)) in asked
+    assert all(begin == size for size, begin, _ in asked)
+
+
+@pytest.mark.skipif(not hasattr(os, "statvfs"), reason="the system does not tell what is free")
+@pytest.mark.parametrize("free", [0, 2**20, None])
+def test_where_others_write_too_room_is_not_taken(free, model, out, monkeypatch, attributed):
+    """Zeros of one process may come over what another has written there; a full disk is seen."""
+    reserve, written = log.Log.reserve, attribute(model, PROMPTS, **OPTIONS)
+
+    def with_another(self, total):
+        alone, self.team = self.team, SimpleNamespace(rank=0, size=2)
+        try:
+            reserve(self, total)
+        finally:
+            self.team = alone
+
+    def room(_handle):  # some of FUSE's file systems tell nothing: all is zero
+        blocks = (0, 0) if free is None else (free // 512, 10**6)
+        return SimpleNamespace(f_frsize=512, f_bavail=blocks[0], f_blocks=blocks[1])
+
+    monkeypatch.setattr(log.Log, "reserve", with_another)
+    monkeypatch.setattr(os, "statvfs", room)
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("taken"), raising=False)
+    if free == 0:
+        attributed.clear()
+        with pytest.raises(OSError, match="No space left") as raised:
+            attribute(model, PROMPTS, out=out, **OPTIONS)
+        assert not attributed
+        assert raised.value.errno == errno.ENOSPC
+        assert list(out.parent.iterdir()) == []
+    else:
+        assert_same(attribute(model, PROMPTS, out=out, **OPTIONS), written)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is synced is read from /proc")
+def test_the_file_is_on_the_disk_before_its_log_goes(model, out, monkeypatch):
+    """As after a power cut: what has only been renamed may be empty then, or not there."""
+    happened = []
+    sync, replace, unlink = os.fsync, os.replace, os.unlink
+
+    def record(name, do):
+        def recording(first, *others, **options):
+            path = os.readlink(f"/proc/self/fd/{first}") if name == "sync" else first
+            happened.append((name, Path(path).name))
+            return do(first, *others, **options)
+
+        return recording
+
+    monkeypatch.setattr(os, "fsync", record("sync", sync))
+    monkeypatch.setattr(os, "replace", record("replace", replace))
+    monkeypatch.setattr(os, "unlink", record("unlink", unlink))
+    attribute(model, PROMPTS, out=out, **OPTIONS)
+    steps = [("sync", "scores"), ("replace", "scores"), ("sync", out.parent.name)]
+    assert [step for step in happened if step in steps] == steps
+    journals = [i for i, (name, path) in enumerate(happened) if path.endswith(".jsonl")]
+    assert journals
+    assert min(journals) > happened.index(steps[-1])
 
 
 def test_killed_before_the_folder_is_removed(model, out, monkeypatch, attributed):
