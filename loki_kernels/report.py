@@ -212,7 +212,8 @@ def _overlap_by_chance(a: Sequence[int], b: Sequence[int], width: int) -> float:
 def _png(figures: Sequence[tuple[str, _Picture]]) -> bytes:
     """Pictures, each with its title, below each other."""
     heights = [picture.height for _, picture in figures]
-    figure = import_matplotlib()(figsize=(_WIDTH, sum(heights)), layout="constrained")
+    size = (_WIDTH, sum(heights))
+    figure = import_matplotlib()(figsize=size, dpi=_DPI, layout="constrained")
     parts = figure.subfigures(len(figures), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, picture) in zip(parts, figures, strict=True):
         if title:
