@@ -255,7 +255,7 @@ def test_a_prompt_that_decode_refuses_too_takes_whole_prompts(refused, caplog, m
     assert "prompt 3 is attributed by the reforward engine (rounding has" in caplog.text
     assert_exact(model, got, prompts=[*PROMPTS, odd], definition="captum")
     monkeypatch.setattr(job, "choose_engine", refuses_all_but(job.choose_engine, "staircase"))
-    with pytest.raises(loki.UnsupportedModelError, match="rounding"):
+    with pytest.raises(loki.UnsupportedModelError, match="prompt 3, of 3 tokens: rounding"):
         loki.attribute(model, [*PROMPTS, odd])
 
 
