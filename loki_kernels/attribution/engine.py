@@ -88,11 +88,15 @@ _chosen: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Make]] = (
 
 
 def attribute_batch(engine: Engine, batch: Batch) -> Scores:
-    """Scores of a batch, those of its contrast subtracted: the integral is linear in F."""
+    """Scores of a batch, those of its contrast subtracted: the integral is linear in F.
+
+    They are where the model takes its tokens: of a model on several devices the staircase's are
+    with the head, decode's with the logits, and those of one attribution are joined and counted.
+    """
     scores = engine.attribute(batch)
-    if batch.contrast is None:
-        return scores
-    return scores.minus(engine.attribute(replace(batch, answers=batch.contrast)))
+    if batch.contrast is not None:
+        scores = scores.minus(engine.attribute(replace(batch, answers=batch.contrast)))
+    return scores.to(engine.structure.device)
 
 
 def choose_engine(
