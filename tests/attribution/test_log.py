@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from safetensors import safe_open
 import loki_kernels as loki
 from loki_kernels import Attribution, attribute
 from loki_kernels.attribution import job, log
+from loki_kernels.attribution.fitting import Fitting
 from loki_kernels.attribution.plan import BatchLimits
 from loki_kernels.attribution.result import model_settings
 from tests.attribution.results import BESIDE, assert_same
@@ -231,6 +233,17 @@ def test_another_run_is_refused_and_the_first_goes_on(
     attributed.clear()
     assert_same(attribute(model, PROMPTS, out=out, **OPTIONS), want)
     assert len(attributed) == BATCHES - 2
+
+
+def test_a_baseline_that_was_measured_again_is_to_be_saved(model, out, monkeypatch):
+    """Another device's last bits are another baseline; other options are no reason to say so."""
+    mean = loki.mean_activations(model, PROMPTS[:1])
+    leave_two_batches(model, out, monkeypatch, baseline=mean)
+    other = mean * (1 + 1e-6)
+    with pytest.raises(ValueError, match=r"baseline_values .*save the tensor once"):
+        attribute(model, PROMPTS, out=out, **OPTIONS | {"baseline": other})
+    with pytest.raises(ValueError, match=r"differs in: baseline_values, steps\. Give"):
+        attribute(model, PROMPTS, out=out, **OPTIONS | {"baseline": other, "steps": 2})
 
 
 def test_answers_and_a_baseline_are_a_part_of_what_goes_on(model, out, monkeypatch):
@@ -474,6 +487,31 @@ def test_another_machine_goes_on_with_the_same_batches_and_is_named(
     assert_same(got, want)
     assert "another one" in caplog.text
     assert got.run["machines"][1] == {"device": "another one"}
+
+
+def test_a_smaller_machine_computes_the_same_batches_in_parts(model, out, monkeypatch):
+    """The last batch of three, of two prompts; a CPU that is full has the process ended."""
+    options, computed, compute = {"steps": 1}, [], job.attribute_batch
+    monkeypatch.setattr(BatchLimits, "of", lambda *_: BatchLimits(None, 15, 1000))
+    want = attribute(model, PROMPTS, **options)
+    leave_two_batches(model, out, monkeypatch, batch_size=None)
+
+    def recording(engine, batch):
+        computed.append(tuple(batch.input_ids.shape))
+        return compute(engine, batch)
+
+    monkeypatch.setattr(job, "attribute_batch", recording)
+    monkeypatch.setattr(BatchLimits, "of", lambda *_: BatchLimits(None, 3, 3))
+    got = attribute(model, PROMPTS, out=out, **options)
+    assert computed == [(1, 2), (1, 2)]
+    assert got.run == {**want.run, "created": got.run["created"]}
+    torch.testing.assert_close(got.scores, want.scores)
+
+
+@pytest.mark.parametrize("own", [BatchLimits(None, 15, 1000), BatchLimits(2, 3, 3)])
+def test_the_batches_that_a_device_plans_itself_are_whole(own):
+    """Or that were asked for: of so many prompts on any device."""
+    assert Fitting.of(3, own, BatchLimits(own.prompts, 15, 1000)).below == math.inf
 
 
 def test_sigterm_is_handled_as_before_afterwards(model, out):
