@@ -18,7 +18,7 @@ from .plan import BatchLimits, check_lengths, rotary_border, windows
 from .prefill import keep_site
 from .probe import check_sums
 from .prompts import WINDOW, tokenize_prompts
-from .steering import borrowed, hooking
+from .steering import borrowed, forget_lengths, hooking
 
 
 @made_on_cpu
@@ -81,6 +81,7 @@ def mean_activations(
             if not tokens:
                 check_sums(structure, short_prompt(part.sequences[0]).to(structure.device))
             kept: dict[int, Tensor] = {}
+            forget_lengths(structure)
             with hooking(keep_site(structure, site, kept)):
                 structure.run_decoder(input_ids=batch.input_ids)
             samples, longest = batch.input_ids.shape

@@ -26,7 +26,7 @@ from .prompts import Tokens
 from .scores import Scores
 from .sequence import scaled_prefixes
 from .staircase import Staircase
-from .steering import why_no_staircase
+from .steering import forget_lengths, why_no_staircase
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class OnStaircase:
                 "an answer of several tokens is processed after the prompt, as engine='decode' "
                 "does it."
             )
+        forget_lengths(structure)
         layers = list(structure.present())
         prefill = run_prefill(structure, batch, integral)
         staircase = Staircase(structure, batch, prefill, integral)

@@ -32,8 +32,9 @@ class BatchLimits:
         tokens: of all its prompts, padded to the longest.
         points: of all its prompts' paths.
         processes: that share the batches; none is left without one for the size of the others'.
-        border: tokens; a prompt of more is with none of fewer, since its rotary embedding has other
-            frequencies, which all of a batch would get. None where they are always the same.
+        border: tokens; a prompt of more is with none but its equals, since its rotary embedding has
+            other frequencies, dynamic ones by its length, which all of a batch would get. None
+            where they are always the same.
         apart: whether prompts that are not plain, which the staircase would refuse with all of
             their batch, are with others such alone, and after the rest.
     """
@@ -271,9 +272,10 @@ class Window:
             points: path points of a prompt.
         """
 
-        def kind(i: int) -> tuple[bool, bool]:
+        def kind(i: int) -> tuple[bool, int]:
             tokens, border = self.sequences[i], limits.border
-            return limits.apart and not tokens.plain, border is None or len(tokens) <= border
+            beyond = border is not None and len(tokens) > border
+            return limits.apart and not tokens.plain, -len(tokens) if beyond else 0
 
         places = range(len(self.sequences))
         order = sorted(places, key=lambda i: (kind(i), -len(self.sequences[i])))

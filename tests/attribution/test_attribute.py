@@ -342,6 +342,26 @@ def test_a_prompts_rotary_embedding_is_its_own():
     torch.testing.assert_close(mean, loki.mean_activations(model, prompts, batch_size=1))
 
 
+@pytest.mark.parametrize("engine", ["staircase", "decode", "reforward"])
+def test_a_dynamic_rotary_embedding_keeps_no_other_prompts_length(engine):
+    """It has the frequencies of the longest prompt so far, of a batch or an earlier call."""
+    config = ARCHITECTURES["llama"]()
+    config.max_position_embeddings = 16
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    prompts = [{"input_ids": torch.arange(n)} for n in (20, 40, 16, 20)]
+    alone = torch.cat(
+        [attribute(copy.deepcopy(model), [p], engine=engine).scores for p in prompts]
+    )  # fmt: skip
+    for options in ({}, {"batch_size": 1}, {"batch_size": 4}):
+        together = attribute(model, prompts, engine=engine, **options)
+        assert norm_error(together.scores, alone) < 1e-4
+    mean = loki.mean_activations(copy.deepcopy(model), prompts[:1])
+    attribute(model, prompts[1:2], engine=engine)
+    torch.testing.assert_close(loki.mean_activations(model, prompts[:1]), mean)
+
+
 def opt():
     config = transformers.OPTConfig(
         vocab_size=97, hidden_size=48, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
