@@ -11,7 +11,7 @@ import mmap
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -139,6 +139,43 @@ def write_safetensors(
             )
         except safetensors.SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
+
+
+def reserve(sizes: Mapping[io.FileIO, int], *, shared: bool) -> None:
+    """Make room on the disk for open files to grow to so many bytes each.
+
+    Where a file system knows no fallocate (NFS before 4.2), glibc reads a byte of every block
+    within the file and writes a zero back if it was one, which undoes what another process writes
+    there meanwhile. So of one process alone it is asked for from the files' ends on, and with
+    others that write (``shared``) only the free space is compared.
+
+    Raises:
+        OSError: if there is not as much room.
+    """
+    ends = {file: os.fstat(file.fileno()).st_size for file in sizes}
+    more = {file: size - ends[file] for file, size in sizes.items() if size > ends[file]}
+    if shared and more and hasattr(os, "statvfs"):
+        disk, missing = os.statvfs(next(iter(more)).fileno()), sum(more.values())
+        free = disk.f_bavail * disk.f_frsize
+        if disk.f_blocks and missing > free:  # some of FUSE's tell no sizes
+            raise OSError(
+                errno.ENOSPC,
+                f"No space left on device: {missing} bytes are missing, and {free} are free",
+                next(iter(more)).name,
+            )
+    if not shared and hasattr(os, "posix_fallocate"):
+        for file, length in more.items():
+            os.posix_fallocate(file.fileno(), ends[file], length)
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Have the disk keep which files a folder has, where it can be asked to."""
+    with suppress(OSError):  # Windows opens no folder, and some network folders sync none
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def lock(file: io.FileIO) -> None:

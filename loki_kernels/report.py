@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, AttributionCounts
-from .attribution.result import load_result
+from .attribution.result import definition_of, load_result
 from .files import atomic_path, check_writable
 from .ops import count_lowest
 from .options import DEFAULT_QUOTA
@@ -154,10 +154,11 @@ def _result_section(name: str, result: Attribution | AttributionCounts, quota: f
         )
         pictures.append(_Picture("Completeness", f"{caption}: {_BAND}.", 4, lines))
     run = result.run
+    said = {**run, "definition": definition_of(run)}
     facts = [
         f"{len(result.targets):,} prompts, {next(iter(shares.values())).shape[0]} layers, "
         f"{width:,} nodes a layer",
-        *(f"{key} {run[key]}" for key in ("model", "definition", "steps") if key in run),
+        *(f"{key} {said[key]}" for key in ("model", "definition", "steps") if key in run),
         f"median F(z) {float(result.value.nanmedian()):.3g}",
     ]
     return _Section(name, "; ".join(facts) + ".", pictures, columns, run)
@@ -212,7 +213,8 @@ def _overlap_by_chance(a: Sequence[int], b: Sequence[int], width: int) -> float:
 def _png(figures: Sequence[tuple[str, _Picture]]) -> bytes:
     """Pictures, each with its title, below each other."""
     heights = [picture.height for _, picture in figures]
-    figure = import_matplotlib()(figsize=(_WIDTH, sum(heights)), layout="constrained")
+    size = (_WIDTH, sum(heights))
+    figure = import_matplotlib()(figsize=size, dpi=_DPI, layout="constrained")
     parts = figure.subfigures(len(figures), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, picture) in zip(parts, figures, strict=True):
         if title:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 
@@ -169,3 +171,25 @@ def test_the_heatmap_shows_the_highest_and_the_lowest(tmp_path, monkeypatch):
         want[1] = float("nan")
         torch.testing.assert_close(shares, want, equal_nan=True)
     assert ["highest" in title for title in drawn] == [True, False]
+
+
+@pytest.mark.parametrize("width", [8, 4096])
+def test_no_node_is_lost_between_the_pixels(width):
+    """One extreme node of 4,096: of nearest neighbours a third of the columns would be drawn."""
+    shares = torch.zeros(3, width)
+    shares[2, width - 3] = 1.0
+    shares[1] = float("nan")
+    figure = plots.import_matplotlib()(figsize=(10, 6), dpi=150, layout="constrained")
+    plots.draw_heatmap(figure, {"a": shares})
+    figure.savefig(io.BytesIO(), format="png")
+    axis = figure.axes[0]
+    (image,) = axis.images
+    drawn, (left, right, bottom, _) = image.get_array().filled(float("nan")), image.get_extent()
+    assert drawn.shape[1] <= axis.get_window_extent().width
+    assert np.isnan(drawn).all(1).tolist() == [False, True, False]
+    assert drawn[0].max() == 0
+    (at,) = drawn[2].nonzero()[0]
+    each = (right - left) / drawn.shape[1]
+    assert at == (width - 3) // each
+    assert (bottom, axis.get_xlim()) == (2.5, (-0.5, width - 0.5))
+    assert axis.get_xlabel() == ("node" if each == 1 else "node (the maximum of 4 neighbours)")

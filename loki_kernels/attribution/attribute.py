@@ -31,7 +31,7 @@ from .answers import Target, check_answers, with_answers
 from .definitions import Overrides, PathIntegral
 from .fitting import points_that_fit
 from .job import Job
-from .plan import BatchLimits, rotary_border, windows
+from .plan import BatchLimits, check_lengths, rotary_border, windows
 from .prompts import WINDOW, tokenize_prompts
 from .result import Attribution, AttributionCounts, describe_run
 from .scores import Counter
@@ -140,8 +140,8 @@ def attribute(
 
     Raises:
         ValueError: for an unknown definition or option, empty prompts, token ids out of range, a
-            mask with holes, a target that does not fit, NaN weights, counts of NaN scores, or an
-            ``out`` begun with another model, other options or prompts; or processes with such.
+            mask with holes, more tokens than learned positions, a target that does not fit, NaN
+            weights, counts of NaN scores, or an ``out`` begun otherwise; or processes with such.
         TypeError: for prompts of another kind, or text without a tokenizer.
         UnsupportedModelError: if no engine treats the model's layers exactly.
         RuntimeError, OSError: if ``out`` cannot be written or is another process's, or one failed.
@@ -150,11 +150,11 @@ def attribute(
     structure = find_structure(model)
     _check_attributable(structure, engine)
     counter = _make_counter(keep, quota, criterion, _width(integral, structure))
-    vocabulary = structure.vocab_size
-    sequences = tokenize_prompts(prompts, tokenizer, vocabulary, chat_template_kwargs)
-    sequences = with_answers(sequences, target, contrast, tokenizer, vocabulary)
+    sequences = tokenize_prompts(prompts, tokenizer, structure.vocab_size, chat_template_kwargs)
+    sequences = with_answers(sequences, target, contrast, tokenizer, structure.vocab_size)
     held = isinstance(prompts, (list, tuple))
-    parts = windows(check_answers(sequences, integral.definition), None if held else WINDOW)
+    sequences = check_lengths(check_answers(sequences, integral.definition), structure)
+    parts = windows(sequences, None if held else WINDOW)
     run = describe_run(structure, definition, integral, steps, target, contrast)
     with Team(share=share) as team:
         limits = _limits(structure, batch_size, team)

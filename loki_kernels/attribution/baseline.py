@@ -14,11 +14,11 @@ from ..errors import check_choice
 from ..options import Site
 from ..progress import progress_bar
 from .engine import short_prompt
-from .plan import BatchLimits, rotary_border, windows
+from .plan import BatchLimits, check_lengths, rotary_border, windows
 from .prefill import keep_site
 from .probe import check_sums
 from .prompts import WINDOW, tokenize_prompts
-from .steering import borrowed, hooking
+from .steering import borrowed, forget_lengths, hooking
 
 
 @made_on_cpu
@@ -61,6 +61,7 @@ def mean_activations(
     sequences = tokenize_prompts(
         prompts, tokenizer, structure.vocab_size, chat_template_kwargs, whole=True
     )
+    sequences = check_lengths(sequences, structure)
     border = rotary_border(structure.causal_lm)
     limits = BatchLimits.of(structure.device, batch_size, border=border)
     tokens = 0
@@ -80,6 +81,7 @@ def mean_activations(
             if not tokens:
                 check_sums(structure, short_prompt(part.sequences[0]).to(structure.device))
             kept: dict[int, Tensor] = {}
+            forget_lengths(structure)
             with hooking(keep_site(structure, site, kept)):
                 structure.run_decoder(input_ids=batch.input_ids)
             samples, longest = batch.input_ids.shape

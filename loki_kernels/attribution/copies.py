@@ -36,7 +36,7 @@ from .integration import guard_tolerance, integrate, relative_error, to_differen
 from .path import path_points
 from .prefill import Batch, keep_site
 from .scores import Scores
-from .steering import OUT_OF_PLACE, hook_site, hooking, like, refusing, rerunning
+from .steering import OUT_OF_PLACE, forget_lengths, hook_site, hooking, like, refusing, rerunning
 
 # What the copies of a chunk may keep beside the model, their caches or their hidden states: where
 # nothing tells what is free (a CPU), and of what is.
@@ -135,6 +135,7 @@ class Copies:
     def _attribute_prompt(self, prompt: _Prompt) -> Scores:
         structure, nodes = self.structure, self.structure.present()
         calls = dict.fromkeys(nodes, 0)
+        forget_lengths(structure)
         with refusing(structure, "its forward pass over the prompt"):
             starts = self._baseline(prompt)
             with hooking(_counting(nodes, calls)):

@@ -26,7 +26,7 @@ from .prompts import Tokens
 from .scores import Scores
 from .sequence import scaled_prefixes
 from .staircase import Staircase
-from .steering import why_no_staircase
+from .steering import forget_lengths, why_no_staircase
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class OnStaircase:
                 "an answer of several tokens is processed after the prompt, as engine='decode' "
                 "does it."
             )
+        forget_lengths(structure)
         layers = list(structure.present())
         prefill = run_prefill(structure, batch, integral)
         staircase = Staircase(structure, batch, prefill, integral)
@@ -88,11 +89,15 @@ _chosen: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Make]] = (
 
 
 def attribute_batch(engine: Engine, batch: Batch) -> Scores:
-    """Scores of a batch, those of its contrast subtracted: the integral is linear in F."""
+    """Scores of a batch, those of its contrast subtracted: the integral is linear in F.
+
+    They are where the model takes its tokens: of a model on several devices the staircase's are
+    with the head, decode's with the logits, and those of one attribution are joined and counted.
+    """
     scores = engine.attribute(batch)
-    if batch.contrast is None:
-        return scores
-    return scores.minus(engine.attribute(replace(batch, answers=batch.contrast)))
+    if batch.contrast is not None:
+        scores = scores.minus(engine.attribute(replace(batch, answers=batch.contrast)))
+    return scores.to(engine.structure.device)
 
 
 def choose_engine(

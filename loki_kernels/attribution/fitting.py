@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from ..placement import computed_if_it_fits, free_bytes
 from ..structure import Structure, embedding_weight
-from .plan import PlannedBatch
+from .plan import BatchLimits, PlannedBatch
 from .scores import Scores
 
 _SHARE = 0.6  # of what is free
@@ -67,10 +67,21 @@ class Fitting:
 
     Attributes:
         points: path points of a prompt.
+        below: of what `PlannedBatch.cost` a batch is halved before it is tried.
     """
 
     points: int
-    _below: float = field(default=math.inf, init=False)  # in `PlannedBatch.cost`: what did not fit
+    below: float = math.inf
+
+    @classmethod
+    def of(cls, points: int, own: BatchLimits, kept: BatchLimits) -> Fitting:
+        """One that tries nothing larger than this device plans, if the batches are another's.
+
+        A batch that a large GPU has planned may be all of a CPU's memory, and the system ends a
+        process for that without an error that could be caught.
+        """
+        larger = kept.tokens > own.tokens or kept.points > own.points
+        return cls(points, own.tokens + own.points + 1 if larger and not own.prompts else math.inf)
 
     def run(
         self, planned: PlannedBatch, compute: Callable[[PlannedBatch], Scores | Refused]
@@ -85,11 +96,11 @@ class Fitting:
             part = left.pop()
             several, cost = len(part.members) > 1, part.cost(self.points)
             found: Scores | Refused | None = None
-            if not several or cost < self._below:
+            if not several or cost < self.below:
                 what = f"{len(part.members)} prompts of up to {part.longest} tokens"
                 found = computed_if_it_fits(partial(compute, part), what, halves=several)
                 if found is None:
-                    self._below = cost
+                    self.below = cost
             if isinstance(found, Scores):
                 done.append(found)
             else:

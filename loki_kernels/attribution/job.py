@@ -127,7 +127,7 @@ class Job:
         engine: Engine | None = None
         fused: dict[torch.nn.Module, Forward] = {}
         start: float | None = None
-        fitting = Fitting(points)
+        fitting = Fitting.of(points, self.limits, store.limits)
         agree = self.team.all if self.structure.sharded else None
         stop = stopping(enabled=isinstance(store, Log), agree=agree)
         with stop as stopped:
@@ -224,20 +224,20 @@ class Job:
         whole prompts are left: of one prompt among many, they do not lose what the others took.
 
         Raises:
-            UnsupportedModelError: as it was refused, if every engine refuses.
+            UnsupportedModelError: as it was refused, if every engine refuses; it names the prompt.
         """
         names: tuple[EngineName, ...] = ("decode", "reforward")
+        (number,) = planned.members
         for name in names:
             try:
                 engine = choose_engine(self.structure, planned.sequences, self.integral, name)
                 scores = attribute_batch(engine, planned.on(self.structure.device))
             except UnsupportedModelError:  # which keeps what it stopped, and reforward wants room
                 continue
-            (number,) = planned.members
             self.slower.append(number)
             logger.info("prompt %d is attributed by the %s engine (%s)", number, name, refused)
             return scores
-        raise UnsupportedModelError(refused)
+        raise UnsupportedModelError(f"prompt {number}, of {planned.longest} tokens: {refused}")
 
 
 def _check_rankable(scores: Scores, members: list[int]) -> None:

@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from ..errors import explained
-from ..files import atomic_path, lock, read_safetensors, write_safetensors
+from ..files import (
+    atomic_path,
+    lock,
+    read_safetensors,
+    reserve,
+    sync_folder,
+    write_safetensors,
+)
 from ..sharding import of_the_first
 from ..team import Team
 from .plan import BatchLimits, PlannedBatch
@@ -42,6 +49,7 @@ _SECONDS_BETWEEN_COUNTS = 30.0
 _ROOM = 4096
 _MOST_MACHINES = 8
 _COPIED = 1 << 24  # bytes at a time
+_MEASURED = " (another device measures other last bits: save the tensor once, pass what was saved)"
 
 
 class Log(contextlib.AbstractContextManager["Log"]):
@@ -144,12 +152,9 @@ class Log(contextlib.AbstractContextManager["Log"]):
 
     def reserve(self, total: int) -> None:
         """Make room on the disk for so many prompts: a full one is an OSError now."""
-        if self._finished or self.team.rank:
-            return
-        for name, file in self._files.items():
-            size = self._place(name, total)
-            if hasattr(os, "posix_fallocate") and size > os.fstat(file.fileno()).st_size:
-                os.posix_fallocate(file.fileno(), 0, size)
+        if not self._finished and not self.team.rank:
+            sizes = {file: self._place(name, total) for name, file in self._files.items()}
+            reserve(sizes, shared=self.team.size > 1)
 
     def knows(self, planned: PlannedBatch) -> bool:
         """Whether a former process says to have done this batch."""
@@ -210,6 +215,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
         self.team.meet()
         self._complete = True
         if self.team.rank == 0:
+            sync_folder(self.out.parent)  # else a power cut may leave neither the file nor its log
             self._remove()
         return (Attribution if self.counter is None else AttributionCounts).load(self.out)
 
@@ -299,7 +305,8 @@ class Log(contextlib.AbstractContextManager["Log"]):
         names = sorted(theirs.keys() | identity.keys())
         different = [name for name in names if theirs.get(name) != identity.get(name)]
         if different:
-            raise self._other(", ".join(different))
+            hint = _MEASURED if different == ["baseline_values"] else ""
+            raise self._other(", ".join(different) + hint)
 
     def _is_finished(self) -> bool:
         """Whether the file is in its place, and only the folder was not removed."""
@@ -384,6 +391,7 @@ class Log(contextlib.AbstractContextManager["Log"]):
                         _write(file, data)
                         left -= len(data)
             file.truncate(file.tell())
+            os.fsync(file.fileno())
         return path
 
     def _header(self, total: int) -> bytes:

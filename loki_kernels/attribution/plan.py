@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..options import EngineName
-from ..structure import text_config
+from ..structure import Structure, embedding_weight, text_config
 from .prefill import Batch
 from .prompts import Tokens
+
+logger = logging.getLogger(__name__)
 
 _POINTS = 16_384  # on a GPU, where nothing says how many fit
 
@@ -28,8 +32,9 @@ class BatchLimits:
         tokens: of all its prompts, padded to the longest.
         points: of all its prompts' paths.
         processes: that share the batches; none is left without one for the size of the others'.
-        border: tokens; a prompt of more is with none of fewer, since its rotary embedding has other
-            frequencies, which all of a batch would get. None where they are always the same.
+        border: tokens; a prompt of more is with none but its equals, since its rotary embedding has
+            other frequencies, dynamic ones by its length, which all of a batch would get. None
+            where they are always the same.
         apart: whether prompts that are not plain, which the staircase would refuse with all of
             their batch, are with others such alone, and after the rest.
     """
@@ -98,15 +103,71 @@ def rotary_border(model: nn.Module) -> int | None:
     LongRoPE's (Phi-3) and dynamic ones go by the longest sequence of a batch.
     """
     config = text_config(model)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)]
     borders = [
         kind.get("original_max_position_embeddings")
         or getattr(config, "max_position_embeddings", None)
-        for kind in kinds
+        for kind in _rotary_kinds(config)
         if kind.get("rope_type") in ("longrope", "dynamic")
     ]
     return min((border for border in borders if border), default=None)
+
+
+def _rotary_kinds(config: Any) -> list[dict[str, Any]]:
+    """What a config says of its rotary embeddings, of which each type of layer may have its own."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [kind for kind in (parameters, *parameters.values()) if isinstance(kind, dict)]
+
+
+def check_lengths(sequences: Iterable[Tokens], structure: Structure) -> Iterator[Tokens]:
+    """The same prompts; it is logged of one beyond what a rotary embedding was made for.
+
+    Raises:
+        ValueError: for one longer than a table of learned positions. A GPU that looks up what is
+            beyond it does nothing more for the process.
+    """
+    config = text_config(structure.causal_lm)
+    name = type(structure.causal_lm).__name__
+    most, table = getattr(config, "max_position_embeddings", None), _position_table(structure)
+    kinds = {kind.get("rope_type") for kind in _rotary_kinds(config)}
+    told = not kinds or "dynamic" in kinds  # which is for such prompts
+    for i, tokens in enumerate(sequences):
+        answers = (x for x in (tokens.answer, tokens.contrast) if x is not None)
+        length = len(tokens) + max(map(len, answers), default=1) - 1
+        if isinstance(most, int) and length > most:
+            if table is not None:
+                raise ValueError(
+                    f"prompt {i} has {length} tokens, and {name} has {most} positions ({table}); "
+                    "leave it out, or give less of it."
+                )
+            if not told and not tokens.media:  # images may have fewer positions than tokens
+                told = True
+                logger.warning(
+                    "prompt %d has %d tokens, more than the %d of max_position_embeddings that %s "
+                    "was made for: what it predicts there may say little. It is said once.",
+                    i, length, most, name,
+                )  # fmt: skip
+        yield tokens
+
+
+def _position_table(structure: Structure) -> str | None:
+    """The name of a decoder's embedding of positions; None without one.
+
+    It lies outside of the layers, is as wide as they are or as the embedding of tokens, and has a
+    row for each of ``max_position_embeddings``: OPT's and BART's have two more before them.
+    """
+    model, in_layers = structure.causal_lm, set(map(id, structure.parts))
+    tokens = model.get_input_embeddings()
+    widths = {structure.hidden_size, embedding_weight(model).shape[-1]}
+    most = getattr(text_config(model), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    modules: Iterator[tuple[str, nn.Module]] = structure.decoder.named_modules()
+    for name, module in modules:
+        if not isinstance(module, nn.Embedding) or module is tokens or id(module) in in_layers:
+            continue
+        if most <= module.num_embeddings <= most + 2 and module.embedding_dim in widths:
+            return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -211,9 +272,10 @@ class Window:
             points: path points of a prompt.
         """
 
-        def kind(i: int) -> tuple[bool, bool]:
+        def kind(i: int) -> tuple[bool, int]:
             tokens, border = self.sequences[i], limits.border
-            return limits.apart and not tokens.plain, border is None or len(tokens) <= border
+            beyond = border is not None and len(tokens) > border
+            return limits.apart and not tokens.plain, -len(tokens) if beyond else 0
 
         places = range(len(self.sequences))
         order = sorted(places, key=lambda i: (kind(i), -len(self.sequences[i])))

@@ -49,7 +49,9 @@ _BESIDE = frozenset(
 
 
 # Parts of the names that transformers' models give to what their processors make.
-MEDIA = re.compile("pixel|image|video|audio|feature|aspect_ratio|second_per|cross_attention_mask")
+MEDIA = re.compile(
+    "pixel|image|video|audio|feature|input_values|aspect_ratio|second_per|cross_attention_mask"
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def tokenize_prompts(
             ``[B, T]``) and optionally ``attention_mask`` and ``position_ids``, or else with
             ``messages``, ``prompt`` or ``text``. Token ids are taken as they are, and so are
             special tokens that a string or a template names. Other tensors beside the
-            ``input_ids`` of one prompt are a processor's images or sounds.
+            ``input_ids`` of one prompt are a processor's images or sounds, if one of them has a
+            name such as ``pixel_values``; else they are passed over.
         tokenizer: needed for strings and messages, a transformers tokenizer or a processor with
             one; messages go through its chat template.
         vocab_size: ids must be below it.
@@ -330,7 +333,9 @@ def _from_mapping(batch: Mapping[str, Any], first: int) -> list[Tokens]:
         for name, given in batch.items()
         if name not in _BESIDE and (value := _as_media(name, given)) is not None
     }
-    if all(map(_is_of_tokens, media)):  # a text tokenizer's, or of text alone a processor's
+    # Others alone are a text tokenizer's, of text alone a processor's, or a data set's own columns,
+    # which ``with_format("torch")`` and a DataLoader make tensors of: an answer's number, a score.
+    if not any(map(MEDIA.search, media)):
         return sequences
     if len(sequences) > 1:
         raise ValueError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..files import (
 )
 from ..options import DEFAULT_QUOTA, Criterion
 from ..structure import Structure, embedding_weight, text_config
-from .definitions import PathIntegral
+from .definitions import DEFINITIONS, PathIntegral
 from .table import import_pyarrow, read_parquet, write_parquet
 
 _FORMAT = "loki-kernels-attribution"
@@ -60,7 +61,7 @@ class Attribution:
         samples, layers, width = self.scores.shape
         return (
             f"Attribution({samples} samples, {layers} layers, {width} nodes, "
-            f"definition={self.run.get('definition')!r}, steps={self.run.get('steps')})"
+            f"definition={definition_of(self.run)!r}, steps={self.run.get('steps')})"
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -238,6 +239,16 @@ def _present(result: Attribution | AttributionCounts) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+def definition_of(run: Mapping[str, Any]) -> str | None:
+    """What a run's definition is called, with the fields of it that the call changed."""
+    name: str | None = run.get("definition")
+    if name not in DEFINITIONS:
+        return name
+    own = asdict(DEFINITIONS[name])
+    changed = [f"{key}={run[key]}" for key, value in own.items() if run.get(key, value) != value]
+    return f"{name} with {', '.join(changed)}" if changed else name
+
+
 def describe_run(
     structure: Structure,
     name: str,
@@ -252,6 +263,7 @@ def describe_run(
     """
     model = structure.causal_lm
     without = [i for i, ffn in enumerate(structure.ffns) if ffn is None]
+    adapters = _adapters_in_force(model)
     return {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "dtype": str(embedding_weight(model).dtype).removeprefix("torch."),
@@ -267,6 +279,7 @@ def describe_run(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
+        **({"adapters": adapters} if adapters else {}),
         **({"without_ffn": without} if without else {}),
     }
 

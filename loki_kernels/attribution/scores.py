@@ -54,6 +54,10 @@ class Scores:
         scores[:, layers], change[:, layers] = self.scores, self.change
         return Scores(scores, change, self.value, self.target)
 
+    def to(self, device: torch.device) -> Scores:
+        """The same on one device."""
+        return Scores(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
     def minus(self, other: Scores) -> Scores:
         """The difference to another target's; ``target`` stays."""
         return Scores(

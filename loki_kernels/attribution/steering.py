@@ -144,6 +144,24 @@ def borrowed(structure: Structure) -> Iterator[None]:
             delattr(config, _ATTEND)
 
 
+def forget_lengths(structure: Structure) -> None:
+    """Have dynamic rotary embeddings begin anew, before a prompt or a batch of equal ones.
+
+    They keep the frequencies of the longest sequence so far until a short one comes, and a prompt
+    would have those of another: of a tiny Llama's scores that was 12 %.
+    """
+    suffix = "max_seq_len_cached"
+    for module in structure.decoder.children():
+        for name in [name for name in vars(module) if name.endswith(suffix)]:
+            first, kind = getattr(module, "original_max_seq_len", None), name.removesuffix(suffix)
+            if first is None or getattr(module, name) <= first:
+                continue
+            own = getattr(module, f"{kind}original_inv_freq")
+            own = own.to(getattr(module, f"{kind}inv_freq").device)
+            module.register_buffer(f"{kind}inv_freq", own, persistent=False)
+            setattr(module, name, first)
+
+
 _claiming = threading.Lock()
 
 

@@ -18,6 +18,7 @@ from loki_kernels.attribution import DEFINITIONS, attribute, steering
 from loki_kernels.attribution.definitions import path_rule
 from loki_kernels.attribution.reference import attribute_reference
 from loki_kernels.discovery import find_structure
+from tests.architectures import gpt2
 from tests.attribution.compiled import check_compiled
 from tests.models import ARCHITECTURES, DEVICE, assert_unchanged, build_model, snapshot, to_device
 
@@ -339,6 +340,60 @@ def test_a_prompts_rotary_embedding_is_its_own():
     torch.testing.assert_close(together.scores, alone, rtol=1e-4, atol=1e-8)
     mean = loki.mean_activations(model, prompts)
     torch.testing.assert_close(mean, loki.mean_activations(model, prompts, batch_size=1))
+
+
+@pytest.mark.parametrize("engine", ["staircase", "decode", "reforward"])
+def test_a_dynamic_rotary_embedding_keeps_no_other_prompts_length(engine):
+    """It has the frequencies of the longest prompt so far, of a batch or an earlier call."""
+    config = ARCHITECTURES["llama"]()
+    config.max_position_embeddings = 16
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    prompts = [{"input_ids": torch.arange(n)} for n in (20, 40, 16, 20)]
+    alone = torch.cat(
+        [attribute(copy.deepcopy(model), [p], engine=engine).scores for p in prompts]
+    )  # fmt: skip
+    for options in ({}, {"batch_size": 1}, {"batch_size": 4}):
+        together = attribute(model, prompts, engine=engine, **options)
+        assert norm_error(together.scores, alone) < 1e-4
+    mean = loki.mean_activations(copy.deepcopy(model), prompts[:1])
+    attribute(model, prompts[1:2], engine=engine)
+    torch.testing.assert_close(loki.mean_activations(model, prompts[:1]), mean)
+
+
+def opt():
+    config = transformers.OPTConfig(
+        vocab_size=97, hidden_size=48, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, word_embed_proj_dim=48, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config).to(DEVICE).eval()
+
+
+@pytest.mark.parametrize("build", [gpt2, opt])
+def test_a_prompt_beyond_the_learned_positions_is_refused_before_any_work(build):
+    """Each engine would fail there, and a GPU does nothing more for the process after it."""
+    model = build()
+    fits, over = ({"input_ids": torch.arange(n)} for n in (32, 33))
+    assert len(attribute(model, [fits], steps=1).targets) == 1
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    message = r"prompt 1 has 33 tokens, and .* has 32 positions \((wpe|embed_positions)\)"
+    with pytest.raises(ValueError, match=message):
+        attribute(model, [fits, over])
+    with pytest.raises(ValueError, match=message):
+        loki.mean_activations(model, [fits, over])
+    with pytest.raises(ValueError, match="prompt 0 has 33 tokens"):  # the last is no input
+        attribute(model, [fits], target=[[3, 4]], objective="log_probability")
+
+
+def test_prompts_beyond_a_rotary_embeddings_length_are_told_once(model, caplog):
+    """They are attributed: what it predicts there is the model's affair."""
+    assert model.config.max_position_embeddings == 64
+    lengths = (64, 65, 66)
+    prompts = [{"input_ids": torch.arange(n) % 97} for n in lengths]
+    assert len(attribute(model, prompts, steps=1).targets) == 3
+    assert caplog.text.count("max_position_embeddings") == 1
+    assert "prompt 1 has 65 tokens, more than the 64" in caplog.text
 
 
 def test_prompt_tuning_is_refused(model, prompts):

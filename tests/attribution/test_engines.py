@@ -16,7 +16,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 import loki_kernels as loki
 from loki_kernels.attribution import copies, integration, job, staircase
 from loki_kernels.attribution.definitions import PathIntegral
+from loki_kernels.attribution.prefill import Batch
 from loki_kernels.attribution.reference import attribute_reference
+from loki_kernels.attribution.scores import Scores
 from tests.architectures import (
     deepseek,
     falcon,
@@ -255,7 +257,7 @@ def test_a_prompt_that_decode_refuses_too_takes_whole_prompts(refused, caplog, m
     assert "prompt 3 is attributed by the reforward engine (rounding has" in caplog.text
     assert_exact(model, got, prompts=[*PROMPTS, odd], definition="captum")
     monkeypatch.setattr(job, "choose_engine", refuses_all_but(job.choose_engine, "staircase"))
-    with pytest.raises(loki.UnsupportedModelError, match="rounding"):
+    with pytest.raises(loki.UnsupportedModelError, match="prompt 3, of 3 tokens: rounding"):
         loki.attribute(model, [*PROMPTS, odd])
 
 
@@ -329,6 +331,19 @@ def test_layers_without_an_ffn_have_no_rows():
         assert sum(map(len, rows)) == 2 * 4
     counts = loki.attribute(model, PROMPTS, keep="counts")
     assert [len(rows) for rows in loki.select(counts)] == [4, 0, 4]
+
+
+@pytest.mark.parametrize("contrast", [False, True])
+def test_scores_of_every_engine_are_in_one_place(contrast):
+    """The staircase's are made with the head, decode's with the logits: of a model on two GPUs a
+    batch of one and a batch of the other are counted together. Another device stands in for one."""
+    made = Scores(torch.ones(1, 3, 4), torch.ones(1, 3), torch.ones(1), torch.ones(1).long())
+    structure = SimpleNamespace(device=torch.device("meta"))
+    engine = SimpleNamespace(structure=structure, attribute=lambda _batch: made)
+    ids, answers = torch.ones(1, 2).long(), [torch.ones(1).long()]
+    batch = Batch(ids, ids[0], answers, [{}], contrast=answers if contrast else None)
+    found = job.attribute_batch(engine, batch)
+    assert {x.device.type for x in vars(found).values()} == {"meta"}
 
 
 def test_unknown_engine():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from safetensors import safe_open
 import loki_kernels as loki
 from loki_kernels import Attribution, attribute
 from loki_kernels.attribution import job, log
+from loki_kernels.attribution.fitting import Fitting
 from loki_kernels.attribution.plan import BatchLimits
 from loki_kernels.attribution.result import model_settings
 from tests.attribution.results import BESIDE, assert_same
@@ -232,6 +235,17 @@ def test_another_run_is_refused_and_the_first_goes_on(
     assert len(attributed) == BATCHES - 2
 
 
+def test_a_baseline_that_was_measured_again_is_to_be_saved(model, out, monkeypatch):
+    """Another device's last bits are another baseline; other options are no reason to say so."""
+    mean = loki.mean_activations(model, PROMPTS[:1])
+    leave_two_batches(model, out, monkeypatch, baseline=mean)
+    other = mean * (1 + 1e-6)
+    with pytest.raises(ValueError, match=r"baseline_values .*save the tensor once"):
+        attribute(model, PROMPTS, out=out, **OPTIONS | {"baseline": other})
+    with pytest.raises(ValueError, match=r"differs in: baseline_values, steps\. Give"):
+        attribute(model, PROMPTS, out=out, **OPTIONS | {"baseline": other, "steps": 2})
+
+
 def test_answers_and_a_baseline_are_a_part_of_what_goes_on(model, out, monkeypatch):
     mean = loki.mean_activations(model, PROMPTS[:1])
     given = {"target": [[11, 12]] * 8, "contrast": [[3]] * 8, "baseline": mean}
@@ -335,6 +349,77 @@ def test_a_disk_that_fills_up(keep, model, out, monkeypatch, attributed):
     assert 0 < len(attributed) < BATCHES
 
 
+def test_only_what_is_beyond_a_file_is_reserved(model, out, monkeypatch):
+    """glibc, where a file system has no fallocate, writes zeros into what is asked for."""
+    asked = []
+    leave_two_batches(model, out, monkeypatch)
+    (partial(out) / "value").write_bytes(bytes(12))  # of 3 prompts
+
+    def reserve(handle, begin, length):
+        asked.append((os.fstat(handle).st_size, begin, begin + length))
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve, raising=False)
+    attribute(model, PROMPTS, out=out, **OPTIONS)
+    assert (12, 12, 4 * len(PROMPTS)) in asked
+    assert all(begin == size for size, begin, _ in asked)
+
+
+@pytest.mark.skipif(not hasattr(os, "statvfs"), reason="the system does not tell what is free")
+@pytest.mark.parametrize("free", [0, 2**20, None])
+def test_where_others_write_too_room_is_not_taken(free, model, out, monkeypatch, attributed):
+    """Zeros of one process may come over what another has written there; a full disk is seen."""
+    reserve, written = log.Log.reserve, attribute(model, PROMPTS, **OPTIONS)
+
+    def with_another(self, total):
+        alone, self.team = self.team, SimpleNamespace(rank=0, size=2)
+        try:
+            reserve(self, total)
+        finally:
+            self.team = alone
+
+    def room(_handle):  # some of FUSE's file systems tell nothing: all is zero
+        blocks = (0, 0) if free is None else (free // 512, 10**6)
+        return SimpleNamespace(f_frsize=512, f_bavail=blocks[0], f_blocks=blocks[1])
+
+    monkeypatch.setattr(log.Log, "reserve", with_another)
+    monkeypatch.setattr(os, "statvfs", room)
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("taken"), raising=False)
+    if free == 0:
+        attributed.clear()
+        with pytest.raises(OSError, match="No space left") as raised:
+            attribute(model, PROMPTS, out=out, **OPTIONS)
+        assert not attributed
+        assert raised.value.errno == errno.ENOSPC
+        assert list(out.parent.iterdir()) == []
+    else:
+        assert_same(attribute(model, PROMPTS, out=out, **OPTIONS), written)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is synced is read from /proc")
+def test_the_file_is_on_the_disk_before_its_log_goes(model, out, monkeypatch):
+    """As after a power cut: what has only been renamed may be empty then, or not there."""
+    happened = []
+    sync, replace, unlink = os.fsync, os.replace, os.unlink
+
+    def record(name, do):
+        def recording(first, *others, **options):
+            path = os.readlink(f"/proc/self/fd/{first}") if name == "sync" else first
+            happened.append((name, Path(path).name))
+            return do(first, *others, **options)
+
+        return recording
+
+    monkeypatch.setattr(os, "fsync", record("sync", sync))
+    monkeypatch.setattr(os, "replace", record("replace", replace))
+    monkeypatch.setattr(os, "unlink", record("unlink", unlink))
+    attribute(model, PROMPTS, out=out, **OPTIONS)
+    steps = [("sync", "scores"), ("replace", "scores"), ("sync", out.parent.name)]
+    assert [step for step in happened if step in steps] == steps
+    journals = [i for i, (name, path) in enumerate(happened) if path.endswith(".jsonl")]
+    assert journals
+    assert min(journals) > happened.index(steps[-1])
+
+
 def test_killed_before_the_folder_is_removed(model, out, monkeypatch, attributed):
     def killed(_folder):
         raise Killed
@@ -402,6 +487,31 @@ def test_another_machine_goes_on_with_the_same_batches_and_is_named(
     assert_same(got, want)
     assert "another one" in caplog.text
     assert got.run["machines"][1] == {"device": "another one"}
+
+
+def test_a_smaller_machine_computes_the_same_batches_in_parts(model, out, monkeypatch):
+    """The last batch of three, of two prompts; a CPU that is full has the process ended."""
+    options, computed, compute = {"steps": 1}, [], job.attribute_batch
+    monkeypatch.setattr(BatchLimits, "of", lambda *_: BatchLimits(None, 15, 1000))
+    want = attribute(model, PROMPTS, **options)
+    leave_two_batches(model, out, monkeypatch, batch_size=None)
+
+    def recording(engine, batch):
+        computed.append(tuple(batch.input_ids.shape))
+        return compute(engine, batch)
+
+    monkeypatch.setattr(job, "attribute_batch", recording)
+    monkeypatch.setattr(BatchLimits, "of", lambda *_: BatchLimits(None, 3, 3))
+    got = attribute(model, PROMPTS, out=out, **options)
+    assert computed == [(1, 2), (1, 2)]
+    assert got.run == {**want.run, "created": got.run["created"]}
+    torch.testing.assert_close(got.scores, want.scores)
+
+
+@pytest.mark.parametrize("own", [BatchLimits(None, 15, 1000), BatchLimits(2, 3, 3)])
+def test_the_batches_that_a_device_plans_itself_are_whole(own):
+    """Or that were asked for: of so many prompts on any device."""
+    assert Fitting.of(3, own, BatchLimits(own.prompts, 15, 1000)).below == math.inf
 
 
 def test_sigterm_is_handled_as_before_afterwards(model, out):

@@ -161,6 +161,30 @@ IDS = [[A, B, A, B], [A, B, A, B]]
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": torch.tensor(IDS[0]), "answer": torch.tensor(2)},  # MMLU's
+        {"input_ids": torch.tensor(IDS[0]), "scores": torch.tensor([0.5, 1.0])},
+        {"input_ids": torch.tensor(IDS), "score": torch.tensor([0.5, 1.0])},  # of a DataLoader
+        {"input_ids": torch.tensor(IDS[:1]), "token_type_ids": torch.zeros(1, 4, dtype=torch.long)},
+    ],
+)
+def test_a_data_sets_other_columns_are_no_images(row):
+    """They are tensors ``with_format("torch")``, and are passed over as without it."""
+    for sequence in tokenize_prompts([row], None, 97):
+        assert sequence.ids.tolist() == IDS[0]
+        assert sequence.plain
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "input_features", "input_values"])
+def test_a_processors_other_tensors_come_with_its_images(name):
+    """MiniCPM's ``tgt_sizes`` says nothing of images by its name."""
+    beside = {name: torch.ones(1, 3), "tgt_sizes": torch.tensor([[2, 2]])}
+    (sequence,) = tokenize_prompts([{"input_ids": torch.tensor(IDS[:1]), **beside}], None, 97)
+    assert sequence.media.keys() == beside.keys()
+
+
+@pytest.mark.parametrize(
     "beside",
     [
         {"position_ids": [[0, 1, 2, 3]]},

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import loki_kernels as loki
-from loki_kernels import Attribution, AttributionCounts, files, ranking
+from loki_kernels import Attribution, AttributionCounts, files, ranking, report
 from loki_kernels.attribution import table
 from tests.attribution.results import differing
+from tests.models import build_model
 
 
 def make_result(samples=5, layers=3, width=7, complete=True) -> Attribution:
@@ -37,6 +38,31 @@ def make_result(samples=5, layers=3, width=7, complete=True) -> Attribution:
 def assert_same(got: Attribution, want: Attribution) -> None:
     assert got.run == want.run
     assert not differing(got, want)
+
+
+def test_what_is_changed_of_a_definition_is_said():
+    """As it was read from the file of an older release too, which may lack a field."""
+    result = make_result()
+    assert "definition='published', steps=7" in repr(result)
+    result.run |= {"objective": "logit", "rule": "midpoint", "path": "last_token"}
+    said = "published with objective=logit, rule=midpoint"
+    assert f"definition={said!r}" in repr(result)
+    assert said in report._result_section("a", result, 10).facts
+    assert "definition='mine'" in repr(
+        Attribution(**{**vars(result), "run": {"definition": "mine"}})
+    )
+    assert "definition=None" in repr(Attribution(**{**vars(result), "run": {}}))
+
+
+def test_adapters_in_force_are_a_part_of_the_run():
+    """No weight says which of them act."""
+    import peft
+
+    config = peft.LoraConfig(target_modules=["up_proj"], lora_alpha=16, r=8)
+    model = peft.get_peft_model(build_model(), config, adapter_name="mine")
+    prompts = [{"input_ids": [1, 2, 3]}]
+    assert loki.attribute(model, prompts, steps=1).run["adapters"] == ["[('mine', 2.0)]"]
+    assert "adapters" not in loki.attribute(model.unload(), prompts, steps=1).run
 
 
 def write_hole(path, samples, layers, width):
