@@ -167,9 +167,11 @@ class SavePretrained:
             found = {p: merged.pop(f"{name}.{p}") for p in TRAINED if f"{name}.{p}" in merged}
             for part in BESIDE:
                 merged.pop(f"{name}.{part}", None)
-            if is_partitioned(layer.frozen) and found:  # its weight was collected unmerged
+            if is_partitioned(layer.frozen) and found:  # its weight was collected as it lies
                 weight = merged[f"{name}.{layer.parameter}"]
-                rows = updated_rows(layer.take_rows(weight), *layer.formed(found).values())
+                # Not those of the weight, which hold an update if one was written before the split.
+                base = layer.base_rows.to(weight)
+                rows = updated_rows(base, *layer.formed(found).values())
                 merged[f"{name}.{layer.parameter}"] = layer.put_rows(weight, rows)
             parts[name] |= found
         return merged
