@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedModelError
 from ..sharding import full_shape, full_values, is_partitioned
 from .arithmetic import of_products, same_rows, updated_rows
 
@@ -65,6 +66,17 @@ def why_not_load(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | N
     besides = of_products(list(read.values()), formed)
     same = same_rows(rows, updated_rows(layer.base_rows, *formed), besides=besides)
     return None if same else OTHER
+
+
+def check_there(layer: Any) -> None:
+    """Raise UnsupportedModelError if accelerate has taken a `LokiRows`' weight away."""
+    if layer.frozen.is_meta and not layer.base_rows.is_meta:
+        raise UnsupportedModelError(
+            f"the weight {layer.parameter} of a patched layer is not in memory: something has "
+            "offloaded it after loki_kernels.patch (accelerate's cpu_offload, dispatch_model with "
+            '"cpu" or "disk"). Call handle.merge() or handle.unpatch() before you offload, or '
+            "leave the model in memory."
+        )
 
 
 def check_known(layers: Iterable[Any]) -> None:
