@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import weakref
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -405,6 +406,65 @@ def test_pefts_adapters_of_any_method(kind, tmp_path):
     if kind != "prompt":
         kl = torch.cat(naive(base, around, texts())[0]).mean()
         assert want.overall.kl == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_a_prompt_is_compared_with_its_base_after_mixed_precision(tmp_path):
+    """PEFT takes it away by another forward pass, in place of what accelerate has wrapped."""
+    base = build_model()
+    around = peft.get_peft_model(copy.deepcopy(base), peft_config("prompt"))
+    tiny_trainer(around, tmp_path, 1, bf16=True).train()
+    assert "_original_forward" in vars(around)
+    want = loki.drift(base, around, texts())
+    assert want.token_kl.mean() > 1e-3
+    torch.testing.assert_close(loki.drift(around, texts=texts()).token_kl, want.token_kl)
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype", "kept"),
+    [
+        ("flash_attention_2", torch.float32, True),
+        ("flash_attention_2", torch.bfloat16, False),
+        ("sdpa", torch.float32, False),
+    ],
+)
+def test_attention_of_16_bits_keeps_the_autocast_of_float32_weights(attention, dtype, kept):
+    """FlashAttention refuses float32; the model alone is told its name, and runs as it was."""
+    model = build_model(dtype=dtype)
+    handle = loki.patch(model, ROWS)
+    model.config = copy.deepcopy(model.config)
+    model.config._attn_implementation_internal = attention
+    own, calls = model.forward, []
+
+    def wrapped(*args, **options):
+        calls.append(own)
+        return own(*args, **options)
+
+    model._original_forward, model.forward = own, wrapped
+    loki.drift(handle, texts=texts())
+    assert bool(calls) == kept
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"init_lora_weights": "mica", "kasa_config": None}, None),
+    ],
+)
+def test_what_of_an_adapters_config_changes_its_base(config, want):
+    """KaSA truncates it, replicated layers stay in it; MiCA starts its own factors at zero."""
+    assert models._writes_to_base(SimpleNamespace(**config)) == want
+
+
+def test_a_merged_adapter_is_not_taken_out_of_its_base():
+    """PEFT would, and leave it so."""
+    around = peft.get_peft_model(build_model(), peft_config("lora"))
+    around.merge_adapter()
+    before = snapshot(around)
+    with pytest.raises(ValueError, match=r"call unmerge_adapter\(\) first"):
+        loki.drift(around, texts=texts())
+    assert_unchanged(around, before)
 
 
 @pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"bias": "lora_only"}])

@@ -324,10 +324,15 @@ def _device(model: nn.Module) -> torch.device:
 def _evaluated(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and without gradients, and then in its own mode again.
 
-    In its own precision too: of float32 weights bfloat16 would make a KL below .01 rounding.
+    In its own precision too: of float32 weights bfloat16 would make a KL below .01 rounding. Not
+    where an attention that takes 16 bits alone can only run in what they were trained with.
     """
+    causal_lm: Any = unwrap(model)
+    flash = "flash" in str(getattr(causal_lm.config, "_attn_implementation", None))
+    coarse = flash and getattr(causal_lm, "dtype", None) == torch.float32
+    own = contextlib.nullcontext() if coarse else in_own_precision(model)
     try:
-        with evaluating(model), in_own_precision(model), torch.no_grad(), rows_held(model):
+        with evaluating(model), own, torch.no_grad(), rows_held(model):
             yield
     finally:
         reshard(model)
