@@ -905,6 +905,50 @@ def test_a_run_that_stops_early_is_measured(tmp_path, best, want):
     assert [e["step"] for e in trainer.state.log_history if "drift/kl" in e] == want
 
 
+def test_a_head_that_is_unfrozen_on_the_way_is_measured_from_what_it_was(tmp_path):
+    base = build_model("qwen2")
+    model = copy.deepcopy(base)
+    head = model.get_output_embeddings().requires_grad_(False)
+
+    class Unfreeze(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            head.requires_grad_(True)
+
+    trainer = tiny_trainer(model, tmp_path, 2, [Unfreeze()])
+    trainer.create_optimizer()
+    trainer.optimizer.add_param_group({"params": list(head.parameters())})
+    trainer.add_callback(loki.DriftCallback(trainer, texts(), every=2))
+    trainer.train()
+    assert not torch.equal(head.weight, base.get_output_embeddings().weight)
+    last = [e["drift/kl"] for e in trainer.state.log_history if "drift/kl" in e][-1]
+    assert last == pytest.approx(loki.drift(base, model, texts()).overall.kl, rel=1e-6)
+
+
+def test_a_run_that_starts_anew_with_smaller_batches_is_measured_from_its_base(
+    tmp_path, monkeypatch
+):
+    """`auto_find_batch_size` goes on from weights that have moved."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # a second in a process of so many imports
+    base = build_model()
+    model = copy.deepcopy(base)
+    sizes = []
+
+    def run_out_of_memory(_, inputs):
+        if model.training:
+            sizes.append(len(inputs[0]))
+        if model.training and sizes == [2, 2]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.model.layers[1].register_forward_pre_hook(run_out_of_memory)
+    trainer = tiny_trainer(model, tmp_path, 2, auto_find_batch_size=True)
+    trainer.add_callback(loki.DriftCallback(trainer, texts(), every=2))
+    trainer.train()
+    assert sizes == [2, 2, 1, 1]
+    logged = {e["step"]: e["drift/kl"] for e in trainer.state.log_history if "drift/kl" in e}
+    assert logged[0] > 1e-3
+    assert logged[2] == pytest.approx(loki.drift(base, model, texts()).overall.kl, rel=1e-6)
+
+
 def test_a_resumed_run_is_measured_from_the_base(tmp_path):
     def run(steps, kind="rows", **options):
         model = build_model()
