@@ -98,6 +98,30 @@ def test_equals_a_naive_computation(name, logits, monkeypatch):
     assert {g.name: g.kl for g in result.domains}["b"] == pytest.approx(float(of_b.mean()), 1e-3)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HyperCLOVAXForCausalLM",  # multiplies by logits_scaling
+        "HyperCLOVAXVisionV2ForConditionalGeneration",
+        "MiniCPM3ForCausalLM",  # divides what enters the head
+        "GraniteForCausalLM",  # divides
+    ],
+)
+def test_logits_are_scaled_as_the_family_does_it(name, monkeypatch):
+    """The config says by how much and not how; with the right scale the head alone is enough."""
+    if not hasattr(transformers, name):
+        pytest.skip("this transformers does not have it")
+    monkeypatch.setattr(meter, "compare_whole", None)
+    base = build(name)
+    tuned = moved(base)
+    got = loki.drift(base, tuned, texts())
+    kl, _, _ = naive(base, tuned, texts())
+    torch.testing.assert_close(
+        got.token_kl.sort().values, torch.cat(kl).sort().values.float(), rtol=1e-3, atol=1e-5
+    )
+    assert got.overall.kl > 1e-4
+
+
 def naive_positions(base, tuned, records):
     """All of them, the one that moved most first, as `MovedPosition` tells of them."""
     found = []

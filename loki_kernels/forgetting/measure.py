@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..head import check_logits, logit_scale_and_softcap, scaled_and_capped
+from ..head import (
+    check_logits,
+    logit_scale_and_softcap,
+    possible_scales,
+    scaled_and_capped,
+)
 from ..progress import progress_bar
 from ..sharding import (
     home,
@@ -191,6 +196,7 @@ def record(
     own = Readout.of(model)
     hidden: list[Tensor] = []
     with _evaluated(model), progress_bar(len(batches), "base", progress) as bar:
+        readout.scale = own.scale = _own_scale(model, own)
         for batch in batches:
             _run(model, own, batch, lambda states: hidden.append(states.cpu()))
             bar.update()
@@ -220,6 +226,7 @@ def compare(base: Base, model: nn.Module, *, progress: bool | None = None) -> Mo
         base.readout.on(_device(model)),
         progress_bar(len(base.batches), "compare", progress) as bar,
     ):
+        own.scale = _own_scale(model, own)
         for batch, before in zip(base.batches, base.hidden, strict=True):
 
             def visit(states: Tensor, batch: Batch = batch, before: Tensor = before) -> None:
@@ -262,6 +269,30 @@ def compare_whole(
                 moves.put(batch.places[part], *logits, batch.targets[part])
             bar.update()
     return moves
+
+
+def _own_scale(model: nn.Module, own: Readout) -> float:
+    """Of the scales that the config may mean the one by which the model makes its logits.
+
+    Where there are several, a forward pass of two tokens tells.
+    """
+    scales = possible_scales(text_config(unwrap(model)))
+    products: list[Tensor] = []
+    if len(scales) == 1:
+        return own.scale
+    handle = own.head.register_forward_hook(lambda _module, _args, got: products.append(got))
+    try:
+        ids = torch.arange(2, device=_device(model))[None]
+        logits = without_engines(model)(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+
+    def error(scale: float) -> float:
+        found = scaled_and_capped(products[0].float(), scale, own.softcap)
+        return float((found - logits.to(found.device)).norm())
+
+    known = len(products) == 1 and products[0].shape == logits.shape
+    return min(scales, key=error) if known else own.scale
 
 
 def _run(model: nn.Module, own: Readout, batch: Batch, visit: Callable[[Tensor], None]) -> None:
