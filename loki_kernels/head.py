@@ -57,6 +57,17 @@ def logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
     return scale, next((float(cap) for cap in caps if cap is not None), None)
 
 
+def possible_scales(config: Any) -> tuple[float, ...]:
+    """What the products may be multiplied by, since families take ``logits_scaling`` differently.
+
+    Granite divides the logits by it, HyperCLOVAX multiplies them, MiniCPM3 divides what enters the
+    head; the first is what `logit_scale_and_softcap` says.
+    """
+    scale, _ = logit_scale_and_softcap(config)
+    by = float(getattr(config, "logits_scaling", None) or 1.0)
+    return (scale,) if by == 1.0 else (scale, scale * by * by, scale * by)
+
+
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere's, Falcon-H1's
 # Gemma's, RecurrentGemma's, xLSTM's
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

@@ -370,9 +370,11 @@ def in_own_precision(model: Any) -> Iterator[None]:
     It is entered inside any context of ours. HF Trainer's ``bf16=True``, TRL's default, is that.
     """
     wrapped = []
-    for module in dict.fromkeys((without_engines(model), unwrap(model))):
+    for module in cast(dict[Any, None], dict.fromkeys((without_engines(model), unwrap(model)))):
         held = module.__dict__
-        if "forward" in held and "_original_forward" in held:
+        # PEFT takes a prompt away by the base's forward pass in place of the one that is wrapped.
+        taken = held.get("_adapters_disabled") and module.active_peft_config.is_prompt_learning
+        if "forward" in held and "_original_forward" in held and not taken:
             wrapped.append((module, held["forward"]))
             module.forward = held["_original_forward"]
     try:

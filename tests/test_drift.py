@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import weakref
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -95,6 +96,30 @@ def test_equals_a_naive_computation(name, logits, monkeypatch):
         assert perplexity == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
     of_b = torch.cat([kl[1], kl[3]])
     assert {g.name: g.kl for g in result.domains}["b"] == pytest.approx(float(of_b.mean()), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HyperCLOVAXForCausalLM",  # multiplies by logits_scaling
+        "HyperCLOVAXVisionV2ForConditionalGeneration",
+        "MiniCPM3ForCausalLM",  # divides what enters the head
+        "GraniteForCausalLM",  # divides
+    ],
+)
+def test_logits_are_scaled_as_the_family_does_it(name, monkeypatch):
+    """The config says by how much and not how; with the right scale the head alone is enough."""
+    if not hasattr(transformers, name):
+        pytest.skip("this transformers does not have it")
+    monkeypatch.setattr(meter, "compare_whole", None)
+    base = build(name)
+    tuned = moved(base)
+    got = loki.drift(base, tuned, texts())
+    kl, _, _ = naive(base, tuned, texts())
+    torch.testing.assert_close(
+        got.token_kl.sort().values, torch.cat(kl).sort().values.float(), rtol=1e-3, atol=1e-5
+    )
+    assert got.overall.kl > 1e-4
 
 
 def naive_positions(base, tuned, records):
@@ -405,6 +430,65 @@ def test_pefts_adapters_of_any_method(kind, tmp_path):
     if kind != "prompt":
         kl = torch.cat(naive(base, around, texts())[0]).mean()
         assert want.overall.kl == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_a_prompt_is_compared_with_its_base_after_mixed_precision(tmp_path):
+    """PEFT takes it away by another forward pass, in place of what accelerate has wrapped."""
+    base = build_model()
+    around = peft.get_peft_model(copy.deepcopy(base), peft_config("prompt"))
+    tiny_trainer(around, tmp_path, 1, bf16=True).train()
+    assert "_original_forward" in vars(around)
+    want = loki.drift(base, around, texts())
+    assert want.token_kl.mean() > 1e-3
+    torch.testing.assert_close(loki.drift(around, texts=texts()).token_kl, want.token_kl)
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype", "kept"),
+    [
+        ("flash_attention_2", torch.float32, True),
+        ("flash_attention_2", torch.bfloat16, False),
+        ("sdpa", torch.float32, False),
+    ],
+)
+def test_attention_of_16_bits_keeps_the_autocast_of_float32_weights(attention, dtype, kept):
+    """FlashAttention refuses float32; the model alone is told its name, and runs as it was."""
+    model = build_model(dtype=dtype)
+    handle = loki.patch(model, ROWS)
+    model.config = copy.deepcopy(model.config)
+    model.config._attn_implementation_internal = attention
+    own, calls = model.forward, []
+
+    def wrapped(*args, **options):
+        calls.append(own)
+        return own(*args, **options)
+
+    model._original_forward, model.forward = own, wrapped
+    loki.drift(handle, texts=texts())
+    assert bool(calls) == kept
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"init_lora_weights": "mica", "kasa_config": None}, None),
+    ],
+)
+def test_what_of_an_adapters_config_changes_its_base(config, want):
+    """KaSA truncates it, replicated layers stay in it; MiCA starts its own factors at zero."""
+    assert models._writes_to_base(SimpleNamespace(**config)) == want
+
+
+def test_a_merged_adapter_is_not_taken_out_of_its_base():
+    """PEFT would, and leave it so."""
+    around = peft.get_peft_model(build_model(), peft_config("lora"))
+    around.merge_adapter()
+    before = snapshot(around)
+    with pytest.raises(ValueError, match=r"call unmerge_adapter\(\) first"):
+        loki.drift(around, texts=texts())
+    assert_unchanged(around, before)
 
 
 @pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"bias": "lora_only"}])
@@ -843,6 +927,50 @@ def test_a_run_that_stops_early_is_measured(tmp_path, best, want):
     trainer.add_callback(loki.DriftCallback(trainer, texts(), every=9))
     trainer.train()
     assert [e["step"] for e in trainer.state.log_history if "drift/kl" in e] == want
+
+
+def test_a_head_that_is_unfrozen_on_the_way_is_measured_from_what_it_was(tmp_path):
+    base = build_model("qwen2")
+    model = copy.deepcopy(base)
+    head = model.get_output_embeddings().requires_grad_(False)
+
+    class Unfreeze(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            head.requires_grad_(True)
+
+    trainer = tiny_trainer(model, tmp_path, 2, [Unfreeze()])
+    trainer.create_optimizer()
+    trainer.optimizer.add_param_group({"params": list(head.parameters())})
+    trainer.add_callback(loki.DriftCallback(trainer, texts(), every=2))
+    trainer.train()
+    assert not torch.equal(head.weight, base.get_output_embeddings().weight)
+    last = [e["drift/kl"] for e in trainer.state.log_history if "drift/kl" in e][-1]
+    assert last == pytest.approx(loki.drift(base, model, texts()).overall.kl, rel=1e-6)
+
+
+def test_a_run_that_starts_anew_with_smaller_batches_is_measured_from_its_base(
+    tmp_path, monkeypatch
+):
+    """`auto_find_batch_size` goes on from weights that have moved."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # a second in a process of so many imports
+    base = build_model()
+    model = copy.deepcopy(base)
+    sizes = []
+
+    def run_out_of_memory(_, inputs):
+        if model.training:
+            sizes.append(len(inputs[0]))
+        if model.training and sizes == [2, 2]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.model.layers[1].register_forward_pre_hook(run_out_of_memory)
+    trainer = tiny_trainer(model, tmp_path, 2, auto_find_batch_size=True)
+    trainer.add_callback(loki.DriftCallback(trainer, texts(), every=2))
+    trainer.train()
+    assert sizes == [2, 2, 1, 1]
+    logged = {e["step"]: e["drift/kl"] for e in trainer.state.log_history if "drift/kl" in e}
+    assert logged[0] > 1e-3
+    assert logged[2] == pytest.approx(loki.drift(base, model, texts()).overall.kl, rel=1e-6)
 
 
 def test_a_resumed_run_is_measured_from_the_base(tmp_path):

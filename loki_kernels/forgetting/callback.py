@@ -32,7 +32,7 @@ class DriftCallback(TrainerCallback):
     after the last step, unless ``load_best_model_at_end`` has put another in its place after an
     early stop; with several domains of texts that are given also ``drift/kl/<domain>``.
     Any method is measured: rows, PEFT's, all weights. Of the base its last hidden states on the
-    texts are kept on the host, and a copy of its output head if that is trained. In distributed
+    texts are kept on the host, and a copy of its output head if that may be trained. In distributed
     training every process measures the same texts.
 
     A resumed run of a model that holds no base raises ValueError.
@@ -70,20 +70,28 @@ class DriftCallback(TrainerCallback):
         self._trainer = trainer
         self._every = every
         self._base: Base | None = None
+        self._of: Any = None  # the model that it is of
         self._measured = -1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._base, self._measured = None, -1
+        self._measured = -1
+        if self._of is not self._trainer.model:
+            self._base = None  # else auto_find_batch_size starts anew, from weights that have moved
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Run the base before the first step, when other callbacks have loaded what they resume."""
-        if self._base is not None:
-            return
+        if self._base is None:
+            self._record(state)
+        if not state.global_step:
+            self._measure(state, control)
+
+    def _record(self, state: TrainerState) -> None:
         model: Any = self._trainer.model
+        kept = None
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(without_update(model))
@@ -93,9 +101,9 @@ class DriftCallback(TrainerCallback):
                         "a resumed run does not start from the base, so that DriftCallback cannot "
                         f"measure it: {error} Measure its checkpoints by loki-kernels drift."
                     ) from error
-            self._base = record(model, self._corpus, progress=False)
-        if not state.global_step:
-            self._measure(state, control)
+                kept = True  # the head may be unfrozen on the way
+            self._base = record(model, self._corpus, kept=kept, progress=False)
+        self._of = model
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -115,7 +123,7 @@ class DriftCallback(TrainerCallback):
     ) -> None:
         if not args.load_best_model_at_end:
             self._measure(state, control)  # of a run that stopped before ``max_steps``
-        self._base = None  # tokens x hidden_size, and perhaps a head
+        self._base = self._of = None  # tokens x hidden_size, and perhaps a head
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
         if self._base is None or self._measured == state.global_step:

@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..head import check_logits, logit_scale_and_softcap, scaled_and_capped
+from ..head import (
+    check_logits,
+    logit_scale_and_softcap,
+    possible_scales,
+    scaled_and_capped,
+)
 from ..progress import progress_bar
 from ..sharding import (
     home,
@@ -191,6 +196,7 @@ def record(
     own = Readout.of(model)
     hidden: list[Tensor] = []
     with _evaluated(model), progress_bar(len(batches), "base", progress) as bar:
+        readout.scale = own.scale = _own_scale(model, own)
         for batch in batches:
             _run(model, own, batch, lambda states: hidden.append(states.cpu()))
             bar.update()
@@ -220,6 +226,7 @@ def compare(base: Base, model: nn.Module, *, progress: bool | None = None) -> Mo
         base.readout.on(_device(model)),
         progress_bar(len(base.batches), "compare", progress) as bar,
     ):
+        own.scale = _own_scale(model, own)
         for batch, before in zip(base.batches, base.hidden, strict=True):
 
             def visit(states: Tensor, batch: Batch = batch, before: Tensor = before) -> None:
@@ -262,6 +269,30 @@ def compare_whole(
                 moves.put(batch.places[part], *logits, batch.targets[part])
             bar.update()
     return moves
+
+
+def _own_scale(model: nn.Module, own: Readout) -> float:
+    """Of the scales that the config may mean the one by which the model makes its logits.
+
+    Where there are several, a forward pass of two tokens tells.
+    """
+    scales = possible_scales(text_config(unwrap(model)))
+    products: list[Tensor] = []
+    if len(scales) == 1:
+        return own.scale
+    handle = own.head.register_forward_hook(lambda _module, _args, got: products.append(got))
+    try:
+        ids = torch.arange(2, device=_device(model))[None]
+        logits = without_engines(model)(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+
+    def error(scale: float) -> float:
+        found = scaled_and_capped(products[0].float(), scale, own.softcap)
+        return float((found - logits.to(found.device)).norm())
+
+    known = len(products) == 1 and products[0].shape == logits.shape
+    return min(scales, key=error) if known else own.scale
 
 
 def _run(model: nn.Module, own: Readout, batch: Batch, visit: Callable[[Tensor], None]) -> None:
@@ -324,10 +355,15 @@ def _device(model: nn.Module) -> torch.device:
 def _evaluated(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and without gradients, and then in its own mode again.
 
-    In its own precision too: of float32 weights bfloat16 would make a KL below .01 rounding.
+    In its own precision too: of float32 weights bfloat16 would make a KL below .01 rounding. Not
+    where an attention that takes 16 bits alone can only run in what they were trained with.
     """
+    causal_lm: Any = unwrap(model)
+    flash = "flash" in str(getattr(causal_lm.config, "_attn_implementation", None))
+    coarse = flash and getattr(causal_lm, "dtype", None) == torch.float32
+    own = contextlib.nullcontext() if coarse else in_own_precision(model)
     try:
-        with evaluating(model), in_own_precision(model), torch.no_grad(), rows_held(model):
+        with evaluating(model), own, torch.no_grad(), rows_held(model):
             yield
     finally:
         reshard(model)

@@ -217,16 +217,19 @@ def _random_numbers_kept(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _writes_to_base(config: Any) -> str | None:
-    """What of an adapter's config makes PEFT change the base's own values; None if nothing does."""
+    """What of an adapter's config makes PEFT change the base itself; None if nothing does."""
     start = getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in _HARMLESS_STARTS:
         return f"init_lora_weights={start!r}"
+    for name in ("kasa_config", "layer_replication"):
+        if getattr(config, name, None):
+            return name
     bias = getattr(config, "bias", "none")
     return None if bias in (None, "none") else f"bias={bias!r}"
 
 
 # Of LoRA's starts those that draw its own factors and leave the base's weights.
-_HARMLESS_STARTS = ("gaussian", "orthogonal", "eva")
+_HARMLESS_STARTS = ("gaussian", "orthogonal", "eva", "mica")
 
 
 @contextlib.contextmanager
@@ -234,7 +237,8 @@ def without_update(model: Any) -> Iterator[None]:
     """A patched or PEFT's model as its base.
 
     Raises:
-        ValueError: if it is neither, or trains modules whole beside the rows.
+        ValueError: if it is neither, an adapter is merged, or modules are trained whole beside the
+            rows.
     """
     if hasattr(model, "disable_adapter"):
         written = next(filter(None, map(_writes_to_base, model.peft_config.values())), None)
@@ -242,6 +246,11 @@ def without_update(model: Any) -> Iterator[None]:
             raise ValueError(
                 f"with its adapters off this model is not its base ({written}). Name a second "
                 "model."
+            )
+        if any(getattr(module, "merged", False) is True for module in model.modules()):
+            # which PEFT would take out, by a rounding not as it was, and leave so
+            raise ValueError(
+                "an adapter is merged into the base (merge_adapter); call unmerge_adapter() first."
             )
         settle(model)  # FSDP2 asks once which weights are trained, and none is for a moment
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

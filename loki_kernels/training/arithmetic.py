@@ -91,15 +91,32 @@ def updated_rows(base: Tensor, delta_a: Tensor, delta_b: Tensor | None = None) -
 
 
 def same_rows(
-    got: Tensor, want: Tensor, *, within: float = 1.0, dtype: torch.dtype = torch.float32
+    got: Tensor,
+    want: Tensor,
+    *,
+    within: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    besides: float = 0.0,
 ) -> bool:
     """Whether rows are the same but for a rounding, or ``within`` one, to the coarser dtype.
 
-    ``dtype`` is one that either has been in before.
+    ``dtype`` is one that either has been in before; ``besides`` is the norm of what else may
+    differ.
     """
     eps = max(torch.finfo(x).eps for x in (got.dtype, want.dtype, dtype))
     difference = got.float() - want.to(got.device).float()
-    return float(difference.norm()) <= within * eps * float(want.float().norm())
+    return float(difference.norm()) <= within * eps * float(want.float().norm()) + besides
+
+
+def of_products(read: Sequence[Tensor], formed: Sequence[Tensor]) -> float:
+    """The norm of what another device's products may move of an update's rows.
+
+    For its factors as they are trained and as they act: products in TF32, whose operands have 11
+    bits, differ by some 2**-11 of what a protection removes, or of LoKI*'s ``a @ b``.
+    """
+    whole = whole_update(*read).float()
+    removed = whole - formed[0].float() if len(formed) == 1 else whole
+    return 2**-9 * float(removed.norm())
 
 
 def coarse_dtype(parameters: Iterable[Tensor]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from .adapter_file import Layers, Parts
 from .arithmetic import HOST, updated_rows
 from .experts import LokiExperts
 from .loading import check_known
-from .rows import BESIDE, TRAINED, LokiRows
+from .rows import BESIDE, TRAINED
 from .targets import trained_whole
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,11 @@ class SavePretrained:
         try:
             return self._save(save_directory, is_main_process, state_dict, **kwargs)
         finally:
-            self._take_back(written)
+            # Where the update was lent to the file alone. Else an average that is swapped in right
+            # after would be added to what holds it, and compiled steps would be compiled anew.
+            for layer in self.layers.values():
+                if not (layer.can_write and layer in written):
+                    layer.take_back()
 
     def _save(
         self,
@@ -138,17 +142,6 @@ class SavePretrained:
                 state_dict |= {name: state_dict[name].to(HOST) for name in there}
         return state_dict
 
-    def _take_back(self, written: Collection[LokiRows]) -> None:
-        """Put the base back where the update was lent to the file alone.
-
-        Else an average that is swapped in right after would be added to what holds the update, and
-        steps under ``torch.compile`` would be compiled anew.
-        """
-        for layer in self.layers.values():
-            stays = layer.held or is_sharded(layer.frozen) or (layer.can_write and layer in written)
-            if layer.written and not stays:
-                layer.write_base()
-
     def _lacks_sharded(self, state_dict: dict[str, Tensor]) -> bool:
         """Whether a state dict has not every update that FSDP2 or ZeRO-3 looks after."""
         return any(
@@ -167,9 +160,11 @@ class SavePretrained:
             found = {p: merged.pop(f"{name}.{p}") for p in TRAINED if f"{name}.{p}" in merged}
             for part in BESIDE:
                 merged.pop(f"{name}.{part}", None)
-            if is_partitioned(layer.frozen) and found:  # its weight was collected unmerged
+            if is_partitioned(layer.frozen) and found:  # its weight was collected as it lies
                 weight = merged[f"{name}.{layer.parameter}"]
-                rows = updated_rows(layer.take_rows(weight), *layer.formed(found).values())
+                # Not those of the weight, which hold an update if one was written before the split.
+                base = layer.base_rows.to(weight)
+                rows = updated_rows(base, *layer.formed(found).values())
                 merged[f"{name}.{layer.parameter}"] = layer.put_rows(weight, rows)
             parts[name] |= found
         return merged

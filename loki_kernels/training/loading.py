@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedModelError
 from ..sharding import full_shape, full_values, is_partitioned
-from .arithmetic import same_rows, updated_rows
+from .arithmetic import of_products, same_rows, updated_rows
 
 # The name of a protection's fingerprint in a state dict.
 DIGEST = "protection_digest"
@@ -58,9 +59,24 @@ def why_not_load(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | N
     if tuple(weight.shape) != full_shape(layer.frozen):
         return None
     rows = layer.take_rows(full_values(weight)).to(layer.base_rows.device)
-    # Where the rows were made, since another device's products are others, above all in TF32.
-    whole = layer.formed({n: full_values(factor).to(rows.device) for n, factor in factors.items()})
-    return None if same_rows(rows, updated_rows(layer.base_rows, *whole.values())) else OTHER
+    # Perhaps not where the rows were made (Lightning restores on the host what a GPU has trained),
+    # and another device's products are others, above all in TF32.
+    read = {name: full_values(factor).to(rows.device) for name, factor in factors.items()}
+    formed = list(layer.formed(read).values())
+    besides = of_products(list(read.values()), formed)
+    same = same_rows(rows, updated_rows(layer.base_rows, *formed), besides=besides)
+    return None if same else OTHER
+
+
+def check_there(layer: Any) -> None:
+    """Raise UnsupportedModelError if accelerate has taken a `LokiRows`' weight away."""
+    if layer.frozen.is_meta and not layer.base_rows.is_meta:
+        raise UnsupportedModelError(
+            f"the weight {layer.parameter} of a patched layer is not in memory: something has "
+            "offloaded it after loki_kernels.patch (accelerate's cpu_offload, dispatch_model with "
+            '"cpu" or "disk"). Call handle.merge() or handle.unpatch() before you offload, or '
+            "leave the model in memory."
+        )
 
 
 def check_known(layers: Iterable[Any]) -> None:

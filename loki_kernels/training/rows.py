@@ -35,7 +35,7 @@ from .arithmetic import (
     whole_update,
     write_into,
 )
-from .loading import DIGEST, MERGED_ALONE, PASSED_OVER, why_not_load
+from .loading import DIGEST, MERGED_ALONE, PASSED_OVER, check_there, why_not_load
 
 # Names of the parameters that are trained; a merged state dict has none of them.
 TRAINED = ("update", "delta_a", "delta_b")
@@ -115,9 +115,8 @@ class LokiRows(nn.Module):
         if rank is None:
             self.update = nn.Parameter(torch.zeros_like(base, dtype=dtype))
         else:
-            a, b = initial_factors(base.shape, rank)
-            self.delta_a = nn.Parameter(a.to(index.device, dtype))
-            self.delta_b = nn.Parameter(b.to(index.device, dtype))
+            factors = (x.to(index.device, dtype) for x in initial_factors(base.shape, rank))
+            self.delta_a, self.delta_b = map(nn.Parameter, factors)
 
     @property
     def frozen(self) -> nn.Parameter:
@@ -153,14 +152,14 @@ class LokiRows(nn.Module):
     def protect(self, protection: Protection) -> None:
         """Note what the directions are a part of, which a state dict tells apart from another."""
         self.protection = protection
-        digest = cast(Tensor, self.digest())
-        self.register_buffer(DIGEST, digest.to(self.base_rows.device))
+        self.register_buffer(DIGEST, cast(Tensor, self.digest()).to(self.base_rows.device))
 
     def digest(self) -> Tensor | None:
         return None if self.protection is None else digest_of(self.protection.fingerprint)
 
     def check_loaded(self, *, to_train: bool = False) -> None:
         """Raise RuntimeError if what was loaded last is not enough to be used, or to train from."""
+        check_there(self)
         if self.passed_over:
             raise RuntimeError(PASSED_OVER)
         if self.misfits or (to_train and self.merged_alone is not None):
@@ -188,8 +187,7 @@ class LokiRows(nn.Module):
         """What stands for the update in a product with a weight that holds it."""
         if self.directions is None:
             return self.update
-        written: Tensor = LeaveOutOfGradient.apply(self.update, self.directions)  # type: ignore[no-untyped-call]
-        return written
+        return cast(Tensor, LeaveOutOfGradient.apply(self.update, self.directions))  # type: ignore[no-untyped-call]
 
     def formed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of the trained parameters, by name, without the directions that do nothing.
@@ -298,6 +296,11 @@ class LokiRows(nn.Module):
         else:
             write_into(self.frozen.data, self.base_rows, self.index, self.axis)
         self.written = False
+
+    def take_back(self) -> None:
+        """`write_base` where the weight holds the update, whole and for nobody who is inside."""
+        if self.written and not (self.held or is_sharded(self.frozen)):
+            self.write_base()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -51,6 +51,7 @@ class SideFileCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         _check_arguments(args)  # a callback that was added later has seen no start
+        self.writer.in_training = False  # that was another training's
         if model is not None and self.layers:
             modules = set(map(id, model.modules()))
             if not any(id(layer) in modules for layer in self.layers.values()):
@@ -80,11 +81,16 @@ class SideFileCallback(TrainerCallback):
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         self.writer.keep_rows()
 
+    def on_step_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        self.writer.forget_rows()
+        if args.torch_compile:
+            self.writer.take_back_rows()
+
     def _write_rows(self, *_: Any, **__: Any) -> None:
         self.writer.forget_rows()
 
     # where a callback of another's may have put other values in place, such as an average's
-    on_step_begin = on_step_end = on_evaluate = on_predict = _write_rows
+    on_step_end = on_evaluate = on_predict = _write_rows
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

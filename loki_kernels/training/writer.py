@@ -23,6 +23,7 @@ from ..structure import embedding_weight, foreign_forward
 from .adapter_file import protection_of, why_other_protection
 from .arithmetic import check_gradients, coarse_dtype, place_of, version_of
 from .experts import LokiExperts
+from .loading import check_there
 from .rows import TRAINED, LokiRows, write_rows
 from .targets import check_processes_agree
 
@@ -49,6 +50,7 @@ class RowWriter:
     # Where the updates lie that were last written, and their versions.
     versions: list[tuple[int, int | None]] | None = field(default=None, init=False)
     kept: bool = field(default=False, init=False)  # whether a trainer says that they are as then
+    in_training: bool = field(default=False, init=False)  # whether training steps write the rows
     tokens: int = field(init=False)  # that the model had embeddings of when it was patched
     # The layers, and what is around experts, which may read their weights without calling them.
     forwards: dict[str, nn.Module] = field(init=False)
@@ -96,12 +98,15 @@ class RowWriter:
             self.watch()
             if decoder.training:
                 self._check_training()
+                self.in_training = True
         if self.held:
             return
         sharded = shards_its_weights(self.model)
         if graded and sharded:  # whose gradients come to no hook
             for layer in self.layers:
                 self._check_gradient(layer)
+        for layer in self.layers:
+            check_there(layer)
         written = [layer for layer in self.layers if layer.can_write and not sharded]
         kept, self.kept = self.kept, False  # for one forward pass
         versions = self._versions()
@@ -132,6 +137,16 @@ class RowWriter:
     def forget_rows(self) -> None:
         """The next forward pass writes the rows, whoever else says that they are as they were."""
         self.kept, self.versions = False, None
+
+    def take_back_rows(self) -> None:
+        """Put the base back before a step of a compiled model, which writes no rows.
+
+        Evaluation runs the model as it was before and writes them, and so does resuming: steps
+        would be compiled anew and keep their update for the backward pass. Not where the decoder's
+        layers are compiled one by one, and the decoder itself writes at every step.
+        """
+        for layer in () if self.in_training else self.layers:
+            layer.take_back()
 
     def _versions(self) -> list[tuple[int, int | None]]:
         trained = (p for layer in self.layers for _, p in layer.trained_parameters())
@@ -284,6 +299,8 @@ class RowWriter:
             yield
             return
         if not self.holders:
+            for layer in self.layers:
+                check_there(layer)
             self.bases = [x for x in self.layers if not (x.can_write and x.written)]
             write_rows(self.layers)
         self.holders += 1  # one may generate inside another, or two threads at once

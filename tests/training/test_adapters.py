@@ -225,6 +225,21 @@ def test_outputs_that_cannot_be_written(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+def test_an_update_written_before_zero3_split_the_weights_is_saved_once(trained, tmp_path):
+    """The engine collects a weight as it split it: with what a forward pass had written into it."""
+    model, folder = trained
+    want = model.state_dict()[f"{NAME}.weight"].clone()
+    again = build_model()
+    handle = loki.patch(again, folder)
+    logits(again)
+    collected = again.state_dict()
+    for _, layer in handle.named_layers():
+        layer.frozen.ds_id = 0  # as every parameter has then
+    again.save_pretrained(tmp_path / "saved", state_dict=collected)
+    saved = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors")
+    assert torch.equal(saved[f"{NAME}.weight"], want.cpu())
+
+
 def test_an_adapter_and_a_checkpoint_have_a_folder_each(trained, tmp_path):
     """transformers would load the one onto the other, and the update act twice."""
     model, folder = trained

@@ -968,6 +968,28 @@ def test_an_offloaded_model_is_refused(model):
         loki.patch(model, ROWS)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_offloading_a_patched_model_is_refused(model, rank, tmp_path):
+    """accelerate brings a weight in for its layer alone, and the rows are written before; of LoKI*
+    it would train copies of the factors."""
+    from accelerate import cpu_offload
+
+    handle = loki.patch(model, ROWS, rank=rank)
+    cpu_offload(model)
+
+    def held():
+        with handle.inference():
+            pass
+
+    def saved():
+        model.save_pretrained(tmp_path)
+
+    for call in (lambda: logits(model), held, saved, handle.merge):
+        with pytest.raises(loki.UnsupportedModelError, match="before you offload"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
 def test_hooks_go_with_the_patch(model):
     decoder = model.model
     handle = loki.patch(model, ROWS)

@@ -22,6 +22,7 @@ from loki_kernels.attribution import analysis
 from loki_kernels.protection import estimate
 from loki_kernels.questions import CALIBRATION_PER_SUBJECT
 from loki_kernels.training import patching, rows
+from loki_kernels.training.arithmetic import whole_update
 from loki_kernels.training.linear import LokiLinear
 from tests.models import build_model, to_device
 from tests.tiny_tokenizers import chat_tokenizer
@@ -718,6 +719,41 @@ def test_unpatching_frees_the_update_at_once(protection):
         assert not callback.layers
     finally:
         gc.enable()
+
+
+def in_tf32(delta, directions):
+    """`leave_out` as a GPU makes it with TF32 products, whose operands have 11 bits."""
+    if directions is None:
+        return delta
+    held = eleven_bits(delta) @ eleven_bits(directions)
+    return delta - eleven_bits(held) @ eleven_bits(directions).mT
+
+
+def eleven_bits(values):
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("protected", [False, True])
+def test_a_state_dict_trained_in_tf32_is_read_on_the_host(rank, protected, monkeypatch):
+    """As Lightning restores a checkpoint, before it moves the model."""
+    directions = directions_of() if protected else None
+    trained = layer_with(directions, rank, torch.float32)
+    weight = trained.weight.detach().clone()
+    monkeypatch.setattr(rows, "leave_out", in_tf32)
+    factors = trained.formed_update().values()
+    monkeypatch.undo()
+    update = whole_update(*(factors if rank is None else map(eleven_bits, factors)))
+    state = dict(trained.state_dict())
+    state["weight"] = trained.put_rows(weight, trained.base_rows + update)
+    again = layer_with(directions, rank, torch.float32)
+    again.load_state_dict(state)
+    for name, parameter in again.trained_parameters():
+        assert torch.equal(parameter, state[name])
+    other = layer_with(directions, rank, torch.float32, seed=1)
+    with pytest.raises(RuntimeError, match="of other base weights"):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("protected", [False, True])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
+from transformers import TrainerCallback
 
 import loki_kernels as loki
 from tests.models import DEVICE
@@ -57,6 +58,33 @@ def test_options_that_change_no_number(plain, base_folder, tmp_path, options):
     trainer.save_model(str(tmp_path / "out"))
     assert_ordinary(way, tmp_path / "out", base_folder)
     assert_ordinary(way, tmp_path / f"checkpoint-{STEPS}", base_folder)
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_an_evaluation_leaves_compiled_steps_the_base(regional, base_folder, tmp_path, monkeypatch):
+    """It runs the model as it was before, which writes the rows: steps would be compiled anew, and
+    keep the update for the backward pass. A decoder whose layers are compiled writes by itself."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regional))
+    torch._dynamo.reset()
+    model, callbacks = start("patch", base_folder)
+    written = {"step": [], "evaluation": []}
+
+    def hold_update():
+        layers = (m for m in model.modules() if isinstance(m, loki.LokiLinear))
+        return [layer.written for layer in layers]
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            written["step"].append(hold_update())
+
+        def on_evaluate(self, *_, **__):
+            written["evaluation"].append(hold_update())
+
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    evaluate = {"eval_strategy": "steps", "eval_steps": 1}
+    tiny_trainer(model, tmp_path, STEPS, [*callbacks, Look()], **options, **evaluate).train()
+    assert written["evaluation"] == [[True] * 3] * STEPS
+    assert written["step"] == [[False] * 3] + [[regional] * 3] * (STEPS - 1)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -30,6 +30,7 @@ from tests.tiny_training import (
     load_model,
     logits,
     protection_file,
+    tiny_trainer,
     train,
 )
 
@@ -382,6 +383,16 @@ def test_what_is_refused_is_refused_of_a_callback_that_is_added_later(
     trainer.add_callback(callback)
     setattr(trainer.args, option, value)
     with pytest.raises(RuntimeError, match=option):
+        trainer.train()
+
+
+def test_an_average_beside_the_model_is_refused(base_folder, tmp_path):
+    """By torch: `BEMACallback` reads the state dict into a model of its class that has no rows."""
+    callback = trl.BEMACallback(device=str(DEVICE))
+    model = load_model(base_folder)
+    own = loki.patch(model, ROWS).trainer_callback()
+    trainer = tiny_trainer(model, tmp_path, 1, [own, callback])
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*down_proj\.update"):
         trainer.train()
 
 
