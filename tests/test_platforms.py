@@ -128,7 +128,7 @@ def test_a_log_on_windows(windows, keep, monkeypatch, tmp_path):
 
 
 def test_rocm(monkeypatch):
-    """Triton is tried whatever the capability says, CUDA's kernels are not."""
+    """Triton is tried whatever the capability says; CUDA's kernels are not compiled there."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.version, "hip", "7.1")
     monkeypatch.setattr(torch.version, "cuda", None)

@@ -6,6 +6,7 @@ import math
 import os
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -433,16 +434,19 @@ def test_nan_is_named_whatever_the_models_code_makes_of_it(model, prompts, engin
 
 
 def test_a_full_disk_is_an_os_error(model, prompts, tmp_path, monkeypatch):
-    def full(*_a, **_k):
+    def full(_tensors, path, **_):
+        Path(path).write_bytes(b"half")
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
     result = attribute(model, prompts)
+    (tmp_path / "a.safetensors").write_bytes(b"older")
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match=r"a\.safetensors could not be written: .*No space left"):
         result.save(tmp_path / "a.safetensors")
     with pytest.raises(OSError, match="No space left"):
         loki.patch(model, [[1], [2], [3]], rank=1).save_state(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_bytes() == b"older"
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space")

@@ -119,6 +119,26 @@ def test_gradients_are_those_of_dense_training(family, implementation, dtype):
         assert float((a - b).norm()) <= tolerance * float(b.norm())
 
 
+def test_autocast_rounds_no_product_of_the_factors():
+    """As HF Trainer's ``bf16=True`` trains them: transformers' grouped products are not its."""
+    module = copy.deepcopy(stacks(built("Mixtral"))[-1][1])
+    ours = LokiExperts(module, "down_proj", 1, to_device(torch.tensor([1, 5, 17])), 2)
+    ours.delta_b.data.normal_(0, 0.1)
+    x, chosen, shares = routed(ours)
+    upstream = to_device(torch.randn(6, axis_width(ours)))
+
+    def run_it():
+        y = ours(x, chosen, shares)
+        return [y.detach(), *torch.autograd.grad(y, [ours.delta_a, ours.delta_b], upstream)]
+
+    want = run_it()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        got = run_it()
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_the_whole_form_has_the_gradients_of_dense_training():
     """Llama 4's forward pass is none of transformers' implementations."""
     dense, ours = one_module("Llama4", [1, 5, 17])

@@ -297,7 +297,7 @@ def test_what_is_no_protection_of_the_model_is_refused(protection, tmp_path):
 
 
 def test_accumulation_autocast_and_checkpointing_train_it(protection):
-    model = build_model()
+    model = build_model().train()
     loki.patch(model, ROWS, protect=protection)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = token_batch(4)

@@ -92,9 +92,13 @@ def test_drift_of_an_adapter_leaves_the_base(trained):
     loki.save_adapter(model, folder / "adapter")
     base = load_model(folder / "base")
     want = snapshot(base)
-    result = loki.drift(base, folder / "adapter", [{"input_ids": list(range(3, 40))}])
+    texts = [{"input_ids": list(range(3, 40))}]
+    result = loki.drift(base, folder / "adapter", texts)
     assert result.overall.kl > 0
     assert_unchanged(base, want)
+    # the base's logits are of its own head, which the adapter's values lie in meanwhile
+    side_by_side = loki.drift(load_model(folder / "base"), model, texts)
+    torch.testing.assert_close(result.token_kl, side_by_side.token_kl)
 
 
 def test_tied_weights_have_any_of_their_names(tmp_path):
