@@ -123,7 +123,8 @@ def test_autocast_rounds_no_product_of_the_factors():
     """As HF Trainer's ``bf16=True`` trains them: transformers' grouped products are not its."""
     module = copy.deepcopy(stacks(built("Mixtral"))[-1][1])
     ours = LokiExperts(module, "down_proj", 1, to_device(torch.tensor([1, 5, 17])), 2)
-    ours.delta_b.data.normal_(0, 0.1)
+    for factor in (ours.delta_a, ours.delta_b):
+        factor.data.normal_(0, 0.3)
     x, chosen, shares = routed(ours)
     upstream = to_device(torch.randn(6, axis_width(ours)))
 
