@@ -17,8 +17,8 @@ def cache_folder() -> Path:
     own, shared = (os.environ.get(name) for name in ("LOKI_KERNELS_CACHE", "XDG_CACHE_HOME"))
     # an empty one is none, and not the working directory; who names one may have no home
     if own:
-        return Path(own)
-    return (Path(shared) if shared else Path.home() / ".cache") / "loki_kernels"
+        return Path(own).expanduser()  # from a Dockerfile's ENV no shell has done so
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "loki_kernels"
 
 
 def read_cached(path: Path, load: Callable[[Path], _Kept]) -> _Kept | None:

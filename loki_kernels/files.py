@@ -9,8 +9,8 @@ import logging
 import math
 import mmap
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +35,8 @@ def check_writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
         raise ValueError(f"{path} must end in {' or '.join(suffixes)}.")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it.")
+    if path.exists() and not path.is_file():  # /dev/null would be replaced by what is written
+        raise ValueError(f"{path} is a device or a pipe; name an ordinary file.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder {path.parent} does not exist; create it first.")
     if not os.access(path.parent, os.W_OK):
@@ -83,7 +85,9 @@ def read_safetensors(
     start = 8 + int.from_bytes(mapping[:8], "little")
     header = json.loads(mapping[8:start])
     header.pop("__metadata__")
-    return {name: _mapped(mapping, start, about) for name, about in header.items()}, metadata
+    with of_a_whole_file(path):  # a dtype that torch has none for is a KeyError
+        tensors = {name: _mapped(mapping, start, about) for name, about in header.items()}
+    return tensors, metadata
 
 
 @contextmanager
@@ -212,16 +216,15 @@ def lock(file: io.FileIO) -> None:
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it only if the block succeeds."""
-    path = check_writable(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    path = check_writable(os.path.realpath(path))  # what a link is of, and not the link
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    # not by tempfile, whose 0600 a colleague cannot read; the system applies the umask
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        with suppress(OSError):  # some network folders know no modes
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600, which a colleague cannot read
+        if path.exists():
+            with suppress(OSError):  # some network folders know no modes
+                os.chmod(temporary, path.stat().st_mode & 0o777)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -17,6 +17,8 @@ from loki_kernels.cache import cache_folder, read_cached
         ({}, "/home/someone/.cache/loki_kernels"),
         ({"LOKI_KERNELS_CACHE": "", "XDG_CACHE_HOME": "/xdg"}, "/xdg/loki_kernels"),
         ({"LOKI_KERNELS_CACHE": "", "XDG_CACHE_HOME": ""}, "/home/someone/.cache/loki_kernels"),
+        ({"LOKI_KERNELS_CACHE": "~/own"}, "/home/someone/own"),
+        ({"XDG_CACHE_HOME": "~/xdg"}, "/home/someone/xdg/loki_kernels"),
     ],
 )
 def test_the_folder_of_the_cache(variables, folder, monkeypatch):
@@ -25,6 +27,7 @@ def test_the_folder_of_the_cache(variables, folder, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Path, "home", lambda: Path("/home/someone"))
+    monkeypatch.setenv("HOME", "/home/someone")
     assert cache_folder() == Path(folder)
 
 

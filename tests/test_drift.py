@@ -296,6 +296,19 @@ def test_images_are_refused():
         loki.drift(build_model(), build_model(), [record])
 
 
+def test_what_a_chat_shows_is_not_fetched():
+    """By a processor, which opens any address and path that a file of texts names."""
+    shown = {"type": "image", "url": "http://10.0.0.1/x"}
+    chat = [{"role": "user", "content": [shown, {"type": "text", "text": "w1"}]}]
+    processor = SimpleNamespace(
+        tokenizer=WordTokenizer(), apply_chat_template=lambda *_, **__: pytest.fail("it opens")
+    )
+    with pytest.raises(ValueError, match="text 0 has images or sounds"):
+        loki.drift(build_model(), build_model(), [chat], tokenizer=processor)
+    with pytest.raises(ValueError, match="has images or sounds"):
+        loki.estimate_protection(build_model(), [chat], tokenizer=processor)
+
+
 def test_a_limit_of_tokens_takes_domains_in_turn():
     base = build_model()
     result = loki.drift(base, moved(base), texts((5, 5, 5, 5)), tokens=12)
@@ -430,6 +443,24 @@ def test_pefts_adapters_of_any_method(kind, tmp_path):
     if kind != "prompt":
         kl = torch.cat(naive(base, around, texts())[0]).mean()
         assert want.overall.kl == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_an_adapter_with_other_embeddings_does_not_stay_in_a_base_in_memory(tmp_path):
+    """PEFT writes what its file has of the base's own, and takes it out of nothing."""
+    base = build_model()
+    around = peft.get_peft_model(copy.deepcopy(base), peft_config("lora"))
+    head = around.base_model.model.lm_head.base_layer
+    with torch.no_grad():
+        head.weight[5] += 1
+    around.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    base.save_pretrained(tmp_path / "base")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"changes values of its base .*lm_head\.weight"):
+        loki.drift(base, tmp_path / "adapter", texts())
+    assert_unchanged(base, before)
+    want = loki.drift(base, around, texts())
+    got = loki.drift(tmp_path / "base", tmp_path / "adapter", texts())
+    torch.testing.assert_close(got.token_kl, want.token_kl)
 
 
 def test_a_prompt_is_compared_with_its_base_after_mixed_precision(tmp_path):

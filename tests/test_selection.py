@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from fractions import Fraction
 
@@ -553,3 +554,22 @@ def test_save_to_an_impossible_place_raises(tmp_path):
         RowSelection([[1]]).save(tmp_path / "none" / "rows.json")
     with pytest.raises(IsADirectoryError, match="is a folder"):
         RowSelection([[1]]).save(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes among its files")
+def test_what_is_replaced_is_an_ordinary_file(tmp_path):
+    """Not the link to one, nor a device, as /dev/null is to whoever may replace it."""
+    real, link, pipe = (tmp_path / name for name in ("real.json", "link.json", "pipe.json"))
+    real.touch()
+    real.chmod(0o640)
+    link.symlink_to(real)
+    RowSelection([[1]]).save(link)
+    assert link.is_symlink()
+    assert RowSelection.load(real) == RowSelection([[1]])
+    assert real.stat().st_mode & 0o777 == 0o640
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="is a device or a pipe"):
+        RowSelection([[1]]).save(pipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        path.name for path in (real, link, pipe)
+    )

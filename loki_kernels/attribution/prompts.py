@@ -151,6 +151,8 @@ def tokenize_prompts(
         else:
             if _is_chat(prompt):
                 chats = True
+                if whole and any(map(_shows, prompt)):  # which a processor would fetch and open
+                    raise ValueError(f"prompt {i} has images or sounds; texts alone are read here.")
                 asked = prompt if whole or _ends_by(options) else _asked(prompt, i)
                 if len(asked) < len(prompt):
                     first, answered = first if answered else i, answered + 1

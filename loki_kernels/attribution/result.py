@@ -107,8 +107,9 @@ class Attribution:
         if path.suffix in (".h5", ".hdf5"):
             return cls._load_hdf5(path)
         if path.suffix == ".parquet":
-            tensors, run = read_parquet(path)
-            return cls(run=run, **tensors)
+            with of_a_whole_file(path):
+                tensors, run = read_parquet(path)
+                return cls(run=run, **tensors)
         tensors, metadata = read_safetensors(path, _FORMAT)
         with of_a_whole_file(path):
             return cls(run=json.loads(metadata["run"]), **tensors)
@@ -118,8 +119,9 @@ class Attribution:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist.")
         try:
-            with import_h5py().File(path, "r") as file:
-                arrays = {name: torch.from_numpy(file[name][...]) for name in file}
+            with of_a_whole_file(path), import_h5py().File(path, "r") as file:
+                names = ("dataset", "targets", "value", "completeness", "change")
+                arrays = {n: torch.from_numpy(file[n][...]) for n in names if n in file}
                 run = json.loads(file.attrs.get("run", "{}"))
         except OSError as error:
             raise ValueError(f"{path} is not a whole HDF5 file: {error}") from error

@@ -74,7 +74,8 @@ def read_parquet(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 if name in schema.names
             }
             line = 0
-            for batch in file.iter_batches(columns=list(arrays)):
+            for batch in file.iter_batches(columns=[*arrays, *_PLACES]):
+                _check_places(path, batch, line, shape)
                 for name, array in arrays.items():
                     repeats = arrays["score"].size // array.size
                     first = -line % repeats
@@ -86,6 +87,17 @@ def read_parquet(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is not a whole parquet file: {error}") from error
     tensors = {n: torch.from_numpy(arrays[c]) for n, c in _COLUMNS.items() if c in arrays}
     return tensors, about["run"]
+
+
+def _check_places(path: Path, batch: Any, line: int, shape: list[int]) -> None:
+    """Raise ValueError if a batch's lines are not of the places that come there."""
+    places = np.unravel_index(np.arange(line, line + len(batch)), shape)
+    for name, wanted in zip(_PLACES, places, strict=True):
+        if not np.array_equal(batch.column(name).to_numpy(), wanted):
+            raise ValueError(
+                f"{path} has its lines in another order than they were written in ({name}); sort "
+                "what was loaded, not the file."
+            )
 
 
 def import_pyarrow() -> tuple[Any, Any]:

@@ -19,7 +19,6 @@ from ..training import Patch
 from .measure import Moves, UnreadableHeadError, compare, compare_whole, record
 from .models import (
     Model,
-    changes_head,
     check_pair,
     is_name,
     modules_of_adapter,
@@ -129,8 +128,8 @@ def _measure(
             with without_update(model):
                 kept = record(model, corpus, progress=progress)
             return compare(kept, model, progress=progress)
-        changes = adapter is not None and changes_head(adapter)
-        kept = record(model, corpus, kept=changes, progress=progress)
+        # an adapter's file may hold values of the head, whatever its config says
+        kept = record(model, corpus, kept=adapter is not None, progress=progress)
         if adapter is not None:
             with with_adapter(model, tuned, adapter, keeps=not is_name(base)) as moved:
                 return compare(kept, moved, progress=progress)

@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import import_extra
@@ -24,7 +25,7 @@ from ..sharding import is_partitioned, is_sharded, reshard, settle
 from ..structure import text_config, unwrap
 from ..tokenizing import load_tokenizer, writes_chats
 from ..training import load_adapter
-from ..training.adapter_file import read_saved
+from ..training.adapter_file import ADAPTER_FILE, PREFIX, read_saved
 from ..training.rows import LokiRows
 from ..training.targets import trained_whole
 
@@ -140,13 +141,6 @@ def open_model(
     return loaded  # type: ignore[no-any-return]
 
 
-def changes_head(adapter: Path) -> bool:
-    """Whether the adapter of this config may write to the head's own values."""
-    config = json.loads(adapter.read_text(encoding="utf-8"))
-    whole = config.get("modules_to_save") or config.get("trainable_token_indices")
-    return bool(whole) or _writes_to_base(SimpleNamespace(**config)) is not None
-
-
 def modules_of_adapter(name: Any, adapter: Path) -> set[str]:
     """Modules that the base must have for this library's adapter; of another method nobody says.
 
@@ -179,8 +173,11 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
             yield handle.model
         return
     peft = import_extra("peft", "peft", f"{name} is an adapter of PEFT's")
-    written = _writes_to_base(peft.PeftConfig.from_pretrained(str(adapter.parent)))
-    if keeps and written is not None:
+    config = peft.PeftConfig.from_pretrained(str(adapter.parent))
+    written = None
+    if keeps:
+        written = _writes_to_base(config) or _values_of_base(name, config, model)
+    if written is not None:
         raise ValueError(
             f"{name} changes values of its base when it is put on ({written}); name the base too, "
             "so that it is loaded for this alone."
@@ -207,6 +204,30 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
             parameter.requires_grad_(flag)
         if not known:
             model.__dict__.pop("peft_config", None)
+
+
+def _values_of_base(name: Any, config: Any, model: nn.Module) -> str | None:
+    """A parameter of which an adapter's file holds other values than the base has.
+
+    PEFT saves embeddings that were resized, or have an adapter of their own, and writes them into
+    the base.
+    """
+    held: Any = cached_file
+    file = held(os.fspath(name), ADAPTER_FILE, _raise_exceptions_for_missing_entries=False)
+    if file is None:  # another format
+        return None
+    own = dict(model.named_parameters(remove_duplicate=False))
+    copied = tuple(getattr(config, "modules_to_save", None) or ())
+    with safe_open(file, framework="pt") as tensors:
+        for key in map(str, tensors.keys()):
+            known = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if known not in own or known.rpartition(".")[0].endswith(copied):
+                continue
+            value = tensors.get_tensor(key).to(own[known])
+            # one of another shape does not fit, as PEFT says
+            if value.shape == own[known].shape and not torch.equal(value, own[known]):
+                return known
+    return None
 
 
 def _random_numbers_kept(model: nn.Module) -> AbstractContextManager[None]:

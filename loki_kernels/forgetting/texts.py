@@ -191,7 +191,7 @@ def _token_ids(content: Any, where: str, tokenizer: Any = None) -> Tensor:
     if len(found) > 1:
         raise ValueError(f"{where} is a batch of {len(found)} texts; give each by itself.")
     if found[0].media:
-        raise ValueError(f"{where} has images or sounds; only texts can be measured.")
+        raise ValueError(f"{where} has images or sounds; texts alone are read here.")
     return torch.from_numpy(found[0].ids)
 
 

@@ -127,12 +127,20 @@ class LokiConfig(PeftConfig):
         self.kept: Protection | None = None  # what ``protection`` is the fingerprint of
         self.present: BaseRows | None = None  # the rows of the model that it was made for
         self.hub: Callable[[], str] | None = None  # fetches its file
+        self.unfetched = ""  # why that failed
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's, and the protection beside it, once a model has filled the config in."""
         super().save_pretrained(save_directory, **kwargs)
         if self.fingerprint is not None:
             write_protection(save_directory, self.kept, self.protection, self.protect)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """What a file says; a saved config names no other file of rows, and would have it read."""
+        if isinstance(kwargs.get("rows"), str):
+            raise ValueError("the adapter's config names a file in rows, and not the rows.")
+        return kwargs
 
     @classmethod
     def from_pretrained(
@@ -148,14 +156,17 @@ class LokiConfig(PeftConfig):
         beside = Path(pretrained_model_name_or_path, subfolder or "", PROTECTION_FILE)
         if config.protection is not None and beside.is_file():
             config.protect = str(beside)
-        elif config.protection is not None and not Path(pretrained_model_name_or_path).is_dir():
-            config.hub = functools.partial(
-                hf_hub_download,
-                pretrained_model_name_or_path,
-                PROTECTION_FILE,
-                subfolder=subfolder,
-                **{name: kwargs[name] for name in _OF_THE_HUB if name in kwargs},
-            )
+        elif not Path(pretrained_model_name_or_path).is_dir():
+            # a name in a config of the hub's is of none of this machine's files
+            config.protect = config.protect if isinstance(config.protect, bool) else None
+            if config.protection is not None:
+                config.hub = functools.partial(
+                    hf_hub_download,
+                    pretrained_model_name_or_path,
+                    PROTECTION_FILE,
+                    subfolder=subfolder,
+                    **{name: kwargs[name] for name in _OF_THE_HUB if name in kwargs},
+                )
         return config
 
     def fetch(self) -> None:
@@ -165,5 +176,5 @@ class LokiConfig(PeftConfig):
         try:
             self.protect = self.hub()
         except Exception as error:  # it lacks one, or there is no connection: of many kinds
-            logger.info("no protection was fetched: %s", error)
+            self.unfetched = f" (nothing was fetched: {error})"
         self.hub = None

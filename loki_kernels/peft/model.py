@@ -19,6 +19,7 @@ from ..errors import explained
 from ..fingerprint import BaseRows
 from ..memory import warn_of_memory
 from ..protection import Protection, fingerprint_of
+from ..protection.estimate import find_cached
 from ..sharding import ignore_in_ddp, is_distributed, is_first, shards_its_weights
 from ..structure import Structure, refuse_tensor_parallelism
 from ..training.adapter_file import (
@@ -350,13 +351,16 @@ class LokiModel(BaseTuner):
 
 def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
     """The protection to train with, and its fingerprint put into the config."""
-    protection = protection_to_keep(structure, config.protect, None)
+    if config.protect is True and config.protection is not None:
+        protection = find_cached(structure)  # an estimate would not be the one that was lost
+    else:
+        protection = protection_to_keep(structure, config.protect, None)
     present = fingerprint_of(protection)
     if config.protection not in (None, present):
         if protection is None:
             message = (
                 "the adapter was trained with a protection; name its file (protect=), which was "
-                f"saved beside the adapter as {PROTECTION_FILE}."
+                f"saved beside the adapter as {PROTECTION_FILE}{config.unfetched}."
             )
             raise explained(ValueError(message))
         named = "is estimated here" if config.protect is True else f"{config.protect} holds"

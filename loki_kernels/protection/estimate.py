@@ -8,6 +8,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -252,8 +253,16 @@ def cached_protection(structure: Structure, tokenizer: Any) -> Protection:
     return result
 
 
-def _cached_or_estimated(structure: Structure, tokenizer: Any) -> Protection:
-    tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
+def find_cached(structure: Structure) -> Protection | None:
+    """The one that `cached_protection` would find, without estimating."""
+    try:
+        path = _cache_file(structure, find_tokenizer(structure.causal_lm))
+    except ValueError:  # there is no tokenizer
+        return None
+    return read_cached(path, Protection.load)
+
+
+def _cache_file(structure: Structure, tokenizer: Any) -> Path:
     known = (
         __version__,
         FEATURES_A_DIRECTION,
@@ -263,7 +272,12 @@ def _cached_or_estimated(structure: Structure, tokenizer: Any) -> Protection:
         samples_to_draw(structure),
     )
     key = hashlib.sha256(repr(known).encode())
-    path = cache_folder() / f"protection-{key.hexdigest()[:32]}.safetensors"
+    return cache_folder() / f"protection-{key.hexdigest()[:32]}.safetensors"
+
+
+def _cached_or_estimated(structure: Structure, tokenizer: Any) -> Protection:
+    tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
+    path = _cache_file(structure, tokenizer)
     found = read_cached(path, Protection.load)
     if found is not None:
         logger.info("using the protection cached in %s", path)

@@ -39,7 +39,7 @@ SIDE_FILE = "loki_rows.update"
 PROTECTION_FILE = "loki_rows.protection"
 _OF_AN_UPDATE = (CONFIG_FILE, ADAPTER_FILE, SIDE_FILE)
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _KEY = re.compile(rf"(.+)\.loki_(index|{'|'.join(TRAINED)})")
 
 # PEFT saves a resized embedding that is trained whole under its own name and under these.
@@ -162,7 +162,7 @@ def adapter_tensors(
             continue
         formed = layers[name].formed({p: values.pop(p) for p in TRAINED if p in values})
         for part, tensor in (values | formed).items():
-            tensors[f"{_PREFIX}{name}.loki_{part}"] = tensor.detach().cpu()
+            tensors[f"{PREFIX}{name}.loki_{part}"] = tensor.detach().cpu()
     return tensors
 
 
@@ -177,7 +177,7 @@ def other_tensors(parameters: Mapping[str, Tensor], *, keep: bool = True) -> dic
     for name, parameter in parameters.items():
         values = full_values(parameter)
         if keep:
-            tensors[f"{_PREFIX}{name}"] = values.cpu()
+            tensors[f"{PREFIX}{name}"] = values.cpu()
     return tensors
 
 
@@ -297,7 +297,7 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
     layers: dict[str, Parts] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         if name == key:
             raise ValueError(f"{path} is not a LoKI adapter: it holds {key}.")
         match = _KEY.fullmatch(name)
@@ -320,7 +320,7 @@ def read_update(path: str | os.PathLike[str]) -> SavedUpdate:
 
 def protection_tensors(layers: Layers, protection: str) -> dict[str, Tensor]:
     """Its fingerprint as PEFT's adapters hold it, of each layer."""
-    return {f"{_PREFIX}{name}.loki_protection": digest_of(protection) for name in layers}
+    return {f"{PREFIX}{name}.loki_protection": digest_of(protection) for name in layers}
 
 
 def _folder_of(name: str | os.PathLike[str]) -> Path:

@@ -175,6 +175,29 @@ def test_a_part_of_a_parquet_file_is_no_result(tmp_path):
         Attribution.load(path)
 
 
+def test_a_parquet_file_in_another_order_is_no_result(tmp_path):
+    pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    make_result().save(path)
+    table = parquet.read_table(path)
+    parquet.write_table(table.sort_by([("score", "descending")]), path)
+    with pytest.raises(ValueError, match="in another order"):
+        Attribution.load(path)
+    parquet.write_table(table.drop_columns(["target"]), path)
+    with pytest.raises(ValueError, match="is damaged"):
+        Attribution.load(path)
+
+
+def test_another_hdf5_file_is_no_result(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("dataset")
+        file["note"] = "text"
+    with pytest.raises(ValueError, match="is damaged"):
+        Attribution.load(tmp_path / "a.h5")
+
+
 def test_parquet_of_no_prompt(tmp_path):
     pytest.importorskip("pyarrow")
     make_result(samples=0).save(tmp_path / "a.parquet")

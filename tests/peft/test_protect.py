@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import weakref
 from functools import cache, partial
+from pathlib import Path
 
 import peft
 import pytest
@@ -175,7 +177,7 @@ def test_true_estimates_one_and_all_rows_need_no_analysis(drawn, monkeypatch, tm
     monkeypatch.setattr(estimate, "draw_samples", lambda *_, **__: [[25, 26, 27, 28, 29]])
     train(trainable())  # by what lies beside it
     (tmp_path / "adapter" / "loki_rows.protection").unlink()
-    with pytest.raises(ValueError, match="another protection than is estimated here"):
+    with pytest.raises(ValueError, match="name its file"):
         trainable()
 
 
@@ -416,6 +418,35 @@ def test_a_generation_that_fails_keeps_no_formed_update(file):
     train(model)
     graded = model(input_ids=token_batch()).logits  # for which nothing is taken that was formed
     torch.testing.assert_close(logits(model), graded.detach().cpu())
+
+
+def test_an_adapter_that_lost_its_protection_is_refused_without_an_estimate(drawn, monkeypatch):
+    model = peft.get_peft_model(build_model(), LokiConfig())
+    config = LokiConfig(**model.peft_config["default"].to_dict())
+    monkeypatch.setattr(estimate, "estimate_protection", lambda *_, **__: pytest.fail("it draws"))
+    monkeypatch.setattr(estimate, "cache_folder", lambda: Path("nowhere"))
+    with pytest.raises(ValueError, match="name its file"):
+        peft.get_peft_model(build_model(), config)
+
+    def fail():
+        raise OSError("401")
+
+    config.hub = fail
+    with pytest.raises(ValueError, match=r"nothing was fetched: 401"):
+        peft.get_peft_model(build_model(), config)
+
+
+def test_what_a_hubs_config_names_is_not_read_here(file, monkeypatch, tmp_path):
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["protect"] == str(file)
+    monkeypatch.setattr(peft.config, "hf_hub_download", lambda *_, **__: str(path))
+    assert LokiConfig.from_pretrained("someone/adapter").protect is None
+    path.write_text(json.dumps(saved | {"rows": "/dev/zero"}))
+    with pytest.raises(ValueError, match="names a file in rows"):
+        LokiConfig.from_pretrained("someone/adapter")
 
 
 def test_an_adapter_of_a_hub_is_trained_on_with_its_protection(file, monkeypatch, tmp_path):

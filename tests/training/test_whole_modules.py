@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import peft
 import pytest
 import torch
@@ -98,6 +100,10 @@ def test_drift_of_an_adapter_leaves_the_base(trained):
     assert_unchanged(base, want)
     # the base's logits are of its own head, which the adapter's values lie in meanwhile
     side_by_side = loki.drift(load_model(folder / "base"), model, texts)
+    torch.testing.assert_close(result.token_kl, side_by_side.token_kl)
+    config = folder / "adapter" / "adapter_config.json"  # which says nothing of a bias alone
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": None}))
+    result = loki.drift(base, folder / "adapter", texts)
     torch.testing.assert_close(result.token_kl, side_by_side.token_kl)
 
 
