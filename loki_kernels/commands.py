@@ -50,7 +50,8 @@ def attribute(arguments: argparse.Namespace) -> None:
     from .questions import load_questions
     from .tokenizing import load_tokenizer
 
-    suffix = check_suffix(check_writable(arguments.out))
+    check_writable(arguments.out)
+    suffix = check_suffix(arguments.out)
     if arguments.keep == "counts" and suffix != ".safetensors":
         raise ValueError("--keep counts writes .safetensors.")
     questions = _questions_of(arguments)

@@ -29,10 +29,14 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def check_writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
-    """Raise before any work is done if ``path`` cannot be created, or ends in none of these."""
+    """The file to write, which ``path`` may be a link to.
+
+    Raises before any work is done if it cannot be created, or if ``path`` ends in none of these.
+    """
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
         raise ValueError(f"{path} must end in {' or '.join(suffixes)}.")
+    path = Path(os.path.realpath(path))
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it.")
     if path.exists() and not path.is_file():  # /dev/null would be replaced by what is written
@@ -216,15 +220,16 @@ def lock(file: io.FileIO) -> None:
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it only if the block succeeds."""
-    path = check_writable(os.path.realpath(path))  # what a link is of, and not the link
-    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
-    # not by tempfile, whose 0600 a colleague cannot read; the system applies the umask
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    suffix, path = Path(path).suffix, check_writable(path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}{suffix}")
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = os.fstat(handle).st_mode & 0o777  # less the umask's bits
+    os.close(handle)
     try:
         yield temporary
-        if path.exists():
-            with suppress(OSError):  # some network folders know no modes
-                os.chmod(temporary, path.stat().st_mode & 0o777)
+        with suppress(OSError):  # some network folders know no modes
+            # safetensors 0.8 puts a file of 0600 there, which a colleague cannot read
+            os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

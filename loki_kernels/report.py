@@ -89,7 +89,8 @@ def plot_files(
             files of another number of layers.
         ImportError: without the ``plot`` extra.
     """
-    suffix = check_writable(out, ".png", ".html").suffix
+    check_writable(out, ".png", ".html")
+    suffix = Path(out).suffix
     import_matplotlib()
     rows_per_layer(quota, 1)
     if not files:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loki_kernels import Attribution, RowSelection, ranking, select
+from loki_kernels.files import check_writable, write_safetensors
 from loki_kernels.ranking import rows_per_layer
 from loki_kernels.selection import random_rows
 
@@ -573,3 +574,21 @@ def test_what_is_replaced_is_an_ordinary_file(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         path.name for path in (real, link, pipe)
     )
+    astray = tmp_path / "astray.json"
+    astray.symlink_to(tmp_path / "gone" / "rows.json")
+    with pytest.raises(FileNotFoundError, match="gone does not exist"):
+        check_writable(astray, ".json")  # before any work
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_a_new_file_has_the_mode_that_others_of_this_user_have(umask, tmp_path):
+    """Also where safetensors, since 0.8, puts a file of 0600 in its place."""
+    before = os.umask(umask)
+    try:
+        RowSelection([[1]]).save(tmp_path / "rows.json")
+        write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
+    finally:
+        os.umask(before)
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path

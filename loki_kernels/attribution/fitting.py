@@ -74,14 +74,16 @@ class Fitting:
     below: float = math.inf
 
     @classmethod
-    def of(cls, points: int, own: BatchLimits, kept: BatchLimits) -> Fitting:
-        """One that tries nothing larger than this device plans, if the batches are another's.
+    def of(cls, points: int, own: BatchLimits, kept: BatchLimits, device: torch.device) -> Fitting:
+        """One that tries nothing larger than a CPU plans, if the batches are another device's.
 
         A batch that a large GPU has planned may be all of a CPU's memory, and the system ends a
-        process for that without an error that could be caught.
+        process for that without an error that could be caught. On a GPU, whose limits are of what
+        is free and so others in each run, it can be, and a batch that fits has the same bits.
         """
         larger = kept.tokens > own.tokens or kept.points > own.points
-        return cls(points, own.tokens + own.points + 1 if larger and not own.prompts else math.inf)
+        ahead = larger and not own.prompts and free_bytes(device) is None
+        return cls(points, own.tokens + own.points + 1 if ahead else math.inf)
 
     def run(
         self, planned: PlannedBatch, compute: Callable[[PlannedBatch], Scores | Refused]

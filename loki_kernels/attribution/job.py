@@ -127,7 +127,7 @@ class Job:
         engine: Engine | None = None
         fused: dict[torch.nn.Module, Forward] = {}
         start: float | None = None
-        fitting = Fitting.of(points, self.limits, store.limits)
+        fitting = Fitting.of(points, self.limits, store.limits, self.structure.device)
         agree = self.team.all if self.structure.sharded else None
         stop = stopping(enabled=isinstance(store, Log), agree=agree)
         with stop as stopped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 _POINTS = 16_384  # on a GPU, where nothing says how many fit
 
 
+# As `BatchLimits.border`; of a file's JSON it is a list.
+Border = Sequence[int]
+_POSITIONS = "max_position_embeddings"
+
+
 @dataclass(frozen=True)
 class BatchLimits:
     """How large a batch may be.
@@ -32,9 +37,9 @@ class BatchLimits:
         tokens: of all its prompts, padded to the longest.
         points: of all its prompts' paths.
         processes: that share the batches; none is left without one for the size of the others'.
-        border: tokens; a prompt of more is with none but its equals, since its rotary embedding has
-            other frequencies, dynamic ones by its length, which all of a batch would get. None
-            where they are always the same.
+        border: tokens, and whether dynamic: a prompt of more is with others such alone, since its
+            rotary embedding has other frequencies, which all of a batch would get, and where these
+            go by the length with its equals alone. None where they are always the same.
         apart: whether prompts that are not plain, which the staircase would refuse with all of
             their batch, are with others such alone, and after the rest.
     """
@@ -43,7 +48,7 @@ class BatchLimits:
     tokens: int
     points: int
     processes: int = 1
-    border: int | None = None
+    border: Border | None = None
     apart: bool = False
 
     @classmethod
@@ -53,7 +58,7 @@ class BatchLimits:
         prompts: int | None,
         processes: int = 1,
         points: int | None = None,
-        border: int | None = None,
+        border: Border | None = None,
     ) -> BatchLimits:
         """Those of a device, or so many ``prompts``.
 
@@ -97,19 +102,16 @@ class BatchLimits:
         return self.prompts or max(1, min(fitting, -(-among // self.processes)))
 
 
-def rotary_border(model: nn.Module) -> int | None:
-    """Tokens from which on a model's rotary embedding has other frequencies; None if it never has.
+def rotary_border(model: nn.Module) -> Border | None:
+    """Tokens from which on a model's rotary embedding has other frequencies, and whether dynamic.
 
-    LongRoPE's (Phi-3) and dynamic ones go by the longest sequence of a batch.
+    LongRoPE's (Phi-3) and dynamic ones go by the longest sequence of a batch; None of the others.
     """
     config = text_config(model)
-    borders = [
-        kind.get("original_max_position_embeddings")
-        or getattr(config, "max_position_embeddings", None)
-        for kind in _rotary_kinds(config)
-        if kind.get("rope_type") in ("longrope", "dynamic")
-    ]
-    return min((border for border in borders if border), default=None)
+    kinds = [k for k in _rotary_kinds(config) if k.get("rope_type") in ("longrope", "dynamic")]
+    borders = [k.get(f"original_{_POSITIONS}") or getattr(config, _POSITIONS, None) for k in kinds]
+    dynamic = any(kind["rope_type"] == "dynamic" for kind in kinds)
+    return min(((border, dynamic) for border in borders if border), default=None)
 
 
 def _rotary_kinds(config: Any) -> list[dict[str, Any]]:
@@ -127,9 +129,12 @@ def check_lengths(sequences: Iterable[Tokens], structure: Structure) -> Iterator
     """
     config = text_config(structure.causal_lm)
     name = type(structure.causal_lm).__name__
-    most, table = getattr(config, "max_position_embeddings", None), _position_table(structure)
-    kinds = {kind.get("rope_type") for kind in _rotary_kinds(config)}
+    kinds = {kind.get("rope_type"): kind for kind in _rotary_kinds(config)}
     told = not kinds or "dynamic" in kinds  # which is for such prompts
+    table, most = _position_table(structure) or (None, getattr(config, _POSITIONS, None))
+    if isinstance(most, int) and "yarn" in kinds:  # Qwen's are written beside an unchanged number
+        yarn = kinds["yarn"]
+        most = max(most, int(yarn.get(f"original_{_POSITIONS}", 0) * yarn.get("factor", 1)))
     for i, tokens in enumerate(sequences):
         answers = (x for x in (tokens.answer, tokens.contrast) if x is not None)
         length = len(tokens) + max(map(len, answers), default=1) - 1
@@ -149,16 +154,19 @@ def check_lengths(sequences: Iterable[Tokens], structure: Structure) -> Iterator
         yield tokens
 
 
-def _position_table(structure: Structure) -> str | None:
-    """The name of a decoder's embedding of positions; None without one.
+def _position_table(structure: Structure) -> tuple[str, int] | None:
+    """The name of a decoder's embedding of positions, and how many it has; None without one.
 
-    It lies outside of the layers, is as wide as they are or as the embedding of tokens, and has a
-    row for each of ``max_position_embeddings``: OPT's and BART's have two more before them.
+    It lies outside of the layers, is as wide as they are, as the embedding of tokens or, of
+    RoFormer, as a head, and has a row for each of ``max_position_embeddings``: OPT's and BART's
+    have two more before them, and of RoBERTa's the first ones are the padding's.
     """
     model, in_layers = structure.causal_lm, set(map(id, structure.parts))
-    tokens = model.get_input_embeddings()
+    tokens, config = model.get_input_embeddings(), text_config(model)
+    heads = getattr(config, "num_attention_heads", None) or 1
     widths = {structure.hidden_size, embedding_weight(model).shape[-1]}
-    most = getattr(text_config(model), "max_position_embeddings", None)
+    widths.add(structure.hidden_size // heads)
+    most = getattr(config, _POSITIONS, None)
     if not isinstance(most, int):
         return None
     modules: Iterator[tuple[str, nn.Module]] = structure.decoder.named_modules()
@@ -166,7 +174,8 @@ def _position_table(structure: Structure) -> str | None:
         if not isinstance(module, nn.Embedding) or module is tokens or id(module) in in_layers:
             continue
         if most <= module.num_embeddings <= most + 2 and module.embedding_dim in widths:
-            return name
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            return name, min(most, module.num_embeddings - padding - 1)
     return None
 
 
@@ -274,8 +283,9 @@ class Window:
 
         def kind(i: int) -> tuple[bool, int]:
             tokens, border = self.sequences[i], limits.border
-            beyond = border is not None and len(tokens) > border
-            return limits.apart and not tokens.plain, -len(tokens) if beyond else 0
+            if border is None or len(tokens) <= border[0]:
+                return limits.apart and not tokens.plain, 0
+            return limits.apart and not tokens.plain, -len(tokens) if border[1] else -1
 
         places = range(len(self.sequences))
         order = sorted(places, key=lambda i: (kind(i), -len(self.sequences[i])))

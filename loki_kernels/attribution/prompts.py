@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,6 +176,21 @@ def tokenize_prompts(
             logger.warning(_NO_CHAT)
         else:
             raise ValueError(_NO_CHAT)
+
+
+def text_ids(
+    content: Any, where: str, tokenizer: Any = None, vocab_size: int = sys.maxsize
+) -> Tensor:
+    """What `tokenize_prompts` makes of a whole text, int64 ``[T]``; an error says which it was."""
+    try:
+        found = list(tokenize_prompts([content], tokenizer, vocab_size, whole=True))
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("prompt 0", where)) from error
+    if len(found) > 1:
+        raise ValueError(f"{where} is a batch of {len(found)} texts; give each by itself.")
+    if found[0].media:
+        raise ValueError(f"{where} has images or sounds; texts alone are read here.")
+    return torch.from_numpy(found[0].ids)
 
 
 def _check_tokens(tokens: np.ndarray, i: int, vocab_size: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from transformers import (
@@ -70,14 +72,14 @@ class DriftCallback(TrainerCallback):
         self._trainer = trainer
         self._every = every
         self._base: Base | None = None
-        self._of: Any = None  # the model that it is of
+        self._of: Callable[[], Any] = lambda: None  # the model that it is of
         self._measured = -1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._measured = -1
-        if self._of is not self._trainer.model:
+        if self._of() is not self._trainer.model:
             self._base = None  # else auto_find_batch_size starts anew, from weights that have moved
 
     def on_step_begin(
@@ -103,7 +105,7 @@ class DriftCallback(TrainerCallback):
                     ) from error
                 kept = True  # the head may be unfrozen on the way
             self._base = record(model, self._corpus, kept=kept, progress=False)
-        self._of = model
+        self._of = weakref.ref(model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -123,7 +125,7 @@ class DriftCallback(TrainerCallback):
     ) -> None:
         if not args.load_best_model_at_end:
             self._measure(state, control)  # of a run that stopped before ``max_steps``
-        self._base = self._of = None  # tokens x hidden_size, and perhaps a head
+        self._base = None  # tokens x hidden_size, and perhaps a head
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
         if self._base is None or self._measured == state.global_step:

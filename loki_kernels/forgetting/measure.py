@@ -100,7 +100,8 @@ def _copy(head: Any) -> nn.Module:
         UnreadableHeadError: if that one is more than a linear layer.
     """
     placed = hasattr(head, "_hf_hook")  # by accelerate, whose hook a copy would have too
-    if not placed and not any(map(is_sharded, head.parameters())):
+    plain = is_plain_linear(head)  # whose copy takes no room on the device
+    if not placed and not plain and not any(map(is_sharded, head.parameters())):
         with torch.no_grad():
             alone: nn.Module = copy.deepcopy(head).to("cpu").requires_grad_(False)
             return alone

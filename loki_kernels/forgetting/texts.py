@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attribution.prompts import MEDIA, tokenize_prompts
+from ..attribution.prompts import MEDIA, text_ids
 from ..questions import Question, load_questions, records_of_file, refuse_table
 from ..tokenizing import before_every_text, pieces, tokenizer_in
 
@@ -169,7 +168,7 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
         content = None if column is None else record[column]
         if column == "input_ids":
             read = {n: x for n, x in record.items() if n in _READ or MEDIA.search(n)}
-            return Text(_token_ids(read, where), domain, where)
+            return Text(text_ids(read, where), domain, where)
     if isinstance(content, str):
         if not content.strip():
             raise ValueError(f"{where} is blank.")
@@ -180,19 +179,6 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
         f"{where} is no text: give a string, a question, a chat's messages, or an object with "
         "text, messages or input_ids, and perhaps a domain."
     )
-
-
-def _token_ids(content: Any, where: str, tokenizer: Any = None) -> Tensor:
-    """What `tokenize_prompts` makes of a text, int64 ``[T]``; an error says which text it was."""
-    try:
-        found = list(tokenize_prompts([content], tokenizer, sys.maxsize, whole=True))
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("prompt 0", where)) from error
-    if len(found) > 1:
-        raise ValueError(f"{where} is a batch of {len(found)} texts; give each by itself.")
-    if found[0].media:
-        raise ValueError(f"{where} has images or sounds; texts alone are read here.")
-    return torch.from_numpy(found[0].ids)
 
 
 def tokenize(texts: Sequence[Text], tokenizer: Any, length: int, tokens: int | None) -> Corpus:
@@ -268,4 +254,4 @@ def encode(text: Text, tokenizer: Any) -> Tensor:
     """A text's token ids, int64 ``[T]``; ValueError or TypeError says which text it was."""
     if isinstance(text.content, Tensor):
         return text.content
-    return _token_ids(text.content, text.where, tokenizer)
+    return text_ids(text.content, text.where, tokenizer)

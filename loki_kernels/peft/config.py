@@ -101,6 +101,9 @@ class LokiConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
+        # a file says its type, which a call does not, and could have any other file read here
+        if isinstance(self.rows, str) and self.peft_type is not None:
+            raise ValueError("the adapter's config names a file in rows, and not the rows.")
         self.peft_type = PeftType("LOKI")
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         saved = self.fingerprint is not None  # it has rows and what they were chosen by
@@ -136,13 +139,6 @@ class LokiConfig(PeftConfig):
             write_protection(save_directory, self.kept, self.protection, self.protect)
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """What a file says; a saved config names no other file of rows, and would have it read."""
-        if isinstance(kwargs.get("rows"), str):
-            raise ValueError("the adapter's config names a file in rows, and not the rows.")
-        return kwargs
-
-    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> LokiConfig:
@@ -170,8 +166,8 @@ class LokiConfig(PeftConfig):
         return config
 
     def fetch(self) -> None:
-        """Take the protection that lies beside an adapter on the hub."""
-        if self.hub is None:
+        """Take the protection that lies beside an adapter on the hub, if that is to be trained."""
+        if self.hub is None or self.inference_mode:
             return
         try:
             self.protect = self.hub()

@@ -109,9 +109,9 @@ class LokiModel(BaseTuner):
     ) -> LokiConfig:
         if any(layer.merged for layer in self._loki_layers()):
             raise ValueError("an adapter is merged; call unmerge_adapter() before adding another.")
-        # what is filled in belongs to this model; the caller may want the config for another
-        # The adapter that is being added is the last; TRL gives it the first one's own config, for
-        # a frozen copy of that one, whose parameters it fills in by LoRA's kind of names alone.
+        # What is filled in belongs to this model; the caller may want the config for another. The
+        # adapter that is being added is the last; TRL gives it the first one's own config, for a
+        # frozen copy of that one, whose parameters it fills in by LoRA's kind of names alone.
         *same, name = (name for name, config in self.peft_config.items() if config is peft_config)
         self._copied = same[0] if same else None
         self.peft_config[name] = peft_config = copy.copy(peft_config)
@@ -119,6 +119,7 @@ class LokiModel(BaseTuner):
         for layer in self._loki_layers():
             if name in layer.rows:
                 layer.delete_adapter(name)
+        peft_config.fetch()
         # Of these PEFT names the heads in the config that it was given, once this has been made.
         heads = _HEADS.get(peft_config.task_type, [])
         if heads:
@@ -126,8 +127,7 @@ class LokiModel(BaseTuner):
         quota, protect = what_to_train(
             peft_config.rows, peft_config.quota, peft_config.criterion, None, peft_config.protect
         )
-        if peft_config.rows is None:
-            peft_config.quota = quota
+        peft_config.quota = quota if peft_config.rows is None else peft_config.quota
         peft_config.protect = cast("str | bool | None", protect)
         if protect and not peft_config.inference_mode:
             refuse_parts(self.model)
@@ -208,7 +208,6 @@ class LokiModel(BaseTuner):
         held = None if self._copied is None else held_directions(structure, self._copied)
         if held is not None:
             return held
-        config.fetch()
         added: dict[str, Any] = {n: c for n, c in self.peft_config.items() if c is not config}
         if config.protect is not True or not added:
             protection = _protection(structure, config)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..attribution.prompts import tokenize_prompts
+from ..attribution.prompts import text_ids
 from ..attribution.result import model_settings
 from ..cache import cache_folder, read_cached, write_cached
 from ..default_device import made_on_cpu
@@ -309,7 +309,7 @@ def _windows(texts: Iterable[Any], tokenizer: Any, structure: Structure) -> Iter
 
     Of token ids too, if they begin so: the command line makes ids of all texts.
     """
-    for text in texts:
+    for i, text in enumerate(texts):
         prompt = isinstance(text, (Question, Mapping)) or any(
             isinstance(part, Mapping) for part in text[:1]
         )
@@ -317,8 +317,7 @@ def _windows(texts: Iterable[Any], tokenizer: Any, structure: Structure) -> Iter
         if isinstance(text, str) or (prompt and not ids):
             tokenizer = tokenizer or find_tokenizer(structure.causal_lm)
         if prompt:
-            (found,) = tokenize_prompts([text], tokenizer, structure.vocab_size, whole=True)
-            text = found.ids.tolist()
+            text = text_ids(text, f"text {i}", tokenizer, structure.vocab_size).tolist()
         elif isinstance(text, str):
             text = from_string(text, tokenizer_in(tokenizer))
         start = before_every_text(tokenizer_in(tokenizer))

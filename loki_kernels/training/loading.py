@@ -68,8 +68,8 @@ def why_not_load(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | N
     return None if same else OTHER
 
 
-def check_there(layer: Any) -> None:
-    """Raise UnsupportedModelError if accelerate has taken a `LokiRows`' weight away."""
+def check_there(layer: Any) -> Any:
+    """A `LokiRows`; UnsupportedModelError if accelerate has taken its weight away."""
     if layer.frozen.is_meta and not layer.base_rows.is_meta:
         raise UnsupportedModelError(
             f"the weight {layer.parameter} of a patched layer is not in memory: something has "
@@ -77,6 +77,7 @@ def check_there(layer: Any) -> None:
             '"cpu" or "disk"). Call handle.merge() or handle.unpatch() before you offload, or '
             "leave the model in memory."
         )
+    return layer
 
 
 def check_known(layers: Iterable[Any]) -> None:

@@ -424,9 +424,9 @@ def _note_update(layer: LokiRows) -> None:
 
 @torch.no_grad()
 def write_rows(layers: Iterable[LokiRows]) -> None:
-    """Put base plus update into the weights."""
+    """Put base plus update into the weights, of all or of none."""
     groups: dict[Any, list[LokiRows]] = {}
-    for layer in layers:
+    for layer in list(map(check_there, layers)):
         layer.written = True
         if layer.rank is None:
             _note_update(layer)

@@ -81,10 +81,9 @@ class SideFileCallback(TrainerCallback):
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         self.writer.keep_rows()
 
-    def on_step_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.writer.forget_rows()
-        if args.torch_compile:
-            self.writer.take_back_rows()
+        self.writer.take_back_rows()
 
     def _write_rows(self, *_: Any, **__: Any) -> None:
         self.writer.forget_rows()

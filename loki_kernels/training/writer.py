@@ -105,8 +105,6 @@ class RowWriter:
         if graded and sharded:  # whose gradients come to no hook
             for layer in self.layers:
                 self._check_gradient(layer)
-        for layer in self.layers:
-            check_there(layer)
         written = [layer for layer in self.layers if layer.can_write and not sharded]
         kept, self.kept = self.kept, False  # for one forward pass
         versions = self._versions()
@@ -115,7 +113,7 @@ class RowWriter:
         if not kept or unknown or not as_written:
             write_rows(written)
             self.versions = versions
-        for layer in self.layers:
+        for layer in map(check_there, self.layers):
             layer.sharded = sharded
             # A state dict was made of it, or it ran before an engine sharded it; what is added to
             # is the base. What FSDP2 has gathered by now, in the root's own group, is not kept.
@@ -299,8 +297,6 @@ class RowWriter:
             yield
             return
         if not self.holders:
-            for layer in self.layers:
-                check_there(layer)
             self.bases = [x for x in self.layers if not (x.can_write and x.written)]
             write_rows(self.layers)
         self.holders += 1  # one may generate inside another, or two threads at once

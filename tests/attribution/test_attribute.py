@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import loki_kernels as loki
-from loki_kernels.attribution import DEFINITIONS, attribute, steering
+from loki_kernels.attribution import DEFINITIONS, attribute, plan, steering
 from loki_kernels.attribution.definitions import path_rule
 from loki_kernels.attribution.reference import attribute_reference
 from loki_kernels.discovery import find_structure
@@ -341,6 +341,8 @@ def test_a_prompts_rotary_embedding_is_its_own():
     torch.testing.assert_close(together.scores, alone, rtol=1e-4, atol=1e-8)
     mean = loki.mean_activations(model, prompts)
     torch.testing.assert_close(mean, loki.mean_activations(model, prompts, batch_size=1))
+    # the longer ones have the same frequencies, and are a batch
+    assert plan.rotary_border(model) == (8, False)
 
 
 @pytest.mark.parametrize("engine", ["staircase", "decode", "reforward"])
@@ -352,6 +354,7 @@ def test_a_dynamic_rotary_embedding_keeps_no_other_prompts_length(engine):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
     prompts = [{"input_ids": torch.arange(n)} for n in (20, 40, 16, 20)]
+    assert plan.rotary_border(model) == (16, True)
     alone = torch.cat(
         [attribute(copy.deepcopy(model), [p], engine=engine).scores for p in prompts]
     )  # fmt: skip
@@ -371,14 +374,24 @@ def opt():
     return transformers.OPTForCausalLM(config).to(DEVICE).eval()
 
 
-@pytest.mark.parametrize("build", [gpt2, opt])
+def roberta():
+    """Of whose positions the first two are the padding's."""
+    config = transformers.RobertaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=34, pad_token_id=1, is_decoder=True,
+    )  # fmt: skip
+    return transformers.RobertaForCausalLM(config).to(DEVICE).eval()
+
+
+@pytest.mark.parametrize("build", [gpt2, opt, roberta])
 def test_a_prompt_beyond_the_learned_positions_is_refused_before_any_work(build):
     """Each engine would fail there, and a GPU does nothing more for the process after it."""
     model = build()
-    fits, over = ({"input_ids": torch.arange(n)} for n in (32, 33))
+    fits, over = ({"input_ids": torch.arange(3, 3 + n)} for n in (32, 33))
     assert len(attribute(model, [fits], steps=1).targets) == 1
     model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
-    message = r"prompt 1 has 33 tokens, and .* has 32 positions \((wpe|embed_positions)\)"
+    table = r"(wpe|embed_positions|.*position_embeddings)"
+    message = rf"prompt 1 has 33 tokens, and .* has 32 positions \({table}\)"
     with pytest.raises(ValueError, match=message):
         attribute(model, [fits, over])
     with pytest.raises(ValueError, match=message):

@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 import loki_kernels as loki
 from loki_kernels import Attribution, attribute
-from loki_kernels.attribution import job, log
+from loki_kernels.attribution import fitting, job, log
 from loki_kernels.attribution.fitting import Fitting
 from loki_kernels.attribution.plan import BatchLimits
 from loki_kernels.attribution.result import model_settings
@@ -502,6 +502,7 @@ def test_a_smaller_machine_computes_the_same_batches_in_parts(model, out, monkey
 
     monkeypatch.setattr(job, "attribute_batch", recording)
     monkeypatch.setattr(BatchLimits, "of", lambda *_: BatchLimits(None, 3, 3))
+    monkeypatch.setattr(fitting, "free_bytes", lambda _device: None)  # a CPU's
     got = attribute(model, PROMPTS, out=out, **options)
     assert computed == [(1, 2), (1, 2)]
     assert got.run == {**want.run, "created": got.run["created"]}
@@ -511,7 +512,16 @@ def test_a_smaller_machine_computes_the_same_batches_in_parts(model, out, monkey
 @pytest.mark.parametrize("own", [BatchLimits(None, 15, 1000), BatchLimits(2, 3, 3)])
 def test_the_batches_that_a_device_plans_itself_are_whole(own):
     """Or that were asked for: of so many prompts on any device."""
-    assert Fitting.of(3, own, BatchLimits(own.prompts, 15, 1000)).below == math.inf
+    kept = BatchLimits(own.prompts, 15, 1000)
+    assert Fitting.of(3, own, kept, torch.device("cpu")).below == math.inf
+
+
+def test_a_gpu_tries_the_batches_of_one_that_had_more_room(monkeypatch):
+    """Its full memory is an error that is caught, and what fits has the same bits."""
+    own, kept = BatchLimits(None, 3, 3), BatchLimits(None, 15, 1000)
+    assert Fitting.of(3, own, kept, torch.device("cpu")).below < math.inf
+    monkeypatch.setattr(fitting, "free_bytes", lambda _device: 1 << 30)
+    assert Fitting.of(3, own, kept, torch.device("cuda")).below == math.inf
 
 
 def test_sigterm_is_handled_as_before_afterwards(model, out):

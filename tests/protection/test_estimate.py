@@ -584,6 +584,12 @@ def test_records_are_what_is_in_them():
     assert got.directions.keys() == want.directions.keys()
     assert all(torch.equal(got.directions[name], want.directions[name]) for name in want.directions)
     loki.estimate_protection(model, records[2:])  # no tokenizer is asked for
+    shown = {"input_ids": [5, 6], "pixel_values": torch.ones(1, 3, 4, 4)}
+    with pytest.raises(ValueError, match="text 1 has images or sounds"):
+        loki.estimate_protection(model, ["a b a", shown], tokenizer=tokenizer)
+    batch = {"input_ids": torch.tensor([[5, 6], [7, 8]])}
+    with pytest.raises(ValueError, match="text 0 is a batch of 2 texts"):
+        loki.estimate_protection(model, [batch])
 
 
 def test_bad_input_is_refused():
