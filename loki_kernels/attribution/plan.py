@@ -134,7 +134,8 @@ def check_lengths(sequences: Iterable[Tokens], structure: Structure) -> Iterator
     table, most = _position_table(structure) or (None, getattr(config, _POSITIONS, None))
     if isinstance(most, int) and "yarn" in kinds:  # Qwen's are written beside an unchanged number
         yarn = kinds["yarn"]
-        most = max(most, int(yarn.get(f"original_{_POSITIONS}", 0) * yarn.get("factor", 1)))
+        original, factor = (yarn.get(key) or 0 for key in (f"original_{_POSITIONS}", "factor"))
+        most = max(most, int(original * factor))
     for i, tokens in enumerate(sequences):
         answers = (x for x in (tokens.answer, tokens.contrast) if x is not None)
         length = len(tokens) + max(map(len, answers), default=1) - 1
