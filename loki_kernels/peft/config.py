@@ -104,8 +104,8 @@ class LokiConfig(PeftConfig):
         # a file says its type, which a call does not, and could have any other file read here
         if isinstance(self.rows, str) and self.peft_type is not None:
             raise ValueError(
-                "the adapter's config names a file in rows; one that is read from a file has to hold "
-                "the rows themselves, a list for each layer."
+                "the adapter's config names a file in rows; one that is read from a file has to "
+                "hold the rows themselves, a list for each layer."
             )
         self.peft_type = PeftType("LOKI")
         self.task_type = self.task_type or TaskType.CAUSAL_LM
