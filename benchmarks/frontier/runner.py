@@ -135,15 +135,16 @@ def _scaled(job: Job, scale: float) -> Job:
 _SPEC = ("arm", "settings", "task", "rate", "seed", "steps")
 
 
-def _key(spec: dict[str, Any]) -> str:
-    return json.dumps(spec, sort_keys=True)
+def _key(record: dict[str, Any]) -> str:
+    """What a training is told from others by: its job's `spec`, which its record has too."""
+    return json.dumps({name: record[name] for name in _SPEC}, sort_keys=True)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Of what was trained twice the last, unless that alone is under a CPU's autocast."""
     kept: dict[str, dict[str, Any]] = {}
     for record in read_lines(path) if path.is_file() else ():
-        key = _key({name: record[name] for name in _SPEC})
+        key = _key(record)
         if "autocast" not in record or "autocast" in kept.get(key, record):
             kept[key] = record
     return list(kept.values())
@@ -219,9 +220,7 @@ def run(arguments: argparse.Namespace) -> None:
     path: Path = arguments.results
     records = read_records(path)
     # one under autocast is trained again where that is not asked for
-    done = {
-        _key({k: r[k] for k in _SPEC}) for r in records if arguments.bfloat16 or "autocast" not in r
-    }
+    done = {_key(r) for r in records if arguments.bfloat16 or "autocast" not in r}
     measured = [] if arguments.rehearse else records  # a rehearsal's texts are no results'
     known = {(r["task"], r["seed"]): r["before"] for r in measured}
     drawn: dict[int, set[str | None]] = {}

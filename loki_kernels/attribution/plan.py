@@ -21,11 +21,9 @@ from .prompts import Tokens
 logger = logging.getLogger(__name__)
 
 _POINTS = 16_384  # on a GPU, where nothing says how many fit
-
-
+_POSITIONS = "max_position_embeddings"
 # As `BatchLimits.border`; of a file's JSON it is a list.
 Border = Sequence[int]
-_POSITIONS = "max_position_embeddings"
 
 
 @dataclass(frozen=True)

@@ -174,9 +174,7 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
         return
     peft = import_extra("peft", "peft", f"{name} is an adapter of PEFT's")
     config = peft.PeftConfig.from_pretrained(str(adapter.parent))
-    written = None
-    if keeps:
-        written = _writes_to_base(config) or _values_of_base(name, config, model)
+    written = (_writes_to_base(config) or _values_of_base(name, config, model)) if keeps else None
     if written is not None:
         raise ValueError(
             f"{name} changes values of its base when it is put on ({written}); name the base too, "

@@ -137,13 +137,12 @@ class LokiModel(BaseTuner):
         refuse_tensor_parallelism(structure)
         refuse_efficient_loading()
         _check_modules(structure, peft_config)
-        wanted, rank = peft_config.rows, peft_config.rank
-        warn_of_memory(
-            structure, wanted, quota, protected=bool(protect), rank=rank, keeps_rows=False
-        )
+        wanted = None if peft_config.rows is None else as_selection(peft_config.rows)
+        protected, rank = bool(protect), peft_config.rank
+        warn_of_memory(structure, wanted, quota, protected=protected, rank=rank, keeps_rows=False)
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
         if wanted is not None:  # raises before minutes of estimating
-            assign_rows(structure, as_selection(wanted))
+            assign_rows(structure, wanted)
         kept_by_layer = self._directions(structure, peft_config)  # and this before an analysis
         with self._base_alone():  # which is of what every adapter is of
             selection = selection_to_train(structure, wanted, None, quota, peft_config.criterion)

@@ -37,7 +37,6 @@ SIDE_FILE = "loki_rows.update"
 # What a protected update was trained with, a `Protection`'s file, beside it or in an adapter's
 # folder: training on takes it, reading does not.
 PROTECTION_FILE = "loki_rows.protection"
-_OF_AN_UPDATE = (CONFIG_FILE, ADAPTER_FILE, SIDE_FILE)
 
 PREFIX = "base_model.model."
 _KEY = re.compile(rf"(.+)\.loki_(index|{'|'.join(TRAINED)})")
@@ -328,7 +327,8 @@ def _folder_of(name: str | os.PathLike[str]) -> Path:
     if os.path.exists(name):
         return Path(name)
     try:
-        return Path(snapshot_download(os.fspath(name), allow_patterns=[*_OF_AN_UPDATE]))
+        files = [CONFIG_FILE, ADAPTER_FILE, SIDE_FILE]
+        return Path(snapshot_download(os.fspath(name), allow_patterns=files))
     except (OSError, ValueError) as error:  # no such name, no connection, none that a hub takes
         raise FileNotFoundError(
             f"there is no folder {name}, nor was an update of that name found on the hub: {error}"

@@ -63,8 +63,10 @@ def why_not_load(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | N
     # and another device's products are others, above all in TF32.
     read = {name: full_values(factor).to(rows.device) for name, factor in factors.items()}
     formed = list(layer.formed(read).values())
-    besides = of_products(list(read.values()), formed)
-    same = same_rows(rows, updated_rows(layer.base_rows, *formed), besides=besides)
+    want = updated_rows(layer.base_rows, *formed)
+    same = same_rows(rows, want) or same_rows(
+        rows, want, besides=of_products(list(read.values()), formed)
+    )
     return None if same else OTHER
 
 
