@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from loki_kernels.demo.frontier import Point, at_loss, frontier
@@ -17,9 +17,14 @@ _REFERENCE = "full"
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
-def log_divergence(point: dict[str, float], domains: Sequence[str] = DOMAINS) -> float:
+def log_divergence(point: Mapping[str, float], domains: Sequence[str] = DOMAINS) -> float:
     """The mean over the domains of log KL."""
     return sum(math.log(max(point[domain], 1e-9)) for domain in domains) / len(domains)
+
+
+def log_mean_divergence(point: Mapping[str, float]) -> float:
+    """Log of the mean over the domains of KL, which is what ``loki_kernels.drift`` shows."""
+    return math.log(max(sum(point[domain] for domain in DOMAINS) / len(DOMAINS), 1e-9))
 
 
 def is_finite(record: dict[str, Any]) -> bool:
@@ -56,22 +61,27 @@ class Ratio(NamedTuple):
 
     Attributes:
         logs: log(KL of the other / KL of ours) by seed, a mean over the shares.
-        shares: of full fine-tuning's best gain, at whose losses they are compared.
+        shares: the same, a mean over the seeds, by the share of full fine-tuning's best gain at
+            whose loss they are compared.
     """
 
     logs: dict[int, float]
-    shares: tuple[float, ...]
+    shares: dict[float, float]
 
 
 class Comparison:
     """Trainings of one task and number of steps that came to numbers, by arm and seed.
 
-    What they forget is measured on ``domains``.
+    What they forget is ``forgotten`` of a measurement, a log.
     """
 
-    def __init__(self, records: Iterable[dict[str, Any]], domains: Sequence[str] = DOMAINS) -> None:
+    def __init__(
+        self,
+        records: Iterable[dict[str, Any]],
+        forgotten: Callable[[Mapping[str, float]], float] = log_divergence,
+    ) -> None:
         self.records = list(filter(is_finite, records))
-        self.domains = domains
+        self.forgotten = forgotten
         # by arm, seed and rate, of every share of the update that was merged
         self.points: dict[tuple[str, int], dict[float, list[Point]]] = defaultdict(
             lambda: defaultdict(list)
@@ -81,7 +91,7 @@ class Comparison:
             self.before[record["seed"]] = record["before"]
             for point in record["points"]:
                 self.points[record["arm"], record["seed"]][record["rate"]].append(
-                    (point["loss"], log_divergence(point, domains))
+                    (point["loss"], forgotten(point))
                 )
 
     def arms(self) -> list[str]:
@@ -93,7 +103,7 @@ class Comparison:
     def of(self, arms: Collection[str]) -> Comparison:
         """Of these arms alone: the seeds that all have, at the rates that each has with them."""
         own = [record for record in self.records if record["arm"] in arms]
-        return Comparison(comparable(own), self.domains)
+        return Comparison(comparable(own), self.forgotten)
 
     def frontier(self, arm: str, seed: int) -> list[Point]:
         """Of every rate and every share of the update that is merged."""
@@ -130,9 +140,10 @@ class Comparison:
             if found and len(found) == len(pair.seeds(ours)):
                 differences[share] = found
         if not differences:
-            return Ratio({}, ())
+            return Ratio({}, {})
         logs = {
             seed: sum(found[seed] for found in differences.values()) / len(differences)
             for seed in pair.seeds(ours)
         }
-        return Ratio(logs, tuple(differences))
+        shares = {share: sum(found.values()) / len(found) for share, found in differences.items()}
+        return Ratio(logs, shares)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from loki_kernels.plots import picture
 
 from ..forgetting.compare import estimate
 from .arms import ARMS
-from .compare import Comparison, is_finite
+from .compare import SHARES, Comparison, is_finite, log_divergence, log_mean_divergence
 from .damage import damage_table, plot_damages, read_damages
 from .data import DOMAINS
 from .runner import read_records
@@ -22,17 +23,17 @@ _READING = """\
 Every training is measured at a quarter, half, three quarters and all of its update. Between these
 log KL is taken to be linear in the loss, nothing is extrapolated, and at a loss an arm has the rate
 that forgets least there. The plots' curves are the measurements of all rates that no other beats in
-both task loss and KL. KL is that of the base's next-token
-distribution from the tuned model's, a token, as the geometric mean over wikitext, code and chat
-(4,000 tokens each). The shares are of the best that full fine-tuning gains of the task's held-out
-loss, by seed. `-` says that an arm does not get there, or that a quarter of its update is beyond.
-Two arms are compared with the seeds that both and full fine-tuning have, at the rates that each has
-with all of these, and at the shares that both reach with every seed, which stand behind the ratio:
-a mean of log KL's differences over shares and seeds, with a 95 % interval of Student's t of more
-than one seed. Trainings with the same texts, by the table above, share one draw of samples and
-answers: an interval is over the order of the training texts, and LoRA's factors, alone. The tables
-of arms and the plots are of the arms with the seed that most have, and of all seeds that these have
-in common."""
+both task loss and KL. KL is that of the base's next-token distribution from the tuned model's, a
+token, as the geometric mean over wikitext, code and chat (4,000 tokens each), which counts the
+texts alike; the mean KL, which `loki-kernels drift` shows, is mostly that of the text that moves
+most. The shares are of the best that full fine-tuning gains of the task's held-out loss, by seed.
+`-` says that an arm does not get there, or that a quarter of its update is beyond. Two arms are
+compared with the seeds that both and full fine-tuning have, at the rates that each has with all of
+these, and at the shares that both reach with every seed, which stand behind the ratio: a mean of
+log KL's differences over shares and seeds, with a 95 % interval of Student's t of more than one
+seed. Trainings with the same texts, by the table above, share one draw of samples and answers: an
+interval is over the order of the training texts, and LoRA's factors, alone. The tables of arms and
+the plots are of the arms with the seed that most have, and of all seeds that these have in common."""
 _SHOWN = (0.5, 0.7, 0.9)
 
 
@@ -70,6 +71,8 @@ def _lines(records: list[dict[str, Any]], model: str, folder: Path) -> Iterator[
         yield from _table(comparison)
         yield from ("", "Times that the other's KL is ours; seeds; shares:", "")
         yield from _against(own)
+        yield from ("", "The same (all) by the share of full fine-tuning's best gain:", "")
+        yield from _by_share(every)
         if best is not None:
             yield from _against_the_rest(every, best)
         lost = sum(not is_finite(r) for r in own)
@@ -154,9 +157,12 @@ _OTHERS = ("full", "LoRA", "full + replay", "full + KL", "LoRA + replay", "LoRA 
 
 
 def _against(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """On the texts together and on each alone, which need not move alike."""
-    texts = {"all": DOMAINS, **{domain: (domain,) for domain in DOMAINS}}
-    comparisons = {text: Comparison(records, domains) for text, domains in texts.items()}
+    """On the texts together, by either mean, and on each alone, which need not move alike."""
+    comparisons = {
+        "all": Comparison(records),
+        "all, by the mean KL": Comparison(records, log_mean_divergence),
+        **{text: Comparison(records, partial(log_divergence, domains=(text,))) for text in DOMAINS},
+    }
     yield f"| ours | text | {' | '.join(_OTHERS)} |"
     yield f"|---|---|{'--:|' * len(_OTHERS)}"
     trained = comparisons["all"].arms()
@@ -169,6 +175,19 @@ def _against(records: Sequence[dict[str, Any]]) -> Iterator[str]:
                     f"{format_ratio(logs)}; {len(logs)}{format_shares(shares)}" if logs else "-"
                 )
             yield f"| {' | '.join(cells)} |"
+
+
+def _by_share(comparison: Comparison) -> Iterator[str]:
+    """All of an update is near the last share that it reaches, a merge scaled back at the first."""
+    yield f"| ours | other | {' | '.join(f'{share:.0%}' for share in SHARES)} |"
+    yield f"|---|---|{'--:|' * len(SHARES)}"
+    trained = comparison.arms()
+    for ours in (arm for arm in _OURS if arm in trained):
+        for other in _OTHERS:
+            found = comparison.log_ratios(ours, other).shares
+            if found:
+                cells = [f"{math.exp(found[s]):.2f}" if s in found else "-" for s in SHARES]
+                yield f"| {ours} | {other} | {' | '.join(cells)} |"
 
 
 def _against_the_rest(comparison: Comparison, ours: str) -> Iterator[str]:
@@ -189,9 +208,9 @@ def _by_seed(logs: dict[int, float]) -> str:
     return ", ".join(f"{seed}: {math.exp(log):.2f}" for seed, log in logs.items())
 
 
-def format_shares(shares: Sequence[float]) -> str:
+def format_shares(shares: Collection[float]) -> str:
     """The first and the last of them."""
-    return f"; {shares[0]:.0%} to {shares[-1]:.0%}" if shares else ""
+    return f"; {min(shares):.0%} to {max(shares):.0%}" if shares else ""
 
 
 def format_ratio(logs: dict[int, float]) -> str:
