@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     merge.add_argument("--texts", help="that the KL is measured on, as for drift")
     merge.add_argument("--device", help="that it is measured on (default: cuda or cpu)")
+    merge.add_argument("--tokens", type=int, help=f"to read at most (default: {DEFAULT_TOKENS})")
+    merge.add_argument("--length", type=int, help=f"of a chunk (default: {DEFAULT_LENGTH})")
 
     adapter = subparsers.add_parser(
         "adapter", help="write an untrained adapter, for programs that continue one"

@@ -131,6 +131,7 @@ def merge(arguments: argparse.Namespace) -> None:
     from .files import check_folder
     from .forgetting import limit_drift
     from .forgetting.limit import check_limit
+    from .forgetting.meter import check_positive
     from .forgetting.models import find_own_tokenizer, tokenizer_of_pair
     from .forgetting.texts import read_texts
     from .inspection import load_model
@@ -141,11 +142,14 @@ def merge(arguments: argparse.Namespace) -> None:
     out = check_folder(arguments.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name a new folder.")
+    given = {name: getattr(arguments, name) for name in ("length", "tokens")}
+    sizes = {name: size for name, size in given.items() if size is not None}
     if arguments.max_kl is None:
-        if arguments.texts or arguments.device:
-            raise ValueError("--texts and --device belong to --max-kl.")
+        if arguments.texts or arguments.device or sizes:
+            raise ValueError("--texts, --device, --tokens and --length belong to --max-kl.")
     else:
         check_limit(arguments.max_kl)
+        check_positive(**sizes)
         read_texts(arguments.texts)
     saved = read_saved(arguments.checkpoint)
     own = find_own_tokenizer(arguments.checkpoint)
@@ -155,13 +159,18 @@ def merge(arguments: argparse.Namespace) -> None:
     if arguments.max_kl is not None:
         handle.model.to(device_to_use(arguments.device))
         tokenizer = tokenizer_of_pair(arguments.base, arguments.checkpoint, None)
-        share, left = limit_drift(handle, arguments.max_kl, arguments.texts, tokenizer=tokenizer)
+        share, left = limit_drift(
+            handle, arguments.max_kl, arguments.texts, tokenizer=tokenizer, **sizes
+        )
         if not share:
             raise ValueError(
                 f"no share of the update that was tried keeps the KL below {arguments.max_kl:g}: "
                 "nothing is written. Allow more, or train at a lower rate."
             )
-        print(f"{share:.3g} of the update is kept, KL {left.overall.kl:.3g} from the base")
+        print(
+            f"{share:.3g} of the update is kept, KL {left.overall.kl:.3g} from the base"
+            + (f"; {left.left_out} texts were left out (--tokens)" if left.left_out else "")
+        )
     model: Any = handle.merge()
     model.save_pretrained(out)
     _copy_processor(arguments.base, out)

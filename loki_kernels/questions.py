@@ -16,6 +16,7 @@ from .errors import explained, import_extra
 from .tokenizing import writes_chats
 
 _LETTERS = "ABCD"
+_OF_TOKENIZERS = frozenset({"tokenize", "return_dict", "return_tensors", "tokenizer_kwargs"})
 # Of 5 bundled questions a subject, the analysis uses 3 (171 in all) and leaves 2 for evaluation.
 CALIBRATION_PER_SUBJECT = 3
 
@@ -141,6 +142,34 @@ def text_of(record: Mapping[str, Any]) -> Any:
     """The chat or the text of a record in the columns that datasets have; None without one."""
     columns = ("messages", "prompt", "text")  # of mixed records some are null
     return next((record[name] for name in columns if record.get(name) is not None), None)
+
+
+def template_options_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chat's record gives its template beside the messages, in the columns that TRL reads.
+
+    Raises:
+        ValueError: if a column holds something else.
+    """
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"tools is a string that is no JSON ({error})") from error
+    options = record.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"chat_template_kwargs is a {type(options).__name__}, and no object")
+    return ({"tools": tools} if tools else {}) | checked_options(options)
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``chat_template_kwargs``; ValueError for what the tokenizer would take for itself."""
+    reserved = sorted(_OF_TOKENIZERS & set(options))
+    if reserved:
+        raise ValueError(
+            f"chat_template_kwargs names {reserved[0]}, which is not for the template."
+        )
+    return dict(options)
 
 
 def refuse_table(name: str, given: object) -> None:

@@ -16,20 +16,22 @@ import transformers
 from accelerate import dispatch_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import loki_kernels as loki
+from loki_kernels.attribution.prompts import tokenize_prompts
 from loki_kernels.cli import main
 from loki_kernels.errors import UnsupportedModelError
 from loki_kernels.forgetting import measure, meter, models
 from loki_kernels.forgetting import result as forgetting_result
-from loki_kernels.forgetting.texts import read_texts
+from loki_kernels.forgetting.texts import encode, read_texts
 from loki_kernels.peft import LokiConfig
 from loki_kernels.peft import layer as layer_module
 from loki_kernels.training import adapter_file
 from loki_kernels.training import rows as rows_module
 from tests.architectures import falcon_h1
 from tests.models import assert_unchanged, build_model, save_base, snapshot
-from tests.tiny_tokenizers import bos_tokenizer
+from tests.tiny_tokenizers import bos_tokenizer, chat_tokenizer
 from tests.tiny_training import ROWS, WordTokenizer, load_model, tiny_trainer, train
 from tests.zoo.build import build
 
@@ -317,6 +319,16 @@ def test_a_limit_of_tokens_takes_domains_in_turn():
     assert result.left_out == 1
 
 
+def test_one_long_text_leaves_room_for_the_other_domains():
+    base = build_model()
+    records = texts((50, 6, 50))
+    records[2]["domain"] = "c"
+    result = loki.drift(base, moved(base), records, tokens=24, length=4)
+    assert {group.name: group.tokens for group in result.domains} == {"a": 8, "b": 6, "c": 8}
+    result = loki.drift(base, moved(base), records, tokens=24, length=16)  # no less than a chunk
+    assert {group.name: group.tokens for group in result.domains} == {"a": 16, "b": 6, "c": 2}
+
+
 def test_no_more_than_a_chunk_of_logits(monkeypatch):
     monkeypatch.setattr(measure, "LOGITS", 97 * 4)
     base = build_model()
@@ -412,6 +424,34 @@ def test_an_interrupted_measurement_leaves_the_update(rank):
         loki.drift(handle, texts=texts())
     hook.remove()
     assert_unchanged(tuned, before)
+
+
+def test_what_an_adapter_trains_is_none_of_its_base():
+    """Whatever PEFT holds it in."""
+    linears = {"target_modules": ["q_proj", "down_proj"], "init_weights": False}
+    causal = {"task_type": "CAUSAL_LM"}
+    for config in (
+        peft_config("lora"), peft_config("whole"), peft_config("prompt"),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
+        peft.LoraConfig(r=2, target_parameters=["down_proj.weight"]),
+        peft.VBLoRAConfig(num_vectors=4, vector_length=8, target_modules=["q_proj"]),
+        peft.VeraConfig(r=2, target_modules=["q_proj"]), peft.IA3Config(**causal),
+        peft.LNTuningConfig(target_modules=["input_layernorm"]),
+        peft.PrefixTuningConfig(num_virtual_tokens=3, **causal),
+        peft.PromptEncoderConfig(num_virtual_tokens=3, **causal),
+        peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, **causal),
+        peft.LoHaConfig(r=2, **linears), LokiConfig(rows=ROWS),
+    ):  # fmt: skip
+        around = peft.get_peft_model(build_model(), config)
+        assert any(parameter.requires_grad for parameter in around.parameters())
+        assert loki.drift(around, texts=texts((5,))) is not None, config
+        norm = around.get_submodule("base_model.model.model.norm" if hasattr(
+            around.base_model, "model") and hasattr(around.base_model.model, "model"
+        ) else "base_model.model.norm")  # fmt: skip
+        norm.requires_grad_()
+        with pytest.raises(ValueError, match=r"norm.weight is trained beside the adapter"):
+            loki.drift(around, texts=texts((5,)))
 
 
 def peft_config(kind):
@@ -573,6 +613,20 @@ def test_two_precisions_are_named(base_folder, tmp_path, caplog):
     caplog.clear()
     loki.drift(base_folder, tmp_path, texts(), dtype="float32")
     assert not caplog.text
+    in_memory = load_model(base_folder).to(torch.bfloat16)
+    loki.drift(base_folder, in_memory, texts(), dtype="float32")
+    assert "rounding counts as drift" in caplog.text
+
+
+def test_an_adapter_of_another_base_is_named(base_folder, tmp_path, caplog):
+    """Whose weights fit, as those of a base and of what was tuned to chat do."""
+    peft.get_peft_model(load_model(base_folder), peft_config("lora")).save_pretrained(tmp_path)
+    loki.drift(base_folder, tmp_path, texts())
+    assert not caplog.text
+    other = load_model(base_folder)
+    other.name_or_path = "someone/another"
+    loki.drift(other, tmp_path, texts())
+    assert f"was trained on {base_folder.name}, and is measured on someone/another" in caplog.text
 
 
 def test_our_adapter_by_its_name_on_the_hub(base_folder, tmp_path, monkeypatch):
@@ -723,6 +777,16 @@ def test_paragraphs_are_texts(base_folder, tmp_path):
     assert str(result).count("some") > 1
 
 
+def test_a_list_may_name_files(words, tmp_path):
+    path = tmp_path / "some.txt"
+    path.write_text("w1 w2 w3\nw4\n\n\nw5 w6 w7\n")
+    found = read_texts([str(path), words, "w1 w2", "no.txt"])
+    assert [text.domain for text in found] == [
+        "some", "some", "by 1", "by 2", "by 3", "texts", "texts"
+    ]  # fmt: skip
+    assert [text.content for text in found[-2:]] == ["w1 w2", "no.txt"]
+
+
 def test_questions_are_texts_of_their_subjects():
     """The held-out of those that come with the package, on which rows were chosen."""
     held_out = loki.load_questions(2, skip=3)[:3]
@@ -744,6 +808,26 @@ def test_chats_go_through_the_template(base_folder, tmp_path):
     moved(base).save_pretrained(tmp_path / "tuned")  # the base alone has no template
     tokenizer.save_pretrained(tmp_path / "tuned")
     assert loki.drift(base_folder, tmp_path / "tuned", [chat]).overall.tokens == 4
+
+
+@pytest.mark.parametrize("spelled", [list, json.dumps])
+def test_what_a_chat_has_beside_its_messages_reaches_the_template(spelled):
+    """In the columns that TRL trains on."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}w3 {{ tool['name'] }} {% endfor %}"
+        "{% for m in messages %}w9 {{ m['content'] }} {% endfor %}"
+        "{% if thinking is false %}w8{% endif %}"
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    chat = {"messages": [{"role": "user", "content": "w1 w2"}]}
+    calls = chat | {"tools": spelled([{"name": "w4"}, {"name": "w6"}])}
+    plain = chat | {"chat_template_kwargs": {"thinking": False}, "tools": None}
+    records = [chat, calls, plain, calls | plain | {"tools": calls["tools"]}]
+    found = [encode(text, tokenizer).tolist() for text in read_texts(records)]
+    assert found == [[9, 1, 2], [3, 4, 3, 6, 9, 1, 2], [9, 1, 2, 8], [3, 4, 3, 6, 9, 1, 2, 8]]
+    tokens = tokenize_prompts([calls], tokenizer, 97, {"thinking": False})
+    assert next(tokens).ids.tolist() == [3, 4, 3, 6, 9, 1, 2, 8]  # those of all chats too
 
 
 class Doubled(transformers.LlamaForCausalLM):
@@ -781,6 +865,12 @@ def test_a_head_that_cannot_be_read_runs_side_by_side(tmp_path):
         ('{"input_ids": [1.5]}', "must be integers"),
         ('{"input_ids": "abc"}', "line 1 is no tensor"),
         ('{"input_ids": [-1]}', "line 1 holds token id -1"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "{"}', "line 1: tools is a"),
+        (
+            '{"messages": [{"role": "user"}], "chat_template_kwargs": {"tokenize": false}}',
+            "line 1: chat_template_kwargs names tokenize",
+        ),
+        ('{"messages": [{"role": "user"}], "chat_template_kwargs": [1]}', "is a list, and no"),
         ('{"input_ids": [[1, 2], [3, 4]]}', "line 1 is a batch of 2 texts"),
         ('{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}', "line 1 has holes"),
     ],

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import loki_kernels as loki
 from loki_kernels.cli import main
+from loki_kernels.errors import UnsupportedModelError
 from loki_kernels.forgetting import limit
 from loki_kernels.team import Team
 from tests.models import assert_unchanged, build_model, snapshot
@@ -104,13 +107,26 @@ def test_bad_limits(kl):
     assert_unchanged(handle.model, before)
 
 
-def test_what_cannot_be_scaled_is_refused():
+def test_what_cannot_be_scaled_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not patched"):
         loki.limit_drift(build_model(), 0.1, texts())
     model = build_model()
     loki.patch(model, ROWS, modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="trained whole"):
         loki.limit_drift(model, 0.1, texts())
+    model.requires_grad_(False)  # a head that has moved is none of the base for that
+    with pytest.raises(ValueError, match="trained whole"):
+        loki.limit_drift(model, 0.1, texts())
+    folder = tmp_path / "adapter"
+    loki.save_adapter(model, folder)
+    assert "lm_head.weight" in str(load_file(folder / "adapter_model.safetensors").keys())
+
+
+def test_what_was_offloaded_is_told_so():
+    _, handle = trained()
+    accelerate.cpu_offload(handle.model, "cpu")
+    with pytest.raises(UnsupportedModelError, match="before you offload"):
+        loki.limit_drift(handle, 0.1, texts())
 
 
 @pytest.mark.parametrize(
@@ -198,11 +214,13 @@ def test_a_merge_from_the_command_line(base_folder, tmp_path, capsys, monkeypatc
     command = ["merge", *map(str, (base_folder, tmp_path / "adapter", tmp_path / "merged"))]
     assert main([*command, "--texts", str(words)]) == 1
     assert main([*command, "--device", "cpu"]) == 1
+    assert main([*command, "--tokens", "9"]) == 1
     assert "belong to --max-kl" in capsys.readouterr().err
     with monkeypatch.context() as patched:  # before a weight is read
         patched.setattr("loki_kernels.inspection.load_model", None)
         assert main([*command, "--max-kl", "-1"]) == 1
         assert main([*command, "--max-kl", "1", "--texts", "no.txt"]) == 1
+        assert main([*command, "--max-kl", "1", "--length", "0"]) == 1
     with monkeypatch.context() as patched:
         patched.setattr("loki_kernels.forgetting.limit_drift", lambda *_, **__: (0.0, None))
         assert main([*command, "--max-kl", "1", "--texts", str(words)]) == 1
@@ -213,6 +231,10 @@ def test_a_merge_from_the_command_line(base_folder, tmp_path, capsys, monkeypatc
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     left = loki.drift(base_folder, merged, words).overall.kl
     assert 0.4 * whole < left <= whole / 2 * 1.001
+    command[-1] += "-of-few"
+    few = ["--texts", str(words), "--tokens", "7", "--length", "5"]
+    assert main([*command, "--max-kl", str(whole / 2), *few]) == 0
+    assert "2 texts were left out (--tokens)" in capsys.readouterr().out
 
 
 def test_the_limit_holds_in_the_process_that_has_moved_most():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import explained
-from ..questions import Question, refuse_table, text_of
+from ..questions import Question, checked_options, refuse_table, template_options_of, text_of
 from ..tokenizing import (
     as_its_template_reads,
     chat_template_of,
@@ -97,7 +97,6 @@ class Tokens:
 
 
 _NO_CHAT = "chat_template_kwargs is given, but no prompt is a chat."
-_OURS = frozenset({"tokenize", "return_dict", "return_tensors", "tokenizer_kwargs"})
 
 
 def tokenize_prompts(
@@ -113,10 +112,11 @@ def tokenize_prompts(
     Args:
         prompts: strings, chat-message lists, questions, or mappings with ``input_ids`` (``[T]`` or
             ``[B, T]``) and optionally ``attention_mask`` and ``position_ids``, or else with
-            ``messages``, ``prompt`` or ``text``. Token ids are taken as they are, and so are
-            special tokens that a string or a template names. Other tensors beside the
-            ``input_ids`` of one prompt are a processor's images or sounds, if one of them has a
-            name such as ``pixel_values``; else they are passed over.
+            ``messages``, ``prompt`` or ``text``; a chat's ``tools`` and ``chat_template_kwargs`` go
+            to the template, in place of those that all chats are given. Token ids are taken as
+            they are, and so are special tokens that a string or a template names. Other tensors
+            beside the ``input_ids`` of one prompt are a processor's images or sounds, if one of
+            them has a name such as ``pixel_values``; else they are passed over.
         tokenizer: needed for strings and messages, a transformers tokenizer or a processor with
             one; messages go through its chat template.
         vocab_size: ids must be below it.
@@ -133,19 +133,20 @@ def tokenize_prompts(
     if isinstance(prompts, (str, Mapping)):
         raise TypeError("prompts must be a list or another iterable of prompts, not one prompt.")
     refuse_table("prompts", prompts)
-    options = dict(chat_template_kwargs or {})
-    reserved = sorted(_OURS & set(options))
-    if reserved:
-        raise ValueError(
-            f"chat_template_kwargs names {reserved[0]}, which is not for the template."
-        )
+    options = checked_options(chat_template_kwargs or {})
     i, chats = 0, False
     answered = first = 0
     for prompt in prompts:
+        own = options
         if isinstance(prompt, Question):
             prompt = prompt.prompt(tokenizer)
         elif isinstance(prompt, Mapping) and "input_ids" not in prompt:
             text = text_of(prompt)
+            if _is_chat(text):
+                try:
+                    own = options | template_options_of(prompt)
+                except ValueError as error:
+                    raise ValueError(f"prompt {i}: {error}") from error
             prompt = prompt if text is None else text
         if isinstance(prompt, Mapping):
             sequences = _from_mapping(prompt, i)
@@ -154,11 +155,11 @@ def tokenize_prompts(
                 chats = True
                 if whole and any(map(_shows, prompt)):  # which a processor would fetch and open
                     raise ValueError(f"prompt {i} has images or sounds; texts alone are read here.")
-                asked = prompt if whole or _ends_by(options) else _asked(prompt, i)
+                asked = prompt if whole or _ends_by(own) else _asked(prompt, i)
                 if len(asked) < len(prompt):
                     first, answered = first if answered else i, answered + 1
                 prompt = asked
-            sequences = [_from_text(prompt, tokenizer, i, options)]
+            sequences = [_from_text(prompt, tokenizer, i, own)]
         for tokens in sequences:
             _check_tokens(tokens.ids, i, vocab_size)
             yield tokens

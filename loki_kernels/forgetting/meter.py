@@ -65,12 +65,14 @@ def drift(
             put onto the base and taken off again. None compares a patched or PEFT's model with its
             own base.
         texts: ``.txt`` (a text a paragraph) or ``.jsonl`` (an object with ``text``, or ``messages``
-            of a chat, or ``input_ids``, and perhaps ``domain``); a list of strings, chats, or such
-            objects. None reads the bundled questions, their subjects as domains. What all chats,
-            or all strings, begin with is read and not measured.
+            of a chat and perhaps its ``tools`` and ``chat_template_kwargs``, or ``input_ids``, and
+            perhaps ``domain``); a list of such files, strings, chats, or such objects. None reads
+            the bundled questions, their subjects as domains. What all chats, or all strings, begin
+            with is read and not measured.
         tokenizer: of both; by default that of the models that are named.
         length: longer texts are read in chunks of so many tokens.
-        tokens: how many are read, of all domains in turn. None reads all.
+        tokens: how many are read, of all domains in turn, and of a text no more than its domain's
+            part, or ``length``. None reads all.
         dtype: of models that are loaded: ``"auto"``, ``"float32"``, ...
         device: of models that are loaded; by default ``cuda`` where there is one.
         progress: show bars; None does on a terminal and in a notebook.
@@ -138,10 +140,10 @@ def _measure(
             model = None  # but for its head
             _free()
         second = open_model(tuned, dtype, device)
-        if dtype == "auto" and getattr(second, "dtype", None) != own:
+        if getattr(second, "dtype", None) != own:
             logger.warning(
                 "the base is %s and the tuned model %s, whose rounding counts as drift too; dtype "
-                "(--dtype) loads both in one.", own, getattr(second, "dtype", None),
+                "(--dtype) loads what is named in one.", own, getattr(second, "dtype", None),
             )  # fmt: skip
         return compare(kept, second, progress=progress)
     except UnreadableHeadError as error:

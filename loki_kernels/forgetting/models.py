@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,8 +27,11 @@ from ..structure import text_config, unwrap
 from ..tokenizing import load_tokenizer, writes_chats
 from ..training import load_adapter
 from ..training.adapter_file import ADAPTER_FILE, PREFIX, read_saved
+from ..training.loading import check_there
 from ..training.rows import LokiRows
 from ..training.targets import trained_whole
+
+logger = logging.getLogger(__name__)
 
 # A folder's or the hub's name, or a model in memory.
 Model = str | os.PathLike[str] | nn.Module
@@ -174,6 +178,9 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
         return
     peft = import_extra("peft", "peft", f"{name} is an adapter of PEFT's")
     config = peft.PeftConfig.from_pretrained(str(adapter.parent))
+    meant = os.path.basename(config.base_model_name_or_path or "")
+    if meant and meant != os.path.basename(name_of(model)):
+        logger.warning("%s was trained on %s, and is measured on %s.", name, meant, name_of(model))
     written = (_writes_to_base(config) or _values_of_base(name, config, model)) if keeps else None
     if written is not None:
         raise ValueError(
@@ -256,8 +263,8 @@ def without_update(model: Any) -> Iterator[None]:
     """A patched or PEFT's model as its base.
 
     Raises:
-        ValueError: if it is neither, an adapter is merged, or modules are trained whole beside the
-            rows.
+        ValueError: if it is neither, an adapter is merged, or weights of the base are trained
+            beside it or the rows.
     """
     if hasattr(model, "disable_adapter"):
         written = next(filter(None, map(_writes_to_base, model.peft_config.values())), None)
@@ -270,6 +277,12 @@ def without_update(model: Any) -> Iterator[None]:
             # which PEFT would take out, by a rounding not as it was, and leave so
             raise ValueError(
                 "an adapter is merged into the base (merge_adapter); call unmerge_adapter() first."
+            )
+        beside = next(_trained_of_base(model), None)
+        if beside is not None:
+            raise ValueError(
+                f"{beside} is trained beside the adapter and its base is not kept. Name a second "
+                "model."
             )
         settle(model)  # FSDP2 asks once which weights are trained, and none is for a moment
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -291,6 +304,22 @@ def without_update(model: Any) -> Iterator[None]:
         keep(1.0)
 
 
+def _trained_of_base(model: nn.Module, name: str = "", theirs: bool = False) -> Iterator[str]:
+    """Names of the trained parameters of a PEFT's model that no adapter holds.
+
+    ``theirs``: whether the module is part of one of PEFT's, in which its parameters are an
+    adapter's, but for what such a module keeps of the model under these names.
+    """
+    theirs = theirs or type(model).__module__.partition(".")[0] in ("peft", "loki_kernels")
+    if not theirs:
+        for parameter, values in model.named_parameters(recurse=False):
+            if values.requires_grad:
+                yield f"{name}.{parameter}".lstrip(".")
+    for child, module in model.named_children():
+        of_base = child in ("base_model", "model", "base_layer", "original_module")
+        yield from _trained_of_base(module, f"{name}.{child}", theirs and not of_base)
+
+
 def layers_to_scale(model: nn.Module) -> list[LokiRows]:
     """The patched layers of a model whose whole update can be scaled.
 
@@ -305,6 +334,8 @@ def layers_to_scale(model: nn.Module) -> list[LokiRows]:
         raise ValueError(
             "the model is not patched; loki_kernels.load_adapter patches with an adapter of rows."
         )
+    for layer in layers:
+        check_there(layer)
     whole = trained_whole(causal_lm)
     if whole:
         raise ValueError(f"{next(iter(whole))} is trained whole and its base is not kept.")

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from ..attribution.prompts import MEDIA, text_ids
-from ..questions import Question, load_questions, records_of_file, refuse_table
+from ..questions import (
+    Question,
+    load_questions,
+    records_of_file,
+    refuse_table,
+    template_options_of,
+)
 from ..tokenizing import before_every_text, pieces, tokenizer_in
 
+_SUFFIXES = (".txt", ".jsonl")
 UNKNOWN = -1  # the target of a text's last token
 # Of a record with token ids, and images, which are refused; a data set has more columns.
 _READ = ("input_ids", "attention_mask", "position_ids")
@@ -23,9 +30,9 @@ _READ = ("input_ids", "attention_mask", "position_ids")
 
 @dataclass(frozen=True)
 class Text:
-    """A string, a chat's messages, a question or token ids; ``where`` is for errors."""
+    """A string, a chat's record, a question or token ids; ``where`` is for errors."""
 
-    content: str | Sequence[Mapping[str, Any]] | Question | Tensor
+    content: str | Mapping[str, Any] | Question | Tensor
     domain: str
     where: str
 
@@ -132,12 +139,22 @@ def read_texts(texts: Any) -> list[Text]:
     if isinstance(texts, (str, os.PathLike)):
         found = _read_file(Path(texts))
     elif isinstance(texts, Mapping) or not isinstance(texts, Iterable):
-        raise TypeError("texts must be the name of a file, or a list of texts.")
+        raise TypeError("texts must be the name of a file, or a list of texts or of files.")
     else:
-        found = [_as_text(record, "texts", f"text {i}") for i, record in enumerate(texts)]
+        found = []
+        for i, record in enumerate(texts):
+            if isinstance(record, os.PathLike) or _names_a_file(record):
+                found += _read_file(Path(record))
+            else:
+                found.append(_as_text(record, "texts", f"text {i}"))
     if not found:
         raise ValueError(f"{texts if isinstance(texts, (str, Path)) else 'texts'} holds no text.")
     return found
+
+
+def _names_a_file(record: Any) -> bool:
+    """Whether one of a list of texts is no text, but where some are."""
+    return isinstance(record, str) and record.endswith(_SUFFIXES) and os.path.isfile(record)
 
 
 def _read_file(path: Path) -> list[Text]:
@@ -148,7 +165,7 @@ def _read_file(path: Path) -> list[Text]:
             raise ValueError(f"{path} is not UTF-8 text.") from error
         paragraphs = re.split(r"\n[ \t]*\n", content)
         return [Text(p.strip(), path.stem, str(path)) for p in paragraphs if p.strip()]
-    if path.suffix != ".jsonl":
+    if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path}: texts are read from .txt or .jsonl, not {path.suffix!r}.")
     try:
         return [_as_text(record, path.stem, where) for where, record in records_of_file(path)]
@@ -159,7 +176,7 @@ def _read_file(path: Path) -> list[Text]:
 def _as_text(record: Any, domain: str, where: str) -> Text:
     if isinstance(record, Question):
         return Text(record, record.subject or domain, where)
-    content = record
+    content, beside = record, {}
     if isinstance(record, Mapping):
         if record.get("domain") is not None:
             domain = str(record["domain"])
@@ -169,12 +186,17 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
         if column == "input_ids":
             read = {n: x for n, x in record.items() if n in _READ or MEDIA.search(n)}
             return Text(text_ids(read, where), domain, where)
+        try:
+            options = template_options_of(record)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        beside = {"chat_template_kwargs": options} if options else {}
     if isinstance(content, str):
         if not content.strip():
             raise ValueError(f"{where} is blank.")
         return Text(content, domain, where)
     if isinstance(content, Sequence) and content and all(isinstance(m, Mapping) for m in content):
-        return Text(content, domain, where)
+        return Text({"messages": content, **beside}, domain, where)
     raise TypeError(
         f"{where} is no text: give a string, a question, a chat's messages, or an object with "
         "text, messages or input_ids, and perhaps a domain."
@@ -184,9 +206,10 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
 def tokenize(texts: Sequence[Text], tokenizer: Any, length: int, tokens: int | None) -> Corpus:
     """Cut texts into chunks, a text of each domain after the other, until there are ``tokens``.
 
-    The last text that fits is cut off there. What all chats begin with (the template's words, a
-    system prompt) is not measured, since it would count once for each of them; nor is what all
-    strings or all records of token ids begin with.
+    The last text that fits is cut off there, and one that alone would take more than its domain's
+    part of them after that, or after ``length`` where this is more: the others are read too. What
+    all chats begin with (the template's words, a system prompt) is not measured, since it would
+    count once for each of them; nor is what all strings or all records of token ids begin with.
 
     Raises:
         ValueError: for a chat without a template, or no token at all.
@@ -194,10 +217,11 @@ def tokenize(texts: Sequence[Text], tokenizer: Any, length: int, tokens: int | N
     """
     read: list[tuple[Text, Tensor]] = []
     total = 0
+    most = None if tokens is None else max(length, tokens // len({t.domain for t in texts}))
     for text in _by_turns(texts):
         if tokens is not None and total >= tokens:
             break
-        ids = encode(text, tokenizer)
+        ids = encode(text, tokenizer)[:most]
         read.append((text, ids))
         total += len(ids)
     end = len(read[-1][1]) - max(0, total - (tokens or total))

@@ -35,6 +35,7 @@ from .mlp import FusedMLP
 from .report import plan, whole_weights
 from .rows import BESIDE, LokiRows
 from .targets import (
+    WHOLE,
     Protect,
     Rows,
     as_selection,
@@ -329,6 +330,8 @@ def _freeze(
     for name, parameter in parameters_of(model).items():
         if name in alone:
             parameter.requires_grad_(True)
+    model.__dict__[WHOLE] = {n for n, p in parameters_of(model).items() if p.requires_grad}
+    undo.callback(model.__dict__.pop, WHOLE, None)
 
 
 def _replace_module(down_proj: DownProjection, layer: LokiRows, undo: contextlib.ExitStack) -> None:

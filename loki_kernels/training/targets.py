@@ -38,6 +38,7 @@ from .rows import TRAINED, LokiRows
 Rows = RowSelection | Sequence[Sequence[int] | Tensor] | str | os.PathLike[str]
 # A protection, the path of its file, or whether to estimate one.
 Protect = Protection | str | os.PathLike[str] | bool
+WHOLE = "_loki_whole"  # on a patched model: the names of what it was asked to train whole
 
 
 def as_selection(rows: Rows) -> RowSelection:
@@ -373,16 +374,16 @@ def new_heads(structure: Structure) -> list[str]:
 
 
 def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters of a patched model that are no update of rows."""
+    """The parameters of a patched model that were to be trained, or are, and no update of rows."""
     own = {
         f"{name}.{part}"
         for name, module in model.named_modules()
         if isinstance(module, LokiRows)
         for part in TRAINED
     }
-    return {
-        plain_name(n): p for n, p in model.named_parameters() if p.requires_grad and n not in own
-    }
+    asked = model.__dict__.get(WHOLE, ())  # also where a user has frozen all after training
+    others = ((plain_name(n), p) for n, p in model.named_parameters() if n not in own)
+    return {name: p for name, p in others if p.requires_grad or name in asked}
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
