@@ -33,7 +33,8 @@ these, and at the shares that both reach with every seed, which stand behind the
 log KL's differences over shares and seeds, with a 95 % interval of Student's t of more than one
 seed. Trainings with the same texts, by the table above, share one draw of samples and answers: an
 interval is over the order of the training texts, and LoRA's factors, alone. The tables of arms and
-the plots are of the arms with the seed that most have, and of all seeds that these have in common."""
+the plots are of the arms with the seed that most have, and of all seeds that these have in
+common."""
 _SHOWN = (0.5, 0.7, 0.9)
 
 
