@@ -1153,6 +1153,8 @@ def test_parameters_that_are_enabled_by_hand_come_back(way, tmp_path):
         handle = loki.load_adapter(base, tmp_path / "saved")
     trained = {n for n, p in base.named_parameters() if p.requires_grad}
     assert trained == {*names, *(f"{name}.update" for name, _ in handle.named_layers())}
+    whole = [*names[:2], "model.multi_modal_projector.linear_2"]
+    assert handle.report.whole == dict.fromkeys(whole, "float32")
     for name in names:
         assert torch.equal(base.get_parameter(name), model.get_parameter(name))
     torch.testing.assert_close(logits(base), logits(model))
