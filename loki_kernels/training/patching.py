@@ -148,12 +148,11 @@ def _chosen(
     protect: Protect | None,
 ) -> tuple[RowSelection, Protection | None]:
     """The rows and the protection; what is read comes before what takes minutes."""
-    if rows is not None:
-        named = as_selection(rows)
+    named = None if rows is None else as_selection(rows)
+    if named is not None:
         assign_rows(structure, named)
-        return named, protection_to_keep(structure, protect, tokenizer)
     protection = protection_to_keep(structure, protect, tokenizer)
-    return selection_to_train(structure, None, tokenizer, quota, criterion, analysis), protection
+    return named or selection_to_train(structure, tokenizer, quota, criterion, analysis), protection
 
 
 def patch_saved(model: nn.Module, saved: SavedUpdate) -> Patch:
