@@ -167,6 +167,8 @@ def test_follows_to_and_deepcopy(rank):
     moved = copy.deepcopy(layer).to(torch.float64)
     assert_acts_as_its_rows(moved, original.double())
     assert moved(random_input(2).double()).dtype == torch.float64
+    emptied = copy.deepcopy(layer).to("meta").to_empty(device=layer.index.device)
+    assert torch.equal(emptied.index, layer.index)  # a device without numbers takes none
 
 
 FACTORS = {None: ["update"], 2: ["delta_a", "delta_b"]}
