@@ -33,14 +33,14 @@ from loki_kernels.protection import estimate
 from loki_kernels.sharding import full_values
 from loki_kernels.training import adapters, targets
 from tests.models import GQA, build_model
-from tests.tiny_training import ROWS
+from tests.tiny_training import ROWS, optimizer_of
 
 # To cpu:0 is where transformers 5.0 reads an optimizer's state, which torch.load does not know.
 torch.serialization.register_package(
     99, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None
 )
 
-STEPS, BATCH = 4, 4
+STEPS, BATCH, LR = 4, 4, 0.02
 
 
 def batches():
@@ -98,11 +98,6 @@ def protection(model, seed=0):
     return loki.Protection(drawn, energies, dict.fromkeys(drawn, 40.0))
 
 
-def optimizer_of(model):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=0.02, weight_decay=0.1)
-
-
 def train_steps(model, optimizer, share, backward=lambda loss: loss.backward(), step=None):
     """Mean losses over all processes; ``share`` takes this process's part of a batch."""
     losses = []
@@ -130,14 +125,15 @@ def share_of_rank(batch):
 
 def plain(case):
     model, _ = patched_or_wrapped(case)
-    return train_steps(model, optimizer_of(model), lambda batch: batch), model.state_dict(), None
+    losses = train_steps(model, optimizer_of(model, LR), lambda batch: batch)
+    return losses, model.state_dict(), None
 
 
 def ddp(case):
     model, _ = patched_or_wrapped(case)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
 
-    losses = train_steps(wrapped, optimizer_of(model), share_of_rank)
+    losses = train_steps(wrapped, optimizer_of(model, LR), share_of_rank)
     return losses, model.state_dict(), model
 
 
@@ -154,7 +150,7 @@ def fsdp(case, out):
     fully_shard(model, **kind)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     start = {k: v.clone() for k, v in get_model_state_dict(model, options=options).items()}
-    losses = train_steps(model, optimizer_of(model), share_of_rank)
+    losses = train_steps(model, optimizer_of(model, LR), share_of_rank)
     state = get_model_state_dict(model, options=options)
     if "peft" in case:
         check_merging(model, state, protected="protect" in case)
@@ -264,7 +260,7 @@ def zero(case):
     model, _ = patched_or_wrapped(case)
     engine, optimizer, *_ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer_of(model),
+        optimizer=optimizer_of(model, LR),
         config={
             "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -373,7 +369,7 @@ def trainer(case, out):
     def run(last, resume=None):
         arguments = TrainingArguments(
             output_dir=str(out / case), max_steps=STEPS, save_steps=STEPS // 2, logging_steps=1,
-            learning_rate=0.02, weight_decay=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
+            learning_rate=LR, weight_decay=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
             per_device_train_batch_size=BATCH // dist.get_world_size(), report_to="none",
             disable_tqdm=True, use_cpu=True, **engine,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from loki_kernels import LokiLinear
 from tests import models
+from tests.tiny_training import optimizer_of
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +103,7 @@ def test_follows_the_optimizer(compiled, rank, dtype):
     """AdamW with weight decay, two forwards before each backward, against a dense weight."""
     original, layer = make_layers(rank=rank, dtype=dtype)
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-    optimizer = torch.optim.AdamW(
-        [p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1
-    )
+    optimizer = optimizer_of(layer, lr=0.1)
     for _ in range(3):
         x = random_input(3, 5).to(dtype)
         loss = run(x).square().mean() + run(x.flip(0)).sum()
