@@ -48,13 +48,17 @@ def protection_file(folder):
     return str(path)
 
 
+def optimizer_of(model, lr=0.05):
+    """Of every parameter that is trained, with weight decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.1)
+
+
 def train(model, steps=3, lr=0.05, **inputs):
     """A bare loop over every parameter, with weight decay; of random tokens, or what is given."""
     batch = token_batch(4).to(next(model.parameters()).device)
     inputs = inputs or {"input_ids": batch, "labels": batch}
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1
-    )
+    optimizer = optimizer_of(model, lr)
     for _ in range(steps):
         model(**inputs).loss.backward()
         optimizer.step()

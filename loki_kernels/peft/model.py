@@ -145,7 +145,7 @@ class LokiModel(BaseTuner):
             assign_rows(structure, wanted)
         kept_by_layer = self._directions(structure, peft_config)  # and this before an analysis
         with self._base_alone():  # which is of what every adapter is of
-            selection = selection_to_train(structure, wanted, None, quota, peft_config.criterion)
+            selection = wanted or selection_to_train(structure, None, quota, peft_config.criterion)
         assigned = assign_rows(structure, selection)
         peft_config.rows = [layer.tolist() for layer in selection]
         names = {id(module): name for name, module in self.model.named_modules()}

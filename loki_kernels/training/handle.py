@@ -18,7 +18,6 @@ from ..protection import Protection, fingerprint_of
 from ..selection import RowSelection
 from ..sharding import (
     full_values,
-    is_first,
     is_partitioned,
     is_sharded,
     reshard,
@@ -31,7 +30,7 @@ from .adapter_file import Layers, SavedUpdate
 from .loading import check_known
 from .report import Report
 from .rows import TRAINED, LokiRows, write_rows
-from .targets import parameters_of, trained_whole, why_other_modules
+from .targets import parameters_of, why_other_modules
 from .writer import RowWriter
 
 if TYPE_CHECKING:
@@ -84,49 +83,23 @@ class Patch:
         """
         return self._restore(trained=False)
 
-    def save_state(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the update beside a checkpoint, as ``model.save_pretrained`` does.
-
-        That is of the rows, and what is trained whole beside them; and its protection.
-        With sharded parameters every process has to call it, and the first one writes.
-
-        Raises:
-            RuntimeError: if the model was already merged or unpatched, or weights were loaded whose
-                update is another one. Nothing is written then.
-            ValueError: if the folder is an adapter's.
-        """
-        self._check_active()
-        check_known(self._layers.values())
-        adapter_file.refuse_adapter(folder)
-        reshard(self.model)
-        others = trained_whole(self.model)
-        # every process has all of what is not sharded, and writes where it is asked to
-        sharded = [*others.values(), *(layer.frozen for layer in self._layers.values())]
-        keep = is_first() or not any(map(is_sharded, sharded))
-        parts = adapter_file.parts_of(self._layers)
-        tensors = adapter_file.adapter_tensors(self._layers, parts, keep=keep)
-        tensors |= adapter_file.other_tensors(others, keep=keep)
-        if keep:
-            adapter_file.write_side_file(folder, self._layers, tensors)
-        return Path(folder) / adapter_file.SIDE_FILE
-
     def load_state(self, folder: str | os.PathLike[str]) -> None:
-        """Read back what `save_state` or ``save_pretrained`` wrote.
+        """Read back what ``save_pretrained`` or `save_adapter` wrote.
 
         It is an update of the model that was patched first: patch that one, not the checkpoint
         beside the file, which already holds the update.
 
         Raises:
-            FileNotFoundError: if the folder has no side file.
-            ValueError: if it is damaged, belongs to another selection or protection, is an update
-                of other weights, or has other modules beside the rows; nothing is changed then.
+            FileNotFoundError: if the folder has neither, or there is none.
+            ValueError: if it is damaged, has both, belongs to another selection or protection, is
+                an update of other weights, or has other modules beside the rows; nothing is changed
+                then.
             RuntimeError: under ZeRO-3, whose own checkpoints hold the rows.
         """
         self._check_active()
         if any(is_partitioned(layer.frozen) for layer in self._layers.values()):
             raise RuntimeError("DeepSpeed reads the trained rows from its own checkpoints.")
-        path = Path(folder) / adapter_file.SIDE_FILE
-        self._load_side_file(path, adapter_file.read_update(path))
+        self._load_side_file(Path(folder), adapter_file.read_saved(folder))
 
     def trainer_callback(self) -> SideFileCallback:
         """For HF Trainer: what a Trainer's own saving and loading cannot know.

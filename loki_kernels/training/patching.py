@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,7 @@ from .experts import LokiExperts
 from .handle import Patch
 from .linear import LokiLinear
 from .mlp import FusedMLP
-from .report import plan, whole_weights
+from .report import Whole, held_in, plan, whole_weights
 from .rows import BESIDE, LokiRows
 from .targets import (
     WHOLE,
@@ -123,16 +123,15 @@ def patch(
     check_trainable(structure)
     check_arguments(rows, quota, criterion, analysis, rank, modules_to_save or ())
     saved = _saved_update(rows, rank)
-    others, alone = adapter_file.whole_modules(structure.causal_lm, saved.others if saved else ())
     if saved is not None:
         rows, rank = saved.rows_of(projection_names(structure)), saved.rank
         protect = _beside(saved, protect)
-    whole = find_modules(structure, [*(modules_to_save or ()), *others, *new_heads(structure)])
+    whole = _whole(structure, modules_to_save or (), saved)
     quota, protect = what_to_train(rows, quota, criterion, analysis, protect)
     warn_of_memory(structure, rows, quota, protected=protect not in (None, False), rank=rank)
     selection, protection = _chosen(structure, rows, tokenizer, quota, criterion, analysis, protect)
     handle = _patch_rows(
-        structure, selection, whole, alone, rank, protection, fuse_mlp=fuse_mlp, together=True
+        structure, selection, whole, rank, protection, fuse_mlp=fuse_mlp, together=True
     )
     if saved is not None:
         _load(handle, saved)
@@ -149,12 +148,11 @@ def _chosen(
     protect: Protect | None,
 ) -> tuple[RowSelection, Protection | None]:
     """The rows and the protection; what is read comes before what takes minutes."""
-    if rows is not None:
-        named = as_selection(rows)
+    named = None if rows is None else as_selection(rows)
+    if named is not None:
         assign_rows(structure, named)
-        return named, protection_to_keep(structure, protect, tokenizer)
     protection = protection_to_keep(structure, protect, tokenizer)
-    return selection_to_train(structure, None, tokenizer, quota, criterion, analysis), protection
+    return named or selection_to_train(structure, tokenizer, quota, criterion, analysis), protection
 
 
 def patch_saved(model: nn.Module, saved: SavedUpdate) -> Patch:
@@ -165,21 +163,30 @@ def patch_saved(model: nn.Module, saved: SavedUpdate) -> Patch:
     structure = find_structure(model)
     check_patchable(structure)
     rows = RowSelection(saved.rows_of(projection_names(structure)))
-    # a config names more modules, as PEFT writes it
-    others, alone = adapter_file.whole_modules(structure.causal_lm, saved.others)
-    whole = find_modules(structure, [*others, *new_heads(structure)])
-    handle = _patch_rows(
-        structure, rows, whole, alone, saved.rank, None, fuse_mlp=False, together=False
-    )
+    whole = _whole(structure, (), saved)  # a config names more modules, as PEFT writes it
+    handle = _patch_rows(structure, rows, whole, saved.rank, None, fuse_mlp=False, together=False)
     _load(handle, saved)
     return handle
+
+
+def _whole(structure: Structure, modules: Sequence[str], saved: SavedUpdate | None) -> Whole:
+    """What is trained whole: ``modules``, a new head, and what a saved update has beside its rows.
+
+    Raises:
+        ValueError: as `find_modules` does.
+    """
+    others, alone = adapter_file.whole_modules(structure.causal_lm, saved.others if saved else ())
+    known = parameters_of(structure.causal_lm)
+    return {
+        **find_modules(structure, [*modules, *others, *new_heads(structure)]),
+        **{name: known[name] for name in alone if name in known},
+    }
 
 
 def _patch_rows(
     structure: Structure,
     selection: RowSelection,
-    whole: dict[str, nn.Module],
-    alone: list[str],
+    whole: Whole,
     rank: int | None,
     protection: Protection | None,
     *,
@@ -189,11 +196,10 @@ def _patch_rows(
     """Train these rows; undone if anything fails.
 
     Args:
-        whole: modules that are trained whole beside them.
-        alone: names of parameters that are.
+        whole: modules and parameters that are trained whole beside them.
         together: whether every process does, so that they can be compared now.
     """
-    _refuse_mixed_buffer(structure, whole, alone)
+    _refuse_mixed_buffer(whole)
     together = together and is_distributed()
     if together:
         check_processes_agree(selection, fingerprint_of(protection))
@@ -203,7 +209,7 @@ def _patch_rows(
     causal_lm = structure.causal_lm
     report = plan(structure, by_layer, rank, gatings, whole, protection)
     with contextlib.ExitStack() as undo:  # everything, if anything fails; else when it is asked for
-        _freeze(causal_lm, undo, but=whole, alone=alone)
+        _freeze(causal_lm, undo, but=whole)
         layers: dict[str, LokiRows] = {}
         for d, index in selected:
             kept = None if protection is None else protection.directions.get(d.name)
@@ -216,25 +222,20 @@ def _patch_rows(
                 _replace_mlp(causal_lm, d, gating, undo)
         writer = _attach(structure, layers, undo, agreed=together)
         trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
-        notes = [*report.notes, *(f"{name} is trained beside the rows" for name in alone)]
-        report = replace(report, trainable=trained, notes=[*notes, *whole_weights(layers)])
+        notes = [*report.notes, *whole_weights(layers)]
+        report = replace(report, trainable=trained, notes=notes)
         logger.info("%s", report)
         _warm_up(layers, fused=any(isinstance(gating, Gating) for gating in gatings.values()))
         return Patch(causal_lm, selection, report, protection, layers, writer, undo.pop_all())
 
 
-def _refuse_mixed_buffer(
-    structure: Structure, whole: Mapping[str, nn.Module], alone: Sequence[str]
-) -> None:
+def _refuse_mixed_buffer(whole: Whole) -> None:
     """Raise ValueError for what DeepSpeed's ZeRO-3 would fail on, with an assertion of no words.
 
     It keeps its parts of all that is trained in one buffer of one dtype. The update is float32, and
     with bf16 or fp16 what is trained whole was given 16 bits when it was split.
     """
-    model = structure.causal_lm
-    trained = [(name, p) for name, module in whole.items() for p in module.parameters()]
-    trained += [(name, p) for name, p in parameters_of(model).items() if name in alone]
-    for name, parameter in trained:
+    for name, parameter in ((n, p) for n, part in whole.items() for p in held_in(part)):
         if is_partitioned(parameter) and parameter.dtype != torch.float32:
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise ValueError(
@@ -313,9 +314,7 @@ def _load(handle: Patch, saved: SavedUpdate) -> None:
         raise
 
 
-def _freeze(
-    model: nn.Module, undo: contextlib.ExitStack, but: dict[str, nn.Module], alone: list[str]
-) -> None:
+def _freeze(model: nn.Module, undo: contextlib.ExitStack, but: Whole) -> None:
     # By name: FSDP2 replaces the parameters and expects that the whole ones are freed.
     trained = {name: p.requires_grad for name, p in parameters_of(model).items()}
 
@@ -325,11 +324,8 @@ def _freeze(
 
     undo.callback(put_back)
     model.requires_grad_(False)
-    for module in but.values():
-        module.requires_grad_(True)
-    for name, parameter in parameters_of(model).items():
-        if name in alone:
-            parameter.requires_grad_(True)
+    for part in but.values():
+        part.requires_grad_(True)
     model.__dict__[WHOLE] = {n for n, p in parameters_of(model).items() if p.requires_grad}
     undo.callback(model.__dict__.pop, WHOLE, None)
 

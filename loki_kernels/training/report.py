@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from ..structure import DownProjection, Structure, embedding_weight
 from .experts import LokiExperts
 from .rows import LokiRows
 
+# What is trained whole beside the rows, by name: modules, and parameters of modules that are not.
+Whole = Mapping[str, nn.Module | nn.Parameter]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -26,7 +30,7 @@ class Report:
         skipped: layer name -> why it was left alone.
         fused: MLP name -> activation of those that recompute their activation product.
         not_fused: MLP name -> why not, of the others, if ``fuse_mlp`` was asked for.
-        whole: module name -> dtype of those that are trained whole beside the rows.
+        whole: name -> dtype of the modules and parameters trained whole beside the rows.
         notes: what else a user should know.
         protected: how many directions of its inputs a layer's update leaves alone, at most.
         memory: what training the rows takes beside the model and its activations, with AdamW.
@@ -71,7 +75,7 @@ def plan(
     by_layer: list[tuple[DownProjection, Tensor]],
     rank: int | None,
     gatings: dict[str, Gating | str],
-    whole: dict[str, nn.Module],
+    whole: Whole,
     protection: Protection | None,
 ) -> Report:
     """What will be done, of a model that is not yet changed; ``trainable`` is counted later."""
@@ -88,7 +92,7 @@ def plan(
             "is not called while the model is patched"
         ]
     tokens = embedding_weight(structure.causal_lm)
-    if not any(p is tokens for module in whole.values() for p in module.parameters()):
+    if not any(p is tokens for part in whole.values() for p in held_in(part)):
         notes += _new_tokens(structure)
     return Report(
         patched={d.name: len(index) for d, index in by_layer if len(index)},
@@ -127,10 +131,15 @@ def whole_weights(layers: dict[str, LokiRows]) -> list[str]:
     ]
 
 
-def _dtypes(modules: dict[str, nn.Module]) -> dict[str, str]:
+def held_in(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    """The parameters of a module, or the one that is given."""
+    return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+
+
+def _dtypes(whole: Whole) -> dict[str, str]:
     return {
-        name: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in m.parameters()}))
-        for name, m in modules.items()
+        name: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in held_in(part)}))
+        for name, part in whole.items()
     }
 
 

@@ -102,9 +102,8 @@ class LokiRows(nn.Module):
             raise ValueError(
                 f"the weight is {weight.dtype}; only floating-point weights can be trained in rows."
             )
-        index = sorted_index(rows, full_shape(weight)[axis]).to(weight.device)
+        self._index = index = sorted_index(rows, full_shape(weight)[axis]).to(weight.device)
         weight.requires_grad_(False)
-        self._numbers, self._index = index.cpu(), index
         self._buffers["index"] = index.clone()
         base = take_rows(full_values(weight), index, axis).contiguous()
         self.register_buffer("base_rows", base, persistent=False)
@@ -130,8 +129,9 @@ class LokiRows(nn.Module):
         The buffer of this name stands for it in a state dict alone, as the digest's does: torch's
         AveragedModel averages buffers, by which row 7 becomes row 6.
         """
-        if self._index.device != self.base_rows.device:
-            self._index = moved_index(self._numbers, self.base_rows.device)
+        device = self.base_rows.device
+        if self._index.device != device and device.type != "meta":
+            self._index = moved_index(self._index, device)
         return self._index
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -101,18 +101,15 @@ def what_to_train(
 
 def selection_to_train(
     structure: Structure,
-    rows: Rows | None,
     tokenizer: Any,
     quota: float,
     criterion: Criterion | None = None,
     analysis: AnalysisOptions | None = None,
 ) -> RowSelection:
-    """The rows to train: those named, all with a quota of 100, or those an analysis chooses.
+    """The rows to train where none are named: all with a quota of 100, or an analysis's choice.
 
     Of an analysis, for which every process has to ask, those of the first process.
     """
-    if rows is not None:
-        return as_selection(rows)
     if rows_per_layer(quota, structure.hidden_size) == structure.hidden_size:
         width = structure.hidden_size
         every = [list(range(width)) if ffn is not None else [] for ffn in structure.ffns]

@@ -456,8 +456,9 @@ def test_a_full_disk_is_an_os_error(model, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match=r"a\.safetensors could not be written: .*No space left"):
         result.save(tmp_path / "a.safetensors")
+    loki.patch(model, [[1], [2], [3]], rank=1)
     with pytest.raises(OSError, match="No space left"):
-        loki.patch(model, [[1], [2], [3]], rank=1).save_state(tmp_path)
+        loki.save_adapter(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     assert (tmp_path / "a.safetensors").read_bytes() == b"older"
 

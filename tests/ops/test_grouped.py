@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loki_kernels.ops import _grouped
 from loki_kernels.ops._grouped import Update, grouped_linear
-from tests.ops.tolerance import assert_as_close, in_float64, output_and_gradients
+from tests.ops.tolerance import assert_near_float64, output_and_gradients, protected
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # in_features, out_features, rows, tokens of each expert
@@ -52,13 +52,6 @@ def ours(x, weight, offsets, update, index, directions=None, b=None):
     return grouped_linear(x, weight, offsets, Update(update, index, directions, b))
 
 
-def protected(inputs, count):
-    """The same with that many directions of each expert left alone."""
-    experts, _, width = inputs["weight"].shape
-    basis = torch.linalg.qr(torch.randn(experts, width, count, dtype=torch.float64))[0]
-    return inputs | {"directions": basis.to(inputs["x"].dtype)}
-
-
 def of_rank(inputs, rank):
     """The same with an update of two factors."""
     experts, k, width = inputs["update"].shape
@@ -79,9 +72,7 @@ def test_is_the_dense_product(dtype, shape, transposed, loop, monkeypatch):
     if loop:
         monkeypatch.setattr(_grouped, "_why_loop", lambda *_: "asked for")
     upstream = torch.randn(len(inputs["x"]), shape[1]).to(dtype)
-    exact = run(reference, in_float64(inputs), upstream)
-    same = run(reference, inputs, upstream)
-    assert_as_close(run(ours, inputs, upstream), same, exact, 1e-6)
+    assert_near_float64(run, ours, reference, inputs, upstream)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,9 +80,7 @@ def test_is_the_dense_product(dtype, shape, transposed, loop, monkeypatch):
 def test_protected_directions(shape, dtype):
     inputs = protected(make(*shape, dtype=dtype), 3)
     upstream = torch.randn(len(inputs["x"]), shape[1]).to(dtype)
-    exact = run(reference, in_float64(inputs), upstream)
-    same = run(reference, inputs, upstream)
-    assert_as_close(run(ours, inputs, upstream), same, exact, 1e-5)
+    assert_near_float64(run, ours, reference, inputs, upstream, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,9 +91,7 @@ def test_low_rank(shape, count, dtype):
     inputs = protected(inputs, count) if count else inputs
     upstream = torch.randn(len(inputs["x"]), shape[1]).to(dtype)
     run = partial(output_and_gradients, wanted=("x", "update", "b"))
-    exact = run(reference, in_float64(inputs), upstream)
-    same = run(reference, inputs, upstream)
-    assert_as_close(run(ours, inputs, upstream), same, exact, 1e-5)
+    assert_near_float64(run, ours, reference, inputs, upstream, 1e-5)
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -11,7 +11,13 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from loki_kernels.ops import row_delta_linear
 from loki_kernels.ops._directions import acting_factors
 from loki_kernels.ops.row_delta_linear.reference import row_delta_linear_reference
-from tests.ops.tolerance import assert_as_close, in_float64, output_and_gradients, relative
+from tests.ops.tolerance import (
+    assert_near_float64,
+    in_float64,
+    output_and_gradients,
+    protected,
+    relative,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # leading shape of x, in_features, out_features, rows, rank
@@ -75,10 +81,8 @@ def assert_two_references(inputs, floor=1e-6):
         return assert_few_roundings(inputs)
     shape = (*inputs["x"].shape[:-1], inputs["weight"].shape[0])
     upstream = torch.randn(shape).to(inputs["weight"].dtype)
-    exact = run(row_delta_linear_reference, in_float64(inputs), upstream)
-    same = run(row_delta_linear_reference, inputs, upstream)
-    got = run(row_delta_linear, inputs, upstream)
-    assert_as_close(got, same, exact, floor)
+    pair = row_delta_linear, row_delta_linear_reference
+    assert_near_float64(run, *pair, inputs, upstream, floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,13 +169,6 @@ def test_dense_delta_gradcheck():
         lambda x, d, b: row_delta_linear(x, inputs["weight"], d, None, inputs["index"], b),
         (x, delta, bias),
     )
-
-
-def protected(inputs, count):
-    """The same with that many directions left alone."""
-    width = inputs["x"].shape[-1]
-    basis = torch.linalg.qr(torch.randn(width, count, dtype=torch.float64))[0]
-    return inputs | {"directions": basis.to(inputs["x"].dtype)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

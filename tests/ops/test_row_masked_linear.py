@@ -7,7 +7,13 @@ import torch
 
 from loki_kernels.ops import row_masked_linear
 from loki_kernels.ops.row_masked_linear.reference import row_masked_linear_reference
-from tests.ops.tolerance import assert_as_close, exact, output_and_gradients, relative
+from tests.ops.tolerance import (
+    assert_near_float64,
+    exact,
+    holding_rows,
+    output_and_gradients,
+    relative,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # leading shape of x, in_features, out_features, rows
@@ -23,31 +29,15 @@ SHAPES = [
 GRADIENTS = ("x", "rows", "bias")
 
 
-def make(lead, in_features, out_features, k, bias=True, dtype=torch.float32, rows_dtype=None):
-    """Inputs with an unsorted index and a weight that already holds the rows."""
-    torch.manual_seed(in_features + out_features + k)
-    index = torch.randperm(out_features)[:k]
-    rows = torch.randn(k, in_features).to(rows_dtype or dtype)
-    weight = torch.randn(out_features, in_features).to(dtype)
-    return {
-        "x": torch.randn(*lead, in_features).to(dtype),
-        "weight": weight.index_copy(0, index, rows.to(dtype)),
-        "rows": rows,
-        "index": index,
-        "bias": torch.randn(out_features).to(dtype) if bias else None,
-    }
-
-
+make = partial(holding_rows, ("x",))
 run = partial(output_and_gradients, wanted=GRADIENTS)
 
 
 def assert_two_references(inputs, floor=1e-6, wanted=GRADIENTS):
     shape = (*inputs["x"].shape[:-1], inputs["weight"].shape[0])
     upstream = torch.randn(shape).to(inputs["weight"].dtype)
-    best = run(row_masked_linear_reference, exact(inputs), upstream, wanted=wanted)
-    same = run(row_masked_linear_reference, inputs, upstream, wanted=wanted)
-    got = run(row_masked_linear, inputs, upstream, wanted=wanted)
-    assert_as_close(got, same, best, floor)
+    pair = row_masked_linear, row_masked_linear_reference
+    assert_near_float64(run, *pair, inputs, upstream, floor, wanted=wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

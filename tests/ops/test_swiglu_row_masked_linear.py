@@ -7,7 +7,7 @@ import torch
 
 from loki_kernels.ops import row_masked_linear, swiglu_row_masked_linear
 from loki_kernels.ops.swiglu_row_masked_linear.reference import swiglu_row_masked_linear_reference
-from tests.ops.tolerance import assert_as_close, exact, output_and_gradients
+from tests.ops.tolerance import assert_near_float64, holding_rows, output_and_gradients
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu_tanh"]
@@ -23,33 +23,16 @@ SHAPES = [
 GRADIENTS = ("gate", "up", "rows", "bias")
 
 
-def make(lead, in_features, out_features, k, bias=True, dtype=torch.float32, rows_dtype=None):
-    """Inputs with an unsorted index and a weight that already holds the rows."""
-    torch.manual_seed(in_features + out_features + k)
-    index = torch.randperm(out_features)[:k]
-    rows = torch.randn(k, in_features).to(rows_dtype or dtype)
-    weight = torch.randn(out_features, in_features).to(dtype)
-    return {
-        "gate": torch.randn(*lead, in_features).to(dtype),
-        "up": torch.randn(*lead, in_features).to(dtype),
-        "weight": weight.index_copy(0, index, rows.to(dtype)),
-        "rows": rows,
-        "index": index,
-        "bias": torch.randn(out_features).to(dtype) if bias else None,
-    }
-
-
+make = partial(holding_rows, ("gate", "up"))
 run = partial(output_and_gradients, wanted=GRADIENTS)
 
 
 def assert_two_references(inputs, **options):
     shape = (*inputs["gate"].shape[:-1], inputs["weight"].shape[0])
     upstream = torch.randn(shape).to(inputs["weight"].dtype)
-    best = run(swiglu_row_masked_linear_reference, exact(inputs), upstream, **options)
-    same = run(swiglu_row_masked_linear_reference, inputs, upstream, **options)
-    got = run(swiglu_row_masked_linear, inputs, upstream, **options)
     floor = 1e-12 if inputs["gate"].dtype == torch.float64 else 1e-6
-    assert_as_close(got, same, best, floor)
+    pair = swiglu_row_masked_linear, swiglu_row_masked_linear_reference
+    assert_near_float64(run, *pair, inputs, upstream, floor, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

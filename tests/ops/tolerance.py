@@ -21,7 +21,35 @@ def in_float64(inputs):
 
 def exact(inputs):
     """The same numbers in float64, the rows as the weight holds them."""
-    return in_float64(inputs | {"rows": inputs["rows"].to(inputs["weight"].dtype)})
+    held = {"rows": inputs["rows"].to(inputs["weight"].dtype)} if "rows" in inputs else {}
+    return in_float64(inputs | held)
+
+
+def holding_rows(
+    names, lead, in_features, out_features, k, bias=True, dtype=torch.float32, rows_dtype=None
+):
+    """Inputs with an unsorted index and a weight that already holds the rows.
+
+    Those in ``names`` are ``[*lead, in_features]``.
+    """
+    torch.manual_seed(in_features + out_features + k)
+    index = torch.randperm(out_features)[:k]
+    rows = torch.randn(k, in_features).to(rows_dtype or dtype)
+    weight = torch.randn(out_features, in_features).to(dtype)
+    return {
+        **{name: torch.randn(*lead, in_features).to(dtype) for name in names},
+        "weight": weight.index_copy(0, index, rows.to(dtype)),
+        "rows": rows,
+        "index": index,
+        "bias": torch.randn(out_features).to(dtype) if bias else None,
+    }
+
+
+def protected(inputs, count):
+    """The same with that many directions left alone, of each expert where there are several."""
+    *experts, _, width = inputs["weight"].shape
+    basis = torch.linalg.qr(torch.randn(*experts, width, count, dtype=torch.float64))[0]
+    return inputs | {"directions": basis.to(inputs["x"].dtype)}
 
 
 def output_and_gradients(op, inputs, upstream, wanted, **options):
@@ -43,3 +71,10 @@ def assert_as_close(got, same, best, floor):
         assert g.shape == e.shape
         assert g.dtype == s.dtype
         assert relative(g, e) < 2 * relative(s, e) + floor
+
+
+def assert_near_float64(run, op, reference, inputs, upstream, floor=1e-6, **options):
+    """`assert_as_close` of an op to its reference, of the same numbers and in float64."""
+    best = run(reference, exact(inputs), upstream, **options)
+    same = run(reference, inputs, upstream, **options)
+    assert_as_close(run(op, inputs, upstream, **options), same, best, floor)

@@ -116,13 +116,8 @@ def test_checkpoint_at_the_end_is_ordinary(torch_engines, case):
     assert_same_weights(torch_engines, case, model.state_dict())
     assert (folder / "loki_rows.update").exists()
     if case != "ddp":  # what save_pretrained gathers by itself, called in every process
-        own, state = (folder.with_name(f"{case}-{kind}") for kind in ("own", "state"))
-        for where, file in (
-            (own, "model.safetensors"),
-            (own, "loki_rows.update"),
-            (state, "loki_rows.update"),
-        ):
-            got = load_file(where / file)
+        for file in ("model.safetensors", "loki_rows.update"):
+            got = load_file(folder.with_name(f"{case}-own") / file)
             for name, tensor in load_file(folder / file).items():
                 assert torch.equal(got[name], tensor), name
 
@@ -253,7 +248,7 @@ def test_whole_parameters_are_freed_when_they_are_sharded(one_process, case, tmp
     model, kept = build(), []
     if case == "loaded":
         with loki.patch(build(), ROWS, modules_to_save=["embed_tokens"]) as handle:
-            handle.save_state(tmp_path)
+            handle.model.save_pretrained(tmp_path)
         handle = loki.patch(model, str(tmp_path))
         kept += [handle, handle.trainer_callback()]
     elif case != "unpatched":
@@ -333,9 +328,7 @@ def test_what_is_saved_after_a_forward_pass_is_what_is_kept(one_process, reshard
     writers = {
         "adapter": lambda folder: loki.save_adapter(model, folder),
         "lora": lambda folder: loki.export_lora(model, folder),
-        "state": lambda folder: handle.save_state(folder),
     }
-    (tmp_path / "state").mkdir()
     for name, write in writers.items():
         write(tmp_path / name)
     want = {name: value.clone() for name, value in handle.merged_parameters()}
@@ -347,7 +340,6 @@ def test_what_is_saved_after_a_forward_pass_is_what_is_kept(one_process, reshard
         with torch.no_grad():
             model(ids)
 
-    (tmp_path / "state-again").mkdir()
     for name, write in writers.items():
         run()
         write(tmp_path / f"{name}-again")
@@ -363,7 +355,7 @@ def test_what_is_saved_after_a_forward_pass_is_what_is_kept(one_process, reshard
             if name in trained:
                 parameter.zero_()
     run()
-    handle.load_state(tmp_path / "state")
+    handle.load_state(tmp_path / "adapter")
     run()
     with pytest.raises(RuntimeError, match="are sharded"):
         handle.merge()
@@ -442,8 +434,8 @@ def test_zero_saves_an_ordinary_checkpoint(torch_engines, zero, case):
 def test_an_update_to_be_used_is_not_trained_in_shards(one_process, tmp_path):
     """In evaluation mode too, where no hook sees a gradient that FSDP2 scatters."""
     model = build_model("llama_mlp_bias", device="cpu")
-    with loki.patch(model, ROWS, protect=protection(model)) as handle:
-        handle.save_state(tmp_path)
+    with loki.patch(model, ROWS, protect=protection(model)):
+        model.save_pretrained(tmp_path)
     loki.load_adapter(model, tmp_path)
     shard(model.eval())
     ids = torch.arange(20).reshape(2, 10)

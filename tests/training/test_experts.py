@@ -450,9 +450,7 @@ def test_a_quantized_model_saves_its_experts_merged_alone(made, tmp_path):
     assert loki.load_adapter(base, tmp_path).rows == loki.RowSelection(ROWS)
 
 
-@pytest.mark.parametrize(
-    "way", ["merge", "save_pretrained", "save_adapter", "save_state", "merged_parameters"]
-)
+@pytest.mark.parametrize("way", ["merge", "save_pretrained", "save_adapter", "merged_parameters"])
 def test_what_was_passed_over_is_neither_merged_nor_saved(way, tmp_path):
     model = build("MixtralForCausalLM")
     loki.patch(model, ROWS)
@@ -464,7 +462,6 @@ def test_what_was_passed_over_is_neither_merged_nor_saved(way, tmp_path):
     write = {
         "merge": handle.merge,
         "merged_parameters": handle.merged_parameters,
-        "save_state": lambda: handle.save_state(tmp_path / "out"),
         "save_pretrained": lambda: again.save_pretrained(tmp_path / "out"),
         "save_adapter": lambda: loki.save_adapter(again, tmp_path / "out"),
     }[way]

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from loki_kernels import LokiLinear
 from tests import models
+from tests.tiny_training import optimizer_of
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +103,7 @@ def test_follows_the_optimizer(compiled, rank, dtype):
     """AdamW with weight decay, two forwards before each backward, against a dense weight."""
     original, layer = make_layers(rank=rank, dtype=dtype)
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-    optimizer = torch.optim.AdamW(
-        [p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1
-    )
+    optimizer = optimizer_of(layer, lr=0.1)
     for _ in range(3):
         x = random_input(3, 5).to(dtype)
         loss = run(x).square().mean() + run(x.flip(0)).sum()
@@ -167,6 +166,8 @@ def test_follows_to_and_deepcopy(rank):
     moved = copy.deepcopy(layer).to(torch.float64)
     assert_acts_as_its_rows(moved, original.double())
     assert moved(random_input(2).double()).dtype == torch.float64
+    emptied = copy.deepcopy(layer).to("meta").to_empty(device=layer.index.device)
+    assert torch.equal(emptied.index, layer.index)  # a device without numbers takes none
 
 
 FACTORS = {None: ["update"], 2: ["delta_a", "delta_b"]}

@@ -501,15 +501,13 @@ def test_plain_llama_structure_is_kept(model, tmp_path):
     assert not hasattr(config, "auto_map")
 
 
-@pytest.mark.parametrize("call", ["save_state", "load_state", "inference", "trainer_callback"])
+@pytest.mark.parametrize("call", ["load_state", "inference", "trainer_callback"])
 def test_a_handle_does_nothing_once_it_is_undone(model, tmp_path, call):
     handle = loki.patch(model, ROWS)
-    handle.save_state(tmp_path)
-    before = (tmp_path / "loki_rows.update").read_bytes()
+    model.save_pretrained(tmp_path)
     handle.unpatch()
     with pytest.raises(RuntimeError, match="no longer patched"):
-        getattr(handle, call)(*([tmp_path] if call.endswith("state") else []))
-    assert (tmp_path / "loki_rows.update").read_bytes() == before
+        getattr(handle, call)(*([tmp_path] if call == "load_state" else []))
 
 
 def test_data_parallel_is_refused(model):
@@ -615,8 +613,8 @@ def test_a_new_head_is_trained_and_others_on_demand(model):
 @pytest.mark.parametrize("rank", [None, 2])
 def test_going_on_with_another_rank_is_refused(model, tmp_path, rank):
     """The update has a rank of its own, which would be trained in place of the one asked for."""
-    with loki.patch(model, ROWS, rank=rank) as handle:
-        handle.save_state(tmp_path)
+    with loki.patch(model, ROWS, rank=rank):
+        model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"of {'no ' if rank is None else ''}rank.*rank=4 would"):
         loki.patch(model, tmp_path, rank=4)
     with loki.patch(model, tmp_path, rank=rank) as handle:
@@ -1155,6 +1153,8 @@ def test_parameters_that_are_enabled_by_hand_come_back(way, tmp_path):
         handle = loki.load_adapter(base, tmp_path / "saved")
     trained = {n for n, p in base.named_parameters() if p.requires_grad}
     assert trained == {*names, *(f"{name}.update" for name, _ in handle.named_layers())}
+    whole = [*names[:2], "model.multi_modal_projector.linear_2"]
+    assert handle.report.whole == dict.fromkeys(whole, "float32")
     for name in names:
         assert torch.equal(base.get_parameter(name), model.get_parameter(name))
     torch.testing.assert_close(logits(base), logits(model))

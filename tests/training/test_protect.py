@@ -650,7 +650,6 @@ def test_a_copy_refuses_as_its_original_does(protection, tmp_path):
 SAVES = {
     "adapter": lambda handle, folder: loki.save_adapter(handle.model, folder),
     "checkpoint": lambda handle, folder: handle.model.save_pretrained(folder),
-    "state": lambda handle, folder: handle.save_state(folder),
 }
 
 
@@ -812,7 +811,7 @@ def test_gentle_rows_of_another_run_are_not_projected_in_16_bits(protection):
 )
 def test_rows_are_read_before_a_protection_is_estimated(named, error, monkeypatch, tmp_path):
     if named == "{unprotected}":
-        loki.patch(build_model(), ROWS).save_state(tmp_path)
+        loki.patch(build_model(), ROWS).model.save_pretrained(tmp_path)
         named = tmp_path
     monkeypatch.setattr(patching, "protection_to_keep", lambda *_: pytest.fail("estimated"))
     with pytest.raises(error):

@@ -8,12 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import loki_kernels as loki
 from tests.models import DEVICE, build_model
-from tests.tiny_training import ROWS, logits, token_batch, train
-
-
-def optimizer_of(model, lr=0.05):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.1)
+from tests.tiny_training import ROWS, logits, optimizer_of, token_batch, train
 
 
 @pytest.fixture
