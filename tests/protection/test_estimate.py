@@ -25,6 +25,7 @@ from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import Protection, estimate, moments, samples
 from loki_kernels.questions import Question
 from tests.models import DEVICE, assert_unchanged, build_model, snapshot, to_device
+from tests.test_placement import Packed
 from tests.tiny_tokenizers import CHAT, bos_tokenizer, chat_tokenizer, word_tokenizer
 from tests.tiny_tokenizers import tokenizer as prompts_tokenizer
 
@@ -568,6 +569,32 @@ def test_what_is_not_finite_is_named():
         ValueError, match=r"logits are NaN; its parameter model\.layers\.1\.mlp\.up"
     ):
         loki.estimate_protection(model, tokenizer=chat_tokenizer(), samples=2)
+    with pytest.raises(ValueError, match=rf"inputs of {NAME} are not finite.*bfloat16"):
+        loki.estimate_protection(model, texts())
+
+
+def test_layers_without_a_weight_are_refused():
+    model = build_model()
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Packed(layer.mlp.down_proj)
+    with pytest.raises(loki.UnsupportedModelError, match="is a Packed, which has no weight"):
+        loki.estimate_protection(model, texts())
+
+
+def test_a_device_whose_eigenvectors_do_not_converge(monkeypatch):
+    model, eigh = build_model(), torch.linalg.eigh
+    want = loki.estimate_protection(model, texts(), max_directions=3)
+
+    def fails(moment):
+        if moment.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return eigh(moment)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    got = loki.estimate_protection(model, texts(), max_directions=3)
+    for name, own in want.directions.items():
+        assert got.directions[name].dtype == got.energies[name].dtype == torch.float32
+        torch.testing.assert_close(got.directions[name] @ got.directions[name].T, own @ own.T)
 
 
 def test_the_file_holds_what_was_saved(tmp_path):
