@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .ending import endings
+from .ending import endings, is_down, is_gated
 from .errors import UnsupportedModelError
 from .sharding import full_shape
 from .structure import (
@@ -262,7 +262,8 @@ class _Branch:
                 self.stacks.append(_Stack(path, *owner, module, name, shape))
             else:
                 self.others.append((prefix + name, shape))
-        for name, child in module.named_children():
+        for name, held in module.named_children():
+            child = _without_wrappers(held)
             shape_of_linear = linear_shape(child)
             if shape_of_linear is not None:
                 axis = shape_of_linear[2]
@@ -301,11 +302,20 @@ class _Branch:
         ]
 
 
+def _without_wrappers(module: nn.Module) -> nn.Module:
+    """The experts inside PEFT's LoRA of their parameters, which has the features of a linear."""
+    if not hasattr(module, "parameter_name") or not hasattr(module, "get_base_layer"):
+        return module
+    inner: nn.Module = module.get_base_layer()  # type: ignore[operator]
+    return inner if linear_shape(inner) is None else module
+
+
 def _branches(layer: nn.Module, layer_name: str) -> list[_Branch]:
     own = _Branch(layer_name, None, type(layer).__name__, [], [], [])
     own.collect(layer, f"{layer_name}.", None, deep=False)
     found = [own]
-    for name, child in layer.named_children():
+    for name, held in layer.named_children():
+        child = _without_wrappers(held)
         if linear_shape(child) is None and not is_mixer(child):
             branch = _Branch(f"{layer_name}.{name}", child, type(child).__name__, [], [], [])
             branch.collect(child, f"{branch.name}.", (layer, name), deep=True)
@@ -365,11 +375,11 @@ def _choose(
     """
     linears = [linear for branch in branches for linear in branch.linears]
     found = {
-        branch.name: [x for x in branch.linears if _is_down(x, hidden_size, linears)]
+        branch.name: [x for x in branch.linears if is_down(x, hidden_size, linears)]
         for branch in branches
     }
     latent = {b.name: found[b.name] for b in branches if b.stacks and not experts[b.name]}
-    gated = {name: [x for x in own if _is_gated(x, linears)] for name, own in found.items()}
+    gated = {name: [x for x in own if is_gated(x, linears)] for name, own in found.items()}
     if any(experts.values()):
         return {n: gated[n] or (own if experts[n] else []) for n, own in found.items()} | latent
     if any(gated.values()):
@@ -431,18 +441,3 @@ def _has_mate(name: str, shape: tuple[int, ...], hidden_size: int, branches: lis
         widths.update(*(stack.shape[1:] for stack in branch.stacks))
         widths.update(*((x.in_features, x.out_features) for x in branch.linears))
     return any(a in (b, 2 * b) or b == 2 * a for a in own for b in widths)
-
-
-def _is_down(linear: DownProjection, hidden_size: int, linears: list[DownProjection]) -> bool:
-    """Whether a plain or gated up-projection feeds it, or one that fuses gate and up."""
-    inner = linear.in_features
-    return linear.out_features == hidden_size and any(
-        other.out_features in (inner, 2 * inner) for other in linears if other is not linear
-    )
-
-
-def _is_gated(down: DownProjection, linears: list[DownProjection]) -> bool:
-    """Whether two linears beside it feed it, or one that fuses gate and up."""
-    inner, path = down.in_features, down.name.rpartition(".")[0] + "."
-    widths = [x.out_features for x in linears if x is not down and x.name.startswith(path)]
-    return widths.count(inner) >= 2 or 2 * inner in widths

@@ -64,3 +64,18 @@ def _give(given: dict[str, Tensor], name: str, out_features: int, x: Tensor) -> 
     """Stands in for a linear, and keeps what it gave."""
     given[name] = x.new_empty(*x.shape[:-1], out_features)
     return given[name]
+
+
+def is_down(linear: DownProjection, hidden_size: int, linears: list[DownProjection]) -> bool:
+    """Whether a plain or gated up-projection feeds it, or one that fuses gate and up."""
+    inner = linear.in_features
+    return linear.out_features == hidden_size and any(
+        other.out_features in (inner, 2 * inner) for other in linears if other is not linear
+    )
+
+
+def is_gated(down: DownProjection, linears: list[DownProjection]) -> bool:
+    """Whether two linears beside it feed it, or one that fuses gate and up."""
+    inner, path = down.in_features, down.name.rpartition(".")[0] + "."
+    widths = [x.out_features for x in linears if x is not down and x.name.startswith(path)]
+    return widths.count(inner) >= 2 or 2 * inner in widths

@@ -96,6 +96,8 @@ def why_not_grouped(experts: nn.Module, parameter: str, axis: int) -> str | None
     if axis != (2 if experts.is_transposed else 1):
         return f"it numbers rows along dimension {axis}"
     weight: Tensor = experts.down_proj  # type: ignore[assignment]
+    if weight.dtype not in TOLERANCE:
+        return f"its weights are {weight.dtype}; load the model unquantized"
     generator = torch.Generator().manual_seed(0)
     count, width = len(weight), getattr(experts, _up_name(experts)).shape[3 - axis]
     x = torch.randn(5, width, generator=generator, device="cpu")

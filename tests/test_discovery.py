@@ -248,3 +248,36 @@ def test_trained_tokens_of_an_adapter_hide_no_embedding():
     wrapped = peft.get_peft_model(build_model(), peft.LoraConfig(**options))
     names = [down_proj.name for down_proj in find_structure(wrapped).projections()]
     assert names == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "parameters", [["experts.down_proj"], ["experts.gate_up_proj", "experts.down_proj"]]
+)
+def test_experts_inside_lora_of_their_parameters(parameters):
+    """Beside a shared expert, whose width says nothing of theirs; one wrapper in another, too."""
+    config = transformers.Qwen2MoeConfig(
+        **TINY | {"num_hidden_layers": 2, "num_key_value_heads": 4},
+        moe_intermediate_size=20,
+        shared_expert_intermediate_size=28,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2MoeForCausalLM(config).eval()
+    names = [down_proj.name for down_proj in find_structure(model).projections()]
+    lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=parameters)
+    adapted = peft.get_peft_model(model, lora)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    found = find_structure(adapted)
+    assert [down_proj.name for down_proj in found.projections()] == names
+    assert names[0] == "model.layers.0.mlp.experts"
+    with pytest.raises(ValueError, match="PEFT adapter"):
+        loki.patch(adapted, [[1]] * 2, protect=False)
+    read = [[5, 6, 7, 8, 9, 10]]
+    scores = loki.attribute(adapted, PROMPT, steps=4).scores
+    totals = loki.estimate_protection(adapted, read).totals
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(scores, loki.attribute(merged, PROMPT, steps=4).scores)
+    assert totals == pytest.approx(loki.estimate_protection(merged, read).totals)

@@ -18,7 +18,7 @@ from ..discovery import find_structure
 from ..errors import explained
 from ..fingerprint import BaseRows
 from ..memory import warn_of_memory
-from ..protection import Protection, fingerprint_of
+from ..protection import Protection, fingerprint_of, warn_of_another_model
 from ..protection.estimate import find_cached
 from ..sharding import ignore_in_ddp, is_distributed, is_first, shards_its_weights
 from ..structure import Structure, refuse_tensor_parallelism
@@ -353,6 +353,8 @@ def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
         protection = find_cached(structure)  # an estimate would not be the one that was lost
     else:
         protection = protection_to_keep(structure, config.protect, None)
+        if config.protect is not True and config.protection is None:  # of an adapter that is new
+            warn_of_another_model(protection, structure)
     present = fingerprint_of(protection)
     if config.protection not in (None, present):
         if protection is None:

@@ -40,7 +40,7 @@ from .moments import (
     top_eigenvectors,
 )
 from .result import Protection, fingerprint_of
-from .samples import LENGTH, draw_samples, openings_of
+from .samples import LENGTH, draw_samples, openings_of, stops_of
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +263,7 @@ def find_cached(structure: Structure) -> Protection | None:
 
 
 def _cache_file(structure: Structure, tokenizer: Any) -> Path:
+    stops = stops_of(structure.causal_lm, tokenizer)
     known = (
         __version__,
         FEATURES_A_DIRECTION,
@@ -270,6 +271,7 @@ def _cache_file(structure: Structure, tokenizer: Any) -> Path:
         model_settings(structure.causal_lm),
         openings_of(tokenizer),
         samples_to_draw(structure),
+        *([stops] if stops else []),
     )
     key = hashlib.sha256(repr(known).encode())
     return cache_folder() / f"protection-{key.hexdigest()[:32]}.safetensors"

@@ -105,6 +105,7 @@ def second_moments(
 
     Raises:
         UnsupportedModelError: if a layer is given inputs of other tokens.
+        ValueError: if they are not finite.
     """
     sums: dict[str, Tensor] = {}
     read: dict[str, int] = {}
@@ -152,6 +153,11 @@ def second_moments(
         if total is None:  # text passes by: cross-attention's layers, experts of images
             shape = (*down_proj.experts, *2 * (down_proj.in_features,))
             total = torch.zeros(shape, dtype=torch.float32)
+        if not total.diagonal(dim1=-2, dim2=-1).sum().isfinite():
+            raise ValueError(
+                f"the inputs of {down_proj.name} are not finite, as where float16 overflows or a "
+                "weight is NaN; load the model in bfloat16 or float32."
+            )
         tokens = read.get(down_proj.name, 0) / math.prod(down_proj.experts)
         found[down_proj.name] = Moment(total.div_(count), tokens)
     return found
@@ -173,8 +179,17 @@ def _read_inputs(module: nn.Module, kept: Tensor, x: Tensor) -> _Inputs:
 
 
 def refuse_untold_inputs(structure: Structure) -> None:
-    """Raise UnsupportedModelError for experts whose inputs cannot be told, and offloaded layers."""
+    """Raise UnsupportedModelError for experts whose inputs cannot be told, and offloaded layers.
+
+    And for layers without a weight, by which it is told where they lie.
+    """
     for down_proj in structure.projections():
+        if not isinstance(getattr(down_proj.module, down_proj.parameter, None), Tensor):
+            raise UnsupportedModelError(
+                f"{down_proj.name} is a {type(down_proj.module).__name__}, which has no "
+                f"{down_proj.parameter}, as GPTQ's layers have none. Estimate the protection from "
+                "the model before it was quantized (loki-kernels protection MODEL FILE)."
+            )
         if down_proj.weight.is_meta:
             raise UnsupportedModelError(
                 f"{down_proj.name} is not in memory (offloaded, or on the meta device), and a "
@@ -249,7 +264,7 @@ def top_eigenvectors(
     if most is None:
         most = default_directions(len(moment)) if share is None else len(moment)
     if len(moment) <= _EXACT or most > _MOST_ITERATED * len(moment):
-        values, vectors = torch.linalg.eigh(moment)
+        values, vectors = _eigh(moment)
     else:
         values, vectors = _subspace(moment, min(len(moment), most + 64))
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
@@ -271,6 +286,19 @@ def _of_each(
         directions[number, :, : len(values)] = vectors
         energies[number, : len(values)] = values
     return directions, energies, sum(total for _, _, total in found)
+
+
+def _eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues, rising, and eigenvectors.
+
+    LAPACK's in float64 where the device's own do not converge, which may be so of a moment of fewer
+    tokens than features, most of whose eigenvalues are zero.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(moment)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = torch.linalg.eigh(moment.cpu().double())
+    return values.to(moment.dtype), vectors.to(moment.dtype)
 
 
 def _subspace(moment: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
 
+from ..head import check_logits
 from ..options import DEFAULT_SAMPLES
 from ..placement import computed_if_it_fits
 from ..progress import progress_bar
@@ -32,6 +34,8 @@ _BATCH_GPU, _BATCH_CPU = 96, 48
 # What separates documents in GPT-2's vocabulary and those made after it, where a chat model's own
 # first token opens a turn.
 _SEPARATOR = "<|endoftext|>"
+# What the turns of a chat say, user and assistant by turns, to find what a template writes around.
+_SAID = ("0123456789", "9876543210", "5678901234")
 
 
 @torch.no_grad()
@@ -50,7 +54,8 @@ def draw_samples(
     template, without a system prompt, so that questions and answers are there too.
 
     Raises:
-        ValueError: if the model cannot generate, or the tokenizer has no token to start from.
+        ValueError: if the model cannot generate, or says NaN, or the tokenizer has no token to
+            start from.
     """
     if not hasattr(model, "generate") or not model.can_generate():
         raise ValueError(
@@ -58,7 +63,8 @@ def draw_samples(
             "(protect=FILE, by `loki-kernels protection BASE FILE` of the language model it is "
             "built on), give estimate_protection texts, or train without (protect=False)."
         )
-    openings = openings_of(tokenizer)
+    openings, stops = openings_of(tokenizer), stops_of(model, tokenizer)
+    begins = before_every_text(tokenizer_in(tokenizer))[:1]
     if len(openings) == 1 and writes_chats(tokenizer):
         logger.warning(
             "the tokenizer shows no user's turn by itself, so no sample is a chat; give "
@@ -69,14 +75,15 @@ def draw_samples(
     with _seeded(model, seed), progress_bar(count, "draw the model's samples", progress) as bar:
         for number, (opening, end) in enumerate(openings):
             left = count // len(openings) + (number < count % len(openings))
+            ends = [*([] if end is None else [end]), *stops]
             while left:
                 together = min(left, size)
-                generate = partial(_generate, model, opening, together, length, end)
+                generate = partial(_generate, model, opening, together, length, ends)
                 drawn = computed_if_it_fits(generate, f"{together} samples", halves=together > 1)
                 if drawn is None:
                     size = together // 2
                     continue
-                samples += drawn
+                samples += [text[:-1] if text[-1:] == begins else text for text in drawn]
                 left -= len(drawn)
                 bar.update(len(drawn))
     return samples
@@ -127,10 +134,49 @@ def openings_of(tokenizer: Any) -> list[tuple[list[int], int | None]]:
     if template is not None:
         turn = _user_turn(tokenizer, template)
         if turn:
+            # A blank at its end is none of its tokens but of the first word's: alone, as "▁" after
+            # Mistral's "[INST]", a model of SentencePiece's tokens knows it before digits and other
+            # scripts. One that is a token by itself is what the model says next.
+            turn = turn.rstrip(" ") or turn
             opening = tokenizer(turn, add_special_tokens=False)["input_ids"]
             begun = opening[: len(always)] == always
             openings.append((opening if begun else always + opening, separator))
     return openings
+
+
+def stops_of(model: Any, tokenizer: Any) -> list[int]:
+    """After which tokens a sample says no more, beside the end that its opening has.
+
+    The first token of every text, if there is one: a second text's would be read as an attention
+    sink, whose inputs may hold most of a layer's energy. And the ends that tokenizer and model name
+    (Llama 3's documents have one that the model's generation config alone names), without those
+    that chats contain, which go on after them.
+    """
+    template, own = chat_template_of(tokenizer), tokenizer_in(tokenizer)
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = named if isinstance(named, (list, tuple)) else [named]
+    chats = "" if template is None else "".join(_chats(own, template))
+    # words are not among these, whatever a config's class has for a default
+    added = getattr(own, "added_tokens_decoder", {})
+    ends = [getattr(own, "eos_token_id", None), *named]
+    ends = [token for token in ends if token in added and str(added[token]) not in chats]
+    return list(dict.fromkeys([*before_every_text(own)[:1], *ends]))
+
+
+def _chats(tokenizer: Any, template: Any) -> list[str]:
+    """Chats of one turn, two and three of `_SAID`, as many as a template takes, as it has them."""
+    import jinja2
+
+    chats: list[str] = []
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, _SAID, strict=True)]
+    with contextlib.suppress(jinja2.TemplateError):  # none by a user alone, or one turn only
+        for count in range(1, len(turns) + 1):
+            chat = as_its_template_reads(turns[:count], tokenizer, template)
+            chats.append(
+                tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+            )
+    return chats
 
 
 def _user_turn(tokenizer: Any, template: Any) -> str:
@@ -140,26 +186,14 @@ def _user_turn(tokenizer: Any, template: Any) -> str:
     tuned model's KL was 1.7 times what it is without (Shakespeare, 40 steps, at equal loss). Others
     have today's date in it, with which samples would change from day to day.
     """
-    import jinja2
-
-    def render(*texts: str) -> str:
-        roles = ("user", "assistant", "user")
-        turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-        chat = as_its_template_reads(turns, tokenizer, template)
-        rendered: str = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
-        return rendered
-
-    question, answer, mark = "0123456789", "9876543210", "5678901234"
-    try:
-        first, found, _ = render(question).partition(question)
-    except jinja2.TemplateError:  # none by a user alone
-        return ""
+    question, answer, mark = _SAID
+    chats = _chats(tokenizer, template)
+    first, found, _ = chats[0].partition(question) if chats else ("", "", "")
     if not found:
         return ""
-    try:
-        talk, longer = render(question, answer), render(question, answer, mark)
-    except jinja2.TemplateError:  # one turn only
+    if len(chats) < 3:
         return first
+    _, talk, longer = chats
     if longer.startswith(talk):
         turn = longer[len(talk) :].partition(mark)[0]
     else:
@@ -187,12 +221,18 @@ def _after_the_end(tokenizer: Any, talk: str, longer: str, answer: str) -> str:
 
 
 def _generate(
-    model: Any, opening: list[int], count: int, length: int, end: int | None
+    model: Any, opening: list[int], count: int, length: int, ends: list[int]
 ) -> list[list[int]]:
+    """Each with the first of ``ends`` that it says, if any, as its last token."""
     prompt = torch.tensor([opening] * count, device=model.device)
     # What the call leaves open, min_p for one, generate takes from the model's own config. And off
     # the CPU it would copy the experts that each sample chooses, for each token anew, which suits a
     # few samples: 96 of Qwen3-30B-A3B choose nearly all, and 7 GB a layer would be copied.
+
+    def check(_: Tensor, logits: Tensor) -> Tensor:
+        check_logits(model, logits)  # CUDA would end the process's work by an assert in the draw
+        return logits
+
     kept, model.generation_config = model.generation_config, GenerationConfig()
     model.__dict__["_optimize_model_for_decode"] = contextlib.nullcontext
     try:
@@ -205,14 +245,15 @@ def _generate(
             do_sample=True,
             top_k=0,
             max_new_tokens=max(1, length - len(opening)),
-            eos_token_id=end,
-            pad_token_id=0 if end is None else end,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+            logits_processor=LogitsProcessorList([check]),
         ).tolist()
     finally:
         model.generation_config = kept
         del model.__dict__["_optimize_model_for_decode"]
     texts = []
     for row in tokens:
-        drawn = row[len(opening) :]
-        texts.append(opening + (drawn[: drawn.index(end) + 1] if end in drawn else drawn))
+        last = next((i for i in range(len(opening), len(row)) if row[i] in ends), len(row))
+        texts.append(row[: last + 1])
     return texts

@@ -21,7 +21,7 @@ from ..gating import Gating, find_gating
 from ..memory import warn_of_memory
 from ..ops._dispatch import warm_up
 from ..options import Criterion
-from ..protection import Protection, fingerprint_of
+from ..protection import Protection, fingerprint_of, warn_of_another_model
 from ..selection import RowSelection
 from ..sharding import heed_in_ddp, ignore_in_ddp, is_distributed, is_partitioned, is_sharded
 from ..structure import DownProjection, Structure
@@ -130,6 +130,7 @@ def patch(
     quota, protect = what_to_train(rows, quota, criterion, analysis, protect)
     warn_of_memory(structure, rows, quota, protected=protect not in (None, False), rank=rank)
     selection, protection = _chosen(structure, rows, tokenizer, quota, criterion, analysis, protect)
+    warn_of_another_model(None if saved or protect is True else protection, structure)
     handle = _patch_rows(
         structure, selection, whole, rank, protection, fuse_mlp=fuse_mlp, together=True
     )

@@ -127,6 +127,16 @@ def test_transformers_reads_an_adapter_wherever_its_protection_is(tmp_path):
     torch.testing.assert_close(logits(loaded.to(DEVICE)), logits(model))
 
 
+def test_a_protection_of_a_model_of_another_name_is_warned_of(tmp_path, caplog):
+    protection, file = protection_of(build_model()), tmp_path / "protection.safetensors"
+    protection.info["model"] = "meta-llama/Llama-3.1-8B"
+    protection.save(file)
+    model = build_model()
+    model.name_or_path = "mistralai/Mistral-7B-v0.3"
+    peft.get_peft_model(model, LokiConfig(rows=ROWS, protect=str(file)))
+    assert caplog.text.count("worse than none") == 1
+
+
 @pytest.mark.parametrize("rows", [[[1], [2]], [[48], [1], [1]]])
 def test_rows_are_checked_before_a_protection_is_estimated(rows, monkeypatch):
     monkeypatch.setattr(model_module, "protection_to_keep", lambda *_: pytest.fail("it estimates"))

@@ -12,15 +12,20 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 
 import loki_kernels as loki
 from loki_kernels.attribution.prompts import tokenize_prompts
+from loki_kernels.discovery import find_structure
 from loki_kernels.files import write_safetensors
 from loki_kernels.ops._directions import leave_out
 from loki_kernels.protection import Protection, estimate, moments, samples
 from loki_kernels.questions import Question
 from tests.models import DEVICE, assert_unchanged, build_model, snapshot, to_device
+from tests.test_placement import Packed
 from tests.tiny_tokenizers import CHAT, bos_tokenizer, chat_tokenizer, word_tokenizer
 from tests.tiny_tokenizers import tokenizer as prompts_tokenizer
 
@@ -343,11 +348,11 @@ def test_fewer_samples_at_a_time_where_memory_is_short(monkeypatch):
     model, tokenizer, sizes = build_model(), chat_tokenizer(), []
     generate = samples._generate
 
-    def short(model, opening, count, length, end):
+    def short(model, opening, count, length, ends):
         sizes.append(count)
         if count > 2:
             raise torch.OutOfMemoryError
-        return generate(model, opening, count, length, end)
+        return generate(model, opening, count, length, ends)
 
     monkeypatch.setattr(samples, "_generate", short)
     assert len(samples.draw_samples(model, tokenizer, 16, 12)) == 16
@@ -488,6 +493,108 @@ def test_texts_begin_as_the_model_knows_them():
         single="w3 w4 $A w2", special_tokens=[("w2", 2), ("w3", 3), ("w4", 4)]
     )
     assert [opening[:2] for opening, _ in samples.openings_of(tokenizer)] == [[3, 4]] * 2
+
+
+def test_a_turn_ends_before_the_blank_that_its_first_word_takes():
+    """SentencePiece's blank is a part of the word after it; alone, digits and other scripts are."""
+    words = ["[UNK]", "<s>", "</s>", "▁[INST]", "▁[/INST]", "▁", "▁hello"]
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    model.pre_tokenizer = Metaspace()
+    model.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
+    )
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+    )
+    (_, _), (opening, _) = samples.openings_of(tokenizer)
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}])["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(opening) == ["<s>", "▁[INST]"]
+    assert tokenizer.convert_ids_to_tokens(said[len(opening)]) == "▁hello"
+    assert said[: len(opening)] == opening
+
+
+def one_of(model, tokens):
+    """The model says each of these as often as the others, and nothing else."""
+    norm, head = model.gpt_neox.final_layer_norm, model.get_output_embeddings()
+    with torch.no_grad():
+        norm.weight.zero_()
+        head.weight.zero_()
+        head.weight[tokens] = 50 * norm.bias / norm.bias.square().sum()
+
+
+def test_samples_end_where_the_model_has_an_end_that_no_chat_contains_and_before_another_text():
+    """Llama 3's EOS ends a turn, and its config names what ends a document."""
+    tokenizer = bos_tokenizer()
+    named = {"eos_token": "w2", "extra_special_tokens": ["w3"]}
+    tokenizer.add_special_tokens(named)
+    tokenizer.chat_template = "<s>{% for m in messages %}w7 {{ m['content'] }} w2 {% endfor %}"
+    model = build_model("gpt_neox")
+    model.generation_config.eos_token_id = [2, 3, 9]  # 9 is a word
+    assert samples.stops_of(model, tokenizer) == [1, 3]
+    one_of(model, [1, 2, 3, 9])
+    drawn = samples.draw_samples(model, tokenizer, 80, 12)
+    documents, chats = drawn[:40], drawn[40:]
+    assert all(text[0] == 1 and 1 not in text[1:] for text in drawn)
+    assert all(text[1] == 7 for text in chats)
+    assert {text[-1] for text in documents} >= {2, 3, 9}
+    assert not any({2, 3} & set(text[:-1]) for text in documents)
+    assert any(2 in text[:-1] for text in chats)  # goes on after the end of a turn
+    assert any(text[-1] == 3 for text in chats)
+    assert not any(3 in text[:-1] for text in chats)
+
+
+def test_a_chat_ends_at_an_eos_that_it_does_not_contain():
+    """Gemma's; a tokenizer with another separator than its EOS has two ends."""
+    model, tokenizer = build_model(), chat_tokenizer()
+    model.generation_config.eos_token_id = 2
+    assert samples.stops_of(model, tokenizer) == [2]
+    structure = find_structure(model)
+    ends = estimate._cache_file(structure, tokenizer)
+    tokenizer.chat_template += "w2"
+    assert samples.stops_of(model, tokenizer) == []
+    assert estimate._cache_file(structure, tokenizer) != ends
+    tokenizer.chat_template = None
+    model.generation_config.eos_token_id = None
+    assert samples.stops_of(model, tokenizer) == [2]
+
+
+def test_what_is_not_finite_is_named():
+    """On CUDA a draw from it is an assert of the device's, which ends all of the process's work."""
+    model = build_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"logits are NaN; its parameter model\.layers\.1\.mlp\.up"
+    ):
+        loki.estimate_protection(model, tokenizer=chat_tokenizer(), samples=2)
+    with pytest.raises(ValueError, match=rf"inputs of {NAME} are not finite.*bfloat16"):
+        loki.estimate_protection(model, texts())
+
+
+def test_layers_without_a_weight_are_refused():
+    model = build_model()
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Packed(layer.mlp.down_proj)
+    with pytest.raises(loki.UnsupportedModelError, match="is a Packed, which has no weight"):
+        loki.estimate_protection(model, texts())
+
+
+def test_a_device_whose_eigenvectors_do_not_converge(monkeypatch):
+    model, eigh = build_model(), torch.linalg.eigh
+    want = loki.estimate_protection(model, texts(), max_directions=3)
+
+    def fails(moment):
+        if moment.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return eigh(moment)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    got = loki.estimate_protection(model, texts(), max_directions=3)
+    for name, own in want.directions.items():
+        assert got.directions[name].dtype == got.energies[name].dtype == torch.float32
+        torch.testing.assert_close(got.directions[name] @ got.directions[name].T, own @ own.T)
 
 
 def test_the_file_holds_what_was_saved(tmp_path):

@@ -287,3 +287,13 @@ def test_what_cannot_be_told_or_is_of_another_model_is_refused():
     with pytest.raises(ValueError, match=r"has 4 experts of (\d+) inputs, and \1 inputs there"):
         loki.patch(model, ROWS, protect=fewer)
     assert_unchanged(model, before)
+
+
+def test_experts_of_eight_bits_are_refused():
+    model = build_model("Qwen3Moe")
+    for name, experts in model.named_modules():
+        if name.endswith("experts"):
+            for weight in experts.parameters(recurse=False):
+                weight.requires_grad_(False).data = weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(loki.UnsupportedModelError, match="float8_e4m3fn; load the model unquant"):
+        loki.estimate_protection(model, texts())

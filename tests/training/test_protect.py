@@ -296,6 +296,27 @@ def test_what_is_no_protection_of_the_model_is_refused(protection, tmp_path):
         LokiLinear(torch.nn.Linear(4, 3), [0], directions=torch.eye(3))
 
 
+def test_a_protection_of_a_model_of_another_name_is_warned_of(protection, tmp_path, caplog):
+    """Shapes say nothing: Mistral-7B's and Llama-3.1-8B's are the same."""
+    named = copy.deepcopy(protection)
+    named.info["model"] = "meta-llama/Llama-3.1-8B"
+    model = build_model()
+    for name in ("", "models/Llama-3.1-8B"):  # unknown; the same in a folder
+        model.name_or_path = name
+        loki.patch(model, ROWS, protect=named).unpatch()
+    assert "worse than none" not in caplog.text
+    model.name_or_path = "mistralai/Mistral-7B-v0.3"
+    handle = loki.patch(model, ROWS, protect=named)
+    said = "was estimated from meta-llama/Llama-3.1-8B, and this model is mistralai/Mistral-7B-v0.3"
+    assert said in caplog.text
+    train(model)
+    model.save_pretrained(tmp_path)
+    handle.unpatch()
+    caplog.clear()
+    loki.patch(model, tmp_path)  # with what lies beside it, whose base is compared
+    assert "worse than none" not in caplog.text
+
+
 def test_accumulation_autocast_and_checkpointing_train_it(protection):
     model = build_model().train()
     loki.patch(model, ROWS, protect=protection)
