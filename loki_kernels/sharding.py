@@ -71,6 +71,11 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def is_released(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 looks after a parameter and has gathered it for nobody: it is empty."""
+    return is_partitioned(tensor) and tuple(tensor.shape) != full_shape(tensor)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a parameter's values are not all in this process."""
     return isinstance(tensor, DTensor) or is_partitioned(tensor)
@@ -240,7 +245,7 @@ def full_values(parameter: Tensor) -> Tensor:
             # what waits on the CPU (offloaded, or a state dict) NCCL gathers on the GPU alone
             part = cast(DTensor, part.to(part.device_mesh.device_type))
         return part.full_tensor().to(parameter.device)
-    if is_partitioned(parameter) and tuple(parameter.shape) != full_shape(parameter):
+    if is_released(parameter):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
