@@ -21,11 +21,11 @@ from ..protection import fingerprint_of
 from ..sharding import DTensor, full_shape, is_distributed, shards_its_weights
 from ..structure import embedding_weight, foreign_forward
 from .adapter_file import protection_of, why_other_protection
+from .agreement import check_processes_agree
 from .arithmetic import check_gradients, coarse_dtype, place_of, version_of
 from .experts import LokiExperts
 from .loading import check_there
 from .rows import TRAINED, LokiRows, write_rows
-from .targets import check_processes_agree
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class RowWriter:
 
     model: PreTrainedModel
     named_layers: Mapping[str, LokiRows]
-    agreed: bool  # whether the processes train the same rows in the same directions
+    agreed: bool  # whether the processes train the same rows of one base in the same directions
     checked: bool = field(default=False, init=False)  # that the model can be trained
     warned: bool = field(default=False, init=False)  # that small steps are lost
     holders: int = field(default=0, init=False)  # who want the rows to stay as they were written
@@ -253,8 +253,12 @@ class RowWriter:
         if not self.warned:
             self._warn_of_coarse_updates()
         if not self.agreed and is_distributed():
-            rows = (layer.index for layer in self.layers)
-            check_processes_agree(rows, fingerprint_of(protection_of(self.named_layers)))
+            protection = fingerprint_of(protection_of(self.named_layers))
+            check_processes_agree(
+                (layer.index for layer in self.layers),
+                protection,
+                (layer.base_rows for layer in self.layers),
+            )
             self.agreed = True
         self.checked = True
 

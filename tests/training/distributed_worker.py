@@ -411,20 +411,21 @@ def trainer(case, out):
     return losses, None, None
 
 
-# Models that were patched before there was a group, each process with rows of its own, and with a
-# protection of its own.
+# Models that were patched before there was a group, each process with rows of its own, with a
+# protection of its own, and with weights of its own.
 EARLY = []
 
 
 def patch_early(rank):
-    EARLY.extend(build_model() for _ in range(2))
+    EARLY.extend(build_model(seed=seed) for seed in (0, 0, rank))
     loki.patch(EARLY[0], [[1 + rank], [2], [3]])
     loki.patch(EARLY[1], ROWS, protect=protection(EARLY[1], rank))
+    loki.patch(EARLY[2], ROWS)
 
 
 def ranks(case):
-    """What is said where processes would train different rows, or protect other directions: a list
-    a process of messages.
+    """What is said where processes would train different rows, of another base, or protect other
+    directions: a list a process of messages.
     """
     rank = dist.get_rank()
 
@@ -451,6 +452,8 @@ def ranks(case):
         lambda: train(EARLY[0]),
         protect,
         lambda: train(EARLY[1]),
+        lambda: loki.patch(build_model(seed=rank), ROWS),
+        lambda: train(EARLY[2]),
     ):
         try:
             attempt()

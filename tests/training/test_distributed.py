@@ -185,6 +185,7 @@ def test_all_processes_train_the_same_rows(torch_engines):
     assert [len(rows) for rows in first[0]] == [4, 4, 4]
     # given to patch, and found at the first step
     other = ["trains other rows than another"] * 2 + ["protects other directions than another"] * 2
+    other += ["holds other base weights than another"] * 2
     for *said, expected in zip(first[2:], second[2:], other, strict=True):
         assert sorted(map(bool, said)) == [False, True]  # whoever comes second
         assert expected in "".join(said)
