@@ -73,8 +73,15 @@ def write_into(weight: Tensor, rows: Tensor, index: Tensor, axis: int) -> None:
 
 
 def whole_update(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """``[..., k, in_features]``: ``a``, or of LoKI* the product of its factors."""
-    return a if b is None else a @ b
+    """``[..., k, in_features]``: ``a``, or of LoKI* the product of its factors.
+
+    Under autocast too in their dtype: in 16 bits what is below half a rounding of the base would do
+    nothing in training and act once it is merged.
+    """
+    if b is None:
+        return a
+    with without_autocast(a):
+        return a @ b
 
 
 @torch.no_grad()
