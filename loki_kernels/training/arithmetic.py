@@ -155,6 +155,12 @@ def check_gradients(
     ]
 
 
+def tell_autograd(weight: Tensor) -> None:
+    """Have a backward pass that is to come raise, whose rows were changed past autograd."""
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
+
+
 def version_of(tensor: Tensor) -> int | None:
     """How often autograd saw its values change; None of one that inference mode made."""
     return None if tensor.is_inference() else tensor._version

@@ -454,6 +454,29 @@ def test_suppress(name):
     assert_unchanged(model, before)
 
 
+def test_no_backward_pass_crosses_the_edge_of_suppress(model):
+    """It would multiply by rows that its forward pass has not seen, and say nothing."""
+    ids = token_batch()
+    before = model(input_ids=ids, labels=ids).loss
+    with loki.suppress(model, ROWS):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            before.backward()
+        model(input_ids=ids, labels=ids).loss.backward()
+        inside = model(input_ids=ids, labels=ids).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        inside.backward()
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize(("end", "rank"), [("unpatch", None), ("merge", 2)])
+def test_no_backward_pass_sees_other_rows_after_the_end(model, end, rank):
+    handle, ids = loki.patch(model, ROWS, rank=rank), token_batch()
+    loss = model(input_ids=ids, labels=ids).loss
+    getattr(handle, end)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_three_lines(model, tmp_path, monkeypatch):
     """`patch(model, tokenizer=..., quota=...)` analyses, selects, and keeps the analysis."""
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path / "cache"))
