@@ -68,6 +68,8 @@ def find_gating(down_proj: DownProjection, *, to_train: bool = False) -> Gating 
     activation = _known_activation(activations[0]) if len(activations) == 1 else None
     if activation is None:
         return "its activation is not one SiLU or tanh-approximated GELU"
+    if has_hooks(activations[0]):
+        return "its activation has hooks"
     candidates = list(_possible_gatings(linears, down.in_features, activation))
     unknown = "it does not compute down(act(gate(x)) * up(x))"
     if not candidates:  # its forward pass may not even take one argument

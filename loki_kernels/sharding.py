@@ -71,6 +71,11 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def is_released(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 looks after a parameter and has gathered it for nobody: it is empty."""
+    return is_partitioned(tensor) and tuple(tensor.shape) != full_shape(tensor)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a parameter's values are not all in this process."""
     return isinstance(tensor, DTensor) or is_partitioned(tensor)
@@ -82,18 +87,25 @@ def shards_its_weights(module: nn.Module) -> bool:
     Inside a forward pass the weights may look whole; writing to them would be lost.
 
     Raises:
-        UnsupportedModelError: for FSDP1, which cannot make a state dict without trained rows.
+        UnsupportedModelError: for FSDP1, which cannot make a state dict without trained rows; and
+            for FSDP2 around a larger module alone, which may gather the weights anew for backward.
     """
     if not is_distributed():  # asked before every forward pass
         return False
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
-        raise UnsupportedModelError(
-            "a patched model cannot be trained with FSDP1; use FSDP2 (fully_shard, or "
-            "fsdp_version: 2 for accelerate)."
-        )
-    return has_fsdp(module) or any(map(is_partitioned, module.parameters()))
+    sharded = has_fsdp(module)
+    for part in module.modules():
+        # Either marks what is inside; FSDP1 may be around the whole model, where no part is it.
+        if isinstance(part, FullyShardedDataParallel) or (
+            not sharded and vars(part).get("_is_fsdp_managed_module")
+        ):
+            raise UnsupportedModelError(
+                "a patched model cannot be trained with FSDP1, nor with FSDP2 around a larger "
+                "module alone; use FSDP2 around the model itself (fully_shard, or fsdp_version: 2 "
+                "for accelerate)."
+            )
+    return sharded or any(map(is_partitioned, module.parameters()))
 
 
 def has_fsdp(module: nn.Module) -> bool:
@@ -240,7 +252,7 @@ def full_values(parameter: Tensor) -> Tensor:
             # what waits on the CPU (offloaded, or a state dict) NCCL gathers on the GPU alone
             part = cast(DTensor, part.to(part.device_mesh.device_type))
         return part.full_tensor().to(parameter.device)
-    if is_partitioned(parameter) and tuple(parameter.shape) != full_shape(parameter):
+    if is_released(parameter):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):

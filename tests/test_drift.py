@@ -1131,7 +1131,7 @@ def test_the_bundled_questions_are_logged_together(tmp_path):
     assert keys == {"drift/kl", "drift/perplexity"}
 
 
-def test_sharded_weights(one_process):
+def test_sharded_weights(one_process, monkeypatch):
     from torch.distributed.fsdp import fully_shard
 
     from loki_kernels.forgetting.texts import read_texts, tokenize
@@ -1150,6 +1150,9 @@ def test_sharded_weights(one_process):
             parameter.to_local().copy_(value)
     got = measure.compare(kept, sharded)
     torch.testing.assert_close(got.kl, want.token_kl)
+    # of weights that wait on the host too, where the base's logits would take minutes
+    monkeypatch.setattr(sharded._get_fsdp_state(), "_device", torch.device("meta"))
+    assert measure._device(sharded).type == "meta"
 
 
 def test_what_is_frozen_of_an_adapter_stays_frozen():

@@ -128,8 +128,11 @@ def choose_engine(
     prompt, definition = _prompt_to_try(prompts), integral.definition
     config = structure.causal_lm.config
     known = _chosen.setdefault(structure.causal_lm, {})
+    # Sharded or not: processes that had tried different engines would make different numbers of
+    # passes here, which they make together.
     key = (
         wanted, definition.path, definition.site, bool(prompt.media), prompt.several,
+        structure.sharded,
         embedding_weight(structure.causal_lm).dtype, getattr(config, "_attn_implementation", None),
     )  # fmt: skip
     if key in known:

@@ -28,7 +28,7 @@ from .. import _native
 from ..errors import check_choice, explained
 from ..placement import memory_is_full
 from ._call import add_gradient, add_step
-from ._check import check_first_derivative, without_autocast
+from ._check import KERNEL_DTYPES, check_first_derivative, without_autocast
 from ._example import Draw, Example
 from ._table import Backends
 
@@ -277,8 +277,10 @@ def warm_up(ops: Iterable[str], device: torch.device, dtype: torch.dtype) -> Non
     """Check now what ``auto`` would check at the first call of each op on ``device`` in ``dtype``.
 
     That call may come while a CUDA graph is captured or memory is full. Does nothing where a
-    backend is named or ``auto`` has torch alone.
+    backend is named or ``auto`` has torch alone, and for a dtype that no kernel takes.
     """
+    if dtype not in KERNEL_DTYPES:
+        return
     if device.type == "cuda" and device.index is None:  # as tensors there say it
         device = torch.device("cuda", torch.cuda.current_device())
     if _preferred(device) is not None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._check import without_autocast
+
 
 def as_matrix(x: Tensor) -> Tensor:
     """``[..., n]`` as ``[tokens, n]``."""
@@ -96,11 +98,15 @@ def _sums_in_float32(dtype: torch.dtype) -> bool:
 
 
 def weight_gradient(selected: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``selected.T @ x``, summed in float32 and rounded once, to ``dtype``."""
-    if dtype.itemsize <= selected.dtype.itemsize:
-        return (selected.t() @ x).to(dtype)
-    own = selected.dtype
-    wide = selected.is_cuda and dtype == torch.float32
-    if wide and _sums_in_float32(own) and _widens(own, selected.device):
-        return torch.mm(selected.t(), x, out_dtype=dtype)
-    return selected.t().to(dtype) @ x.to(dtype)
+    """``selected.T @ x``, summed in float32 and rounded once, to ``dtype``.
+
+    Also where a backward pass runs inside autocast, which would round it to 16 bits.
+    """
+    with without_autocast(selected):
+        if dtype.itemsize <= selected.dtype.itemsize:
+            return (selected.t() @ x).to(dtype)
+        own = selected.dtype
+        wide = selected.is_cuda and dtype == torch.float32
+        if wide and _sums_in_float32(own) and _widens(own, selected.device):
+            return torch.mm(selected.t(), x, out_dtype=dtype)
+        return selected.t().to(dtype) @ x.to(dtype)

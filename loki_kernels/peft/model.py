@@ -28,11 +28,11 @@ from ..training.adapter_file import (
     base_rows_of,
     check_base,
 )
+from ..training.agreement import check_processes_agree
 from ..training.arithmetic import coarse_dtype
 from ..training.targets import (
     as_selection,
     assign_rows,
-    check_processes_agree,
     find_modules,
     new_heads,
     protection_to_keep,

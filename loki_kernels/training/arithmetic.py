@@ -73,8 +73,15 @@ def write_into(weight: Tensor, rows: Tensor, index: Tensor, axis: int) -> None:
 
 
 def whole_update(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """``[..., k, in_features]``: ``a``, or of LoKI* the product of its factors."""
-    return a if b is None else a @ b
+    """``[..., k, in_features]``: ``a``, or of LoKI* the product of its factors.
+
+    Under autocast too in their dtype: in 16 bits what is below half a rounding of the base would do
+    nothing in training and act once it is merged.
+    """
+    if b is None:
+        return a
+    with without_autocast(a):
+        return a @ b
 
 
 @torch.no_grad()
@@ -146,6 +153,12 @@ def check_gradients(
         for parameter in parameters
         if parameter.requires_grad and not parameter._backward_hooks
     ]
+
+
+def tell_autograd(weight: Tensor) -> None:
+    """Have a backward pass that is to come raise, whose rows were changed past autograd."""
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
 
 
 def version_of(tensor: Tensor) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..placement import free_bytes
-from ..sharding import full_state_dict, has_fsdp, is_first, is_partitioned, is_sharded
+from ..sharding import full_state_dict, has_fsdp, is_first, is_partitioned, is_released, is_sharded
 from . import adapter_file
 from .adapter_file import Layers, Parts
 from .arithmetic import HOST, updated_rows
@@ -70,6 +70,17 @@ class SavePretrained:
             # does it where it has sharded a model itself.
             state_dict = full_state_dict(self.model)
             is_main_process = is_main_process and is_first()
+        elif state_dict is None and any(is_released(x.frozen) for x in self.layers.values()):
+            # DeepSpeed gives the first process all of it and the others None, and accelerate's
+            # documented lines call this in every process: an error there would end the first one
+            # while it writes.
+            if is_main_process and is_first():
+                raise RuntimeError(
+                    "ZeRO-3 has split the weights, so the model's own state dict is empty; in "
+                    "every process pass state_dict=accelerator.get_state_dict(ENGINE) to "
+                    "save_pretrained, with stage3_gather_16bit_weights_on_model_save."
+                )
+            state_dict, is_main_process = {}, False
         elif state_dict is None:
             state_dict = self._lent_state_dict()
         whole = {n: state_dict[n] for n in trained_whole(self.model) if n in state_dict}

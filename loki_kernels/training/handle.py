@@ -27,6 +27,7 @@ from ..sharding import (
 from ..structure import plain_name
 from . import adapter_file
 from .adapter_file import Layers, SavedUpdate
+from .arithmetic import tell_autograd
 from .loading import check_known
 from .report import Report
 from .rows import TRAINED, LokiRows, write_rows
@@ -219,10 +220,15 @@ class Patch:
             )
         if trained:
             check_known(self._layers.values())
+        # else what a forward pass has read is there still
+        moved = [layer.frozen for layer in self._layers.values() if layer.written != trained]
+        if trained:
             write_rows(self._layers.values())
         else:
             for layer in self._layers.values():
                 layer.write_base()
+        for weight in moved:
+            tell_autograd(weight)
         self._leave(trained=trained)
         return self.model
 

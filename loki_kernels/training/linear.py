@@ -56,6 +56,7 @@ class LokiLinear(LokiRows):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    called = False  # whether it has run since it was last asked, outside of compiled code
 
     def __init__(
         self,
@@ -96,6 +97,11 @@ class LokiLinear(LokiRows):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.train(linear.training)
+
+    def check_forward(self) -> None:
+        if not (self.called or torch.compiler.is_compiling()):
+            self.called = True
+        super().check_forward()
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_forward()

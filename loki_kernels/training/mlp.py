@@ -21,12 +21,23 @@ class FusedMLP(nn.Module):
         self.down = down
         for name, child in mlp.named_children():
             self.add_module(name, child)
+        linears = {gating.gate, gating.up, down}
+        # the one that `find_gating` has found, which is called where it has hooks
+        (self._activation,) = (
+            name
+            for name, child in mlp.named_children()
+            if name not in linears and not isinstance(child, nn.Dropout)
+        )
         self.training = mlp.training
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gating.split(self, x)
         layer: LokiLinear = getattr(self, self.down)
         activation = self.gating.activation
+        module = getattr(self, self._activation)
+        if has_hooks(module):
+            unfused: Tensor = layer(module(gate) * up)
+            return unfused
         # The fused op works on a written weight, and hooks expect an ordinary call. Below the first
         # trained row nothing is differentiated, and keeping gate and up would cost memory.
         differentiated = gate.requires_grad or up.requires_grad

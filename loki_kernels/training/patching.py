@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,8 @@ from ..sharding import heed_in_ddp, ignore_in_ddp, is_distributed, is_partitione
 from ..structure import DownProjection, Structure
 from . import adapter_file
 from .adapter_file import SavedUpdate
+from .agreement import check_processes_agree
+from .arithmetic import take_rows
 from .checkpoint import SavePretrained
 from .experts import LokiExperts
 from .handle import Patch
@@ -42,7 +44,6 @@ from .targets import (
     assign_rows,
     check_arguments,
     check_patchable,
-    check_processes_agree,
     check_trainable,
     find_modules,
     new_heads,
@@ -116,7 +117,8 @@ def patch(
             ``ffn_neurons``; a quota outside (0, 100], an unknown criterion or option of the
             analysis, or one of them beside rows; a model that is patched or has a PEFT adapter;
             unknown ``modules_to_save``; a damaged file, or an update of another base; a protection
-            of another model; processes with other rows or protections. The model is unchanged.
+            of another model; processes with other rows, weights or protections. The model is
+            unchanged.
         UnsupportedModelError: if it has no FFN down-projections, or not plain ones; or DDP around.
     """
     structure = find_structure(model)
@@ -202,10 +204,10 @@ def _patch_rows(
     """
     _refuse_mixed_buffer(whole)
     together = together and is_distributed()
-    if together:
-        check_processes_agree(selection, fingerprint_of(protection))
     by_layer = assign_rows(structure, selection)
     selected = [(down_proj, index) for down_proj, index in by_layer if len(index)]
+    if together:
+        check_processes_agree(selection, fingerprint_of(protection), _base_rows(selected))
     gatings = {d.name: _gating_or_reason(d, rank) for d, _ in selected if fuse_mlp}
     causal_lm = structure.causal_lm
     report = plan(structure, by_layer, rank, gatings, whole, protection)
@@ -228,6 +230,14 @@ def _patch_rows(
         logger.info("%s", report)
         _warm_up(layers, fused=any(isinstance(gating, Gating) for gating in gatings.values()))
         return Patch(causal_lm, selection, report, protection, layers, writer, undo.pop_all())
+
+
+def _base_rows(selected: Iterable[tuple[DownProjection, Tensor]]) -> Iterator[Tensor]:
+    """What an update will be added to, a layer at a time; ZeRO-3 splits the first one's."""
+    for down_proj, index in selected:
+        weight = down_proj.weight.detach()
+        if not is_partitioned(down_proj.weight):
+            yield take_rows(weight, index.to(weight.device), down_proj.axis)
 
 
 def _refuse_mixed_buffer(whole: Whole) -> None:

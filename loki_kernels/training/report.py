@@ -126,8 +126,9 @@ def whole_weights(layers: dict[str, LokiRows]) -> list[str]:
     name, reason = next(iter(whole.items()))
     return [
         f"{len(whole)} modules of experts ({name}, ...) run their own forward pass, so that "
-        "backward forms the gradient of a layer's whole down-projection and keeps its rows: "
-        f"{reason}"
+        "backward forms the gradient of a layer's whole down-projection and keeps its rows (under "
+        "FSDP2 each keeps a merged copy of it from forward to backward, unless activations are "
+        f"checkpointed: 1.3 GB for 16 experts of 8192 x 5120 in bfloat16): {reason}"
     ]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..discovery import find_structure
 from ..structure import DownProjection
+from .arithmetic import tell_autograd
 from .targets import Rows, as_selection, assign_rows, check_patchable
 
 
@@ -16,7 +17,9 @@ from .targets import Rows, as_selection, assign_rows, check_patchable
 def suppress(model: nn.Module, rows: Rows) -> Iterator[nn.Module]:
     """Zero rows of every down-projection inside the block (the paper's ablation, Table 5a).
 
-    A row's bias is zeroed too, so that its node is silent. The weights come back bit for bit.
+    A row's bias is zeroed too, so that its node is silent. The weights come back bit for bit. A
+    backward pass belongs on the side of the block's edge where its forward pass ran; elsewhere it
+    raises torch's RuntimeError (modified by an inplace operation).
 
     Raises:
         ValueError: for rows that do not fit the model.
@@ -30,12 +33,14 @@ def suppress(model: nn.Module, rows: Rows) -> Iterator[nn.Module]:
         for down_proj, layer_rows in by_layer:
             for parameter, axis in ((down_proj.weight, down_proj.axis), *_biases(down_proj)):
                 data, index = parameter.data, layer_rows.to(parameter.device)
-                saved.append((data, axis, index, data.index_select(axis, index)))
+                saved.append((parameter, axis, index, data.index_select(axis, index)))
                 data.index_fill_(axis, index, 0)
+                tell_autograd(parameter)
         yield model
     finally:
-        for data, axis, index, values in saved:
-            data.index_copy_(axis, index, values)
+        for parameter, axis, index, values in saved:
+            parameter.data.index_copy_(axis, index, values)
+            tell_autograd(parameter)
 
 
 def _biases(down_proj: DownProjection) -> Iterator[tuple[Tensor, int]]:

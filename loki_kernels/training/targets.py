@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -410,37 +408,3 @@ def _of_the_first(selection: RowSelection) -> RowSelection:
     """The first process's: a near-tie is enough for two devices to differ."""
     info, rows = of_the_first((selection.info, [rows.tolist() for rows in selection]))
     return RowSelection(rows, info)
-
-
-def check_processes_agree(rows: Iterable[Tensor], protection: str | None) -> None:
-    """Raise ValueError if another process trains other rows, or with another protection.
-
-    Each checks the same models in turn, by the group's key-value store and not by a collective, in
-    which a process that trains alone would wait for the others.
-
-    Args:
-        rows: of every layer.
-        protection: its fingerprint.
-    """
-    digest = hashlib.sha256(repr([layer.tolist() for layer in rows]).encode()).hexdigest()
-    store = torch.distributed.distributed_c10d._get_default_store()
-    said = store.compare_set(
-        f"loki_kernels/trained/{next(_checks)}", "", f"{digest} {protection}"
-    ).decode()
-    other_rows, _, other_protection = said.partition(" ")
-    if other_rows != digest:
-        message = (
-            "this process trains other rows than another one, so their gradients are of different "
-            "weights. Give every process the same row file (rows=...), or patch after "
-            "torch.distributed is initialised, where one selection reaches all."
-        )
-        raise explained(ValueError(message))
-    if other_protection != str(protection):
-        raise ValueError(
-            "this process protects other directions than another one, so one update makes two "
-            "models. Give every process the same file (protect=...), or patch after "
-            "torch.distributed is initialised, where one estimate reaches all."
-        )
-
-
-_checks = itertools.count()

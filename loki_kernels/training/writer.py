@@ -21,11 +21,12 @@ from ..protection import fingerprint_of
 from ..sharding import DTensor, full_shape, is_distributed, shards_its_weights
 from ..structure import embedding_weight, foreign_forward
 from .adapter_file import protection_of, why_other_protection
+from .agreement import check_processes_agree
 from .arithmetic import check_gradients, coarse_dtype, place_of, version_of
 from .experts import LokiExperts
+from .linear import LokiLinear
 from .loading import check_there
 from .rows import TRAINED, LokiRows, write_rows
-from .targets import check_processes_agree
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +43,15 @@ class RowWriter:
 
     model: PreTrainedModel
     named_layers: Mapping[str, LokiRows]
-    agreed: bool  # whether the processes train the same rows in the same directions
+    agreed: bool  # whether the processes train the same rows of one base in the same directions
     checked: bool = field(default=False, init=False)  # that the model can be trained
     warned: bool = field(default=False, init=False)  # that small steps are lost
     holders: int = field(default=0, init=False)  # who want the rows to stay as they were written
     bases: list[LokiRows] = field(default_factory=list, init=False)  # that had the base before
     # Where the updates lie that were last written, and their versions.
     versions: list[tuple[int, int | None]] | None = field(default=None, init=False)
+    followed: bool = field(default=False, init=False)  # that what holds a layer calls it
+    hooks: list[RemovableHandle] = field(default_factory=list, init=False)  # that follow it
     kept: bool = field(default=False, init=False)  # whether a trainer says that they are as then
     in_training: bool = field(default=False, init=False)  # whether training steps write the rows
     tokens: int = field(init=False)  # that the model had embeddings of when it was patched
@@ -98,6 +101,7 @@ class RowWriter:
             self.watch()
             if decoder.training:
                 self._check_training()
+                self._follow_calls()
                 self.in_training = True
         if self.held:
             return
@@ -150,7 +154,39 @@ class RowWriter:
         trained = (p for layer in self.layers for _, p in layer.trained_parameters())
         return [(place_of(p), version_of(p)) for p in trained]
 
+    def _follow_calls(self) -> None:
+        """Have RuntimeError raised in the first training pass where a layer's weight is read alone.
+
+        flash-linear-attention's fused MLPs do that, and BLOOM's with ``pretraining_tp``: the update
+        would get no gradient. What a pass does not reach, as an expert of a list, is in a module
+        that does not run. Compiled modules, which a hook would have compiled anew, are left out.
+        """
+        modules = list(self.model.modules()) if not self.followed else []
+        self.followed = True
+        if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules):
+            return
+        names = {layer: name for name, layer in self.named_layers.items()}
+
+        def check(module: nn.Module, _inputs: Any, _output: Any) -> None:
+            for layer in module.children():
+                if isinstance(layer, LokiLinear) and not layer.called:
+                    raise RuntimeError(
+                        f"the weight of {names[layer]} is read, and it is not called, by its "
+                        f"{type(module).__name__}: the update of its rows would get no gradient. "
+                        "Switch off what reads it (fuse_swiglu of flash-linear-attention, BLOOM's "
+                        "slow_but_exact) in the model's config."
+                    )
+
+        for module in modules:
+            held = [layer for layer in module.children() if isinstance(layer, LokiLinear)]
+            for layer in held:
+                layer.called = False
+            if held:
+                self.hooks.append(module.register_forward_hook(check))
+
     def after_forward(self, _decoder: nn.Module, _inputs: Any, _output: Any) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
         if not torch.compiler.is_compiling() and not self.held:
             for layer in self.layers:
                 layer.in_step = False
@@ -253,8 +289,12 @@ class RowWriter:
         if not self.warned:
             self._warn_of_coarse_updates()
         if not self.agreed and is_distributed():
-            rows = (layer.index for layer in self.layers)
-            check_processes_agree(rows, fingerprint_of(protection_of(self.named_layers)))
+            protection = fingerprint_of(protection_of(self.named_layers))
+            check_processes_agree(
+                (layer.index for layer in self.layers),
+                protection,
+                (layer.base_rows for layer in self.layers),
+            )
             self.agreed = True
         self.checked = True
 

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import loki_kernels as loki
 from loki_kernels.attribution import copies, integration, job, staircase
+from loki_kernels.attribution import engine as choosing
 from loki_kernels.attribution.definitions import PathIntegral
 from loki_kernels.attribution.prefill import Batch
 from loki_kernels.attribution.reference import attribute_reference
@@ -287,6 +288,28 @@ def test_an_image_may_come_after_the_staircase_is_chosen(monkeypatch):
     assert got.run["engine"] == "staircase"
     want = loki.attribute(model, prompts, target=answers, engine="decode")
     assert torch.allclose(got.scores, want.scores, rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_chosen_before_sharding_is_chosen_anew(one_process, monkeypatch):
+    """Of a process that attributed alone before, the others would wait for passes of the choice."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, tried, candidates = build_model(device="cpu"), [], choosing._candidates
+
+    def trying(*arguments, **options):
+        tried.append(1)
+        return candidates(*arguments, **options)
+
+    monkeypatch.setattr(choosing, "_candidates", trying)
+    for _ in range(2):
+        loki.attribute(model, PROMPTS[:2], steps=2)
+    assert tried == [1]
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    for _ in range(2):
+        loki.attribute(model, PROMPTS[:2], steps=2)
+    assert tried == [1, 1]
 
 
 @pytest.mark.parametrize("kind", ["image", "answer"])

@@ -311,6 +311,8 @@ def test_warm_up_checks_what_the_first_call_would(accelerator, clock):
     half = [inputs("meta")[0].bfloat16()]
     assert _dispatch.choose(OP, None, half) is accelerator.triton
     assert check.calls == wanted
+    _dispatch.warm_up([OP], meta, torch.float64)  # which no kernel takes, and none has failed
+    assert check.calls == wanted
 
 
 def test_warm_up_does_nothing_where_auto_has_torch_alone(monkeypatch):

@@ -99,6 +99,15 @@ def test_bfloat16_has_a_float32_product_from_ampere_on(capability, hip, dtype, w
     _products._capability.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_pass_inside_autocast_rounds_no_gradient(dtype):
+    selected, x = torch.randn(63, 16).to(dtype), torch.randn(63, 129).to(dtype)
+    want = _products.weight_gradient(selected, x, torch.float32)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        got = _products.weight_gradient(selected, x, torch.float32)
+    assert torch.equal(got, want)
+
+
 def test_selected_columns_compile_whole():
     torch._dynamo.reset()
     x, index = torch.randn(7, 129), torch.randperm(129)[:37]

@@ -276,8 +276,22 @@ def zero(case):
         if "peft" in case:
             gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
             check_merging(model, state, gathered)
+        else:
+            refuse_saving_without_a_state_dict(model)
         return losses, state, model
     return losses, model.state_dict(), model
+
+
+def refuse_saving_without_a_state_dict(model):
+    """The first process says which one to pass; the others write nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder)
+            said = ""
+        except RuntimeError as error:
+            said = str(error)
+        assert ("accelerator.get_state_dict" in said) == (dist.get_rank() == 0), said
+        assert not list(Path(folder).glob("*.safetensors"))
 
 
 def continued(case):
@@ -391,20 +405,21 @@ def trainer(case, out):
     return losses, None, None
 
 
-# Models that were patched before there was a group, each process with rows of its own, and with a
-# protection of its own.
+# Models that were patched before there was a group, each process with rows of its own, with a
+# protection of its own, and with weights of its own.
 EARLY = []
 
 
 def patch_early(rank):
-    EARLY.extend(build_model() for _ in range(2))
+    EARLY.extend(build_model(seed=seed) for seed in (0, 0, rank))
     loki.patch(EARLY[0], [[1 + rank], [2], [3]])
     loki.patch(EARLY[1], ROWS, protect=protection(EARLY[1], rank))
+    loki.patch(EARLY[2], ROWS)
 
 
 def ranks(case):
-    """What is said where processes would train different rows, or protect other directions: a list
-    a process of messages.
+    """What is said where processes would train different rows, of another base, or protect other
+    directions: a list a process of messages.
     """
     rank = dist.get_rank()
 
@@ -431,6 +446,8 @@ def ranks(case):
         lambda: train(EARLY[0]),
         protect,
         lambda: train(EARLY[1]),
+        lambda: loki.patch(build_model(seed=rank), ROWS),
+        lambda: train(EARLY[2]),
     ):
         try:
             attempt()
@@ -532,10 +549,13 @@ def run_cases(out: Path, cases: list[str]) -> None:
         kind = case.split("-")[0].removesuffix("2").removesuffix("3")
         run = globals()[kind]
         losses, state, model = run(case, out) if kind in ("trainer", "fsdp") else run(case)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if model is not None and "peft" not in case:
+            # by accelerate's lines, in every process; the state dict is None in all but the first
+            # under ZeRO-3
+            model.save_pretrained(out / case, is_main_process=first, state_dict=state)
+        if first:
             (out / f"{case}.json").write_text(json.dumps(losses))
-            if model is not None and "peft" not in case:
-                model.save_pretrained(out / case, state_dict=state)
             if state is not None:
                 state = {
                     k: v.clone().contiguous() for k, v in state.items() if k != "lm_head.weight"

@@ -180,6 +180,7 @@ def test_all_processes_train_the_same_rows(torch_engines):
     assert [len(rows) for rows in first[0]] == [4, 4, 4]
     # given to patch, and found at the first step
     other = ["trains other rows than another"] * 2 + ["protects other directions than another"] * 2
+    other += ["holds other base weights than another"] * 2
     for *said, expected in zip(first[2:], second[2:], other, strict=True):
         assert sorted(map(bool, said)) == [False, True]  # whoever comes second
         assert expected in "".join(said)
@@ -201,15 +202,19 @@ def test_efficient_loading_is_refused_in_every_process(torch_engines):
         assert all("cpu_ram_efficient_loading" in said for said in process)
 
 
-def test_fsdp1_is_refused_before_training(one_process):
+@pytest.mark.parametrize("around", ["layer", "model"])
+def test_fsdp1_is_refused_before_training(one_process, around):
+    """Around the whole model, as by accelerate's default, no part of the model is FSDP1's."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = build_model(device="cpu")
     loki.patch(model, [[1], [2], [3]])
-    layers = model.model.layers
-    layers[0] = FullyShardedDataParallel(
-        layers[0], use_orig_params=True, device_id=torch.device("cpu")
-    )
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    if around == "model":
+        model = FullyShardedDataParallel(model, **options)
+    else:
+        layers = model.model.layers
+        layers[0] = FullyShardedDataParallel(layers[0], **options)
     with pytest.raises(loki.UnsupportedModelError, match="FSDP2"):
         model(input_ids=torch.ones(1, 4, dtype=torch.int64))
 

@@ -140,6 +140,18 @@ def test_autocast_rounds_no_product_of_the_factors():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_autocast_rounds_no_weight_of_the_whole_form():
+    """Neither the factors' product nor the base: a small update would do nothing until merged."""
+    _, ours = one_module("Llama4", [1, 5, 17])
+    ours = LokiExperts(ours.experts, "down_proj", 2, torch.tensor([1, 5, 17]), 2)
+    for factor in (ours.delta_a, ours.delta_b):
+        factor.data.normal_(0, 1e-3)
+    want = ours.trained_weight()
+    with torch.autocast(want.device.type, torch.bfloat16):
+        got = ours.trained_weight()
+    assert torch.equal(got, want)
+
+
 def test_the_whole_form_has_the_gradients_of_dense_training():
     """Llama 4's forward pass is none of transformers' implementations."""
     dense, ours = one_module("Llama4", [1, 5, 17])

@@ -142,6 +142,30 @@ def test_hooks_of_the_down_projection_run():
     assert sorted(seen) == ["backward", "before"]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_of_the_activation_run(when):
+    model = build_model()
+    seen, activation = [], nn.SiLU()
+    model.model.layers[1].mlp.act_fn = activation  # one of its own
+
+    def watch():
+        activation.register_forward_hook(lambda *_: seen.append("forward"))
+
+    if when == "before":
+        watch()
+    want = gradients(copy.deepcopy(loki.patch(copy.deepcopy(model), ROWS).model))
+    report = loki.patch(model, ROWS, fuse_mlp=True).report
+    fused = {} if when == "after" else {"model.layers.1.mlp": "its activation has hooks"}
+    assert report.not_fused == fused
+    if when == "after":
+        watch()
+    seen.clear()
+    got = gradients(model)
+    assert seen == ["forward"]
+    for a, b in zip(got, want, strict=True):
+        assert float((a - b).norm()) <= 1e-5 * float(b.norm())
+
+
 def test_an_mlp_with_backward_hooks_is_left():
     model = build_model()
     seen = []

@@ -454,6 +454,66 @@ def test_suppress(name):
     assert_unchanged(model, before)
 
 
+def test_a_layer_whose_weight_is_read_alone_is_refused():
+    """Its update would get no gradient, and beside other modules none would miss it."""
+    config = transformers.BloomConfig(
+        vocab_size=97, hidden_size=48, n_layer=3, n_head=4, pretraining_tp=2, slow_but_exact=True
+    )
+    model, ids = transformers.BloomForCausalLM(config).to(DEVICE), token_batch()
+    loki.patch(model, ROWS, modules_to_save=["ln_f"])
+    with pytest.raises(RuntimeError, match=r"h\.0\.mlp\.dense_4h_to_h is read, and it is not call"):
+        model.train()(input_ids=ids, labels=ids)
+    assert not any(module.mlp._forward_hooks for module in model.transformer.h)
+
+
+@pytest.mark.parametrize("fuse_mlp", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_that_a_pass_does_not_reach_is_none_that_is_read_alone(
+    model, fuse_mlp, checkpointing, monkeypatch
+):
+    handle, ids = loki.patch(model, ROWS, fuse_mlp=fuse_mlp), token_batch()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    skipped = model.model.layers[1]
+    monkeypatch.setattr(type(skipped), "forward", skip(skipped, type(skipped).forward))
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = [layer.update.grad is not None for _, layer in handle.named_layers()]
+    assert trained == [True, False, True]
+    assert not any(layer.mlp._forward_hooks for layer in model.model.layers)
+
+
+def skip(skipped, forward):
+    """Of a class, a forward pass that leaves one of its modules out, as LayerDrop does."""
+
+    def without(self, hidden, *arguments, **options):
+        return hidden if self is skipped else forward(self, hidden, *arguments, **options)
+
+    return without
+
+
+def test_no_backward_pass_crosses_the_edge_of_suppress(model):
+    """It would multiply by rows that its forward pass has not seen, and say nothing."""
+    ids = token_batch()
+    before = model(input_ids=ids, labels=ids).loss
+    with loki.suppress(model, ROWS):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            before.backward()
+        model(input_ids=ids, labels=ids).loss.backward()
+        inside = model(input_ids=ids, labels=ids).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        inside.backward()
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize(("end", "rank"), [("unpatch", None), ("merge", 2)])
+def test_no_backward_pass_sees_other_rows_after_the_end(model, end, rank):
+    handle, ids = loki.patch(model, ROWS, rank=rank), token_batch()
+    loss = model(input_ids=ids, labels=ids).loss
+    getattr(handle, end)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_three_lines(model, tmp_path, monkeypatch):
     """`patch(model, tokenizer=..., quota=...)` analyses, selects, and keeps the analysis."""
     monkeypatch.setenv("LOKI_KERNELS_CACHE", str(tmp_path / "cache"))
