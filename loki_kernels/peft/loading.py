@@ -16,6 +16,27 @@ from ..training.arithmetic import whole_update
 from .layer import LokiLayer
 
 
+def check_loading(base: nn.Module) -> None:
+    """Have `check_saved` asked of every state dict for a base with adapters.
+
+    It is the base that asks, since transformers' ``add_adapter`` and PEFT's
+    ``inject_adapter_in_model`` keep nothing else; once, however often it is wrapped.
+    """
+    if not _own_hooks(base):
+        base.register_load_state_dict_pre_hook(check_saved)  # type: ignore[no-untyped-call]
+
+
+def forget_loading(base: nn.Module) -> None:
+    """Undo `check_loading`."""
+    for key in _own_hooks(base):
+        del base._load_state_dict_pre_hooks[key]
+
+
+def _own_hooks(base: nn.Module) -> list[int]:
+    hooks = base._load_state_dict_pre_hooks
+    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is check_saved]
+
+
 def check_saved(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a state dict of other rows or another protection, or whose rows were merged before.
 

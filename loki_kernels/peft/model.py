@@ -48,7 +48,7 @@ from .layer import (
     refuse_other_modules,
     refuse_parts,
 )
-from .loading import check_saved
+from .loading import check_loading, forget_loading
 from .quantized import dequantize_model
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,6 @@ class LokiModel(BaseTuner):
         self._warned = False
         self._holders = 0
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(check_saved)  # type: ignore[no-untyped-call]
         self.register_forward_pre_hook(_check_training)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,6 +181,7 @@ class LokiModel(BaseTuner):
         if trained_on is None:
             vars(peft_config).update(base_rows_content(present))
         peft_config.target_modules = set(self._added)
+        check_loading(self.model)
         return peft_config
 
     @contextlib.contextmanager
@@ -225,16 +225,6 @@ class LokiModel(BaseTuner):
             "protect=True estimates from the base alone, and the model has an adapter "
             f"({next(iter(added))!r}) already; name a protection's file (protect=FILE)."
         )
-
-    def check_protected(self, layer: LokiLayer) -> None:
-        """Raise RuntimeError if an adapter would train on without its protection.
-
-        In training mode; in the other, which an evaluation with gradients is in too, where a
-        gradient is made (`LokiLayer.watch`).
-        """
-        for name in self.active_adapters:
-            if any(p.requires_grad for p in layer.factors(name)):
-                layer.check_protected(name)
 
     def check_ranks(self) -> None:
         """Raise ValueError if another process trains other rows, or has another protection."""
@@ -339,6 +329,7 @@ class LokiModel(BaseTuner):
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge, progressbar, safe_merge, adapter_names
         )
+        forget_loading(model)
         if dequantize:
             dequantize_model(model)
             logger.info("the merged model is no longer quantized")
@@ -404,18 +395,12 @@ def _check_modules(structure: Structure, config: LokiConfig) -> None:
 def _check_training(model: LokiModel, _inputs: Any) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    # of adapters whose protection is at hand there is nothing to refuse
-    configs: list[Any] = list(model.peft_config.values())
-    if any(config.protection is not None and config.kept is None for config in configs):
-        for layer in model._loki_layers():
-            layer.watch()
     if not model.training:
         return
-    # one of ours tells of all: a protection, or a trainer's dtype, is of every one
+    # one of ours tells of all: a trainer's dtype is of every one
     first = next((m for m in model.model.modules() if isinstance(m, LokiLayer)), None)
     if first is None:  # they were merged, or unloaded
         return
-    model.check_protected(first)
     model.warn_of_coarse_updates(first)
     if is_distributed():
         model.check_ranks()

@@ -338,6 +338,41 @@ def test_an_adapter_loaded_to_be_used_is_not_trained_without_its_protection(file
     assert torch.equal(logits(loaded), want)
 
 
+@pytest.mark.parametrize("turned_on", ["set_adapter", "enable_adapters"])
+def test_transformers_trains_no_adapter_without_its_protection(turned_on, file, tmp_path):
+    """It throws away the model that PEFT makes, and sets the parameters anew."""
+    pytest.importorskip("peft.utils.transformers_weight_conversion")  # which transformers asks for
+    trained = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    train(trained)
+    trained.save_pretrained(tmp_path)
+    model = build_model()
+    model.load_adapter(str(tmp_path))
+    want = logits(model)
+    torch.testing.assert_close(want, logits(trained))
+    layers = [m for m in model.modules() if isinstance(m, layer_module.LokiLayer)]
+
+    def enable(enabled):  # as transformers' own do, which ask for a newer PEFT by its number
+        for layer in layers:
+            layer.enable_adapters(enabled)
+
+    if turned_on == "set_adapter":
+        for layer in layers:
+            layer.set_adapter("default")
+    else:
+        enable(False)
+        enable(True)
+    batch = token_batch()
+    with pytest.raises(RuntimeError, match="loaded without it"):
+        train(model.train())
+    enable(False)
+    model(input_ids=batch, labels=batch)  # as the reference of a preference loss
+    enable(True)
+    loss = model.eval()(input_ids=batch, labels=batch).loss
+    with pytest.raises(RuntimeError, match="loaded without it"):
+        loss.backward()
+    assert torch.equal(logits(model), want)
+
+
 @pytest.mark.parametrize("way", ["copied", "loaded anew"])
 def test_an_adapter_s_new_parameters_are_watched_too(file, tmp_path, way):
     """Copying, and PEFT's loading with little memory, make parameters that have no hooks."""
