@@ -41,6 +41,7 @@ from ..training.targets import (
     selection_to_train,
     what_to_train,
 )
+from .beside import drop_modules, turn_on_modules
 from .config import LokiConfig
 from .layer import (
     LokiLayer,
@@ -114,10 +115,23 @@ class LokiModel(BaseTuner):
         *same, name = (name for name, config in self.peft_config.items() if config is peft_config)
         self._copied = same[0] if same else None
         self.peft_config[name] = peft_config = copy.copy(peft_config)
-        # PEFT lets a model be given an adapter of that name twice: the second replaces the first.
-        for layer in self._loki_layers():
-            if name in layer.rows:
-                layer.delete_adapter(name)
+        # PEFT lets a model be given an adapter of that name twice: the second replaces the first,
+        # once nothing can be refused any more.
+        first = [layer for layer in self._loki_layers() if name in layer.rows]
+        try:
+            self._fill_in(peft_config, name)
+        except BaseException:
+            if first:  # of all models around a base PEFT has one dict of configs
+                self.peft_config[name] = first[0].configs[name]
+            raise
+        for layer in first:
+            layer.delete_adapter(name)
+        drop_modules(self.model, name)
+        check_loading(self.model)
+        return peft_config
+
+    def _fill_in(self, peft_config: LokiConfig, name: str) -> None:
+        """Into the config what is left to this model, and what will be added; all that can fail."""
         peft_config.fetch()
         # Of these PEFT names the heads in the config that it was given, once this has been made.
         heads = _HEADS.get(peft_config.task_type, [])
@@ -142,8 +156,8 @@ class LokiModel(BaseTuner):
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
         if wanted is not None:  # raises before minutes of estimating
             assign_rows(structure, wanted)
-        kept_by_layer = self._directions(structure, peft_config)  # and this before an analysis
-        with self._base_alone():  # which is of what every adapter is of
+        with self._base_alone():  # of which every adapter is
+            kept_by_layer = self._directions(structure, peft_config)  # this before an analysis too
             selection = selection_to_train(structure, wanted, None, quota, peft_config.criterion)
         assigned = assign_rows(structure, selection)
         peft_config.rows = [layer.tolist() for layer in selection]
@@ -181,8 +195,11 @@ class LokiModel(BaseTuner):
         if trained_on is None:
             vars(peft_config).update(base_rows_content(present))
         peft_config.target_modules = set(self._added)
-        check_loading(self.model)
-        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **given: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **given)
+        if adapter_name in self.active_adapters:
+            turn_on_modules(model, adapter_name, self.peft_config[adapter_name].inference_mode)
 
     @contextlib.contextmanager
     def _base_alone(self) -> Iterator[None]:

@@ -92,6 +92,19 @@ def test_a_second_adapter_of_a_name_replaces_the_first(first, second, base_folde
     torch.testing.assert_close(logits(model.merge_and_unload()), logits(loaded))
 
 
+def test_a_second_adapter_that_is_refused_leaves_the_first(tmp_path):
+    base = build_model()
+    model = train(peft.get_peft_model(base, LokiConfig(rows=ROWS, rank=2)))
+    want, config = logits(model), model.peft_config["default"]
+    second = LokiConfig(rows=ROWS, protect=str(tmp_path / "gone.safetensors"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        peft.get_peft_model(base, second)
+    assert torch.equal(logits(model), want)
+    assert model.peft_config["default"] is config
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(build_model(), tmp_path)), want)
+
+
 def test_a_second_adapters_rows_are_the_bases(base_folder, monkeypatch):
     """Which rows matter least is asked of the base without the first adapter."""
     seen = []
