@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import torch
 from peft import TaskType
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
@@ -203,15 +204,20 @@ class LokiModel(BaseTuner):
 
     @contextlib.contextmanager
     def _base_alone(self) -> Iterator[None]:
-        """Without the adapters that are here; PEFT's own way would change what is trained."""
-        before = [(layer, layer._disable_adapters) for layer in self._loki_layers()]
+        """Without the adapters that are here, and the heads and tokens that they train.
+
+        PEFT's own way would change what is trained.
+        """
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        parts = [module for module in self.model.modules() if isinstance(module, kinds)]
+        before = [(part, part._disable_adapters) for part in parts]
         try:
-            for layer, _ in before:
-                layer._disable_adapters = True
+            for part in parts:
+                part._disable_adapters = True
             yield
         finally:
-            for layer, disabled in before:
-                layer._disable_adapters = disabled
+            for part, disabled in before:
+                part._disable_adapters = disabled
 
     def _directions(self, structure: Structure, config: LokiConfig) -> dict[str, Tensor]:
         """What a new adapter leaves alone, by down-projection; its fingerprint into the config.

@@ -105,7 +105,11 @@ def test_a_second_adapter_that_is_refused_leaves_the_first(tmp_path):
     assert torch.equal(logits(peft.PeftModel.from_pretrained(build_model(), tmp_path)), want)
 
 
-def test_a_second_adapters_rows_are_the_bases(base_folder, monkeypatch):
+@pytest.mark.parametrize(
+    "beside",
+    [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": list(range(50))}],
+)
+def test_a_second_adapters_rows_are_the_bases(beside, base_folder, monkeypatch):
     """Which rows matter least is asked of the base without the first adapter."""
     seen = []
 
@@ -115,7 +119,7 @@ def test_a_second_adapters_rows_are_the_bases(base_folder, monkeypatch):
 
     base = load_model(base_folder)
     want = logits(base)
-    model = train(peft.get_peft_model(base, LokiConfig(rows=ROWS)))
+    model = train(peft.get_peft_model(base, LokiConfig(rows=ROWS, **beside)))
     learned = logits(model)
     monkeypatch.setattr(loki_kernels.peft.model, "selection_to_train", selection)
     model.add_adapter("other", LokiConfig(quota=10))
