@@ -51,7 +51,7 @@ from .layer import (
     refuse_parts,
 )
 from .loading import check_loading, forget_loading
-from .quantized import dequantize_model
+from .quantized import dequantize_model, refuse_other_products
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +150,7 @@ class LokiModel(BaseTuner):
         refuse_other_modules(structure)
         refuse_tensor_parallelism(structure)
         refuse_efficient_loading()
+        refuse_other_products(structure, self.model)
         _check_modules(structure, peft_config)
         wanted = None if peft_config.rows is None else as_selection(peft_config.rows)
         protected, rank = bool(protect), peft_config.rank
