@@ -403,6 +403,31 @@ def test_rows_of_another_selection_are_not_loaded_into_an_adapter(tmp_path):
     assert torch.equal(logits(other), logits(build_model()))
 
 
+@pytest.mark.parametrize(
+    ("own", "saved", "message"),
+    [
+        (
+            {"rank": 2},
+            {},
+            "another rank than adapter 'default': it lacks the loki_delta_a of model",
+        ),
+        ({}, {"rank": 2}, "another rank than adapter 'default': it lacks the loki_update of model"),
+        ({"rows": [[1], [2], [3]]}, {"rows": [[1], [], [3]]}, r"other layers .*model\.layers\.1\."),
+        ({"rows": [[1], [], [3]]}, {"rows": [[1], [2], [3]]}, r"other layers .*model\.layers\.1\."),
+    ],
+)
+def test_what_would_be_loaded_in_part_is_refused(own, saved, message, tmp_path):
+    """PEFT passes over what it does not find, and leaves the rest as it was."""
+    train(peft.get_peft_model(build_model(), LokiConfig(**{"rows": ROWS} | saved))).save_pretrained(
+        tmp_path
+    )
+    model = peft.get_peft_model(build_model(), LokiConfig(**{"rows": ROWS} | own))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(tmp_path), "default")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_no_adapter_is_added_to_a_merged_model():
     model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS))
     learned = logits(train(model))
