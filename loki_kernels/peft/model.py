@@ -373,7 +373,8 @@ def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
         if protection is None:
             message = (
                 "the adapter was trained with a protection; name its file (protect=), which was "
-                f"saved beside the adapter as {PROTECTION_FILE}{config.unfetched}."
+                f"saved beside the adapter as {PROTECTION_FILE}, where "
+                f"LokiConfig.from_pretrained(FOLDER) finds it{config.unfetched}."
             )
             raise explained(ValueError(message))
         named = "is estimated here" if config.protect is True else f"{config.protect} holds"

@@ -101,7 +101,7 @@ def test_an_adapter_needs_its_protection_to_be_trained_on_alone(rank, file, tmp_
     train(trainable())  # by what lies beside it
     loaded.save_pretrained(tmp_path / "adapter")  # which knows no protection and leaves it
     beside.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="name its file"):
         trainable()
     protection_of(build_model(), seed=5).save(file)
     with pytest.raises(ValueError, match="another protection"):
@@ -483,6 +483,25 @@ def test_what_a_hubs_config_names_is_not_read_here(file, monkeypatch, tmp_path):
     for kind in (LokiConfig, peft.PeftConfig):
         with pytest.raises(ValueError, match="names a file in rows"):
             kind.from_pretrained("someone/adapter")
+
+
+@pytest.mark.parametrize("folder", ["adapter", "someone/adapter"])
+def test_a_config_that_peft_reads_names_no_file_of_another_machine(
+    folder, file, monkeypatch, tmp_path
+):
+    """transformers' ``load_adapter`` reads it so, by which `LokiConfig` is not asked."""
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    model.save_pretrained(tmp_path / "adapter")
+    path = str(tmp_path / "adapter" / "adapter_config.json")
+    monkeypatch.setattr(peft.config, "hf_hub_download", lambda *_, **__: path)
+    local = tmp_path / folder
+    config = peft.PeftConfig.from_pretrained(local if local.is_dir() else folder)
+    assert config.protect is None
+    config.inference_mode = False
+    with pytest.raises(ValueError, match=r"LokiConfig\.from_pretrained\(FOLDER\) finds it"):
+        peft.get_peft_model(build_model(), copy.copy(config))
+    config.protect = str(file)
+    train(peft.get_peft_model(build_model(), config))
 
 
 def test_an_adapter_of_a_hub_is_trained_on_with_its_protection(file, monkeypatch, tmp_path):
