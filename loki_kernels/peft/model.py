@@ -127,7 +127,8 @@ class LokiModel(BaseTuner):
             raise
         for layer in first:
             layer.delete_adapter(name)
-        drop_modules(self.model, name)
+        if first:  # what another method's adapter of that name trains is its own
+            drop_modules(self.model, name)
         check_loading(self.model)
         return peft_config
 
