@@ -126,6 +126,8 @@ class LokiModel(BaseTuner):
                 self.peft_config[name] = first[0].configs[name]
             raise
         for layer in first:
+            # or PEFT would have another adapter's update trained instead
+            layer._active_adapter = [active for active in layer.active_adapters if active != name]
             layer.delete_adapter(name)
         if first:  # what another method's adapter of that name trains is its own
             drop_modules(self.model, name)
