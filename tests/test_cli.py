@@ -469,7 +469,7 @@ def recorded(folder, monkeypatch):
     record("attribution.attribute", Result())
     record("protection.estimate_protection", Result())
     record("forgetting.drift", Result())
-    record("forgetting.limit_drift", (0.5, SimpleNamespace(overall=group)))
+    record("forgetting.limit_drift", (0.5, SimpleNamespace(overall=group, left_out=0)))
     record("estimate.estimate", "an estimate")
     record("training.adapter_file.read_saved", SimpleNamespace(modules={"a"}))
     record("training.patching.patch_saved", handle)

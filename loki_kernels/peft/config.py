@@ -102,7 +102,8 @@ class LokiConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         # a file says its type, which a call does not, and could have any other file read here
-        if isinstance(self.rows, str) and self.peft_type is not None:
+        from_file = self.peft_type is not None
+        if isinstance(self.rows, str) and from_file:
             raise ValueError(
                 "the adapter's config names a file in rows; one that is read from a file has to "
                 "hold the rows themselves, a list for each layer."
@@ -123,7 +124,9 @@ class LokiConfig(PeftConfig):
                 "a config is a file and names another one: protection.save(FILE), protect=FILE."
             )
         if self.protect is not None and not isinstance(self.protect, bool):
-            self.protect = os.fspath(self.protect)
+            # what a model has filled in names a file of the machine that trained it, and the one
+            # that lies beside it is known to `from_pretrained`
+            self.protect = None if from_file and saved else os.fspath(self.protect)
         if self.quota is not None:
             self.quota = float(self.quota)  # NumPy's have no place in a file
         if self.quantized_merge is not None:

@@ -172,6 +172,20 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 "protect names such a file."
             )
 
+    def _check_training(self, names: list[str]) -> None:
+        """Refuse that one of these adapters is trained on without its protection.
+
+        In training mode; in the other, which an evaluation with gradients is in too, where a
+        gradient is made (`watch`). Here and not in `LokiModel`, which transformers'
+        ``load_adapter`` and PEFT's ``inject_adapter_in_model`` make and throw away.
+        """
+        if self.training:
+            for name in names:
+                if any(p.requires_grad for p in self.factors(name)):
+                    self.check_protected(name)
+        if not torch.compiler.is_compiling():
+            self.watch()
+
     @torch.no_grad()
     def copy_update(self, source: str, adapter_name: str) -> None:
         """Make an adapter's update another one's."""
@@ -244,6 +258,8 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         inactive = self.disable_adapters or self.merged
         names = [] if inactive else self._adapters_here(self.active_adapters)
         base = self.base_layer
+        if torch.is_grad_enabled():
+            self._check_training(names)
         if any(name in self.loki_directions for name in names):
             refuse_parts(self)
         if len(names) == 1 and self._is_plain(base):

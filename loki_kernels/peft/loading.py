@@ -16,8 +16,29 @@ from ..training.arithmetic import whole_update
 from .layer import LokiLayer
 
 
+def check_loading(base: nn.Module) -> None:
+    """Have `check_saved` asked of every state dict for a base with adapters.
+
+    It is the base that asks, since transformers' ``add_adapter`` and PEFT's
+    ``inject_adapter_in_model`` keep nothing else; once, however often it is wrapped.
+    """
+    if not _own_hooks(base):
+        base.register_load_state_dict_pre_hook(check_saved)  # type: ignore[no-untyped-call]
+
+
+def forget_loading(base: nn.Module) -> None:
+    """Undo `check_loading`."""
+    for key in _own_hooks(base):
+        del base._load_state_dict_pre_hooks[key]
+
+
+def _own_hooks(base: nn.Module) -> list[int]:
+    hooks = base._load_state_dict_pre_hooks
+    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is check_saved]
+
+
 def check_saved(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict of other rows or another protection, or whose rows were merged before.
+    """Refuse a state dict of other rows, rank or protection, or whose rows were merged before.
 
     PEFT loads one into an adapter that is there without reading its config.
     """
@@ -44,7 +65,41 @@ def check_saved(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
             "would be loaded. Load it onto the class that it was trained on."
         )
     for adapter in {adapter for _, layer in layers for adapter in layer.rows}:
-        _refuse_merged(dict(layers), adapter, state_dict)
+        own = {name: layer for name, layer in layers if adapter in layer.rows}
+        _check_whole(own, adapter, state_dict, prefix)
+        _refuse_merged(own, adapter, state_dict)
+
+
+def _check_whole(
+    own: Mapping[str, LokiLayer], adapter: str, saved: Mapping[str, Any], prefix: str
+) -> None:
+    """Raise ValueError if PEFT, which loads what it finds, would load a part, or nothing.
+
+    Args:
+        own: the adapter's layers by their names in ``saved``.
+        adapter: its name.
+        saved: the state dict, perhaps without anything of it.
+        prefix: of all names of this model in it.
+    """
+    if not any(f"{name}.loki_index.{adapter}" in saved for name in own):
+        return
+    # of a key that the model lacks PEFT 0.21 leaves the adapter's name out
+    ends = (f".loki_index.{adapter}", ".loki_index")
+    keys = [key for key in saved if key.startswith(prefix) and key.endswith(ends)]
+    other = {key.rpartition(".loki_index")[0] for key in keys} ^ own.keys()
+    if other:
+        raise ValueError(
+            f"what was saved has rows of other layers than adapter {adapter!r} ("
+            f"{min(other).removeprefix(prefix)} is of one of the two alone); load it as an adapter "
+            "of its own."
+        )
+    for name, layer in own.items():
+        for part in layer.adapter_layer_names:
+            if adapter in getattr(layer, part) and f"{name}.{part}.{adapter}" not in saved:
+                raise ValueError(
+                    f"what was saved has another rank than adapter {adapter!r}: it lacks the "
+                    f"{part} of {name.removeprefix(prefix)}; load it as an adapter of its own."
+                )
 
 
 def _check_protection(layer: LokiLayer, adapter: str, saved: Tensor | None) -> None:
@@ -58,12 +113,11 @@ def _check_protection(layer: LokiLayer, adapter: str, saved: Tensor | None) -> N
         raise explained(ValueError(message))
 
 
-def _refuse_merged(layers: Mapping[str, LokiLayer], adapter: str, saved: Mapping[str, Any]) -> None:
+def _refuse_merged(own: Mapping[str, LokiLayer], adapter: str, saved: Mapping[str, Any]) -> None:
     """Raise ValueError if rows hold a saved update already, in layers by their names in ``saved``.
 
     Of whole tensors alone, as a file has them.
     """
-    own = {name: layer for name, layer in layers.items() if adapter in layer.rows}
     config = next(iter(own.values())).configs[adapter]
     trained_on = base_rows_of(vars(config))
     if trained_on is None or config.present is None:

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import torch
 from peft import TaskType
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ from ..training.targets import (
     selection_to_train,
     what_to_train,
 )
+from .beside import drop_modules, turn_on_modules
 from .config import LokiConfig
 from .layer import (
     LokiLayer,
@@ -48,8 +50,8 @@ from .layer import (
     refuse_other_modules,
     refuse_parts,
 )
-from .loading import check_saved
-from .quantized import dequantize_model
+from .loading import check_loading, forget_loading
+from .quantized import dequantize_model, refuse_other_products
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,6 @@ class LokiModel(BaseTuner):
         self._warned = False
         self._holders = 0
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(check_saved)  # type: ignore[no-untyped-call]
         self.register_forward_pre_hook(_check_training)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,10 +116,26 @@ class LokiModel(BaseTuner):
         *same, name = (name for name, config in self.peft_config.items() if config is peft_config)
         self._copied = same[0] if same else None
         self.peft_config[name] = peft_config = copy.copy(peft_config)
-        # PEFT lets a model be given an adapter of that name twice: the second replaces the first.
-        for layer in self._loki_layers():
-            if name in layer.rows:
-                layer.delete_adapter(name)
+        # PEFT lets a model be given an adapter of that name twice: the second replaces the first,
+        # once nothing can be refused any more.
+        first = [layer for layer in self._loki_layers() if name in layer.rows]
+        try:
+            self._fill_in(peft_config, name)
+        except BaseException:
+            if first:  # of all models around a base PEFT has one dict of configs
+                self.peft_config[name] = first[0].configs[name]
+            raise
+        for layer in first:
+            # or PEFT would have another adapter's update trained instead
+            layer._active_adapter = [active for active in layer.active_adapters if active != name]
+            layer.delete_adapter(name)
+        if first:  # what another method's adapter of that name trains is its own
+            drop_modules(self.model, name)
+        check_loading(self.model)
+        return peft_config
+
+    def _fill_in(self, peft_config: LokiConfig, name: str) -> None:
+        """Into the config what is left to this model, and what will be added; all that can fail."""
         peft_config.fetch()
         # Of these PEFT names the heads in the config that it was given, once this has been made.
         heads = _HEADS.get(peft_config.task_type, [])
@@ -136,6 +153,7 @@ class LokiModel(BaseTuner):
         refuse_other_modules(structure)
         refuse_tensor_parallelism(structure)
         refuse_efficient_loading()
+        refuse_other_products(structure, self.model)
         _check_modules(structure, peft_config)
         wanted = None if peft_config.rows is None else as_selection(peft_config.rows)
         protected, rank = bool(protect), peft_config.rank
@@ -143,8 +161,8 @@ class LokiModel(BaseTuner):
         together = is_distributed() and not peft_config.inference_mode  # each may evaluate others
         if wanted is not None:  # raises before minutes of estimating
             assign_rows(structure, wanted)
-        kept_by_layer = self._directions(structure, peft_config)  # and this before an analysis
-        with self._base_alone():  # which is of what every adapter is of
+        with self._base_alone():  # of which every adapter is
+            kept_by_layer = self._directions(structure, peft_config)  # this before an analysis too
             selection = wanted or selection_to_train(structure, None, quota, peft_config.criterion)
         assigned = assign_rows(structure, selection)
         peft_config.rows = [layer.tolist() for layer in selection]
@@ -182,19 +200,28 @@ class LokiModel(BaseTuner):
         if trained_on is None:
             vars(peft_config).update(base_rows_content(present))
         peft_config.target_modules = set(self._added)
-        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **given: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **given)
+        if adapter_name in self.active_adapters:
+            turn_on_modules(model, adapter_name, self.peft_config[adapter_name].inference_mode)
 
     @contextlib.contextmanager
     def _base_alone(self) -> Iterator[None]:
-        """Without the adapters that are here; PEFT's own way would change what is trained."""
-        before = [(layer, layer._disable_adapters) for layer in self._loki_layers()]
+        """Without the adapters that are here, and the heads and tokens that they train.
+
+        PEFT's own way would change what is trained.
+        """
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        parts = [module for module in self.model.modules() if isinstance(module, kinds)]
+        before = [(part, part._disable_adapters) for part in parts]
         try:
-            for layer, _ in before:
-                layer._disable_adapters = True
+            for part in parts:
+                part._disable_adapters = True
             yield
         finally:
-            for layer, disabled in before:
-                layer._disable_adapters = disabled
+            for part, disabled in before:
+                part._disable_adapters = disabled
 
     def _directions(self, structure: Structure, config: LokiConfig) -> dict[str, Tensor]:
         """What a new adapter leaves alone, by down-projection; its fingerprint into the config.
@@ -225,16 +252,6 @@ class LokiModel(BaseTuner):
             "protect=True estimates from the base alone, and the model has an adapter "
             f"({next(iter(added))!r}) already; name a protection's file (protect=FILE)."
         )
-
-    def check_protected(self, layer: LokiLayer) -> None:
-        """Raise RuntimeError if an adapter would train on without its protection.
-
-        In training mode; in the other, which an evaluation with gradients is in too, where a
-        gradient is made (`LokiLayer.watch`).
-        """
-        for name in self.active_adapters:
-            if any(p.requires_grad for p in layer.factors(name)):
-                layer.check_protected(name)
 
     def check_ranks(self) -> None:
         """Raise ValueError if another process trains other rows, or has another protection."""
@@ -339,6 +356,7 @@ class LokiModel(BaseTuner):
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge, progressbar, safe_merge, adapter_names
         )
+        forget_loading(model)
         if dequantize:
             dequantize_model(model)
             logger.info("the merged model is no longer quantized")
@@ -360,7 +378,8 @@ def _protection(structure: Structure, config: LokiConfig) -> Protection | None:
         if protection is None:
             message = (
                 "the adapter was trained with a protection; name its file (protect=), which was "
-                f"saved beside the adapter as {PROTECTION_FILE}{config.unfetched}."
+                f"saved beside the adapter as {PROTECTION_FILE}, where "
+                f"LokiConfig.from_pretrained(FOLDER) finds it{config.unfetched}."
             )
             raise explained(ValueError(message))
         named = "is estimated here" if config.protect is True else f"{config.protect} holds"
@@ -406,18 +425,12 @@ def _check_modules(structure: Structure, config: LokiConfig) -> None:
 def _check_training(model: LokiModel, _inputs: Any) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    # of adapters whose protection is at hand there is nothing to refuse
-    configs: list[Any] = list(model.peft_config.values())
-    if any(config.protection is not None and config.kept is None for config in configs):
-        for layer in model._loki_layers():
-            layer.watch()
     if not model.training:
         return
-    # one of ours tells of all: a protection, or a trainer's dtype, is of every one
+    # one of ours tells of all: a trainer's dtype is of every one
     first = next((m for m in model.model.modules() if isinstance(m, LokiLayer)), None)
     if first is None:  # they were merged, or unloaded
         return
-    model.check_protected(first)
     model.warn_of_coarse_updates(first)
     if is_distributed():
         model.check_ranks()

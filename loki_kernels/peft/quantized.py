@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..sharding import linear_of
-from ..structure import is_linear_like, is_plain_linear
+from ..sharding import is_sharded, linear_of
+from ..structure import Structure, is_linear_like, is_plain_linear
+from ..training.targets import computes_linear, is_plain_weight
 
 
 def quantization_of(layer: nn.Module, model: nn.Module) -> Any:
@@ -28,6 +30,31 @@ def quantization_of(layer: nn.Module, model: nn.Module) -> Any:
             "quantized bases need peft 0.20 or newer."
         ) from error
     return resolve_quantization_backend(layer, **get_quantization_kwargs(model))
+
+
+def refuse_other_products(structure: Structure, model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a down-projection that is neither linear nor read by PEFT.
+
+    PEFT knows no kind of quantization in it either: BitNet's layers round their weight in every
+    pass, so that merging an update would round it away, and others hold it packed or scaled.
+    """
+    for down_proj in structure.projections():
+        layer, weight = down_proj.module, getattr(down_proj.module, "weight", None)
+        # one of ours was asked about when it was put around its base
+        if isinstance(layer, BaseTunerLayer) or is_plain_linear(layer):
+            continue
+        if quantization_of(layer, model) is not None:
+            continue
+        if is_plain_weight(weight) and (
+            weight.is_meta or is_sharded(weight) or computes_linear(layer, 0)
+        ):
+            continue
+        raise UnsupportedModelError(
+            f"{down_proj.name} is a {type(layer).__name__} with a {type(weight).__name__} of "
+            f"{getattr(weight, 'dtype', 'no dtype')}, which is no plain linear layer and of no "
+            "quantization that PEFT reads; load the model unquantized, or quantize it by "
+            "bitsandbytes or torchao."
+        )
 
 
 def is_repacked(layer: Any) -> bool:

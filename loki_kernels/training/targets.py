@@ -177,7 +177,7 @@ def _check_projection(down_proj: DownProjection) -> None:
     name, module = down_proj.name, down_proj.module
     weight = getattr(module, down_proj.parameter, None)
     known = down_proj.of_experts or isinstance(module, (nn.Linear, Conv1D))
-    if not known or not _is_plain(weight):
+    if not known or not is_plain_weight(weight):
         advice = (
             "load the model unquantized"
             if down_proj.of_experts
@@ -213,7 +213,7 @@ def _check_projection(down_proj: DownProjection) -> None:
                 "weights without calling them, and so without an update; load the model without "
                 "use_kernels=True."
             )
-    elif not is_partitioned(weight) and not _computes_linear(module, down_proj.axis):
+    elif not is_partitioned(weight) and not computes_linear(module, down_proj.axis):
         raise UnsupportedModelError(
             f"{name} is a {type(module).__name__}, which computes something else than a linear "
             "layer; its rows cannot be trained."
@@ -238,7 +238,7 @@ def _refuse_shared_weights(structure: Structure) -> None:
             )
 
 
-def _is_plain(weight: object) -> TypeGuard[nn.Parameter]:
+def is_plain_weight(weight: object) -> TypeGuard[nn.Parameter]:
     return (
         isinstance(weight, Tensor)
         and type(weight.data) in (Tensor, DTensor)
@@ -246,7 +246,7 @@ def _is_plain(weight: object) -> TypeGuard[nn.Parameter]:
     )
 
 
-def _computes_linear(module: nn.Module, axis: int) -> bool:
+def computes_linear(module: nn.Module, axis: int) -> bool:
     """Whether a subclass of ``nn.Linear`` gives what that would."""
     if type(module) in (nn.Linear, Conv1D):
         return True

@@ -33,6 +33,29 @@ def test_an_adapter_of_another_class_is_refused(checkpoint, tmp_path):
         peft.PeftModel.from_pretrained(load_model(checkpoint), tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_other_rows_are_refused_without_a_peft_model(copied):
+    """As transformers' ``add_adapter`` leaves a model; of as many rows, so every shape fits."""
+    model = build_model()
+    peft.inject_adapter_in_model(LokiConfig(rows=ROWS), model)
+    model = copy.deepcopy(model) if copied else model
+    other = peft.inject_adapter_in_model(LokiConfig(rows=[[1, 5, 41], [0], [7, 3]]), build_model())
+    saved = peft.get_peft_model_state_dict(other)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="trains other rows in adapter 'default'"):
+        peft.set_peft_model_state_dict(model, saved)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_unloaded_base_has_no_hooks_of_ours():
+    base = build_model()
+    for _ in range(2):  # of which the second replaces the first
+        model = peft.get_peft_model(base, LokiConfig(rows=ROWS))
+    assert len(base._load_state_dict_pre_hooks) == 1
+    model.unload()
+    assert not base._load_state_dict_pre_hooks
+
+
 def test_layers_that_are_checkpointed_are_of_this_class(checkpoint, tmp_path):
     """As accelerate wraps them under FSDP2; state dicts have plain names."""
     model = peft.get_peft_model(load_model(checkpoint), LokiConfig(rows=ROWS))

@@ -174,6 +174,31 @@ def test_new_tokens(tmp_path, tied, resized_base):
         loki.load_adapter(load(), tmp_path / "adapter")
 
 
+BESIDE = [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": list(range(50))}]
+
+
+@pytest.mark.parametrize("other", [None, {"rows": [[2], [9], [8]], "modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("second", [{}, *BESIDE])
+@pytest.mark.parametrize("first", BESIDE)
+def test_what_is_trained_beside_the_rows_is_replaced_with_them(first, second, other):
+    """A sweep's second round on one base starts from that base, also where others have a head."""
+
+    def run(*rounds):
+        base, names = build_model(), set()
+        for options in rounds:
+            model = peft.get_peft_model(base, LokiConfig(rows=ROWS, **options))
+            names = trained_names(model)
+            train(model)
+            if other is not None and "other" not in model.peft_config:
+                model.add_adapter("other", LokiConfig(**other))
+        return names, logits(model)
+
+    names, got = run(first, second)
+    want_names, want = run(second)
+    assert names == want_names
+    torch.testing.assert_close(got, want)
+
+
 def test_tokens_of_an_embedding_that_is_named(tmp_path):
     build_model().save_pretrained(tmp_path / "base")
     config = LokiConfig(rows=ROWS, trainable_token_indices={"embed_tokens": [5, 9]})

@@ -92,7 +92,24 @@ def test_a_second_adapter_of_a_name_replaces_the_first(first, second, base_folde
     torch.testing.assert_close(logits(model.merge_and_unload()), logits(loaded))
 
 
-def test_a_second_adapters_rows_are_the_bases(base_folder, monkeypatch):
+def test_a_second_adapter_that_is_refused_leaves_the_first(tmp_path):
+    base = build_model()
+    model = train(peft.get_peft_model(base, LokiConfig(rows=ROWS, rank=2)))
+    want, config = logits(model), model.peft_config["default"]
+    second = LokiConfig(rows=ROWS, protect=str(tmp_path / "gone.safetensors"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        peft.get_peft_model(base, second)
+    assert torch.equal(logits(model), want)
+    assert model.peft_config["default"] is config
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(build_model(), tmp_path)), want)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": list(range(50))}],
+)
+def test_a_second_adapters_rows_are_the_bases(beside, base_folder, monkeypatch):
     """Which rows matter least is asked of the base without the first adapter."""
     seen = []
 
@@ -102,7 +119,7 @@ def test_a_second_adapters_rows_are_the_bases(base_folder, monkeypatch):
 
     base = load_model(base_folder)
     want = logits(base)
-    model = train(peft.get_peft_model(base, LokiConfig(rows=ROWS)))
+    model = train(peft.get_peft_model(base, LokiConfig(rows=ROWS, **beside)))
     learned = logits(model)
     monkeypatch.setattr(loki_kernels.peft.model, "selection_to_train", selection)
     model.add_adapter("other", LokiConfig(quota=10))
@@ -384,6 +401,31 @@ def test_rows_of_another_selection_are_not_loaded_into_an_adapter(tmp_path):
         other.load_adapter(str(tmp_path), "default")
     assert all(torch.equal(p, before[n]) for n, p in other.named_parameters())
     assert torch.equal(logits(other), logits(build_model()))
+
+
+@pytest.mark.parametrize(
+    ("own", "saved", "message"),
+    [
+        (
+            {"rank": 2},
+            {},
+            "another rank than adapter 'default': it lacks the loki_delta_a of model",
+        ),
+        ({}, {"rank": 2}, "another rank than adapter 'default': it lacks the loki_update of model"),
+        ({"rows": [[1], [2], [3]]}, {"rows": [[1], [], [3]]}, r"other layers .*model\.layers\.1\."),
+        ({"rows": [[1], [], [3]]}, {"rows": [[1], [2], [3]]}, r"other layers .*model\.layers\.1\."),
+    ],
+)
+def test_what_would_be_loaded_in_part_is_refused(own, saved, message, tmp_path):
+    """PEFT passes over what it does not find, and leaves the rest as it was."""
+    train(peft.get_peft_model(build_model(), LokiConfig(**{"rows": ROWS} | saved))).save_pretrained(
+        tmp_path
+    )
+    model = peft.get_peft_model(build_model(), LokiConfig(**{"rows": ROWS} | own))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(tmp_path), "default")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_no_adapter_is_added_to_a_merged_model():

@@ -101,7 +101,7 @@ def test_an_adapter_needs_its_protection_to_be_trained_on_alone(rank, file, tmp_
     train(trainable())  # by what lies beside it
     loaded.save_pretrained(tmp_path / "adapter")  # which knows no protection and leaves it
     beside.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="name its file"):
         trainable()
     protection_of(build_model(), seed=5).save(file)
     with pytest.raises(ValueError, match="another protection"):
@@ -348,6 +348,41 @@ def test_an_adapter_loaded_to_be_used_is_not_trained_without_its_protection(file
     assert torch.equal(logits(loaded), want)
 
 
+@pytest.mark.parametrize("turned_on", ["set_adapter", "enable_adapters"])
+def test_transformers_trains_no_adapter_without_its_protection(turned_on, file, tmp_path):
+    """It throws away the model that PEFT makes, and sets the parameters anew."""
+    pytest.importorskip("peft.utils.transformers_weight_conversion")  # which transformers asks for
+    trained = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    train(trained)
+    trained.save_pretrained(tmp_path)
+    model = build_model()
+    model.load_adapter(str(tmp_path))
+    want = logits(model)
+    torch.testing.assert_close(want, logits(trained))
+    layers = [m for m in model.modules() if isinstance(m, layer_module.LokiLayer)]
+
+    def enable(enabled):  # as transformers' own do, which ask for a newer PEFT by its number
+        for layer in layers:
+            layer.enable_adapters(enabled)
+
+    if turned_on == "set_adapter":
+        for layer in layers:
+            layer.set_adapter("default")
+    else:
+        enable(False)
+        enable(True)
+    batch = token_batch()
+    with pytest.raises(RuntimeError, match="loaded without it"):
+        train(model.train())
+    enable(False)
+    model(input_ids=batch, labels=batch)  # as the reference of a preference loss
+    enable(True)
+    loss = model.eval()(input_ids=batch, labels=batch).loss
+    with pytest.raises(RuntimeError, match="loaded without it"):
+        loss.backward()
+    assert torch.equal(logits(model), want)
+
+
 @pytest.mark.parametrize("way", ["copied", "loaded anew"])
 def test_an_adapter_s_new_parameters_are_watched_too(file, tmp_path, way):
     """Copying, and PEFT's loading with little memory, make parameters that have no hooks."""
@@ -458,6 +493,25 @@ def test_what_a_hubs_config_names_is_not_read_here(file, monkeypatch, tmp_path):
     for kind in (LokiConfig, peft.PeftConfig):
         with pytest.raises(ValueError, match="names a file in rows"):
             kind.from_pretrained("someone/adapter")
+
+
+@pytest.mark.parametrize("folder", ["adapter", "someone/adapter"])
+def test_a_config_that_peft_reads_names_no_file_of_another_machine(
+    folder, file, monkeypatch, tmp_path
+):
+    """transformers' ``load_adapter`` reads it so, by which `LokiConfig` is not asked."""
+    model = peft.get_peft_model(build_model(), LokiConfig(rows=ROWS, protect=str(file)))
+    model.save_pretrained(tmp_path / "adapter")
+    path = str(tmp_path / "adapter" / "adapter_config.json")
+    monkeypatch.setattr(peft.config, "hf_hub_download", lambda *_, **__: path)
+    local = tmp_path / folder
+    config = peft.PeftConfig.from_pretrained(local if local.is_dir() else folder)
+    assert config.protect is None
+    config.inference_mode = False
+    with pytest.raises(ValueError, match=r"LokiConfig\.from_pretrained\(FOLDER\) finds it"):
+        peft.get_peft_model(build_model(), copy.copy(config))
+    config.protect = str(file)
+    train(peft.get_peft_model(build_model(), config))
 
 
 def test_an_adapter_of_a_hub_is_trained_on_with_its_protection(file, monkeypatch, tmp_path):

@@ -249,6 +249,51 @@ def test_a_base_whose_rows_cannot_be_read_is_refused(options, monkeypatch):
         peft.get_peft_model(model, LokiConfig(**options))
 
 
+class Rounding(torch.nn.Linear):
+    """As BitNet's AutoBitLinear, which rounds its weight in every pass."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.sign())
+
+
+class Scaled(torch.nn.Linear):
+    """As FP8Linear, which holds a scale beside what it multiplies with."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x)) * 0.5
+
+
+class Alike(torch.nn.Linear):
+    """A subclass that computes what a linear layer does, as many have been made."""
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [
+    (Rounding, torch.float32), (Scaled, torch.float8_e4m3fn), (Scaled, torch.int8),
+])  # fmt: skip
+def test_what_peft_takes_for_plain_and_is_not_is_refused(kind, dtype, monkeypatch):
+    """Before a protection is estimated; of a packed weight the directions would be zeros."""
+    monkeypatch.setattr(
+        loki_kernels.peft.model, "protection_to_keep", lambda *_: pytest.fail("it estimates")
+    )
+    model = build_model()
+    for layer in model.model.layers:
+        linear = layer.mlp.down_proj
+        linear.__class__ = kind
+        linear.weight = torch.nn.Parameter(linear.weight.data.to(dtype), requires_grad=False)
+    with pytest.raises(loki.UnsupportedModelError, match=f"{kind.__name__} with a Parameter of "):
+        peft.get_peft_model(model, LokiConfig())
+    assert {type(layer.mlp.down_proj) for layer in model.model.layers} == {kind}
+
+
+def test_a_subclass_that_computes_a_linear_layer_is_trained():
+    model = build_model()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = Alike
+    twin = train(peft.get_peft_model(build_model(), LokiConfig(rows=ROWS)))
+    trained = train(peft.get_peft_model(model, LokiConfig(rows=ROWS)))
+    torch.testing.assert_close(logits(trained), logits(twin), atol=1e-4, rtol=1e-4)
+
+
 def test_patch_names_the_way(base):
     with pytest.raises(loki.UnsupportedModelError, match="LokiConfig"):
         loki.patch(base(), ROWS)
