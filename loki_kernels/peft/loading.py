@@ -23,7 +23,7 @@ def check_loading(base: nn.Module) -> None:
     ``inject_adapter_in_model`` keep nothing else; once, however often it is wrapped.
     """
     if not _own_hooks(base):
-        base.register_load_state_dict_pre_hook(check_saved)  # type: ignore[no-untyped-call]
+        base.register_load_state_dict_pre_hook(check_saved)
 
 
 def forget_loading(base: nn.Module) -> None:
