@@ -622,6 +622,10 @@ def test_an_adapter_of_another_base_is_named(base_folder, tmp_path, caplog):
     """Whose weights fit, as those of a base and of what was tuned to chat do."""
     peft.get_peft_model(load_model(base_folder), peft_config("lora")).save_pretrained(tmp_path)
     loki.drift(base_folder, tmp_path, texts())
+    loki.drift(f"{base_folder}/", tmp_path, texts())
+    nameless = load_model(base_folder)
+    nameless.name_or_path = ""
+    loki.drift(nameless, tmp_path, texts())
     assert not caplog.text
     other = load_model(base_folder)
     other.name_or_path = "someone/another"
@@ -780,9 +784,10 @@ def test_paragraphs_are_texts(base_folder, tmp_path):
 def test_a_list_may_name_files(words, tmp_path):
     path = tmp_path / "some.txt"
     path.write_text("w1 w2 w3\nw4\n\n\nw5 w6 w7\n")
-    found = read_texts([str(path), words, "w1 w2", "no.txt"])
+    beside = {"text": "w3", "tools": "hammer, saw"}  # which are a chat's alone
+    found = read_texts([str(path), words, beside, "w1 w2", "no.txt"])
     assert [text.domain for text in found] == [
-        "some", "some", "by 1", "by 2", "by 3", "texts", "texts"
+        "some", "some", "by 1", "by 2", "by 3", "texts", "texts", "texts"
     ]  # fmt: skip
     assert [text.content for text in found[-2:]] == ["w1 w2", "no.txt"]
 

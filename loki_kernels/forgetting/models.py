@@ -178,9 +178,9 @@ def with_adapter(model: nn.Module, name: Any, adapter: Path, *, keeps: bool) -> 
         return
     peft = import_extra("peft", "peft", f"{name} is an adapter of PEFT's")
     config = peft.PeftConfig.from_pretrained(str(adapter.parent))
-    meant = os.path.basename(config.base_model_name_or_path or "")
-    if meant and meant != os.path.basename(name_of(model)):
-        logger.warning("%s was trained on %s, and is measured on %s.", name, meant, name_of(model))
+    meant, own = Path(config.base_model_name_or_path or "").name, getattr(model, "name_or_path", "")
+    if meant and own and meant != Path(own).name:
+        logger.warning("%s was trained on %s, and is measured on %s.", name, meant, own)
     written = (_writes_to_base(config) or _values_of_base(name, config, model)) if keeps else None
     if written is not None:
         raise ValueError(
@@ -310,7 +310,9 @@ def _trained_of_base(model: nn.Module, name: str = "", theirs: bool = False) -> 
     ``theirs``: whether the module is part of one of PEFT's, in which its parameters are an
     adapter's, but for what such a module keeps of the model under these names.
     """
-    theirs = theirs or type(model).__module__.partition(".")[0] in ("peft", "loki_kernels")
+    # FSDP2 makes a class of its own, in torch, of each that it shards
+    packages = {kind.__module__.partition(".")[0] for kind in type(model).__mro__}
+    theirs = theirs or not packages.isdisjoint(("peft", "loki_kernels"))
     if not theirs:
         for parameter, values in model.named_parameters(recurse=False):
             if values.requires_grad:

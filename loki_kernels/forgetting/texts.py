@@ -187,7 +187,7 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
             read = {n: x for n, x in record.items() if n in _READ or MEDIA.search(n)}
             return Text(text_ids(read, where), domain, where)
         try:
-            options = template_options_of(record)
+            options = template_options_of(record) if column == "messages" else {}
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         beside = {"chat_template_kwargs": options} if options else {}

@@ -298,7 +298,7 @@ def _eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(moment)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         values, vectors = torch.linalg.eigh(moment.cpu().double())
-    return values.to(moment.dtype), vectors.to(moment.dtype)
+    return values.to(moment), vectors.to(moment)
 
 
 def _subspace(moment: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -307,5 +307,5 @@ def _subspace(moment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     basis = torch.linalg.qr(torch.empty_like(moment[:, :width]).normal_(generator=generator))[0]
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(moment @ basis)[0]
-    values, small = torch.linalg.eigh(basis.t() @ moment @ basis)
+    values, small = _eigh(basis.t() @ moment @ basis)
     return values, basis @ small

@@ -182,8 +182,9 @@ def warn_of_another_model(protection: Protection | None, structure: Structure) -
     if known and own and Path(known).name != Path(own).name:
         logger.warning(
             "the protection was estimated from %s, and this model is %s. Unless that has the same "
-            "weights, or this was tuned from it, estimate one of this model: another subspace is "
-            "worse than none (1.66 and 3.50 times full fine-tuning's KL, of another layer).",
+            "weights, or this was tuned from it, estimate one of this model: another subspace "
+            "protects nothing, and one of half of the directions, another layer's, was worse than "
+            "none (1.66 and 3.50 times full fine-tuning's KL).",
             known, own,
         )  # fmt: skip
 

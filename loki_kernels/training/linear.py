@@ -99,7 +99,7 @@ class LokiLinear(LokiRows):
         self.train(linear.training)
 
     def check_forward(self) -> None:
-        if not (self.called or torch.compiler.is_compiling()):
+        if not torch.compiler.is_compiling() and not self.called:  # in this order: else a guard
             self.called = True
         super().check_forward()
 

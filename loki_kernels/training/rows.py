@@ -88,15 +88,12 @@ class LokiRows(nn.Module):
     sharded = False  # whether the decoder's last forward pass found the weight sharded
 
     def _train_rows(
-        self,
-        rows: Tensor,
-        parameter: str,
-        axis: int,
-        rank: int | None,
-        directions: Tensor | None,
+        self, rows: Tensor, parameter: str, axis: int, rank: int | None, directions: Tensor | None
     ) -> None:
         """Begin to train rows of a parameter that the module has by now."""
         self.parameter, self.axis, self.rank = parameter, axis, rank
+        # Its own and not the class's, whose first change would have compiled code compiled anew.
+        self.written = self.sharded = False
         weight = self.frozen
         if not weight.is_floating_point():
             raise ValueError(
@@ -142,7 +139,7 @@ class LokiRows(nn.Module):
     @property
     def writes_rows(self) -> bool:
         """Whether the rows are written into the weight before a product, as things are."""
-        return self.can_write and not self.sharded and not torch.compiler.is_compiling()
+        return not torch.compiler.is_compiling() and self.can_write and not self.sharded
 
     @property
     def runs_as_it_lies(self) -> bool:

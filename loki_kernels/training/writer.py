@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -159,15 +160,16 @@ class RowWriter:
 
         flash-linear-attention's fused MLPs do that, and BLOOM's with ``pretraining_tp``: the update
         would get no gradient. What a pass does not reach, as an expert of a list, is in a module
-        that does not run. Compiled modules, which a hook would have compiled anew, are left out.
+        that does not run. Compiled code, in which no flag is set, calls what it calls unseen.
         """
-        modules = list(self.model.modules()) if not self.followed else []
-        self.followed = True
-        if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules):
+        if self.followed:
             return
+        self.followed = True
         names = {layer: name for name, layer in self.named_layers.items()}
 
         def check(module: nn.Module, _inputs: Any, _output: Any) -> None:
+            if torch.compiler.is_compiling() or _has_compiled():
+                return
             for layer in module.children():
                 if isinstance(layer, LokiLinear) and not layer.called:
                     raise RuntimeError(
@@ -177,7 +179,7 @@ class RowWriter:
                         "slow_but_exact) in the model's config."
                     )
 
-        for module in modules:
+        for module in self.model.modules():
             held = [layer for layer in module.children() if isinstance(layer, LokiLinear)]
             for layer in held:
                 layer.called = False
@@ -400,3 +402,9 @@ class Generate:
         model = self.writer.model
         with self.writer.hold():
             return getattr(type(model), self.name)(model, *args, **kwargs)
+
+
+def _has_compiled() -> bool:
+    """Whether this process has compiled anything."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"])

@@ -202,7 +202,7 @@ def test_efficient_loading_is_refused_in_every_process(torch_engines):
         assert all("cpu_ram_efficient_loading" in said for said in process)
 
 
-@pytest.mark.parametrize("around", ["layer", "model"])
+@pytest.mark.parametrize("around", ["layer", "model", "larger"])
 def test_fsdp1_is_refused_before_training(one_process, around):
     """Around the whole model, as by accelerate's default, no part of the model is FSDP1's."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -210,7 +210,10 @@ def test_fsdp1_is_refused_before_training(one_process, around):
     model = build_model(device="cpu")
     loki.patch(model, [[1], [2], [3]])
     options = {"use_orig_params": True, "device_id": torch.device("cpu")}
-    if around == "model":
+    if around == "larger":  # FSDP2's
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        torch.distributed.fsdp.fully_shard(torch.nn.Sequential(model), mesh=mesh)
+    elif around == "model":
         model = FullyShardedDataParallel(model, **options)
     else:
         layers = model.model.layers

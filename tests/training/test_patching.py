@@ -454,8 +454,9 @@ def test_suppress(name):
     assert_unchanged(model, before)
 
 
-def test_a_layer_whose_weight_is_read_alone_is_refused():
+def test_a_layer_whose_weight_is_read_alone_is_refused(monkeypatch):
     """Its update would get no gradient, and beside other modules none would miss it."""
+    monkeypatch.setattr("loki_kernels.training.writer._has_compiled", lambda: False)  # other tests
     config = transformers.BloomConfig(
         vocab_size=97, hidden_size=48, n_layer=3, n_head=4, pretraining_tp=2, slow_but_exact=True
     )
@@ -480,6 +481,14 @@ def test_a_layer_that_a_pass_does_not_reach_is_none_that_is_read_alone(
     trained = [layer.update.grad is not None for _, layer in handle.named_layers()]
     assert trained == [True, False, True]
     assert not any(layer.mlp._forward_hooks for layer in model.model.layers)
+
+
+def test_a_layer_that_compiled_code_calls_is_none_that_is_read_alone(model):
+    """Where a forward pass alone is compiled, which the module does not show."""
+    loki.patch(model, ROWS)
+    for layer in model.model.layers:
+        layer.mlp.forward = torch.compile(layer.mlp.forward, backend="eager")
+    model.train()(input_ids=token_batch()).logits.sum().backward()
 
 
 def skip(skipped, forward):

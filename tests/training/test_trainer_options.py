@@ -67,7 +67,7 @@ def test_an_evaluation_leaves_compiled_steps_the_base(regional, base_folder, tmp
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regional))
     torch._dynamo.reset()
     model, callbacks = start("patch", base_folder)
-    written = {"step": [], "evaluation": []}
+    written = {"step": [], "evaluation": [], "graphs": []}
 
     def hold_update():
         layers = (m for m in model.modules() if isinstance(m, loki.LokiLinear))
@@ -76,6 +76,7 @@ def test_an_evaluation_leaves_compiled_steps_the_base(regional, base_folder, tmp
     class Look(TrainerCallback):
         def on_step_begin(self, *_, **__):
             written["step"].append(hold_update())
+            written["graphs"].append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
         def on_evaluate(self, *_, **__):
             written["evaluation"].append(hold_update())
@@ -85,6 +86,8 @@ def test_an_evaluation_leaves_compiled_steps_the_base(regional, base_folder, tmp
     tiny_trainer(model, tmp_path, STEPS, [*callbacks, Look()], **options, **evaluate).train()
     assert written["evaluation"] == [[True] * 3] * STEPS
     assert written["step"] == [[False] * 3] + [[regional] * 3] * (STEPS - 1)
+    if not regional:
+        assert written["graphs"][1] == written["graphs"][2]
 
 
 @pytest.mark.parametrize("way", WAYS)
