@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging import version
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import loki_kernels as loki
@@ -182,6 +183,9 @@ BESIDE = [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": list(ran
 @pytest.mark.parametrize("first", BESIDE)
 def test_what_is_trained_beside_the_rows_is_replaced_with_them(first, second, other):
     """A sweep's second round on one base starts from that base, also where others have a head."""
+    old = version.parse(peft.__version__) < version.parse("0.19")
+    if old and other is not None and "modules_to_save" not in first:
+        pytest.skip("PEFT 0.18 wraps no base in which there is a head and none of them is active")
 
     def run(*rounds):
         base, names = build_model(), set()
