@@ -144,30 +144,32 @@ def text_of(record: Mapping[str, Any]) -> Any:
     return next((record[name] for name in columns if record.get(name) is not None), None)
 
 
-def template_options_of(record: Mapping[str, Any]) -> dict[str, Any]:
+def template_options_of(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What a chat's record gives its template beside the messages, in the columns that TRL reads.
 
     Raises:
-        ValueError: if a column holds something else.
+        ValueError: if a column holds something else; it says ``where``.
     """
     tools = record.get("tools")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise ValueError(f"tools is a string that is no JSON ({error})") from error
+            raise ValueError(f"{where}: tools is a string that is no JSON ({error})") from error
     options = record.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):
-        raise ValueError(f"chat_template_kwargs is a {type(options).__name__}, and no object")
-    return ({"tools": tools} if tools else {}) | checked_options(options)
+        raise ValueError(
+            f"{where}: chat_template_kwargs is a {type(options).__name__}, and no object"
+        )
+    return ({"tools": tools} if tools else {}) | checked_options(options, f"{where}: ")
 
 
-def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def checked_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """``chat_template_kwargs``; ValueError for what the tokenizer would take for itself."""
     reserved = sorted(_OF_TOKENIZERS & set(options))
     if reserved:
         raise ValueError(
-            f"chat_template_kwargs names {reserved[0]}, which is not for the template."
+            f"{where}chat_template_kwargs names {reserved[0]}, which is not for the template."
         )
     return dict(options)
 

@@ -115,7 +115,7 @@ def has_fsdp(module: nn.Module) -> bool:
 
 def fsdp_device(model: nn.Module) -> torch.device | None:
     """Where FSDP2 gathers a model's weights, which may wait on the CPU; None without it."""
-    for part in _fsdp_modules(model):
+    for part in _fsdp_modules(model) if is_distributed() else ():
         return cast(torch.device, part._get_fsdp_state()._device)
     return None
 

@@ -143,10 +143,7 @@ def tokenize_prompts(
         elif isinstance(prompt, Mapping) and "input_ids" not in prompt:
             text = text_of(prompt)
             if _is_chat(text):
-                try:
-                    own = options | template_options_of(prompt)
-                except ValueError as error:
-                    raise ValueError(f"prompt {i}: {error}") from error
+                own = options | template_options_of(prompt, f"prompt {i}")
             prompt = prompt if text is None else text
         if isinstance(prompt, Mapping):
             sequences = _from_mapping(prompt, i)

@@ -27,7 +27,6 @@ from ..head import (
 from ..progress import progress_bar
 from ..sharding import (
     fsdp_device,
-    has_fsdp,
     home,
     is_sharded,
     linear_of,
@@ -351,8 +350,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 def _device(model: nn.Module) -> torch.device:
     """Where its token ids go; not the host, on which FSDP2 may keep what it gathers elsewhere."""
     causal_lm = unwrap(model)
-    gathered = fsdp_device(model) if has_fsdp(model) else None
-    return gathered or home(causal_lm.get_input_embeddings(), embedding_weight(causal_lm))
+    return fsdp_device(model) or home(causal_lm.get_input_embeddings(), embedding_weight(causal_lm))
 
 
 @contextlib.contextmanager

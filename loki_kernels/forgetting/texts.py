@@ -186,11 +186,8 @@ def _as_text(record: Any, domain: str, where: str) -> Text:
         if column == "input_ids":
             read = {n: x for n, x in record.items() if n in _READ or MEDIA.search(n)}
             return Text(text_ids(read, where), domain, where)
-        try:
-            options = template_options_of(record) if column == "messages" else {}
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        beside = {"chat_template_kwargs": options} if options else {}
+        if column == "messages":  # with its tools among them
+            beside = {"chat_template_kwargs": template_options_of(record, where)}
     if isinstance(content, str):
         if not content.strip():
             raise ValueError(f"{where} is blank.")
